@@ -1,0 +1,45 @@
+"""K-FAC (natural gradient with Kronecker factors) as a plain optax transformation.
+
+    tagged = kfac.tag(loss_fn, params, *batch)
+    tx = kfac.kfac(tagged.layers, learning_rate=0.1)
+    value, grads, statistics = tagged.value_and_grad(params, *batch, opt_state=state)
+    updates, state = tx.update(grads, state, params, statistics=statistics)
+"""
+
+from kfac_jax_lite import damping, intervals
+from kfac_jax_lite.alias import KFACChainState, kfac
+from kfac_jax_lite.factors.estimate import TaggedLoss, tag
+from kfac_jax_lite.factors.state import Clock, KFACState
+from kfac_jax_lite.likelihoods import bernoulli, categorical, normal
+from kfac_jax_lite.reduce import Reduction
+from kfac_jax_lite.telemetry import report
+from kfac_jax_lite.transform import scale_by_kfac
+from kfac_jax_lite.types import (
+    DiagonalStatistics,
+    KroneckerStatistics,
+    LayerTag,
+    ScaleShiftStatistics,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Clock",
+    "DiagonalStatistics",
+    "KFACChainState",
+    "KFACState",
+    "KroneckerStatistics",
+    "LayerTag",
+    "Reduction",
+    "ScaleShiftStatistics",
+    "TaggedLoss",
+    "bernoulli",
+    "categorical",
+    "damping",
+    "intervals",
+    "kfac",
+    "normal",
+    "report",
+    "scale_by_kfac",
+    "tag",
+]

@@ -1,0 +1,155 @@
+"""``kfac``: preconditioning, trust region, weight decay, momentum, learning rate."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kfac_jax_lite.damping import Damping
+from kfac_jax_lite.factors.state import KFACState
+from kfac_jax_lite.intervals import Interval
+from kfac_jax_lite.reduce import Reduction
+from kfac_jax_lite.transform import scale_by_kfac
+from kfac_jax_lite.types import Array, LayerTag
+
+
+class KFACChainState(NamedTuple):
+    """State of ``kfac``.
+
+    Attributes:
+        kfac: State of ``scale_by_kfac``.
+        tail: State of the optax transformations behind it.
+        trust: Factor ``ν`` of the trust region at the last step; 1 where it is slack.
+    """
+
+    kfac: KFACState
+    tail: Any
+    trust: Array
+
+
+def kfac(
+    layers: Sequence[LayerTag],
+    learning_rate: optax.ScalarOrSchedule,
+    damping: Damping = 1e-3,
+    momentum: float | None = 0.9,
+    weight_decay: float = 0.0,
+    kl_clip: float | None = 1e-3,
+    factor_decay: float = 0.95,
+    interval: Interval | None = None,
+    inverse: str = "cholesky",
+    inverse_interval: int = 1,
+    axis_name: Any = None,
+    reduction: Reduction | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """K-FAC with a trust region, decoupled weight decay and momentum.
+
+    ``u = ν (F + λ I)⁻¹ ∇L`` with ``ν = min(1, √(κ / (η² Σ uᵀ∇L)))``, which bounds the
+    model's estimate of the squared step in the Fisher metric, ``η² uᵀ F u``; then optax:
+    ``add_decayed_weights``, ``trace``, ``scale_by_learning_rate``.
+
+    Args:
+        layers: ``tagged.layers``.
+        learning_rate: ``η``, a number or an optax schedule.
+        damping: ``λ``; see ``scale_by_kfac``, as for the arguments not listed here.
+        momentum: Decay of the accumulated update (heavy ball), or None.
+        weight_decay: Decoupled weight decay, multiplied by the learning rate.
+        kl_clip: ``κ``, or None for no trust region.
+        factor_decay: Weight of the *old* statistics.
+        interval: Refresh rule.
+        inverse: Inversion method.
+        inverse_interval: Least number of steps between inversions.
+        axis_name: Mapped axes to average statistics over.
+        reduction: How statistics travel.
+
+    Returns:
+        An optax transformation; pass ``statistics=`` (and ``params``, with weight decay)
+        to ``update``. A batch with NaN or Inf gives zero updates and leaves momentum and
+        schedules as they were.
+
+    Raises:
+        ValueError: A value is out of range.
+
+    References:
+        Martens & Grosse, 2015, arXiv:1503.05671, Sec. 6; Ba et al., 2017, "Distributed
+        second-order optimization using Kronecker-factored approximations", Sec. 5
+        (the trust region); Loshchilov & Hutter, 2019, arXiv:1711.05101.
+    """
+    if isinstance(kl_clip, (int, float)) and not kl_clip > 0:
+        raise ValueError(f"kl_clip must be positive or None, got {kl_clip!r}.")
+    if isinstance(momentum, (int, float)) and not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be in [0, 1), got {momentum!r}.")
+    if isinstance(learning_rate, (int, float)) and learning_rate < 0:
+        raise ValueError(f"learning_rate must not be negative, got {learning_rate!r}.")
+    precondition = scale_by_kfac(
+        layers,
+        damping=damping,
+        factor_decay=factor_decay,
+        interval=interval,
+        inverse=inverse,
+        inverse_interval=inverse_interval,
+        axis_name=axis_name,
+        reduction=reduction,
+    )
+    decays = not isinstance(weight_decay, (int, float)) or weight_decay != 0
+    tail = optax.chain(
+        optax.add_decayed_weights(weight_decay) if decays else optax.identity(),
+        optax.identity() if momentum is None else optax.trace(momentum),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+    def init_fn(params):
+        return KFACChainState(
+            precondition.init(params), tail.init(params), jnp.ones((), jnp.float32)
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        grads = updates
+        updates, inner = precondition.update(grads, state.kfac, params, **extra_args)
+        trust = jnp.ones((), jnp.float32)
+        if kl_clip is not None:
+            rate = at_step(learning_rate, state.kfac.count)
+            trust = trust_region(updates, grads, rate, kl_clip)
+            updates = optax.tree.scale(trust, updates)
+        updates, new_tail = tail.update(updates, state.tail, params)
+        accepted = inner.skipped == state.kfac.skipped
+        new_tail = keep_unless(accepted, new_tail, state.tail)
+        updates = jax.tree.map(lambda u: jnp.where(accepted, u, 0), updates)
+        trust = jnp.where(accepted, trust, state.trust)
+        return updates, KFACChainState(inner, new_tail, trust)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def at_step(value: Any, count: Array) -> Any:
+    """A number or the value of a schedule."""
+    return value(count) if callable(value) else value
+
+
+def trust_region(updates: Any, grads: Any, rate: Any, kl_clip: Any) -> Array:
+    """``ν = min(1, √(κ / (η² Σ uᵀ∇L)))``.
+
+    Args:
+        updates: ``u``, preconditioned gradients.
+        grads: ``∇L``.
+        rate: ``η``.
+        kl_clip: ``κ``.
+
+    Returns:
+        A float32 scalar.
+    """
+    products = jax.tree.map(
+        lambda u, g: jnp.sum(u.astype(jnp.float32) * g.astype(jnp.float32)),
+        updates,
+        grads,
+    )
+    size = jnp.square(rate) * sum(jax.tree.leaves(products))
+    size = jnp.asarray(size, jnp.float32)
+    bounded = jnp.sqrt(kl_clip / jnp.where(size > 0, size, 1))
+    return jnp.where(size > 0, jnp.minimum(1.0, bounded), 1.0).astype(jnp.float32)
+
+
+def keep_unless(accepted: Array, new: Any, old: Any) -> Any:
+    """``new`` where the batch was accepted, else ``old``."""
+    return jax.tree.map(lambda x, y: jnp.where(accepted, x, y), new, old)

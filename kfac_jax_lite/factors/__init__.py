@@ -1,0 +1,1 @@
+"""Statistics of every layer kind, and the loss that returns them."""

@@ -1,0 +1,105 @@
+"""Kronecker factors of convolutions: patches by slices, then one matrix product.
+
+The input rows of a convolution are its patches (``Ω`` below), one row for every output
+position; the entries of a row are ordered (kernel axes, input channel), the order of an
+``HWIO`` kernel reshaped to a matrix.
+
+References:
+    Grosse & Martens, 2016, arXiv:1602.01407, Secs. 3-4 (Kronecker factors for
+    convolution; here with this library's scaling in ``N`` and ``R``).
+"""
+
+import functools
+import itertools
+import math
+import operator
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kfac_jax_lite.factors.dense import Scaling, input_factor
+from kfac_jax_lite.tagging.layers import ConvGeometry
+from kfac_jax_lite.types import Array, accumulation_dtype
+
+# Patches are never held beyond this many elements at a time (256 MiB in float32).
+MAX_PATCH_ELEMENTS = 1 << 26
+
+
+def channels_last(geometry: ConvGeometry, inputs: list[Array]) -> Array:
+    """The input as ``[batch, *space, channel]``, times scalars of its kernel."""
+    x = functools.reduce(operator.mul, inputs[1:], inputs[0])
+    batch, feature, *space = geometry.lhs_spec
+    return lax.transpose(x, (batch, *space, feature))
+
+
+def patches(geometry: ConvGeometry, x: Array) -> Array:
+    """Patches of ``[batch, *space, channel]`` as ``[groups?, rows, in]``."""
+    dilated = [(lo, hi, d - 1) for (lo, hi), d in _pads(geometry)]
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *dilated, (0, 0, 0)])
+    space = geometry.rows[1:]
+    columns = []
+    for offset in itertools.product(*(range(k) for k in geometry.kernel)):
+        start = [o * d for o, d in zip(offset, geometry.rhs_dilation, strict=True)]
+        stop = [
+            s + (n - 1) * k + 1
+            for s, n, k in zip(start, space, geometry.window_strides, strict=True)
+        ]
+        columns.append(
+            lax.slice(
+                x,
+                (0, *start, 0),
+                (x.shape[0], *stop, x.shape[-1]),
+                (1, *geometry.window_strides, 1),
+            )
+        )
+    rows = x.shape[0] * math.prod(space)
+    if geometry.groups == 1:
+        return jnp.concatenate(columns, -1).reshape(rows, geometry.n_in)
+    stacked = jnp.stack(columns, -2).reshape(
+        rows, len(columns), geometry.groups, x.shape[-1] // geometry.groups
+    )
+    grouped = jnp.moveaxis(stacked, 2, 0)
+    return grouped.reshape(geometry.groups, rows, geometry.n_in)
+
+
+def _pads(geometry: ConvGeometry):
+    return zip(geometry.padding, geometry.lhs_dilation, strict=True)
+
+
+def conv_input_factor(
+    geometry: ConvGeometry, inputs: list[Array], scaling: Scaling
+) -> Array:
+    """``A`` of a convolution, in chunks of examples when the patches are large."""
+    x = channels_last(geometry, inputs)
+    batch, *space = geometry.rows
+    elements = math.prod(geometry.rows) * geometry.n_in * geometry.groups
+    chunks = next(
+        c
+        for c in range(1, batch + 1)
+        if batch % c == 0 and (elements // c <= MAX_PATCH_ELEMENTS or c == batch)
+    )
+
+    def factor(x):
+        return input_factor(patches(geometry, x), scaling, (x.shape[0], *space))
+
+    if chunks == 1 or scaling.positions(geometry.rows) not in (1, math.prod(space)):
+        return factor(x)
+
+    def add(total, chunk):
+        return total + factor(chunk), None
+
+    x = x.reshape(chunks, batch // chunks, *x.shape[1:])
+    n_in = geometry.n_in + scaling.bias
+    zero = jnp.zeros((*geometry.blocks, n_in, n_in), accumulation_dtype(x.dtype))
+    return jax.lax.scan(add, zero, x)[0]
+
+
+def conv_output_rows(geometry: ConvGeometry, cotangent: Array) -> Array:
+    """The cotangent as ``[groups?, rows, out]``."""
+    batch, feature, *space = geometry.out_spec
+    c = lax.transpose(cotangent, (batch, *space, feature))
+    rows = math.prod(geometry.rows)
+    if geometry.groups == 1:
+        return c.reshape(rows, geometry.n_out)
+    return jnp.moveaxis(c.reshape(rows, geometry.groups, geometry.n_out), 1, 0)

@@ -1,0 +1,62 @@
+"""Unit-wise Fisher blocks of elementwise scales and shifts (normalisation layers).
+
+For ``y = γ x̂ + β`` the gradient of one example with respect to unit ``u`` is
+``s_n = (Σ_t c_tu x̂_tu, Σ_t c_tu)``, summed over the example's positions ``t``; its
+Fisher block is ``F_u = N Σ_n s_n s_nᵀ`` (the ``N`` undoes the mean in ``c``).
+
+References:
+    Osawa et al., 2020, arXiv:2002.06015, Sec. 4.2 (unit-wise natural gradient).
+"""
+
+import functools
+import operator
+
+import jax.numpy as jnp
+from jax import lax
+
+from kfac_jax_lite.tagging.layers import ScaleShiftGeometry, positions_per_example
+from kfac_jax_lite.types import Array, accumulation_dtype
+
+
+def unit_blocks(
+    geometry: ScaleShiftGeometry,
+    factors: list[Array],
+    cotangent: Array,
+    roles: tuple[str, ...],
+    num_examples: int,
+) -> Array:
+    """Unit-wise blocks ``[units, k, k]`` of one site.
+
+    Args:
+        geometry: Axis order of the site.
+        factors: Variables whose product is ``x̂``.
+        cotangent: ``c`` at the site's output.
+        roles: ``("scale", "shift")`` or one of them.
+        num_examples: ``N``.
+
+    Returns:
+        ``F_u`` for every unit.
+    """
+    dtype = accumulation_dtype(cotangent.dtype)
+    c = cotangent.astype(dtype)
+    moved = [
+        _apply(steps, f).astype(dtype)
+        for steps, f in zip(geometry.factor_ops, factors, strict=True)
+    ]
+    x_hat = functools.reduce(operator.mul, moved, jnp.ones((), dtype))
+    k = positions_per_example(geometry.rows, num_examples)
+
+    def per_example(value):
+        value = lax.transpose(value, geometry.order)
+        return value.reshape(-1, k, geometry.units).sum(1)
+
+    parts = {"scale": lambda: per_example(c * x_hat), "shift": lambda: per_example(c)}
+    s = jnp.stack([parts[role]() for role in roles], -1)
+    return num_examples * jnp.einsum("nuk,nul->ukl", s, s)
+
+
+def _apply(steps, value: Array) -> Array:
+    for name, argument in steps:
+        move = lax.transpose if name == "transpose" else lax.reshape
+        value = move(value, argument)
+    return value

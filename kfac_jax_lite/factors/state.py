@@ -1,0 +1,119 @@
+"""State of the optimiser, as tuples of arrays, and the averaging of statistics."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kfac_jax_lite.types import (
+    Array,
+    DiagonalStatistics,
+    KroneckerStatistics,
+    LayerTag,
+    ScaleShiftStatistics,
+    Statistics,
+    accumulation_dtype,
+)
+
+
+class Clock(NamedTuple):
+    """When each layer was and will be refreshed; vectors over layers sorted by name.
+
+    Attributes:
+        due: Whether the layer's statistics are wanted at the next step.
+        interval: Steps between refreshes, as decided at the last one.
+        previous_interval: The interval before that.
+        last_refresh: Step (from 1) of the last refresh; 0 before the first.
+        last_inverse: Step of the last inversion; 0 before the first.
+        refreshes: Number of refreshes.
+        inversions: Number of inversions that succeeded.
+        failures: Number of factorisations that failed (the last good inverse stayed).
+        weight: Sum of the moving average's weights (bias correction).
+        diff: Relative change of the statistics seen at the last refresh.
+        inverse_damping: Damping that the cached inverse holds.
+        elements: Elements that one refresh reduces over devices (a constant).
+        bytes: The same in bytes on the wire.
+    """
+
+    due: Array
+    interval: Array
+    previous_interval: Array
+    last_refresh: Array
+    last_inverse: Array
+    refreshes: Array
+    inversions: Array
+    failures: Array
+    weight: Array
+    diff: Array
+    inverse_damping: Array
+    elements: Array
+    bytes: Array
+
+
+class KFACState(NamedTuple):
+    """State of ``scale_by_kfac``; arrays only, of fixed structure, shape and dtype.
+
+    Attributes:
+        count: Steps taken (batches accepted).
+        skipped: Batches rejected because a gradient or statistic was not finite.
+        damping: Damping of the last step.
+        clock: Refresh bookkeeping, vectors over layers in sorted-name order.
+        factors: Layer name to averaged, bias-corrected statistics.
+        previous: Layer name to the last fresh statistics the interval rule compares.
+        inverses: Layer name to what preconditioning reads.
+    """
+
+    count: Array
+    skipped: Array
+    damping: Array
+    clock: Clock
+    factors: dict[str, Statistics]
+    previous: dict[str, tuple[Statistics, ...]]
+    inverses: dict[str, Any]
+
+
+def zero_statistics(layer: LayerTag, dtype: Any, moments: bool = False) -> Statistics:
+    """Zeros in the shape of a layer's statistics; ``moments`` adds EKFAC's ``s``."""
+    dtype = accumulation_dtype(dtype)
+    if layer.kind == "diagonal":
+        zero = jnp.zeros((), jnp.float32)
+        return DiagonalStatistics(jnp.zeros(layer.a_shape, dtype), zero)
+    a = jnp.zeros(layer.a_shape, dtype)
+    if layer.kind == "scale_shift":
+        return ScaleShiftStatistics(a)
+    shape = layer.a_shape[:-1] + layer.g_shape[-1:]
+    s = jnp.zeros(shape, dtype) if moments else None
+    return KroneckerStatistics(a, jnp.zeros(layer.g_shape, dtype), s)
+
+
+def squared(statistics: Statistics) -> Statistics:
+    """The curvature that is averaged: ``N · gradient²`` for diagonals, else as it is."""
+    if isinstance(statistics, DiagonalStatistics):
+        square = statistics.num_examples * jnp.square(statistics.gradient)
+        return statistics._replace(gradient=square.astype(statistics.gradient.dtype))
+    return statistics
+
+
+def moving_average(
+    average: Statistics, fresh: Statistics, weight: Array, decay: Any
+) -> Statistics:
+    """One step of the bias-corrected exponential moving average.
+
+    ``X̂ ← X̂ + (1 − d)/w · (X − X̂)`` with ``w ← d w + (1 − d)`` from 0: the zero start
+    divided out. ``decay`` weights the *old* value.
+
+    Args:
+        average: ``X̂`` before.
+        fresh: ``X``.
+        weight: ``w`` after this step's update.
+        decay: ``d``.
+
+    Returns:
+        ``X̂`` after.
+    """
+
+    def mix(old, new):
+        rate = jnp.asarray((1 - decay) / weight, old.dtype)
+        return old + rate * (new.astype(old.dtype) - old)
+
+    return jax.tree.map(mix, average, fresh)

@@ -1,0 +1,145 @@
+"""Marks for the network's output, and what the Fisher information needs of them.
+
+A mark is ``jax.ad_checkpoint.checkpoint_name``: the identity for values, derivatives
+and every transformation, visible in the jaxpr under a name of ours. The Fisher
+information of ``p(y | z)`` with respect to the output ``z`` is ``Λ(z)``; one row of
+``z`` is one term of the mean loss.
+
+References:
+    Martens, 2020, "New insights and perspectives on the natural gradient method",
+    arXiv:1412.1193, Secs. 5-9.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from kfac_jax_lite.types import Array, Shape
+
+PREFIX = "kfac_jax_lite."
+
+
+def categorical(logits: Array) -> Array:
+    """Marks ``logits [..., classes]`` of a categorical distribution; the identity.
+
+    ``Λ = diag(p) − p pᵀ`` with ``p = softmax(z)``; rows are all axes but the last.
+
+    Args:
+        logits: Unnormalised log-probabilities, ``[..., classes]``.
+
+    Returns:
+        ``logits``, unchanged.
+
+    Raises:
+        ValueError: ``logits`` is a scalar.
+    """
+    if jnp.ndim(logits) < 1:
+        raise ValueError("kfac.categorical wants logits [..., classes], got a scalar.")
+    return checkpoint_name(logits, PREFIX + "categorical")
+
+
+def bernoulli(logits: Array) -> Array:
+    """Marks ``logits [..., outputs]`` of independent Bernoulli outputs; the identity.
+
+    ``Λ = diag(p (1 − p))`` with ``p = sigmoid(z)``. The loss of one row is the *sum*
+    over its outputs; a vector ``[B]`` is ``B`` rows of one output.
+
+    Args:
+        logits: Log-odds, ``[..., outputs]`` or ``[B]``.
+
+    Returns:
+        ``logits``, unchanged.
+    """
+    return checkpoint_name(logits, PREFIX + "bernoulli")
+
+
+def normal(mean: Array, variance: Array | float = 1.0) -> Array:
+    """Marks the ``mean [..., outputs]`` of a normal distribution; the identity.
+
+    ``Λ = I / variance``: the loss of one row is ``Σ (y − z)² / (2 variance)``. With
+    another variance than 1 the value may differ from ``mean`` in the last bit.
+
+    Args:
+        mean: Mean of the outputs, ``[..., outputs]`` or ``[B]``.
+        variance: Known variance, a scalar or an array that broadcasts to ``mean``.
+
+    Returns:
+        ``mean``.
+
+    Raises:
+        ValueError: A concrete ``variance`` is not positive.
+    """
+    if isinstance(variance, (int, float)):
+        if variance <= 0:
+            raise ValueError(f"kfac.normal wants variance > 0, got {variance}.")
+        if variance == 1:
+            return checkpoint_name(mean, PREFIX + "normal")
+    deviation = jax.lax.stop_gradient(jnp.sqrt(jnp.asarray(variance, mean.dtype)))
+    return checkpoint_name(mean / deviation, PREFIX + "normal") * deviation
+
+
+def row_shape(shape: Shape, likelihood: str) -> Shape:
+    """Axes of an output that count loss terms (all but the last)."""
+    return shape if likelihood != "categorical" and len(shape) == 1 else shape[:-1]
+
+
+def sampled_cotangent(likelihood: str, output: Array, key: Array) -> Array:
+    """Gradient of ``−log p(y | z)`` for labels ``y`` drawn from the model.
+
+    Args:
+        likelihood: Which mark the output carries.
+        output: ``z [..., outputs]``.
+        key: PRNG key.
+
+    Returns:
+        ``∂(−log p)/∂z``, shaped like ``output``, one draw for every row.
+    """
+    z = output.astype(jnp.promote_types(output.dtype, jnp.float32))
+    if likelihood == "categorical":
+        labels = jax.random.categorical(key, z)
+        one_hot = jax.nn.one_hot(labels, z.shape[-1], dtype=z.dtype)
+        draw = jax.nn.softmax(z) - one_hot
+    elif likelihood == "bernoulli":
+        p = jax.nn.sigmoid(z)
+        draw = p - jax.random.bernoulli(key, p).astype(z.dtype)
+    else:
+        draw = jax.random.normal(key, z.shape, z.dtype)
+    return draw.astype(output.dtype)
+
+
+def square_root_column(likelihood: str, output: Array) -> tuple[int, Callable]:
+    """A square root of ``Λ(z)``, column by column.
+
+    Returns:
+        The number of columns and a function ``column(j)`` that returns column ``j`` of
+        ``S(z)`` with ``S Sᵀ = Λ``, for every row, shaped like ``output``. For the
+        categorical distribution ``S = diag(√p) − p √pᵀ``.
+    """
+    z = output.astype(jnp.promote_types(output.dtype, jnp.float32))
+    scalar = z.ndim <= 1 and likelihood != "categorical"
+    columns = 1 if scalar else z.shape[-1]
+
+    def unit(j):
+        return jnp.ones_like(z) if scalar else jnp.arange(columns) == j
+
+    if likelihood == "categorical":
+        p = jax.nn.softmax(z)
+
+        def column(j):
+            root = jnp.sqrt(jnp.take(p, j, axis=-1))[..., None]
+            return ((unit(j) - p) * root).astype(output.dtype)
+
+    elif likelihood == "bernoulli":
+        root = jnp.sqrt(jax.nn.sigmoid(z) * jax.nn.sigmoid(-z))
+
+        def column(j):
+            return (root * unit(j)).astype(output.dtype)
+
+    else:
+
+        def column(j):
+            return (jnp.ones_like(z) * unit(j)).astype(output.dtype)
+
+    return columns, column

@@ -1,0 +1,92 @@
+"""Small matrix functions, batched over leading axes."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kfac_jax_lite.types import Array
+
+
+def add_diagonal(matrix: Array, value: Array) -> Array:
+    """``M + v I`` for matrices ``[*blocks, d, d]`` and values ``[*blocks]``."""
+    eye = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+    return matrix + value[..., None, None] * eye
+
+
+def mean_diagonal(matrix: Array) -> Array:
+    """``tr M / dim M`` of ``[*blocks, d, d]``."""
+    return jnp.trace(matrix, axis1=-2, axis2=-1) / matrix.shape[-1]
+
+
+def spd_inverse(matrix: Array) -> Array:
+    """Inverse of positive definite matrices by Cholesky; NaN where that fails."""
+    chol = jnp.linalg.cholesky(matrix)
+    eye = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
+    half = lax.linalg.triangular_solve(chol, eye, left_side=True, lower=True)
+    return jnp.swapaxes(half, -1, -2) @ half
+
+
+def newton_schulz_inverse(
+    matrix: Array, start: Array, tolerance: float, max_iterations: int = 100
+) -> Array:
+    """Inverse of positive definite matrices by matrix products only.
+
+    ``X ← X (2I − M X)`` squares the residual ``‖I − M X‖`` at every step. It starts
+    from ``start`` where that residual is below 1, else from ``I / ‖M‖_∞``, which always
+    converges, and stops at ``tolerance`` or when the residual no longer falls.
+
+    Args:
+        matrix: ``[*blocks, d, d]``, symmetric positive definite.
+        start: A guess, for example the inverse of a similar matrix.
+        tolerance: Largest Frobenius norm of ``I − M X`` over ``√d`` that is accepted.
+        max_iterations: Bound on the number of steps.
+
+    Returns:
+        The inverses; NaN where the iteration does not converge.
+
+    References:
+        Schulz, 1933, ZAMM 13(1); Higham, 2008, "Functions of Matrices", Sec. 5.3.
+    """
+    d = matrix.shape[-1]
+    eye = jnp.eye(d, dtype=matrix.dtype)
+
+    def residual(x):
+        r = eye - matrix @ x
+        return r, jnp.sqrt(jnp.mean(jnp.sum(r * r, -1), -1))
+
+    bound = jnp.max(jnp.sum(jnp.abs(matrix), -1), -1)[..., None, None]
+    _, warm = residual(start)
+    usable = (warm * jnp.sqrt(1.0 * d) < 0.9)[..., None, None]
+    x = jnp.where(usable, start, eye / bound)
+    r, error = residual(x)
+
+    def unfinished(carry):
+        _, _, error, best, steps = carry
+        falling = (error < 0.999 * best) | (error > 0.1)
+        return jnp.any((error > tolerance) & falling) & (steps < max_iterations)
+
+    def improve(carry):
+        x, r, error, _, steps = carry
+        x = x + x @ r
+        r, new = residual(x)
+        return x, r, new, error, steps + 1
+
+    first = (x, r, error, jnp.full_like(error, jnp.inf), 0)
+    x, _, error, _, _ = lax.while_loop(unfinished, improve, first)
+    x = (x + jnp.swapaxes(x, -1, -2)) / 2
+    converged = error <= jnp.maximum(tolerance, 1e-2)
+    return jnp.where(converged[..., None, None], x, jnp.nan)
+
+
+def relative_change(new: Array, old: Array) -> Array:
+    """``‖X − Y‖_F / ‖Y‖_F``; 0 where both vanish, infinite where only ``Y`` does."""
+    change = jnp.linalg.norm((new - old).ravel())
+    scale = jnp.linalg.norm(old.ravel())
+    ratio = change / jnp.where(scale > 0, scale, 1)
+    return jnp.where(scale > 0, ratio, jnp.where(change > 0, jnp.inf, 0.0))
+
+
+def all_finite(tree) -> Array:
+    """Whether every entry of every leaf is finite; a scalar."""
+    flags = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(flags)) if flags else jnp.asarray(True)

@@ -1,0 +1,95 @@
+"""``(F + λ I)⁻¹ v`` for every kind of layer.
+
+References:
+    Martens & Grosse, 2015, arXiv:1503.05671, Sec. 4.2 (``A⁻¹ V G⁻¹``); George et al.,
+    2018, arXiv:1806.03884 (eigenbasis); Osawa et al., 2020, arXiv:2002.06015, Sec. 4.2
+    (unit-wise blocks).
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from kfac_jax_lite.inverse import FactorInverses
+from kfac_jax_lite.types import Array, LayerTag, Statistics
+
+
+def gather(layer: LayerTag, leaves: dict[str, Array]) -> Array:
+    """A layer's entries of a parameter-shaped tree, as its block.
+
+    Args:
+        layer: The layer.
+        leaves: Leaves by path.
+
+    Returns:
+        ``V [*blocks, in(+1), out]``, ``[units, k]``, or the leaf.
+    """
+    pairs = zip(layer.views, layer.params, strict=True)
+    parts = [view.read(leaves[path]) for view, path in pairs]
+    if layer.kind == "scale_shift":
+        return jnp.stack(parts, -1)
+    return jnp.concatenate(parts, -2) if layer.kronecker else parts[0]
+
+
+def scatter(layer: LayerTag, block: Array, leaves: dict[str, Any]) -> dict[str, Array]:
+    """Adjoint of ``gather``: the block as parameter-shaped arrays, by path."""
+    if layer.kind == "scale_shift":
+        parts = [block[..., i] for i in range(block.shape[-1])]
+    elif layer.kronecker and len(layer.views) == 2:
+        parts = [block[..., :-1, :], block[..., -1:, :]]
+    else:
+        parts = [block]
+    triples = zip(layer.views, layer.params, parts, strict=True)
+    return {path: view.write(part, leaves[path]) for view, path, part in triples}
+
+
+def precondition(
+    layer: LayerTag, v: Array, factors: Statistics, inverse: Any, damping: Array
+) -> Array:
+    """Solves with a layer's damped curvature.
+
+    Args:
+        layer: The layer.
+        v: Its block of the gradient, as ``gather`` returns it.
+        factors: Averaged statistics.
+        inverse: Cached inverse.
+        damping: ``λ``.
+
+    Returns:
+        ``(F + λ I)⁻¹ v``, shaped like ``v``.
+    """
+    if layer.kind == "diagonal":
+        return v / (factors.gradient + damping.astype(v.dtype))  # type: ignore
+    if layer.kind == "scale_shift":
+        return solve_units(factors.blocks, v, damping)  # type: ignore
+    if isinstance(inverse, FactorInverses):
+        return inverse.a @ v @ inverse.g
+    q_a, d_a, q_g, d_g = inverse
+    s = getattr(factors, "s", None)
+    if s is None:
+        s = d_a[..., :, None] * d_g[..., None, :]
+    turned = jnp.swapaxes(q_a, -1, -2) @ v @ q_g
+    turned = turned / (s + damping.astype(v.dtype))
+    return q_a @ turned @ jnp.swapaxes(q_g, -1, -2)
+
+
+def solve_units(blocks: Array, v: Array, damping: Array) -> Array:
+    """``(F_u + λ I)⁻¹ v_u`` for 1×1 and 2×2 blocks, in closed form.
+
+    Args:
+        blocks: ``[units, k, k]``.
+        v: ``[units, k]``.
+        damping: ``λ``.
+
+    Returns:
+        ``[units, k]``.
+    """
+    shift = jnp.asarray(damping, blocks.dtype)
+    a, d = blocks[..., 0, 0] + shift, blocks[..., -1, -1] + shift
+    if blocks.shape[-1] == 1:
+        return v / a[..., None]
+    b, x, y = blocks[..., 0, 1], v[..., 0], v[..., 1]
+    # The undamped determinant of a block of rank one vanishes but for rounding.
+    minor = blocks[..., 0, 0] * blocks[..., 1, 1] - b * b
+    determinant = jnp.maximum(minor, 0) + shift * (a + d - shift)
+    return jnp.stack([d * x - b * y, a * y - b * x], -1) / determinant[..., None]

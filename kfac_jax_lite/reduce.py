@@ -1,0 +1,112 @@
+"""Averaging statistics over devices, and how many bytes that moves.
+
+Every statistic is a mean over examples, so devices with equal shares of the batch
+average theirs (``lax.pmean``); the number of examples adds up. The caller puts this
+inside the gate of a layer: a layer that is not due sends nothing.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from kfac_jax_lite.types import (
+    Array,
+    DiagonalStatistics,
+    KroneckerStatistics,
+    LayerTag,
+    Shape,
+    Statistics,
+)
+
+MODES = ("all",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reduction:
+    """How statistics travel between the devices of ``axis_name``.
+
+    Attributes:
+        mode: ``"all"``: all-reduce, every device inverts every layer.
+        pack: Send only the upper triangle of symmetric matrices.
+        dtype: Precision on the wire, or None for the statistics' own.
+    """
+
+    mode: str = "all"
+    pack: bool = True
+    dtype: Any = None
+
+    def __post_init__(self):
+        """Checks the values."""
+        if self.mode not in MODES:
+            raise ValueError(f"Reduction.mode must be one of {MODES}: {self.mode!r}.")
+        if self.dtype is not None and not jnp.issubdtype(self.dtype, jnp.floating):
+            raise ValueError(f"Reduction.dtype must be floating, got {self.dtype}.")
+
+
+def reduce_statistics(
+    statistics: Statistics, axis_name: Any, reduction: Reduction
+) -> Statistics:
+    """Mean of a layer's statistics over the devices of ``axis_name``.
+
+    Args:
+        statistics: This device's.
+        axis_name: Name(s) of the mapped axes.
+        reduction: How they travel.
+
+    Returns:
+        The same on every device.
+    """
+
+    def mean(x: Array, symmetric: bool) -> Array:
+        packed = symmetric and reduction.pack and x.shape[-1] > 1
+        wire = pack(x) if packed else x
+        if reduction.dtype is not None:
+            wire = wire.astype(reduction.dtype)
+        wire = lax.pmean(wire, axis_name).astype(x.dtype)
+        return unpack(wire, x.shape[-1]) if packed else wire
+
+    if isinstance(statistics, DiagonalStatistics):
+        gradient = mean(statistics.gradient, False)
+        total = lax.psum(statistics.num_examples, axis_name)
+        return DiagonalStatistics(gradient, total)
+    if isinstance(statistics, KroneckerStatistics):
+        a, g, s = statistics
+        s = None if s is None else mean(s, False)
+        return KroneckerStatistics(mean(a, True), mean(g, True), s)
+    return jax.tree.map(lambda x: mean(x, True), statistics)
+
+
+def pack(matrix: Array) -> Array:
+    """Upper triangles of ``[*blocks, d, d]`` as ``[*blocks, d (d + 1) / 2]``."""
+    rows, columns = np.triu_indices(matrix.shape[-1])
+    return matrix[..., rows, columns]
+
+
+def unpack(packed: Array, size: int) -> Array:
+    """Symmetric matrices from their packed upper triangles."""
+    rows, columns = np.triu_indices(size)
+    index = np.zeros((size, size), np.int32)
+    index[rows, columns] = np.arange(rows.size)
+    index = np.maximum(index, index.T)
+    return packed[..., index]
+
+
+def wire_elements(layer: LayerTag, reduction: Reduction, moments: bool) -> int:
+    """Elements that one refresh of a layer sends per device and direction."""
+    symmetric = [] if layer.kind == "diagonal" else [layer.a_shape, layer.g_shape]
+    total = int(np.prod(layer.a_shape)) + 1 if layer.kind == "diagonal" else 0
+    if moments and layer.kronecker:
+        total += int(np.prod(layer.a_shape[:-1])) * layer.g_shape[-1]
+    for shape in symmetric:
+        if shape:
+            total += _symmetric_elements(shape, reduction.pack)
+    return total
+
+
+def _symmetric_elements(shape: Shape, packed: bool) -> int:
+    d = shape[-1]
+    return int(np.prod(shape[:-2])) * (d * (d + 1) // 2 if packed else d * d)

@@ -1,0 +1,1 @@
+"""Finds the layers of a loss function in its jaxpr and taps them."""

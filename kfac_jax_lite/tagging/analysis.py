@@ -1,0 +1,197 @@
+"""Abstract walk over a jaxpr: which variable reads which parameter, and how.
+
+Every variable carries a *fact*: it is a ``View`` of a parameter, a ``Scaled`` view (a
+view times other variables), the ``Output`` of a layer to which a bias may still be
+added, or nothing known. ``RULES`` holds one small handler per primitive; a handler
+returns the facts of the outputs, or None where it does not apply, in which case every
+parameter among the operands counts as used outside a layer.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+
+from kfac_jax_lite.tagging.layers import Plan, Site
+from kfac_jax_lite.types import Shape, View
+
+
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """A variable beside a view; ``steps`` bring it to ``shape``."""
+
+    atom: Any
+    shape: Shape
+    steps: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """A view times other variables, elementwise."""
+
+    view: View
+    factors: tuple[Factor, ...]
+
+    @property
+    def constant(self) -> bool:
+        """Whether the factors are literals, which mean the same in any jaxpr."""
+        return all(isinstance(f.atom, Literal) for f in self.factors)
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Output of a layer; ``labels`` number its output axes, None for row axes."""
+
+    site: Site
+    labels: tuple[int | None, ...]
+
+
+Fact = View | Scaled | Output | None
+Handler = Callable[["Scope", int, JaxprEqn, list[Fact]], "list[Fact] | None"]
+RULES: dict[str, Handler] = {}
+
+
+ALWAYS: set[str] = set()
+
+
+def rule(*primitives: str, always: bool = False) -> Callable[[Handler], Handler]:
+    """Registers a handler for primitives, by name (names outlive JAX's modules).
+
+    Args:
+        *primitives: Names of the primitives.
+        always: Run the handler also where no operand has a fact (nested jaxprs, marks).
+
+    Returns:
+        The decorator.
+    """
+
+    def register(handler: Handler) -> Handler:
+        for name in primitives:
+            RULES[name] = handler
+            if always:
+                ALWAYS.add(name)
+        return handler
+
+    return register
+
+
+class Walk:
+    """What one walk over a whole loss has found, at any depth.
+
+    Attributes:
+        sites: Candidate layer applications, in program order.
+        uses: Leaf number to the primitives that use it outside candidate layers.
+        marks: ``(likelihood, shape, loop lengths)`` of each marked output.
+        loops: Lengths of the loops around the current equation.
+        branch: The ``cond`` branch around the current equation.
+        while_leaves: Leaves that reach a ``while`` loop, as bits.
+        nested_marks: Whether an output is marked inside a loop or branch.
+        reached: Leaves that the loss depends on, as bits.
+    """
+
+    def __init__(self, num_leaves: int):
+        self.sites: list[Site] = []
+        self.uses: dict[int, list[str]] = collections.defaultdict(list)
+        self.marks: list[tuple[str, Shape, Shape]] = []
+        self.loops: Shape = ()
+        self.branch: tuple[int, int] | None = None
+        self.data_bit = 1 << num_leaves
+        self.while_leaves = 0
+        self.branches = 0
+        self.reached = 0
+        self.nested_marks = False
+
+
+class Scope:
+    """Facts and dependencies of the variables of one jaxpr."""
+
+    def __init__(self, walk: Walk, plan: Plan, jaxpr: Jaxpr):
+        self.walk, self.plan, self.jaxpr = walk, plan, jaxpr
+        self.facts: dict[Var, Fact] = {}
+        self.deps: dict[Var, int] = {}
+        self.consumers: dict[Var, list[int]] = collections.defaultdict(list)
+        for i, eqn in enumerate(jaxpr.eqns):
+            for atom in eqn.invars:
+                if not isinstance(atom, Literal):
+                    self.consumers[atom].append(i)
+        for atom in jaxpr.outvars:
+            if not isinstance(atom, Literal):
+                self.consumers[atom].append(-1)
+
+    def fact(self, atom) -> Fact:
+        """The fact of an atom (None for literals and unknowns)."""
+        return None if isinstance(atom, Literal) else self.facts.get(atom)
+
+    def dependencies(self, atoms: Iterable) -> int:
+        """Bit set of the leaves (and the data) that atoms depend on."""
+        bits = 0
+        for atom in atoms:
+            if not isinstance(atom, Literal):
+                bits |= self.deps.get(atom, 0)
+        return bits
+
+    def used_once(self, atom) -> bool:
+        """Whether a single equation (or the output list) reads the variable."""
+        return not isinstance(atom, Literal) and len(self.consumers[atom]) == 1
+
+    def add_site(self, index: int, site: Site) -> None:
+        """Records a candidate behind equation ``index``."""
+        site.branch = self.walk.branch
+        stacked = math.prod(site.primary.stack)
+        site.repeat = math.prod(self.walk.loops) // stacked
+        self.plan.sites.setdefault(index, []).append(site)
+        self.walk.sites.append(site)
+
+    def mark_used(self, facts: Iterable[Fact], primitive: str) -> None:
+        """Notes that parameters are used in a way no layer rule covers."""
+        for fact in facts:
+            view = fact.view if isinstance(fact, Scaled) else fact
+            if isinstance(view, View):
+                self.walk.uses[view.leaf].append(primitive)
+
+    def run(self, facts: list[Fact], deps: list[int]) -> tuple[list[Fact], list[int]]:
+        """Walks the jaxpr; returns facts and dependencies of its outputs."""
+        for var, fact, bits in zip(self.jaxpr.invars, facts, deps, strict=True):
+            self.facts[var], self.deps[var] = fact, bits
+        for index, eqn in enumerate(self.jaxpr.eqns):
+            self.step(index, eqn)
+        for atom in self.jaxpr.outvars:
+            if isinstance(self.fact(atom), Output) and not self.used_once(atom):
+                self.facts[atom] = None
+        outs = self.jaxpr.outvars
+        return [self.fact(a) for a in outs], [self.dependencies([a]) for a in outs]
+
+    def step(self, index: int, eqn: JaxprEqn) -> None:
+        """Applies the rule of one equation."""
+        bits = self.dependencies(eqn.invars)
+        for var in eqn.outvars:
+            self.deps[var] = bits
+        facts = [self.fact(a) for a in eqn.invars]
+        name = eqn.primitive.name
+        handler = RULES.get(name)
+        if name not in ALWAYS and not any(f is not None for f in facts):
+            handler = None
+        results = handler(self, index, eqn, facts) if handler else None
+        if results is None:
+            self.mark_used(facts, name)
+            return
+        for var, fact in zip(eqn.outvars, results, strict=True):
+            self.facts[var] = fact
+
+
+def analyse(closed: ClosedJaxpr, num_leaves: int) -> tuple[Walk, Plan]:
+    """Walks a traced loss whose first ``num_leaves`` inputs are the parameters."""
+    jaxpr = closed.jaxpr
+    walk, plan = Walk(num_leaves), Plan()
+    scope = Scope(walk, plan, jaxpr)
+    shapes = [tuple(v.aval.shape) for v in jaxpr.invars[:num_leaves]]
+    facts: list[Fact] = [View.of_leaf(i, s) for i, s in enumerate(shapes)]
+    facts += [None] * (len(jaxpr.invars) - num_leaves)
+    deps = [1 << i for i in range(num_leaves)]
+    deps += [walk.data_bit] * (len(jaxpr.invars) - num_leaves)
+    _, out = scope.run(facts, deps)
+    walk.reached = out[0] if out else 0
+    return walk, plan

@@ -1,0 +1,157 @@
+"""Evaluates a jaxpr while following a plan: the traced loss, tapped.
+
+Equations without a site, at any depth, are bound exactly as they were traced. Nested
+jaxprs that hold sites are rebuilt from the public function that made them.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+from jax import lax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
+
+from kfac_jax_lite.tagging.layers import Plan, Site
+from kfac_jax_lite.tagging.taps import Slot
+from kfac_jax_lite.types import Array
+
+Slots = dict[str, Slot]
+OnSite = Callable[[Site, Array, list, Slot], Array]
+
+
+class Interpreter:
+    """Runs planned jaxprs.
+
+    Args:
+        on_site: ``(site, output, inputs, slot) -> output`` for every site, where
+            ``slot`` is the site's layer's entry of ``slots``.
+        stack_leaf: Layer name to the leaf that a ``scan`` may consume by slices.
+    """
+
+    def __init__(self, on_site: OnSite, stack_leaf: dict[str, int]):
+        self.on_site, self.stack_leaf = on_site, stack_leaf
+
+    def run(
+        self, plan: Plan, jaxpr: Jaxpr, consts: Sequence, args: Sequence, slots: Slots
+    ) -> tuple[list, list]:
+        """Evaluates ``jaxpr``; returns its outputs and the marked outputs passed."""
+        env = dict(zip(jaxpr.constvars, consts, strict=True))
+        env.update(zip(jaxpr.invars, args, strict=True))
+        marked: list = []
+
+        def value(atom):
+            return atom.val if isinstance(atom, Literal) else env[atom]
+
+        for index, eqn in enumerate(jaxpr.eqns):
+            operands = [value(a) for a in eqn.invars]
+            plans = plan.children.get(index, ())
+            if any(p.active for p in plans):
+                handler = HANDLERS[eqn.primitive.name]
+                results, inner = handler(self, plan, index, eqn, operands, slots)
+                marked += inner
+            else:
+                results = bind(eqn, operands)
+            if index in plan.marks:
+                marked += results
+            env.update(zip(eqn.outvars, results, strict=True))
+            for site in plan.sites.get(index, ()):
+                if site.layer is not None:
+                    var = eqn.outvars[site.output]
+                    inputs = [value(a) for a in site.inputs]
+                    env[var] = self.on_site(site, env[var], inputs, slots[site.layer])
+        return [value(a) for a in jaxpr.outvars], marked
+
+
+def bind(eqn: JaxprEqn, operands: list) -> list:
+    """Evaluates one equation as it was traced: a jaxpr of that equation alone.
+
+    How a primitive binds the functions in its parameters differs between JAX releases;
+    ``jaxpr_as_fun`` is the public way that holds in all of them.
+    """
+    given = zip(eqn.invars, operands, strict=True)
+    values = {a: v for a, v in given if not isinstance(a, Literal)}
+    single = Jaxpr((), list(values), eqn.outvars, [eqn], eqn.effects)
+    return jaxpr_as_fun(ClosedJaxpr(single, ()))(*values.values())
+
+
+def run_call(self: Interpreter, plan, index, eqn, operands, slots):
+    """``jit`` and plain calls: evaluated in line."""
+    jaxpr = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+    consts = getattr(jaxpr, "consts", ())
+    (inner,) = plan.children[index]
+    return self.run(inner, getattr(jaxpr, "jaxpr", jaxpr), consts, operands, slots)
+
+
+def run_checkpoint(self: Interpreter, plan, index, eqn, operands, slots):
+    """``jax.checkpoint``: the taps are rematerialised with the rest."""
+    (inner,) = plan.children[index]
+
+    def body(operands, slots):
+        return self.run(inner, eqn.params["jaxpr"], (), operands, slots)
+
+    body = jax.checkpoint(
+        body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"]
+    )
+    return body(operands, slots)
+
+
+def run_scan(self: Interpreter, plan, index, eqn, operands, slots):
+    """``scan``: slots of layers whose parameter it slices are sliced along."""
+    p = eqn.params
+    n_const, n_carry = p["num_consts"], p["num_carry"]
+    consts = operands[:n_const]
+    carry = operands[n_const : n_const + n_carry]
+    (inner,) = plan.children[index]
+    here = {site.layer for site in inner.all_sites()}
+    sliced = {
+        name
+        for name in here
+        if name is not None and self.stack_leaf[name] in plan.unstacked[index]
+    }
+    whole = {k: v for k, v in slots.items() if k not in sliced}
+    stacked = {k: slots[k] for k in sliced}
+    dues = {k: stacked[k].due for k in sliced}
+    stacked = {k: v._replace(due=None) for k, v in stacked.items()}
+
+    def body(carry, x):
+        xs, layer_slots = x
+        layer_slots = {k: v._replace(due=dues[k]) for k, v in layer_slots.items()}
+        out, _ = self.run(
+            inner,
+            p["jaxpr"].jaxpr,
+            p["jaxpr"].consts,
+            [*consts, *carry, *xs],
+            {**whole, **layer_slots},
+        )
+        return out[:n_carry], out[n_carry:]
+
+    xs = (operands[n_const + n_carry :], stacked)
+    carry, ys = lax.scan(
+        body, carry, xs, length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
+    )
+    return [*carry, *ys], []
+
+
+def run_cond(self: Interpreter, plan, index, eqn, operands, slots):
+    """``cond`` and ``switch``: every branch gets its taps."""
+    which, *operands = operands
+    branches = []
+    for inner, closed in zip(plan.children[index], eqn.params["branches"], strict=True):
+
+        def branch(operands, slots, inner=inner, closed=closed):
+            out, _ = self.run(inner, closed.jaxpr, closed.consts, operands, slots)
+            return out
+
+        branches.append(branch)
+    return lax.switch(which, branches, operands, slots), []
+
+
+HANDLERS = {
+    "jit": run_call,
+    "pjit": run_call,
+    "closed_call": run_call,
+    "core_call": run_call,
+    "remat2": run_checkpoint,
+    "checkpoint": run_checkpoint,
+    "scan": run_scan,
+    "cond": run_cond,
+}

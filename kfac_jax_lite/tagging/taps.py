@@ -1,0 +1,78 @@
+"""Zero-valued probes whose cotangents are a layer's statistics.
+
+``tap`` is the identity on a layer's output. Its backward rule hands the cotangent on
+unchanged and returns, as the cotangents of the probes, whatever the estimators compute
+from the layer's inputs and that cotangent. Sites of one layer share its probes, so
+reverse mode itself adds up what weight sharing repeats.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+
+from kfac_jax_lite.types import Array
+
+Estimators = tuple[Callable[[Any, Array], Array], ...]
+
+
+class Slot(NamedTuple):
+    """What the taps of one layer share.
+
+    Attributes:
+        due: Scalar bool, or None for always.
+        probes: Zeros, shaped like the layer's statistics.
+        basis: Eigenbases ``(Q_A, Q_G)`` for EKFAC, else an empty tuple.
+    """
+
+    due: Array | None
+    probes: tuple[Array, ...]
+    basis: tuple[Array, ...] = ()
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def tap(
+    estimators: Estimators, output: Array, inputs: Any, due: Any, probes: tuple
+) -> Array:
+    """Returns ``output``; see the module's docstring.
+
+    Args:
+        estimators: One function ``(inputs, cotangent) -> statistic`` for every probe.
+        output: The layer's output.
+        inputs: What the estimators need from the forward pass.
+        due: Scalar bool, or None for always. Where it is false the backward pass
+            returns the probes themselves (zeros) and computes nothing: each estimator
+            runs inside its own ``lax.cond``.
+        probes: Zeros, shaped like the statistics.
+    """
+    del estimators, inputs, due, probes
+    return output
+
+
+def _forward(estimators, output, inputs, due, probes):
+    del estimators
+    return output, (inputs, due, probes)
+
+
+def _backward(estimators, residuals, cotangent):
+    inputs, due, probes = residuals
+    statistics = []
+    for estimate, probe in zip(estimators, probes, strict=True):
+        if due is None:
+            statistics.append(estimate(inputs, cotangent).astype(probe.dtype))
+            continue
+
+        def refresh(inputs, cotangent, probe, estimate=estimate):
+            return estimate(inputs, cotangent).astype(probe.dtype)
+
+        def skip(inputs, cotangent, probe):
+            del inputs, cotangent
+            return probe
+
+        statistics.append(lax.cond(due, refresh, skip, inputs, cotangent, probe))
+    return cotangent, None, None, tuple(statistics)
+
+
+tap.defvjp(_forward, _backward)

@@ -1,0 +1,193 @@
+"""From a user's loss function to its jaxpr, plan and layers, with the errors said."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr
+
+# The rules register themselves.
+from kfac_jax_lite.likelihoods import row_shape
+from kfac_jax_lite.tagging import matchers as _matchers
+from kfac_jax_lite.tagging import structure as _structure
+from kfac_jax_lite.tagging.analysis import Walk, analyse
+from kfac_jax_lite.tagging.layers import Plan, Site
+from kfac_jax_lite.tagging.resolve import plain, resolve
+from kfac_jax_lite.types import LayerTag
+
+__all__ = ["Trace", "trace"]
+del _matchers, _structure
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """One abstract trace of a loss.
+
+    Attributes:
+        closed: The jaxpr; parameters come first among its inputs.
+        plan: Where its layers sit.
+        layers: Its layers.
+        sites: The chosen sites, by layer name.
+        num_examples: ``N``.
+        marks: Likelihood of every marked output, in program order.
+        out_tree: Structure of the loss function's result.
+    """
+
+    closed: ClosedJaxpr
+    plan: Plan
+    layers: tuple[LayerTag, ...]
+    sites: dict[str, list[Site]]
+    num_examples: int
+    marks: tuple[str, ...]
+    out_tree: Any
+
+
+def trace(
+    loss_fn: Callable,
+    params: Any,
+    args: tuple,
+    has_aux: bool,
+    num_examples: int | None,
+    sampled: bool,
+) -> Trace:
+    """Traces ``loss_fn(params, *args)`` abstractly and finds its layers.
+
+    Args:
+        loss_fn: Returns the mean loss, a scalar, or ``(loss, aux)``.
+        params: Parameters, arrays or ``ShapeDtypeStruct``.
+        args: Further arguments.
+        has_aux: Whether ``loss_fn`` returns ``(loss, aux)``.
+        num_examples: ``N`` where it cannot be read off.
+        sampled: Whether the output must be marked (MC or exact Fisher).
+
+    Returns:
+        What was found.
+
+    Raises:
+        TypeError: Integer or complex parameters; a loss that is no real scalar.
+        ValueError: No parameters; ``N`` unknown, contradictory or zero; a parameter
+            inside a ``while`` loop; no marked output where one is needed.
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    check_params(flat)
+    closed, shape = jax.make_jaxpr(loss_fn, return_shape=True)(params, *args)
+    check_loss(shape, has_aux)
+    walk, plan = analyse(closed, len(flat))
+    if walk.while_leaves:
+        check_while(loss_fn, params, args, has_aux, flat, walk.while_leaves)
+    n = count_examples(walk, args, num_examples)
+    check_marks(walk, sampled)
+    paths = [path for path, _ in flat]
+    layers = resolve(walk, paths, [tuple(leaf.shape) for _, leaf in flat], n)
+    sites: dict[str, list[Site]] = {}
+    for site in walk.sites:
+        if site.layer is not None:
+            sites.setdefault(site.layer, []).append(site)
+    marks = tuple(name for name, _, _ in walk.marks)
+    out_tree = jax.tree_util.tree_structure(shape)
+    return Trace(closed, plan, layers, sites, n, marks, out_tree)
+
+
+def check_params(flat: list) -> None:
+    """Parameters must be real floating-point arrays, at least one."""
+    if not flat:
+        raise ValueError("params has no leaves: there is nothing to train.")
+    for path, leaf in flat:
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not hasattr(leaf, "shape"):
+            kind = type(leaf).__name__
+            raise TypeError(f"params[{plain(path)}] is a {kind}, not an array.")
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"params[{plain(path)}] has dtype {dtype}; K-FAC trains real "
+                "floating-point parameters. Pass it as a further argument instead."
+            )
+
+
+def check_loss(shape: Any, has_aux: bool) -> None:
+    """The loss must be one real number."""
+    if has_aux and not (isinstance(shape, tuple) and len(shape) == 2):
+        raise TypeError("has_aux=True wants loss_fn to return (loss, aux).")
+    value = shape[0] if has_aux else shape
+    if isinstance(value, tuple) and not has_aux:
+        raise TypeError("loss_fn returned a tuple; pass has_aux=True for (loss, aux).")
+    if not hasattr(value, "shape") or value.shape != ():
+        seen = getattr(value, "shape", type(value).__name__)
+        raise TypeError(f"loss_fn must return a scalar, got {seen}; take the mean.")
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(f"loss_fn must return a real number, got {value.dtype}.")
+
+
+def check_while(loss_fn, params, args, has_aux, flat, leaves: int) -> None:
+    """A ``while`` loop is fine only where no derivative has to pass it."""
+    value = (lambda *a: loss_fn(*a)[0]) if has_aux else loss_fn
+    try:
+        jax.eval_shape(jax.grad(value), params, *args)
+    except ValueError as error:
+        names = [plain(p) for i, (p, _) in enumerate(flat) if leaves >> i & 1]
+        raise ValueError(
+            f"parameters {', '.join(names)} reach a while loop, which has no "
+            "reverse-mode derivative; use lax.scan or a loop of static length."
+        ) from error
+
+
+def count_examples(walk: Walk, args: tuple, given: int | None) -> int:
+    """``N``: rows of the marked output, else given, else the shared leading axis."""
+    marked = {
+        math.prod(row_shape(shape, name)) * math.prod(loops)
+        for name, shape, loops in walk.marks
+    }
+    if given is not None and (isinstance(given, bool) or given != int(given)):
+        raise ValueError(f"num_examples must be a whole number, got {given}.")
+    if len(marked) > 1 or (marked and given is not None and marked != {given}):
+        raise ValueError(
+            f"the marked outputs have {sorted(marked)} rows and num_examples is "
+            f"{given}: which is the number of terms that the loss averages over? "
+            "Mark one output, or leave num_examples out."
+        )
+    if marked:
+        n = marked.pop()
+    elif given is not None:
+        n = int(given)
+    else:
+        n = leading_axis(args)
+    if n < 1:
+        raise ValueError(f"the batch is empty: the loss averages over {n} terms.")
+    return n
+
+
+def leading_axis(args: tuple) -> int:
+    """The leading axis that all array arguments share (PRNG keys aside)."""
+    sizes: dict[int, str] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(args)[0]:
+        shape = tuple(getattr(leaf, "shape", ()))
+        dtype = getattr(leaf, "dtype", None)
+        raw_key = dtype == jnp.uint32 and shape == (2,)
+        if shape and not raw_key and not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+            sizes.setdefault(shape[0], f"args{jax.tree_util.keystr(path)} {shape}")
+    if len(sizes) == 1:
+        return next(iter(sizes))
+    seen = "; ".join(sizes.values()) or "no array arguments"
+    raise ValueError(
+        f"cannot tell how many terms the loss averages over ({seen}). Mark the "
+        "network's output with kfac.categorical, kfac.bernoulli or kfac.normal, or "
+        "pass num_examples."
+    )
+
+
+def check_marks(walk: Walk, sampled: bool) -> None:
+    """MC and exact Fisher need an output whose distribution is known."""
+    if not sampled:
+        return
+    if not walk.marks:
+        raise ValueError(
+            'fisher="mc" and "exact" need the network\'s output marked: wrap it in '
+            "kfac.categorical, kfac.bernoulli or kfac.normal inside loss_fn."
+        )
+    if walk.nested_marks:
+        raise ValueError(
+            "an output marked inside scan or cond cannot be sampled; mark what leaves it."
+        )

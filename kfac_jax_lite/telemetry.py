@@ -1,0 +1,57 @@
+"""``report``: what the optimiser did, layer by layer, as plain host-side records."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from kfac_jax_lite.tree import find_states
+
+
+def report(opt_state: Any) -> list[dict[str, Any]]:
+    """Reads the counters of every ``KFACState`` inside an optax state.
+
+    Args:
+        opt_state: Any optax state that contains a ``KFACState``, on device or host.
+
+    Returns:
+        One record per layer: ``name``, ``interval`` (steps), ``next_due``,
+        ``refreshes``, ``inversions``, ``failures``, ``diff`` (relative change at the
+        last refresh, None before there is one), ``elements`` (one refresh),
+        ``elements_reduced``, ``bytes_reduced``, ``bytes_if_every_step``, and of the
+        whole: ``damping``, ``steps``, ``skipped``.
+
+    Raises:
+        ValueError: There is no ``KFACState`` in ``opt_state``.
+    """
+    states = find_states(opt_state)
+    if not states:
+        raise ValueError(
+            f"opt_state ({type(opt_state).__name__}) contains no KFACState."
+        )
+    records = []
+    for state in states:
+        small = (state.clock, state.count, state.skipped, state.damping)
+        clock, count, skipped, damping = jax.device_get(small)
+        for i, name in enumerate(sorted(state.factors)):
+            refreshes, elements = int(clock.refreshes[i]), int(clock.elements[i])
+            size, diff = int(clock.bytes[i]), float(clock.diff[i])
+            records.append(
+                {
+                    "name": name,
+                    "interval": int(clock.interval[i]),
+                    "next_due": bool(clock.due[i]),
+                    "refreshes": refreshes,
+                    "inversions": int(clock.inversions[i]),
+                    "failures": int(clock.failures[i]),
+                    "diff": diff if np.isfinite(diff) else None,
+                    "elements": elements,
+                    "elements_reduced": refreshes * elements,
+                    "bytes_reduced": refreshes * size,
+                    "bytes_if_every_step": int(count) * size,
+                    "damping": float(damping),
+                    "steps": int(count),
+                    "skipped": int(skipped),
+                }
+            )
+    return records

@@ -1,0 +1,28 @@
+"""Looking things up in parameter trees and optimiser states."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+
+
+def leaves_by_path(tree: Any) -> dict[str, Any]:
+    """Leaves of a tree under their ``jax.tree_util.keystr``."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def replace_leaves(tree: Any, new: Mapping[str, Any]) -> Any:
+    """The tree with some leaves, named by path, replaced."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: new.get(jax.tree_util.keystr(path), leaf), tree
+    )
+
+
+def find_states(opt_state: Any, name: str = "KFACState") -> list[Any]:
+    """Every state of that name inside an optax state, wherever it is wrapped."""
+    if type(opt_state).__name__ == name:
+        return [opt_state]
+    found = optax.tree_utils.tree_get_all_with_path(opt_state, name)
+    return [state for _, state in found]
