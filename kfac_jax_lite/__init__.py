@@ -1,16 +1,18 @@
 """K-FAC (natural gradient with Kronecker factors) as a plain optax transformation.
 
-    tagged = kfac.tag(loss_fn, params, *batch)
-    tx = kfac.kfac(tagged.layers, learning_rate=0.1)
-    value, grads, statistics = tagged.value_and_grad(params, *batch, opt_state=state)
-    updates, state = tx.update(grads, state, params, statistics=statistics)
+tagged = kfac.tag(loss_fn, params, *batch)
+tx = kfac.kfac(tagged.layers, learning_rate=0.1)
+value, grads, statistics = tagged.value_and_grad(params, *batch, opt_state=state)
+updates, state = tx.update(grads, state, params, statistics=statistics)
 """
 
 from kfac_jax_lite import damping, intervals
 from kfac_jax_lite.alias import KFACChainState, kfac
 from kfac_jax_lite.factors.estimate import TaggedLoss, tag
 from kfac_jax_lite.factors.state import Clock, KFACState
+from kfac_jax_lite.guided import GuidedState
 from kfac_jax_lite.likelihoods import bernoulli, categorical, normal
+from kfac_jax_lite.quadratic import QuadraticModel, quadratic_model
 from kfac_jax_lite.reduce import Reduction
 from kfac_jax_lite.telemetry import report
 from kfac_jax_lite.transform import scale_by_kfac
@@ -26,10 +28,12 @@ __version__ = "0.1.0"
 __all__ = [
     "Clock",
     "DiagonalStatistics",
+    "GuidedState",
     "KFACChainState",
     "KFACState",
     "KroneckerStatistics",
     "LayerTag",
+    "QuadraticModel",
     "Reduction",
     "ScaleShiftStatistics",
     "TaggedLoss",
@@ -39,6 +43,7 @@ __all__ = [
     "intervals",
     "kfac",
     "normal",
+    "quadratic_model",
     "report",
     "scale_by_kfac",
     "tag",

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfac_jax_lite.damping import Damping
+from kfac_jax_lite.damping import Damping, LevenbergMarquardt
 from kfac_jax_lite.factors.state import KFACState
+from kfac_jax_lite.guided import guided
 from kfac_jax_lite.intervals import Interval
 from kfac_jax_lite.reduce import Reduction
-from kfac_jax_lite.transform import scale_by_kfac
+from kfac_jax_lite.transform import ALL_REDUCE, EVERY_STEP, scale_by_kfac
 from kfac_jax_lite.types import Array, LayerTag
 
 
@@ -31,17 +32,18 @@ class KFACChainState(NamedTuple):
 
 def kfac(
     layers: Sequence[LayerTag],
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: optax.ScalarOrSchedule | str,
     damping: Damping = 1e-3,
     momentum: float | None = 0.9,
     weight_decay: float = 0.0,
     kl_clip: float | None = 1e-3,
     factor_decay: float = 0.95,
-    interval: Interval | None = None,
+    interval: Interval = EVERY_STEP,
     inverse: str = "cholesky",
     inverse_interval: int = 1,
     axis_name: Any = None,
-    reduction: Reduction | None = None,
+    reduction: Reduction = ALL_REDUCE,
+    model_interval: int = 5,
 ) -> optax.GradientTransformationExtraArgs:
     """K-FAC with a trust region, decoupled weight decay and momentum.
 
@@ -51,7 +53,10 @@ def kfac(
 
     Args:
         layers: ``tagged.layers``.
-        learning_rate: ``η``, a number or an optax schedule.
+        learning_rate: ``η``, a number or an optax schedule; or ``"auto"``: learning rate
+            and momentum minimise the quadratic model, ``update`` then needs
+            ``model=kfac.quadratic_model(tagged, params, *batch)``, and ``momentum`` and
+            ``kl_clip`` play no part.
         damping: ``λ``; see ``scale_by_kfac``, as for the arguments not listed here.
         momentum: Decay of the accumulated update (heavy ball), or None.
         weight_decay: Decoupled weight decay, multiplied by the learning rate.
@@ -62,6 +67,8 @@ def kfac(
         inverse_interval: Least number of steps between inversions.
         axis_name: Mapped axes to average statistics over.
         reduction: How statistics travel.
+        model_interval: Steps between consultations of the quadratic model, where
+            ``learning_rate="auto"`` or the damping is ``levenberg_marquardt``.
 
     Returns:
         An optax transformation; pass ``statistics=`` (and ``params``, with weight decay)
@@ -80,11 +87,14 @@ def kfac(
         raise ValueError(f"kl_clip must be positive or None, got {kl_clip!r}.")
     if isinstance(momentum, (int, float)) and not 0 <= momentum < 1:
         raise ValueError(f"momentum must be in [0, 1), got {momentum!r}.")
+    if isinstance(learning_rate, str) and learning_rate != "auto":
+        raise ValueError('learning_rate must be a number, a schedule or "auto".')
     if isinstance(learning_rate, (int, float)) and learning_rate < 0:
         raise ValueError(f"learning_rate must not be negative, got {learning_rate!r}.")
+    adaptive = isinstance(damping, LevenbergMarquardt)
     precondition = scale_by_kfac(
         layers,
-        damping=damping,
+        damping=damping.initial if adaptive else damping,
         factor_decay=factor_decay,
         interval=interval,
         inverse=inverse,
@@ -92,6 +102,16 @@ def kfac(
         axis_name=axis_name,
         reduction=reduction,
     )
+    if isinstance(learning_rate, str) or adaptive:
+        return guided(
+            precondition,
+            learning_rate,
+            momentum,
+            damping,
+            weight_decay,
+            model_interval,
+            axis_name,
+        )
     decays = not isinstance(weight_decay, (int, float)) or weight_decay != 0
     tail = optax.chain(
         optax.add_decayed_weights(weight_decay) if decays else optax.identity(),

@@ -143,3 +143,24 @@ def square_root_column(likelihood: str, output: Array) -> tuple[int, Callable]:
             return (jnp.ones_like(z) * unit(j)).astype(output.dtype)
 
     return columns, column
+
+
+def fisher_product(likelihood: str, output: Array, tangent: Array) -> Array:
+    """``Λ(z) t`` row by row.
+
+    Args:
+        likelihood: Which mark the output carries.
+        output: ``z [..., outputs]``.
+        tangent: ``t``, shaped like ``output``.
+
+    Returns:
+        The product, shaped like ``output``.
+    """
+    z = output.astype(jnp.promote_types(output.dtype, jnp.float32))
+    t = tangent.astype(z.dtype)
+    if likelihood == "categorical":
+        p = jax.nn.softmax(z)
+        return p * (t - jnp.sum(p * t, -1, keepdims=True))
+    if likelihood == "bernoulli":
+        return jax.nn.sigmoid(z) * jax.nn.sigmoid(-z) * t
+    return t

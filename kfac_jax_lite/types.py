@@ -65,7 +65,7 @@ class View:
             select = jax.vmap(select)
         return select(leaf)
 
-    def write(self, block: Array, leaf: jax.ShapeDtypeStruct) -> Array:
+    def write(self, block: Array, leaf: Array | jax.ShapeDtypeStruct) -> Array:
         """Adjoint of ``read``: puts a block back, zero where the view does not look."""
         like = jax.ShapeDtypeStruct(leaf.shape, block.dtype)
         (out,) = jax.linear_transpose(self.read, like)(block)
@@ -121,10 +121,11 @@ class View:
         settled = self.settle()
         if settled is None:
             return None
-        steps = tuple(strides) if strides else (1,) * len(start)
+        start, limit = tuple(map(int, start)), tuple(map(int, limit))
+        steps = tuple(map(int, strides)) if strides else (1,) * len(start)
         ranges = zip(start, limit, steps, strict=True)
         shape = tuple(len(range(s, e, k)) for s, e, k in ranges)
-        ops = settled.ops + (("slice", (tuple(start), tuple(limit), steps)),)
+        ops = settled.ops + (("slice", (start, limit, steps)),)
         return View(self.leaf, shape, _axes(shape), shape, ops, self.stack)
 
     def unstack(self) -> "View | None":

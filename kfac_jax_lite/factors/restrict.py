@@ -34,6 +34,8 @@ def present_layers(layers: Sequence[LayerTag], tree: Any) -> tuple[LayerTag, ...
     for layer in layers:
         keep = []
         for i, path in enumerate(layer.params):
+            if path not in found and hidden(path, found):
+                continue
             if path not in found:
                 raise ValueError(
                     f"layer {layer.name} owns the parameter {path}, which is not in the "
@@ -53,6 +55,12 @@ def present_layers(layers: Sequence[LayerTag], tree: Any) -> tuple[LayerTag, ...
 def is_masked(node: Any) -> bool:
     """Whether optax has hidden this node."""
     return isinstance(node, optax.MaskedNode)
+
+
+def hidden(path: str, found: dict[str, Any]) -> bool:
+    """Whether a mask hides a whole subtree that the path is in."""
+    masked = [p for p, node in found.items() if is_masked(node)]
+    return any(path.startswith(p) and path[len(p) : len(p) + 1] in "[." for p in masked)
 
 
 def check_shape(layer: LayerTag, i: int, leaf: Any) -> None:

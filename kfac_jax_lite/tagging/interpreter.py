@@ -49,7 +49,7 @@ class Interpreter:
                 results, inner = handler(self, plan, index, eqn, operands, slots)
                 marked += inner
             else:
-                results = bind(eqn, operands)
+                results = bind(jaxpr, eqn, operands)
             if index in plan.marks:
                 marked += results
             env.update(zip(eqn.outvars, results, strict=True))
@@ -61,15 +61,22 @@ class Interpreter:
         return [value(a) for a in jaxpr.outvars], marked
 
 
-def bind(eqn: JaxprEqn, operands: list) -> list:
-    """Evaluates one equation as it was traced: a jaxpr of that equation alone.
+def bind(jaxpr: Jaxpr, eqn: JaxprEqn, operands: list) -> list:
+    """Evaluates one equation as it was traced: ``jaxpr`` cut down to that equation.
 
     How a primitive binds the functions in its parameters differs between JAX releases;
     ``jaxpr_as_fun`` is the public way that holds in all of them.
     """
     given = zip(eqn.invars, operands, strict=True)
     values = {a: v for a, v in given if not isinstance(a, Literal)}
-    single = Jaxpr((), list(values), eqn.outvars, [eqn], eqn.effects)
+    single = jaxpr.replace(
+        constvars=[],
+        invars=list(values),
+        outvars=list(eqn.outvars),
+        eqns=[eqn],
+        effects=eqn.effects,
+        debug_info=jaxpr.debug_info.with_unknown_names(),
+    )
     return jaxpr_as_fun(ClosedJaxpr(single, ()))(*values.values())
 
 

@@ -239,7 +239,7 @@ def shift(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
         same_size = tuple(eqn.invars[1 - side].aval.shape) == shape
         if bias is not None and same_size and role not in other.site.views:
             other.site.views[role] = bias
-            return [None]
+            return [other]
     data = scope.dependencies([eqn.invars[1 - side]]) & scope.walk.data_bit
     if not data:
         return None
@@ -262,7 +262,9 @@ def aligned(view: View, output: Output, shape: Shape) -> View | None:
         return None
     if view.stack != site.primary.stack:
         return None
-    order = [axis for label, axis in sorted((lb, a) for lb, a in pairs if a is not None)]
+    order = [
+        axis for label, axis in sorted((lb, a) for lb, a in pairs if a is not None)
+    ]
     sizes = tuple(view.core[a] for a in order)
     geometry = site.geometry
     if isinstance(geometry, ScaleShiftGeometry):

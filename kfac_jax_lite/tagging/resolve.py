@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kfac_jax_lite.tagging.analysis import Walk
@@ -59,9 +60,7 @@ def resolve(
     return tuple(sorted(tags, key=lambda t: min(v.leaf for v in t.views)))
 
 
-def group_sites(
-    walk: Walk, num_examples: int, reasons: dict[int, str]
-) -> list[Group]:
+def group_sites(walk: Walk, num_examples: int, reasons: dict[int, str]) -> list[Group]:
     """Sites by the parameters they apply; sites without an example axis are dropped."""
     groups: dict[tuple, Group] = {}
     for site in walk.sites:
@@ -120,9 +119,9 @@ def exact_cover(claims: list[tuple[Group, str]], shape: Shape) -> bool:
         return False
     if len(views) == 1:
         return True
-    index = np.arange(size).reshape(shape)
     seen = np.zeros(size, np.int64)
     with jax.ensure_compile_time_eval():
+        index = jnp.arange(size).reshape(shape)
         for view in views:
             seen[np.asarray(view.read(index)).ravel()] += 1
     return bool((seen == 1).all())

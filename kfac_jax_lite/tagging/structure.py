@@ -11,6 +11,7 @@ from kfac_jax_lite.tagging.analysis import (
     Output,
     Scaled,
     Scope,
+    Walk,
     rule,
 )
 from kfac_jax_lite.tagging.layers import Plan
@@ -222,12 +223,29 @@ def call(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
 
 @rule("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", always=True)
 def custom_rule(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
-    """A function with a derivative of its own is a black box: nothing inside is tapped.
+    """A function with a derivative of its own: tapped from outside or not at all.
 
-    Its parameters fall back (``mark_used``), since the cotangents inside it are not the
-    ones its rule computes.
+    The cotangents inside it are not those its rule computes, so nothing inside is
+    tapped. Where its result *is* a layer's output (a matrix product with its own
+    derivative), the tap stands behind the call; else its parameters fall back.
     """
-    del index
+    facts = enterable(scope, eqn.invars, facts)
+    if not any(isinstance(f, View) for f in facts):
+        return [None] * len(eqn.outvars)
+    closed = eqn.params.get("call_jaxpr", eqn.params.get("fun_jaxpr"))
+    jaxpr = closed.jaxpr
+    trial = Walk(scope.walk.data_bit.bit_length() - 1)
+    deps = [scope.dependencies([a]) for a in eqn.invars]
+    (out, *_), _ = Scope(trial, Plan(), jaxpr).run(facts, deps)
+    outside = dict(zip(jaxpr.invars, eqn.invars, strict=True))
+    lone = len(trial.sites) == len(eqn.outvars) == 1 and not trial.uses
+    if lone and isinstance(out, Output):
+        known = [a for a in out.site.inputs if isinstance(a, Literal) or a in outside]
+        if len(known) == len(out.site.inputs):
+            inputs = (a if isinstance(a, Literal) else outside[a] for a in known)
+            out.site.inputs = tuple(inputs)
+            scope.add_site(index, out.site)
+            return [out]
     scope.mark_used(facts, eqn.primitive.name.removesuffix("_call"))
     return [None] * len(eqn.outvars)
 

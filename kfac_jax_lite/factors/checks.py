@@ -1,0 +1,57 @@
+"""Errors that name the layer, the shape seen and the shape wanted."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from kfac_jax_lite.factors.restrict import part_of_statistics
+from kfac_jax_lite.factors.state import KFACState
+from kfac_jax_lite.types import LayerTag
+
+
+def check_state(layers: Sequence[LayerTag], state: KFACState) -> None:
+    """Refuses a state whose layers or shapes are not those of the gradient."""
+    if set(state.factors) != {layer.name for layer in layers}:
+        other = sorted(set(state.factors) ^ {layer.name for layer in layers})
+        raise ValueError(
+            f"the optimiser state is of another model: it and the layers differ in "
+            f"{other[0]}."
+        )
+    for layer in layers:
+        shape = state.factors[layer.name][0].shape
+        if shape != layer.a_shape:
+            raise ValueError(
+                f"the optimiser state is of another model: layer {layer.name} has a "
+                f"factor of shape {shape} in it, wanted {layer.a_shape}."
+            )
+
+
+def check_nothing_due(state: KFACState) -> None:
+    """Without statistics a step is possible only if it is known that none are wanted."""
+    due = state.clock.due
+    if isinstance(due, jax.core.Tracer) or bool(due.any()):
+        raise ValueError(
+            "update needs statistics=…: take them from value, grads, statistics = "
+            "tagged.value_and_grad(params, *args, opt_state=opt_state) and call "
+            "tx.update(grads, opt_state, params, statistics=statistics)."
+        )
+
+
+def checked_statistics(layer: LayerTag, statistics: Any) -> Any:
+    """A layer's statistics, or an error that says what is wrong with them."""
+    if layer.name not in statistics:
+        raise ValueError(
+            f"statistics hold nothing for layer {layer.name}: they are of another model."
+        )
+    own = part_of_statistics(layer, statistics[layer.name])
+    shapes = [tuple(own[0].shape)]
+    wanted = [layer.a_shape]
+    if layer.kronecker:
+        shapes.append(tuple(own.g.shape))
+        wanted.append(layer.g_shape)
+    if shapes != wanted:
+        raise ValueError(
+            f"layer {layer.name}: statistics have shapes {shapes}, wanted {wanted}."
+        )
+    return own

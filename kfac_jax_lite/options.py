@@ -1,0 +1,44 @@
+"""The validated arguments of ``scale_by_kfac``."""
+
+import dataclasses
+from typing import Any
+
+from kfac_jax_lite import damping as damping_lib
+from kfac_jax_lite.intervals import Interval
+from kfac_jax_lite.inverse import Method
+from kfac_jax_lite.reduce import Reduction
+from kfac_jax_lite.types import LayerTag
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The arguments of ``scale_by_kfac``; numbers may be traced values."""
+
+    layers: tuple[LayerTag, ...]
+    damping: damping_lib.Damping
+    factor_decay: Any
+    interval: Interval
+    method: Method
+    inverse_interval: Any
+    axis_name: Any
+    reduction: Reduction
+
+    def check(self) -> None:
+        """Raises for values that cannot be right; traced values pass."""
+        if not all(isinstance(layer, LayerTag) for layer in self.layers):
+            raise TypeError("layers must be LayerTags: pass tagged.layers.")
+        if len({layer.name for layer in self.layers}) != len(self.layers):
+            raise ValueError("two layers share a name: pass layers of one tagged loss.")
+        damping_lib.check(self.damping)
+        decay = self.factor_decay
+        if isinstance(decay, (int, float)) and not 0 <= decay < 1:
+            raise ValueError(f"factor_decay must be in [0, 1), got {decay!r}.")
+        n = self.inverse_interval
+        if isinstance(n, (int, float)) and (n < 1 or n != int(n)):
+            raise ValueError(
+                f"inverse_interval must be a whole number >= 1, got {n!r}."
+            )
+        if not isinstance(self.interval, Interval):
+            raise TypeError(
+                f"interval must come from kfac.intervals, got {self.interval!r}."
+            )

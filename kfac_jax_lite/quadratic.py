@@ -1,0 +1,83 @@
+"""The local quadratic model of the loss, exact in its curvature.
+
+``M(d) = ∇Lᵀ d + ½ dᵀ (C + λ I) d`` with ``C = (1/N) Σ Jᵀ Λ J`` the generalised
+Gauss-Newton matrix, equal to the Fisher matrix for the marked likelihoods. Products with
+``C`` need ``J d`` only: forward mode through the loss as it was traced, without taps.
+
+References:
+    Martens & Grosse, 2015, arXiv:1503.05671, Secs. 6.4, 6.5, 7; Martens, 2020,
+    arXiv:1412.1193, Sec. 8.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kfac_jax_lite.factors.estimate import TaggedLoss
+from kfac_jax_lite.likelihoods import fisher_product
+from kfac_jax_lite.tagging.interpreter import Interpreter
+from kfac_jax_lite.tagging.trace import trace
+from kfac_jax_lite.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class QuadraticModel:
+    """A loss on one batch around one point.
+
+    Attributes:
+        loss: ``params -> L(params)`` on this batch.
+        products: ``vectors -> (L, slopes, gram)``: the loss, ``∇Lᵀ v_i`` and
+            ``v_iᵀ C v_j`` for parameter-shaped vectors ``v_1 … v_k``.
+    """
+
+    loss: Callable[[Any], Array]
+    products: Callable[[Sequence[Any]], tuple[Array, Array, Array]]
+
+
+def quadratic_model(tagged: TaggedLoss, params: Any, *args: Any) -> QuadraticModel:
+    """The quadratic model of a tagged loss at ``params`` on the batch ``args``.
+
+    Nothing is computed until the model is asked; a part of the batch may be passed to
+    make it cheaper.
+
+    Args:
+        tagged: The tagged loss; its output must be marked.
+        params: The point.
+        *args: The batch.
+
+    Returns:
+        The model, to be passed as ``tx.update(…, model=model)``.
+
+    Raises:
+        ValueError: No output is marked, or it is marked inside a loop or a branch.
+    """
+    found = trace(
+        tagged.loss_fn, params, args, tagged.has_aux, tagged.num_examples, True
+    )
+    for sites in found.sites.values():
+        for site in sites:
+            site.layer = None  # untapped: a tap has no forward mode
+    run = Interpreter(lambda *_: None, {}).run
+    data = jax.tree.leaves(args)
+
+    def outputs(params):
+        operands = [*jax.tree.leaves(params), *data]
+        jaxpr, consts = found.closed.jaxpr, found.closed.consts
+        out, marked = run(found.plan, jaxpr, consts, operands, {})
+        return out[0], marked
+
+    def products(vectors):
+        (loss, marked), forward = jax.linearize(outputs, params)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *vectors)
+        slopes, tangents = jax.vmap(forward)(stacked)
+        gram = jnp.zeros((len(vectors),) * 2, jnp.promote_types(loss.dtype, "float32"))
+        for name, z, dz in zip(found.marks, marked, tangents, strict=True):
+            curved = jax.vmap(lambda t, name=name, z=z: fisher_product(name, z, t))(dz)
+            rows = dz.reshape(len(vectors), -1), curved.reshape(len(vectors), -1)
+            gram += (rows[0] @ rows[1].T).astype(gram.dtype) / found.num_examples
+        return loss, slopes, gram
+
+    return QuadraticModel(lambda p: outputs(p)[0], products)
