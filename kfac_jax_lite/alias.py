@@ -48,12 +48,13 @@ def kfac(
     """K-FAC with a trust region, decoupled weight decay and momentum.
 
     ``u = ν (F + λ I)⁻¹ ∇L`` with ``ν = min(1, √(κ / (η² Σ uᵀ∇L)))``, which bounds the
-    model's estimate of the squared step in the Fisher metric, ``η² uᵀ F u``; then optax:
-    ``add_decayed_weights``, ``trace``, ``scale_by_learning_rate``.
+    model's estimate of the squared step in the Fisher metric, ``η² uᵀ F u``; then
+    optax: ``add_decayed_weights``, ``trace``, ``scale_by_learning_rate``.
 
     Args:
         layers: ``tagged.layers``.
-        learning_rate: ``η``, a number or an optax schedule; or ``"auto"``: learning rate
+        learning_rate: ``η``, a number or an optax schedule; or ``"auto"``: learning
+        rate
             and momentum minimise the quadratic model, ``update`` then needs
             ``model=kfac.quadratic_model(tagged, params, *batch)``, and ``momentum`` and
             ``kl_clip`` play no part.
@@ -71,9 +72,9 @@ def kfac(
             ``learning_rate="auto"`` or the damping is ``levenberg_marquardt``.
 
     Returns:
-        An optax transformation; pass ``statistics=`` (and ``params``, with weight decay)
-        to ``update``. A batch with NaN or Inf gives zero updates and leaves momentum and
-        schedules as they were.
+        An optax transformation; pass ``statistics=`` (and ``params``, with weight
+        decay) to ``update``. A batch with NaN or Inf gives zero updates and leaves
+        momentum and schedules as they were.
 
     Raises:
         ValueError: A value is out of range.

@@ -1,8 +1,8 @@
 """When is a layer's curvature refreshed next?
 
 A rule is static and hashable. It decides from the relative changes between *fresh,
-reduced* statistics, ``‖X − X_prev‖_F / ‖X_prev‖_F``, the largest over a layer's factors.
-Steps count from ``t = 1``, when every layer is refreshed.
+reduced* statistics, ``‖X − X_prev‖_F / ‖X_prev‖_F``, the largest over a layer's
+factors. Steps count from ``t = 1``, when every layer is refreshed.
 
 References:
     "Adaptive update intervals" for distributed K-FAC (Algorithm 1: ``adaptive``);

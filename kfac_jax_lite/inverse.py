@@ -22,7 +22,7 @@ class FactorInverses(NamedTuple):
 
 
 class Eigenbases(NamedTuple):
-    """``A = Q_A diag(d_a) Q_Aᵀ``, ``G = Q_G diag(d_g) Q_Gᵀ``: damping is added later."""
+    """``A = Q_A diag(d_a) Q_Aᵀ``, ``G = Q_G diag(d_g) Q_Gᵀ``; damping comes later."""
 
     q_a: Array
     d_a: Array
@@ -47,6 +47,9 @@ class Method(NamedTuple):
 def cholesky(statistics, cached, damping, first):
     """Explicit inverses of the damped factors by Cholesky factorisation.
 
+    Returns:
+        ``(inverses, statistics)``.
+
     References:
         Martens & Grosse, 2015, arXiv:1503.05671, Sec. 6.3.
     """
@@ -61,6 +64,9 @@ def cholesky(statistics, cached, damping, first):
 
 def newton_schulz(statistics, cached, damping, first):
     """The same inverses by matrix products, warm-started from the cached ones.
+
+    Returns:
+        ``(inverses, statistics)``.
 
     References:
         Schulz, 1933; Higham, 2008, "Functions of Matrices", Sec. 5.3.
@@ -79,6 +85,9 @@ def newton_schulz(statistics, cached, damping, first):
 def eigh(statistics, cached, damping, first):
     """Eigendecompositions: any damping of ``A ⊗ G + λ I`` is then exact.
 
+    Returns:
+        ``(bases, statistics)``.
+
     References:
         Grosse & Martens, 2016, arXiv:1602.01407, App. B.
     """
@@ -94,8 +103,11 @@ def ekfac(statistics, cached, damping, first):
 
     The moments ``s`` are measured in the basis of the last refresh. A new basis takes
     them along: the diagonal of ``Q diag(s) Qᵀ`` in the new basis is
-    ``(P_A ∘ P_A)ᵀ s (P_G ∘ P_G)`` with ``P = Q_oldᵀ Q_new``. The first basis starts from
-    the products of the factors' eigenvalues.
+    ``(P_A ∘ P_A)ᵀ s (P_G ∘ P_G)`` with ``P = Q_oldᵀ Q_new``. The first basis starts
+    from the products of the factors' eigenvalues.
+
+    Returns:
+        ``(bases, statistics)``, the moments turned.
 
     References:
         George et al., 2018, arXiv:1806.03884, Sec. 3 (EKFAC-ra).

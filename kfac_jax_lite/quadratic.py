@@ -1,8 +1,9 @@
 """The local quadratic model of the loss, exact in its curvature.
 
 ``M(d) = ∇Lᵀ d + ½ dᵀ (C + λ I) d`` with ``C = (1/N) Σ Jᵀ Λ J`` the generalised
-Gauss-Newton matrix, equal to the Fisher matrix for the marked likelihoods. Products with
-``C`` need ``J d`` only: forward mode through the loss as it was traced, without taps.
+Gauss-Newton matrix, equal to the Fisher matrix for the marked likelihoods. Products
+with ``C`` need ``J d`` only: forward mode through the loss as it was traced, without
+taps.
 
 References:
     Martens & Grosse, 2015, arXiv:1503.05671, Secs. 6.4, 6.5, 7; Martens, 2020,

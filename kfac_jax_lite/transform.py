@@ -47,9 +47,10 @@ def scale_by_kfac(
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions gradients with Kronecker-factored curvature.
 
-    ``u = (F + λ I)⁻¹ ∇L`` block by block, with ``F_l ≈ A_l ⊗ G_l``. A layer's statistics
-    are averaged, reduced over devices and inverted only at the steps its interval names;
-    ``TaggedLoss.value_and_grad(…, opt_state=…)`` computes them only then.
+    ``u = (F + λ I)⁻¹ ∇L`` block by block, with ``F_l ≈ A_l ⊗ G_l``. A layer's
+    statistics are averaged, reduced over devices and inverted only at the steps its
+    interval names; ``TaggedLoss.value_and_grad(…, opt_state=…)`` computes them only
+    then.
 
     Args:
         layers: ``tagged.layers``.
@@ -67,9 +68,9 @@ def scale_by_kfac(
         reduction: How statistics travel between devices.
 
     Returns:
-        An optax transformation. ``update(grads, state, params, statistics=statistics)``;
-        gradients are expected to be averaged over devices already; ``damping=`` there
-        overrides the one given here. A batch with a NaN
+        An optax transformation. ``update(grads, state, params,
+        statistics=statistics)``; gradients are expected to be averaged over devices
+        already; ``damping=`` there overrides the one given here. A batch with a NaN
         or Inf in gradients or statistics gives zero updates and changes nothing in the
         state but ``skipped``.
 

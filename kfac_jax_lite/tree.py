@@ -7,16 +7,32 @@ import jax
 import optax
 
 
+def path_key(path: tuple) -> str:
+    """``jax.tree_util.keystr`` of a parameter, the same for a flax NNX variable.
+
+    NNX hands parameters over as variables (``….value``) in one place and as plain
+    arrays in another; both are the same parameter.
+    """
+    return jax.tree_util.keystr(without_value(path))
+
+
+def without_value(path: tuple) -> tuple:
+    """A key path without a trailing attribute ``value``."""
+    last = path[-1] if path else None
+    variable = isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value"
+    return path[:-1] if variable else path
+
+
 def leaves_by_path(tree: Any) -> dict[str, Any]:
-    """Leaves of a tree under their ``jax.tree_util.keystr``."""
+    """Leaves of a tree under their ``path_key``."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+    return {path_key(path): leaf for path, leaf in leaves}
 
 
 def replace_leaves(tree: Any, new: Mapping[str, Any]) -> Any:
     """The tree with some leaves, named by path, replaced."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: new.get(jax.tree_util.keystr(path), leaf), tree
+        lambda path, leaf: new.get(path_key(path), leaf), tree
     )
 
 

@@ -28,7 +28,7 @@ def check_state(layers: Sequence[LayerTag], state: KFACState) -> None:
 
 
 def check_nothing_due(state: KFACState) -> None:
-    """Without statistics a step is possible only if it is known that none are wanted."""
+    """Without statistics a step needs the certainty that none are wanted."""
     due = state.clock.due
     if isinstance(due, jax.core.Tracer) or bool(due.any()):
         raise ValueError(
@@ -42,7 +42,8 @@ def checked_statistics(layer: LayerTag, statistics: Any) -> Any:
     """A layer's statistics, or an error that says what is wrong with them."""
     if layer.name not in statistics:
         raise ValueError(
-            f"statistics hold nothing for layer {layer.name}: they are of another model."
+            f"statistics hold nothing for layer {layer.name}: they are of another "
+            "model."
         )
     own = part_of_statistics(layer, statistics[layer.name])
     shapes = [tuple(own[0].shape)]

@@ -73,7 +73,7 @@ def output_rows(geometry: DenseGeometry, cotangent: Array) -> Array:
 
 
 def homogeneous(x: Array, scaling: Scaling, rows: Shape) -> Array:
-    """Reduces positions by their mean and appends 1 for the bias: ``[*blocks, R, in+1]``."""
+    """Averages positions and appends 1 for the bias: ``[*blocks, R, in+1]``."""
     k = scaling.positions(rows)
     if k > 1:
         x = x.reshape(*x.shape[:-2], -1, k, x.shape[-1])
@@ -93,7 +93,7 @@ def summed(c: Array, scaling: Scaling, rows: Shape) -> Array:
 
 
 def second_moment(x: Array) -> Array:
-    """``Σ_r x_r x_rᵀ`` of rows ``[*blocks, R, d]``, accumulated in float32 or better."""
+    """``Σ_r x_r x_rᵀ`` of rows ``[*blocks, R, d]``, in float32 or better."""
     dtype = accumulation_dtype(x.dtype)
     return jnp.einsum("...ri,...rj->...ij", x, x, preferred_element_type=dtype)
 

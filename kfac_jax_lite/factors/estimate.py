@@ -229,8 +229,8 @@ class TaggedLoss:
         if changed:
             names = ", ".join(sorted({f[0] for f in changed}))
             raise ValueError(
-                f"layers {names} differ from those found by kfac.tag: the parameters or "
-                "the loss function's structure changed; tag it again."
+                f"layers {names} differ from those found by kfac.tag: the parameters "
+                "or the loss function's structure changed; tag it again."
             )
 
 

@@ -1,7 +1,8 @@
 """Layers as an optimiser sees them when some of their parameters are masked out.
 
-``optax.masked`` and ``optax.partition`` hide leaves from a transformation. A layer whose
-weight is here and whose bias is elsewhere keeps the rows of its block that are here.
+``optax.masked`` and ``optax.partition`` hide leaves from a transformation. A layer
+whose weight is here and whose bias is elsewhere keeps the rows of its block that are
+here.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import optax
 
+from kfac_jax_lite.tree import path_key
 from kfac_jax_lite.types import KroneckerStatistics, LayerTag, ScaleShiftStatistics
 
 
@@ -29,7 +31,7 @@ def present_layers(layers: Sequence[LayerTag], tree: Any) -> tuple[LayerTag, ...
         ValueError: The tree is not of the model that was tagged.
     """
     leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_masked)[0]
-    found = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+    found = {path_key(path): leaf for path, leaf in leaves}
     here = []
     for layer in layers:
         keep = []
@@ -38,8 +40,8 @@ def present_layers(layers: Sequence[LayerTag], tree: Any) -> tuple[LayerTag, ...
                 continue
             if path not in found:
                 raise ValueError(
-                    f"layer {layer.name} owns the parameter {path}, which is not in the "
-                    "tree given: the layers were tagged on another model."
+                    f"layer {layer.name} owns the parameter {path}, which is not in "
+                    "the tree given: the layers were tagged on another model."
                 )
             if not is_masked(found[path]):
                 keep.append(i)

@@ -87,7 +87,7 @@ def zero_statistics(layer: LayerTag, dtype: Any, moments: bool = False) -> Stati
 
 
 def squared(statistics: Statistics) -> Statistics:
-    """The curvature that is averaged: ``N · gradient²`` for diagonals, else as it is."""
+    """What is averaged: ``N · gradient²`` for diagonals, else the statistics."""
     if isinstance(statistics, DiagonalStatistics):
         square = statistics.num_examples * jnp.square(statistics.gradient)
         return statistics._replace(gradient=square.astype(statistics.gradient.dtype))

@@ -87,7 +87,7 @@ def dense(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
 
 @rule("conv_general_dilated")
 def conv(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
-    """A convolution with a parameter as kernel; any layout, stride, dilation, groups."""
+    """A convolution with a parameter as kernel, in any layout."""
     found = weight_of(facts[1])
     p = eqn.params
     if found is None or facts[0] is not None and weight_of(facts[0]) is not None:
@@ -251,6 +251,9 @@ def aligned(view: View, output: Output, shape: Shape) -> View | None:
     """The bias as ``[*blocks, 1, out]`` (or ``[units]``) if its axes are the outputs'.
 
     Every output axis must carry the bias and no row axis may.
+
+    Returns:
+        The bias's view, or None where it is not one.
     """
     site = output.site
     pairs = [

@@ -92,6 +92,9 @@ def move_scaled(fact: Scaled, step: tuple) -> Scaled | None:
     """Applies a step to the view and to every factor beside it.
 
     A factor has the view's rank with unit axes where it is broadcast, or is a scalar.
+
+    Returns:
+        The moved fact, or None where it cannot be followed.
     """
     view = move_view(fact.view, step)
     old, rank = fact.view.shape, len(fact.view.shape)
@@ -228,6 +231,9 @@ def custom_rule(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     The cotangents inside it are not those its rule computes, so nothing inside is
     tapped. Where its result *is* a layer's output (a matrix product with its own
     derivative), the tap stands behind the call; else its parameters fall back.
+
+    Returns:
+        The facts of the results.
     """
     facts = enterable(scope, eqn.invars, facts)
     if not any(isinstance(f, View) for f in facts):

@@ -33,10 +33,11 @@ def table(layers: Sequence[LayerTag]) -> str:
     total = sum(t.elements for t in layers)
     covered = sum(t.elements for t in layers if t.kind != "diagonal")
     lines.append(lines[1])
+    elements = sum(t.factor_elements for t in layers)
     share = 100 * covered / total if total else 0.0
     lines.append(
         f"{total:,} parameters in {len(layers)} layers, {share:.2f} % under Kronecker "
-        f"or unit-wise blocks; {sum(t.factor_elements for t in layers):,} factor elements"
+        f"or unit-wise blocks; {elements:,} factor elements"
     )
     notes = [f"  {t.name} ({', '.join(t.params)}): {t.note}" for t in layers if t.note]
     if any(t.kind == "diagonal" for t in layers):

@@ -16,6 +16,7 @@ from kfac_jax_lite.tagging import structure as _structure
 from kfac_jax_lite.tagging.analysis import Walk, analyse
 from kfac_jax_lite.tagging.layers import Plan, Site
 from kfac_jax_lite.tagging.resolve import plain, resolve
+from kfac_jax_lite.tree import without_value
 from kfac_jax_lite.types import LayerTag
 
 __all__ = ["Trace", "trace"]
@@ -80,7 +81,7 @@ def trace(
         check_while(loss_fn, params, args, has_aux, flat, walk.while_leaves)
     n = count_examples(walk, args, num_examples)
     check_marks(walk, sampled)
-    paths = [path for path, _ in flat]
+    paths = [without_value(path) for path, _ in flat]
     layers = resolve(walk, paths, [tuple(leaf.shape) for _, leaf in flat], n)
     sites: dict[str, list[Site]] = {}
     for site in walk.sites:
@@ -189,5 +190,6 @@ def check_marks(walk: Walk, sampled: bool) -> None:
         )
     if walk.nested_marks:
         raise ValueError(
-            "an output marked inside scan or cond cannot be sampled; mark what leaves it."
+            "an output marked inside scan or cond cannot be sampled; mark what "
+            "leaves it."
         )
