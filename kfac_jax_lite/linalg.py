@@ -18,12 +18,44 @@ def mean_diagonal(matrix: Array) -> Array:
     return jnp.trace(matrix, axis1=-2, axis2=-1) / matrix.shape[-1]
 
 
-def spd_inverse(matrix: Array) -> Array:
-    """Inverse of positive definite matrices by Cholesky; NaN where that fails."""
-    chol = jnp.linalg.cholesky(matrix)
-    eye = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
-    half = lax.linalg.triangular_solve(chol, eye, left_side=True, lower=True)
-    return jnp.swapaxes(half, -1, -2) @ half
+def spd_inverse(matrix: Array, leaf: int = 128) -> Array:
+    """Inverse of positive definite matrices; NaN where a Cholesky factorisation fails.
+
+    Halves ``M = [[A, B], [Bᵀ, D]]`` until blocks are at most ``leaf`` wide and inverts
+    those by Cholesky: with ``S = D − Bᵀ A⁻¹ B`` and ``X = −A⁻¹ B S⁻¹``,
+
+    ``M⁻¹ = [[A⁻¹ − X Bᵀ A⁻¹, X], [Xᵀ, S⁻¹]]``.
+
+    ``M`` is positive definite exactly if ``A`` and ``S`` are, so failures are seen, and
+    nearly all of the work is matrix products: on a CPU several times faster than
+    LAPACK's triangular solves.
+
+    Args:
+        matrix: ``[*blocks, d, d]``, symmetric.
+        leaf: Largest size that is factorised at once.
+
+    Returns:
+        ``[*blocks, d, d]``.
+
+    References:
+        Higham, 2002, "Accuracy and Stability of Numerical Algorithms", Ch. 14.
+    """
+    d = matrix.shape[-1]
+    if d <= leaf:
+        # The transpose of a symmetric matrix: LAPACK wants columns, XLA keeps rows.
+        chol = jnp.linalg.cholesky(jnp.swapaxes(matrix, -1, -2))
+        eye = jnp.broadcast_to(jnp.eye(d, dtype=matrix.dtype), matrix.shape)
+        half = lax.linalg.triangular_solve(chol, eye, left_side=True, lower=True)
+        return jnp.swapaxes(half, -1, -2) @ half
+    k = d // 2
+    b = matrix[..., :k, k:]
+    a_inverse = spd_inverse(matrix[..., :k, :k], leaf)
+    ab = a_inverse @ b
+    s_inverse = spd_inverse(matrix[..., k:, k:] - jnp.swapaxes(b, -1, -2) @ ab, leaf)
+    x = -ab @ s_inverse
+    top = jnp.concatenate([a_inverse - x @ jnp.swapaxes(ab, -1, -2), x], -1)
+    bottom = jnp.concatenate([jnp.swapaxes(x, -1, -2), s_inverse], -1)
+    return jnp.concatenate([top, bottom], -2)
 
 
 def newton_schulz_inverse(

@@ -1,5 +1,6 @@
 """What happens to one layer when it is due: average, compare, invert."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,16 +13,34 @@ from kfac_jax_lite.options import Options
 from kfac_jax_lite.types import Array
 
 
-def keeper(record, fresh, step_number):
-    """The branch of a layer that is not refreshed."""
-    del fresh, step_number
-    return record
+def gated(flag: Array, function: Callable[[Any], Any], carry: Any) -> Any:
+    """``function(carry)`` if ``flag``, else ``carry``, in place.
+
+    A loop of at most one turn: XLA updates the carry of a ``while`` in its own buffers,
+    where both branches of a ``cond`` would write a copy of everything they return.
+
+    Args:
+        flag: Scalar bool.
+        function: Keeps structure, shapes and dtypes.
+        carry: What it changes.
+
+    Returns:
+        The carry.
+    """
+
+    def turn(loop):
+        _, carry = loop
+        return jnp.zeros_like(flag), function(carry)
+
+    return lax.while_loop(lambda loop: loop[0], turn, (flag, carry))[1]
 
 
-def refresher(options: Options):
-    """The branch of a layer that is: moving average, changes, next interval."""
+def refreshed(
+    options: Options, record: Any, fresh: Any, step_number: Array, gate: Array
+) -> Any:
+    """A layer's moving average, changes and next interval, where ``gate`` is true."""
 
-    def refresh(record, fresh, step_number):
+    def refresh(record):
         average, past, entry = record
         weight = options.factor_decay * entry.weight + (1 - options.factor_decay)
         weight = weight.astype(entry.weight.dtype)
@@ -58,7 +77,7 @@ def refresher(options: Options):
         past = ((cast, *past)[: len(past)]) if past else past
         return average, past, entry
 
-    return refresh
+    return gated(gate, refresh, record)
 
 
 def largest_change(new: Any, old: Any) -> Array:
@@ -71,17 +90,20 @@ def largest_change(new: Any, old: Any) -> Array:
 
 def inverted(options: Options, record, shift: Array, step_number, accepted: Array):
     """Refreshes a layer's cached inverse if it is time and something changed."""
-    _, _, entry = record
+    statistics, cached, entry = record
     elapsed = step_number - entry.last_inverse >= options.inverse_interval
     first = entry.last_inverse == 0
     stale = entry.last_refresh > entry.last_inverse
     if options.method.damped:
         stale |= entry.inverse_damping != shift.astype(jnp.float32)
     gate = accepted & (first | elapsed) & stale
+    # Only what a method changes goes through the loop: EKFAC also turns its moments.
+    turns = options.method.moments
 
-    def refresh(record):
-        statistics, cached, entry = record
-        new, turned = options.method.refresh(statistics, cached, shift, first)
+    def refresh(carry):
+        moments, cached, entry = carry
+        whole = statistics._replace(s=moments) if turns else statistics
+        new, whole = options.method.refresh(whole, cached, shift, first)
         good = all_finite(new)
 
         def choose(a, b):
@@ -95,9 +117,12 @@ def inverted(options: Options, record, shift: Array, step_number, accepted: Arra
                 good, shift.astype(jnp.float32), entry.inverse_damping
             ),
         )
-        return choose(turned, statistics), choose(new, cached), entry
+        return choose(whole.s, moments) if turns else (), choose(new, cached), entry
 
-    return lax.cond(gate, refresh, lambda record: record, record)
+    carry = (statistics.s if turns else (), cached, entry)
+    moments, cached, entry = gated(gate, refresh, carry)
+    statistics = statistics._replace(s=moments) if turns else statistics
+    return statistics, cached, entry
 
 
 def advance(options: Options, state: KFACState, entries: list, accepted: Array):

@@ -27,7 +27,7 @@ from kfac_jax_lite.linalg import all_finite
 from kfac_jax_lite.options import Options
 from kfac_jax_lite.precondition import gather, precondition, scatter
 from kfac_jax_lite.reduce import Reduction, reduce_statistics, wire_elements
-from kfac_jax_lite.refresh import advance, inverted, keeper, refresher
+from kfac_jax_lite.refresh import advance, inverted, refreshed
 from kfac_jax_lite.tree import leaves_by_path, replace_leaves
 from kfac_jax_lite.types import Array, LayerTag, accumulation_dtype
 
@@ -146,7 +146,7 @@ def init_state(options: Options, params: Any) -> KFACState:
         refreshes=ints(0),
         inversions=ints(0),
         failures=ints(0),
-        weight=floats(0),
+        weight=jnp.zeros((n,), widest(zeros)),
         diff=floats(jnp.inf),
         inverse_damping=floats(0),
         elements=jnp.array([s[0] for s in sizes], jnp.int32),
@@ -164,6 +164,11 @@ def init_state(options: Options, params: Any) -> KFACState:
         },
         inverses=inverses,
     )
+
+
+def widest(tree: Any) -> Any:
+    """Float32, or float64 if some statistics are."""
+    return jnp.result_type(jnp.float32, *{x.dtype for x in jax.tree.leaves(tree)})
 
 
 def memory(options: Options) -> int:
@@ -188,7 +193,11 @@ def step(options: Options, grads: Any, state: KFACState, statistics: Any):
         if statistics is not None:
             given = checked_statistics(layer, statistics)
             fresh[layer.name] = reduced(options, given, state.clock.due[i])
-    accepted = all_finite((grads, fresh))
+    accepted = all_finite(grads)
+    for i, layer in enumerate(layers):
+        if fresh:
+            due = state.clock.due[i]
+            accepted &= lax.cond(due, all_finite, always, fresh[layer.name])
     if options.axis_name is not None:
         accepted = lax.pmin(accepted.astype(jnp.int32), options.axis_name) > 0
     leaves = leaves_by_path(grads)
@@ -201,9 +210,7 @@ def step(options: Options, grads: Any, state: KFACState, statistics: Any):
         record = (state.factors[name], state.previous[name], entry)
         if fresh:
             gate = entry.due & accepted
-            record = lax.cond(
-                gate, refresher(options), keeper, record, fresh[name], state.count + 1
-            )
+            record = refreshed(options, record, fresh[name], state.count + 1, gate)
         factors[name], previous[name], entry = record
         solved = (factors[name], state.inverses[name], entry)
         if layer.kronecker:
@@ -227,6 +234,12 @@ def step(options: Options, grads: Any, state: KFACState, statistics: Any):
         inverses=inverses,
     )
     return replace_leaves(grads, updates), new_state
+
+
+def always(statistics: Any) -> Array:
+    """Statistics that nobody asked for are not looked at."""
+    del statistics
+    return jnp.asarray(True)
 
 
 def reduced(options: Options, statistics: Any, due: Array) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from kfac_jax_lite.types import Array
@@ -69,10 +70,22 @@ def _backward(estimators, residuals, cotangent):
 
         def skip(inputs, cotangent, probe):
             del inputs, cotangent
-            return probe
+            return untouched(probe)
 
         statistics.append(lax.cond(due, refresh, skip, inputs, cotangent, probe))
     return cotangent, None, None, tuple(statistics)
+
+
+def untouched(probe: Array) -> Array:
+    """The zeros of a skipped statistic.
+
+    Fresh zeros spare XLA a copy of the probe; under ``shard_map`` they would lack the
+    probe's varying axes, which both branches of a ``cond`` must share.
+
+    Returns:
+        Zeros, shaped like the probe.
+    """
+    return probe if getattr(jax.typeof(probe), "vma", None) else jnp.zeros_like(probe)
 
 
 tap.defvjp(_forward, _backward)
