@@ -86,6 +86,8 @@ def kfac(
     """
     if isinstance(kl_clip, (int, float)) and not kl_clip > 0:
         raise ValueError(f"kl_clip must be positive or None, got {kl_clip!r}.")
+    if isinstance(weight_decay, (int, float)) and not weight_decay >= 0:
+        raise ValueError(f"weight_decay must not be negative, got {weight_decay!r}.")
     if isinstance(momentum, (int, float)) and not 0 <= momentum < 1:
         raise ValueError(f"momentum must be in [0, 1), got {momentum!r}.")
     if isinstance(learning_rate, str) and learning_rate != "auto":

@@ -17,7 +17,9 @@ Damping = float | Array | Callable[[Any], Any]
 
 
 def check(damping: Damping) -> None:
-    """Raises ValueError for a concrete damping that is not positive."""
+    """Raises for a damping that is no number or schedule, or not positive."""
+    if damping is None or isinstance(damping, str):
+        raise TypeError(f"damping must be a number or a schedule, got {damping!r}.")
     if isinstance(damping, (int, float)) and not 0 < damping < float("inf"):
         raise ValueError(f"damping must be positive and finite, got {damping!r}.")
 

@@ -25,6 +25,8 @@ class Options:
 
     def check(self) -> None:
         """Raises for values that cannot be right; traced values pass."""
+        if not self.layers:
+            raise ValueError("there are no layers: pass tagged.layers.")
         if not all(isinstance(layer, LayerTag) for layer in self.layers):
             raise TypeError("layers must be LayerTags: pass tagged.layers.")
         if len({layer.name for layer in self.layers}) != len(self.layers):

@@ -82,7 +82,7 @@ def scale_by_kfac(
         Martens & Grosse, 2015, arXiv:1503.05671; Osawa et al., 2020, arXiv:2002.06015.
     """
     options = Options(
-        tuple(layers),
+        tuple(layers or ()),
         damping,
         factor_decay,
         interval,

@@ -11,17 +11,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kfac_jax_lite.factors import conv, dense, scale_shift
+from kfac_jax_lite.factors import dense
+from kfac_jax_lite.factors.sites import tap_site
+from kfac_jax_lite.factors.slots import make_slots, read_state
 from kfac_jax_lite.factors.state import zero_statistics
 from kfac_jax_lite.likelihoods import sampled_cotangent, square_root_column
 from kfac_jax_lite.tagging.interpreter import Interpreter
-from kfac_jax_lite.tagging.layers import ScaleShiftGeometry, Site
+from kfac_jax_lite.tagging.layers import Site
 from kfac_jax_lite.tagging.table import table
-from kfac_jax_lite.tagging.taps import Slot, tap
 from kfac_jax_lite.tagging.trace import Trace, trace
-from kfac_jax_lite.tree import find_states, leaves_by_path
 from kfac_jax_lite.types import (
-    Array,
     DiagonalStatistics,
     KroneckerStatistics,
     LayerTag,
@@ -145,7 +144,7 @@ class TaggedLoss:
             self.loss_fn, params, args, self.has_aux, self.num_examples, sampled
         )
         self._check_layers(found)
-        due, bases = read_state(opt_state)
+        due, bases = read_state(opt_state, found.layers)
         slots = make_slots(found.layers, params, due, bases)
         scalings = {t.name: self._scaling(t, found) for t in found.layers if t.g_shape}
         on_site = functools.partial(tap_site, tags(found), scalings, found.num_examples)
@@ -254,102 +253,6 @@ def count_rows(sites: list[Site], num_examples: int, reduce: bool) -> int:
             counter = branches.setdefault(number, collections.Counter())
             counter[k] += rows * site.repeat
     return total + sum(max(c.values()) for c in branches.values())
-
-
-def read_state(opt_state: Any) -> tuple[dict[str, Array] | None, dict[str, tuple]]:
-    """Due flags and EKFAC bases by layer name; (None, {}) without a state."""
-    if opt_state is None:
-        return None, {}
-    states = find_states(opt_state)
-    if not states:
-        raise ValueError(
-            f"opt_state ({type(opt_state).__name__}) contains no KFACState: pass the "
-            "state of the optimiser made by kfac.kfac or kfac.scale_by_kfac."
-        )
-    due: dict[str, Array] = {}
-    bases: dict[str, tuple] = {}
-    for state in states:
-        for i, name in enumerate(sorted(state.factors)):
-            due[name] = state.clock.due[i]
-            inverse = state.inverses[name]
-            if getattr(state.factors[name], "s", None) is not None:
-                bases[name] = (inverse.q_a, inverse.q_g)
-    return due, bases
-
-
-def make_slots(
-    layers: tuple[LayerTag, ...], params: Any, due: dict | None, bases: dict
-) -> dict[str, Slot]:
-    """Probes, due flag and bases of every tapped layer."""
-    dtypes = {k: leaf.dtype for k, leaf in leaves_by_path(params).items()}
-    slots = {}
-    for layer in layers:
-        if layer.kind == "diagonal" or (due is not None and layer.name not in due):
-            if layer.kind != "diagonal":
-                slots[layer.name] = Slot(jnp.zeros((), bool), ())
-            continue
-        moments = layer.name in bases
-        zeros = zero_statistics(layer, dtypes[layer.params[0]], moments)
-        probes = tuple(z for z in zeros if z is not None)
-        flag = None if due is None else due[layer.name]
-        slots[layer.name] = Slot(flag, probes, bases.get(layer.name, ()))
-    return slots
-
-
-def tap_site(
-    layers: dict[str, LayerTag],
-    scalings: dict[str, dense.Scaling],
-    num_examples: int,
-    site: Site,
-    output: Array,
-    inputs: list,
-    slot: Slot,
-) -> Array:
-    """Taps one site with the estimators of its layer's kind."""
-    if not slot.probes:
-        return output
-    layer, geometry = layers[site.layer or ""], site.geometry
-    if isinstance(geometry, ScaleShiftGeometry):
-
-        def blocks(inputs, c):
-            factors, _ = inputs
-            return scale_shift.unit_blocks(
-                geometry, factors, c, layer.roles, num_examples
-            )
-
-        return tap((blocks,), output, (inputs, ()), slot.due, slot.probes)
-    scaling, rows = scalings[layer.name], geometry.rows
-    if site.kind == "dense":
-
-        def x_rows(inputs):
-            return dense.input_rows(geometry, inputs)
-
-        def c_rows(c):
-            return dense.output_rows(geometry, c)
-
-        def a(inputs, c):
-            return dense.input_factor(x_rows(inputs[0]), scaling, rows)
-
-    else:
-
-        def x_rows(inputs):
-            return conv.patches(geometry, conv.channels_last(geometry, inputs))
-
-        def c_rows(c):
-            return conv.conv_output_rows(geometry, c)
-
-        def a(inputs, c):
-            return conv.conv_input_factor(geometry, inputs[0], scaling)
-
-    def g(inputs, c):
-        return dense.output_factor(c_rows(c), scaling, rows)
-
-    def s(inputs, c):
-        x, basis = x_rows(inputs[0]), inputs[1]
-        return dense.eigenbasis_moment(x, c_rows(c), basis, scaling, rows)
-
-    estimators = (a, g, s)[: len(slot.probes)]
-    return tap(estimators, output, (inputs, slot.basis), slot.due, slot.probes)
 
 
 def exact_statistics(marks, marked: list, pull: Callable, like: dict) -> dict:

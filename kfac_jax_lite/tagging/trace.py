@@ -141,8 +141,10 @@ def count_examples(walk: Walk, args: tuple, given: int | None) -> int:
         math.prod(row_shape(shape, name)) * math.prod(loops)
         for name, shape, loops in walk.marks
     }
-    if given is not None and (isinstance(given, bool) or given != int(given)):
-        raise ValueError(f"num_examples must be a whole number, got {given}.")
+    if given is not None and (
+        isinstance(given, bool) or given != int(given) or given < 1
+    ):
+        raise ValueError(f"num_examples must be a whole number >= 1, got {given!r}.")
     if len(marked) > 1 or (marked and given is not None and marked != {given}):
         raise ValueError(
             f"the marked outputs have {sorted(marked)} rows and num_examples is "

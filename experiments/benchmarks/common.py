@@ -1,0 +1,366 @@
+"""What the benchmarks share: the clock, the machine's description, tables, files."""
+
+import argparse
+import contextlib
+import datetime
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+import kfac_jax_lite as kfac
+from experiments.metrics import to_json
+
+OUT = Path("runs/benchmarks")
+PEER = "kfac_jax"
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+TITLES = {"adam": "Adam", "kfac_jax": "kfac-jax", "ours": "kfac_jax_lite"}
+COLOURS = {"adam": "#0072b2", "kfac_jax": "#009e73", "ours": "#d55e00"}
+
+
+def comma_list(choices: Sequence[str]) -> Callable[[str], list[str]]:
+    """Returns an argparse type: names separated by commas, each one of `choices`."""
+
+    def parse(text: str) -> list[str]:
+        names = [name.strip() for name in text.split(",") if name.strip()]
+        unknown = [name for name in names if name not in choices]
+        if unknown or not names:
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: wanted some of {','.join(choices)}"
+            )
+        return names
+
+    return parse
+
+
+def positive_int(text: str) -> int:
+    """The argparse type of a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted a number of at least 1")
+    return value
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the arguments of a run, without the folders of this machine."""
+    return {k: v for k, v in vars(args).items() if not isinstance(v, Path)}
+
+
+# --------------------------------------------------------------------------- the clock
+
+
+def timed(function: Callable, *args: Any) -> tuple[float, Any]:
+    """Calls a function and waits for its arrays.
+
+    Args:
+        function: what to call.
+        *args: its arguments.
+
+    Returns:
+        The seconds it took, and its result.
+    """
+    start = time.perf_counter()
+    result = jax.block_until_ready(function(*args))
+    return time.perf_counter() - start, result
+
+
+def copy_tree(tree: Any) -> Any:
+    """Copies the arrays of a tree to new buffers, which a step may then donate."""
+    copied = jax.tree.map(
+        lambda x: jnp.array(x, copy=True) if isinstance(x, jax.Array) else x, tree
+    )
+    return jax.block_until_ready(copied)
+
+
+def megabytes(tree: Any) -> float:
+    """Size of a tree's arrays, in units of 10⁶ bytes."""
+    leaves = jax.tree.leaves(tree)
+    return sum(getattr(leaf, "nbytes", 0) for leaf in leaves) / 1e6
+
+
+class CompileCounter:
+    """Counts compilations in this process; install it once."""
+
+    def __init__(self) -> None:
+        """Starts counting."""
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self.listen)
+
+    def listen(self, event: str, seconds: float, **kwargs: Any) -> None:
+        """Called by JAX.
+
+        Args:
+            event: what took the time.
+            seconds: how long.
+            **kwargs: whatever else JAX says.
+        """
+        del seconds, kwargs
+        self.count += event == COMPILE_EVENT
+
+
+def compile_seconds(seconds: Sequence[float], compiled: Sequence[bool]) -> float:
+    """Estimates the time spent compiling inside timed steps.
+
+    Args:
+        seconds: duration of every step.
+        compiled: whether something was compiled during the step.
+
+    Returns:
+        What the compiling steps took beyond the median of the others.
+    """
+    pairs = list(zip(seconds, compiled, strict=True))
+    usual = [s for s, c in pairs if not c]
+    typical = statistics.median(usual) if usual else 0.0
+    return sum(max(0.0, s - typical) for s, c in pairs if c)
+
+
+# ------------------------------------------------------------------- amortised seconds
+
+Samples = Sequence[tuple[str, float]]
+
+
+def kind_medians(samples: Samples) -> dict[str, float]:
+    """Median seconds of each kind of step.
+
+    Args:
+        samples: pairs of kind and seconds.
+
+    Returns:
+        Seconds by kind.
+    """
+    groups: dict[str, list[float]] = {}
+    for kind, seconds in samples:
+        groups.setdefault(kind, []).append(seconds)
+    return {kind: statistics.median(values) for kind, values in groups.items()}
+
+
+def amortised(samples: Samples, cycle: Mapping[str, int] | None = None) -> float:
+    """Mean seconds of a step over one cycle of its kinds.
+
+    Args:
+        samples: pairs of kind and seconds.
+        cycle: how many steps of each kind a cycle has; None to take the kinds as often
+            as they were seen, for optimisers without a fixed cycle.
+
+    Returns:
+        ``Σ_k n_k median_k / Σ_k n_k``.
+
+    Raises:
+        ValueError: if a kind of the cycle was not measured.
+    """
+    medians = kind_medians(samples)
+    if cycle is None:
+        kinds = [kind for kind, _ in samples]
+        cycle = {kind: kinds.count(kind) for kind in medians}
+    missing = [kind for kind, n in cycle.items() if n and kind not in medians]
+    if missing or not medians:
+        raise ValueError(f"no step was measured of the kinds {missing or 'asked for'}.")
+    total = sum(cycle.values())
+    return sum(n * medians[kind] for kind, n in cycle.items() if n) / total
+
+
+def cycle_of(factor: int, inverse: int) -> dict[str, int]:
+    """Steps of each kind in one cycle of fixed intervals.
+
+    Args:
+        factor: steps between refreshes of the statistics.
+        inverse: steps between inversions, a multiple of `factor`.
+
+    Returns:
+        Numbers of steps by kind, without kinds that do not occur.
+
+    Raises:
+        ValueError: if `inverse` is not a multiple of `factor`.
+    """
+    if inverse % factor:
+        raise ValueError(f"inverse interval {inverse} is no multiple of {factor}.")
+    refreshes = inverse // factor
+    counts = {
+        "refresh+invert": 1,
+        "refresh": refreshes - 1,
+        "nothing": inverse - refreshes,
+    }
+    return {kind: n for kind, n in counts.items() if n}
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+# --------------------------------------------------------------------- reaching a loss
+
+
+def first_reach(
+    evaluations: Sequence[Mapping[str, Any]], target: float, field: str = "loss"
+) -> Mapping[str, Any] | None:
+    """The first evaluation that is at a target or below it.
+
+    Args:
+        evaluations: records in the order of the steps.
+        target: the value to reach.
+        field: name of the value in the records.
+
+    Returns:
+        The record, or None.
+    """
+    for record in evaluations:
+        if record[field] is not None and record[field] <= target:
+            return record
+    return None
+
+
+# ------------------------------------------------------------------- machine and peers
+
+
+def import_peer() -> tuple[ModuleType | None, str]:
+    """Imports kfac-jax, whatever the Python path has.
+
+    Returns:
+        The module and "", or None and why it is missing.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module = importlib.import_module(PEER)
+    except Exception as error:  # noqa: BLE001 - old releases fail in many ways
+        return None, without_paths(f"{type(error).__name__}: {error}")
+    if not hasattr(module, "Optimizer"):
+        return None, "a folder of that name without the package was found"
+    return module, ""
+
+
+def without_paths(message: str) -> str:
+    """The first line of an error message, without folders of this machine."""
+    return re.sub(r"\s*\(?/[^\s)]*\)?", "", message.split("\n")[0])
+
+
+def machine() -> dict[str, Any]:
+    """Describes what a measurement was made with.
+
+    Returns:
+        JSON values: processor, cores, devices, versions, date.
+    """
+    peer, reason = import_peer()
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in ("jax", "jaxlib", "numpy", "optax", "flax")
+    }
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg() if hasattr(os, "getloadavg") else None,
+        "devices": sorted({device.device_kind for device in jax.devices()}),
+        "python": platform.python_version(),
+        **versions,
+        "kfac_jax": getattr(peer, "__version__", "unknown") if peer else None,
+        "kfac_jax_missing": reason or None,
+        "kfac_jax_lite": kfac.__version__,
+        "OPENBLAS_NUM_THREADS": os.environ.get("OPENBLAS_NUM_THREADS"),
+    }
+
+
+def processor() -> str:
+    """Name of the processor."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+# ------------------------------------------------------------------------------ output
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes a result, whole or not at all.
+
+    Args:
+        path: the file; its folder is made.
+        values: JSON values and numpy numbers, nested.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(to_json(values), indent=1, allow_nan=False) + "\n")
+    os.replace(temporary, path)
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Lays out a table: the first column to the left, the others to the right.
+
+    Args:
+        header: column titles.
+        rows: cells; floats get three digits, None is a dash.
+
+    Returns:
+        Lines of text.
+    """
+    cells = [list(header)] + [[cell(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        first, *rest = zip(row, widths, strict=True)
+        parts = [first[0].ljust(first[1])] + [text.rjust(w) for text, w in rest]
+        lines.append("  ".join(parts).rstrip())
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines)
+
+
+def cell(value: Any) -> str:
+    """A table cell as text."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.1f}" if abs(value) >= 100 else f"{value:.3g}"
+    return str(value)
+
+
+def save_curves(
+    path: Path, title: str, curves: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> None:
+    """Plots the training loss against steps and against seconds.
+
+    Args:
+        path: the PNG file; its folder is made.
+        title: title of the figure.
+        curves: evaluations by optimiser, each with step, seconds and loss.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(10, 4), layout="constrained", dpi=120)
+    figure.suptitle(title)
+    axes = figure.subplots(1, 2, sharey=True)
+    labels = ("steps", "seconds of training, compiling included")
+    for axis, field, label in zip(axes, ("step", "seconds"), labels, strict=True):
+        for name, records in curves.items():
+            shown = [r for r in records if r["loss"] is not None]
+            axis.plot(
+                [r[field] for r in shown],
+                [r["loss"] for r in shown],
+                label=TITLES.get(name, name),
+                color=COLOURS.get(name),
+                marker=".",
+            )
+        axis.set_yscale("log")
+        axis.set_xlabel(label)
+        axis.grid(True, which="both", alpha=0.3)
+    axes[0].set_ylabel("training loss")
+    axes[0].legend()
+    FigureCanvasAgg(figure).print_png(path)

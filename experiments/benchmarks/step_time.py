@@ -1,0 +1,282 @@
+"""Time per step of SGD, Adam, kfac-jax and this package, as ratios to SGD.
+
+    python -m experiments.benchmarks.step_time --models mlp,lenet5 --rounds 15
+
+All rows are measured in one process, one step of each kind per round, in an order that
+rotates, so that whatever else slows the machine hits all of them. A row's time is the
+mean over one cycle of its intervals of the medians of its kinds of step.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+
+from experiments.benchmarks.common import (
+    OUT,
+    PEER,
+    amortised,
+    comma_list,
+    import_peer,
+    kind_medians,
+    machine,
+    positive_int,
+    quartiles,
+    settings,
+    text_table,
+    write_json,
+)
+from experiments.benchmarks.jobs import (
+    MOMENTUM,
+    RATE,
+    Job,
+    adaptive_job,
+    optax_job,
+    ours_job,
+    peer_job,
+    products_job,
+)
+from experiments.benchmarks.networks import SPECS, Problem, make_problem
+
+INTERVALS = ((1, 5), (10, 100))
+METHODS = ("cholesky", "eigh", "ekfac", "newton_schulz")
+FISHERS = ("empirical", "mc", "exact")
+BASELINE, FLOOR = "SGD + momentum", "gradient + products"
+MISSING = f"{PEER} (missing)"
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--models", type=comma_list(list(SPECS)), default=",".join(SPECS))
+    add("--rounds", type=positive_int, default=15, help="timed steps of each kind")
+    add("--inverses", type=comma_list(METHODS), default="cholesky")
+    add("--fishers", type=comma_list(FISHERS), default="empirical,mc")
+    add("--threshold", type=float, default=0.3, help="of the adaptive intervals")
+    add("--warm-up", type=positive_int, default=50, help="adaptive steps, not timed")
+    add("--adaptive-steps", type=positive_int, default=10, help="per round")
+    add("--without-peer", action="store_true", help="leave kfac-jax out")
+    add("--out", type=Path, default=OUT, help="folder of the result")
+    return parser.parse_args(argv)
+
+
+def job_makers(problem: Problem, args: argparse.Namespace) -> dict[str, Callable]:
+    """Lists the rows of a network.
+
+    Args:
+        problem: the network.
+        args: the command line.
+
+    Returns:
+        Functions that make the jobs, by name.
+    """
+    sgd, adam = optax.sgd(RATE, MOMENTUM), optax.adam(RATE)
+    makers: dict[str, Callable[[], Job]] = {
+        BASELINE: lambda: optax_job(BASELINE, sgd, problem),
+        "Adam": lambda: optax_job("Adam", adam, problem),
+        FLOOR: lambda: products_job(problem),
+    }
+    peer, _ = import_peer()
+    if peer is not None and not args.without_peer:
+        for pair in INTERVALS:
+            name = f"kfac-jax {pair}"
+            makers[name] = lambda pair=pair: peer_job(problem, peer, *pair)
+    for fisher in args.fishers:
+        for method in args.inverses:
+            for pair in INTERVALS:
+                makers[f"ours {fisher} {method} {pair}"] = (
+                    lambda pair=pair, fisher=fisher, method=method: ours_job(
+                        problem, *pair, fisher, method
+                    )
+                )
+            makers[f"ours {fisher} {method} adaptive"] = (
+                lambda fisher=fisher, method=method: adaptive_job(
+                    problem,
+                    fisher,
+                    method,
+                    args.warm_up,
+                    args.adaptive_steps,
+                    args.threshold,
+                )
+            )
+    return makers
+
+
+def make_jobs(
+    makers: dict[str, Callable[[], Job]],
+) -> tuple[list[Job], dict[str, str]]:
+    """Makes and compiles the jobs.
+
+    Args:
+        makers: from `job_makers`.
+
+    Returns:
+        The jobs, and what went wrong with those that failed, by name.
+    """
+    jobs, failed = [], {}
+    for name, make in makers.items():
+        try:
+            jobs.append(make())
+        except Exception as error:
+            if not name.startswith("kfac-jax"):
+                raise
+            # Another project's failure is a result, not an error of this program.
+            failed[name] = f"{type(error).__name__}: {str(error)[:200]}"
+    return jobs, failed
+
+
+def measure(jobs: list[Job], rounds: int) -> dict[str, list[list[tuple[str, float]]]]:
+    """Runs all jobs in turn, once per round.
+
+    Args:
+        jobs: the jobs, compiled.
+        rounds: how many rounds count; one more goes first.
+
+    Returns:
+        By job, the samples of each round.
+    """
+    samples: dict[str, list] = {job.name: [] for job in jobs}
+    for number in range(rounds + 1):
+        shift = number % len(jobs)
+        for job in jobs[shift:] + jobs[:shift]:
+            seen = job.run()
+            if number:
+                samples[job.name].append(seen)
+    return samples
+
+
+def summarise(jobs: list[Job], samples: dict[str, list]) -> dict[str, dict[str, Any]]:
+    """Turns samples into the rows of the result.
+
+    Args:
+        jobs: the jobs.
+        samples: from `measure`.
+
+    Returns:
+        Rows by name.
+    """
+    flat = {name: sum(rounds, []) for name, rounds in samples.items()}
+    base = amortised(flat[BASELINE])
+    bases = [amortised(one) for one in samples[BASELINE]]
+    floors = [amortised(one) for one in samples[FLOOR]]
+    rows = {}
+    for job in jobs:
+        seconds = amortised(flat[job.name], job.cycle)
+        rounds = [amortised(one, job.cycle) for one in samples[job.name]]
+        ratios = [x / y for x, y in zip(rounds, bases, strict=True)]
+        kinds = kind_medians(flat[job.name])
+        row = {
+            "amortised_ms": 1e3 * seconds,
+            "ratio_to_sgd": seconds / base,
+            "ratio_quartiles": quartiles(ratios),
+            "kinds_ms": {kind: 1e3 * value for kind, value in kinds.items()},
+            "cycle": job.cycle,
+            "compile_seconds": job.compile_seconds(flat[job.name]),
+            "state_mb": job.state_mb,
+            **job.notes(),
+        }
+        if "nothing" in kinds:
+            row["nothing_to_floor"] = kinds["nothing"] / amortised(flat[FLOOR])
+            if job.cycle is not None:
+                nothing = [dict(one)["nothing"] for one in samples[job.name]]
+                pairs = zip(nothing, floors, strict=True)
+                row["nothing_to_floor_quartiles"] = quartiles([x / y for x, y in pairs])
+        rows[job.name] = row
+    return rows
+
+
+def show(rows: dict[str, dict[str, Any]]) -> str:
+    """The table of one network."""
+    header = (
+        "optimiser",
+        "ms/step",
+        "ratio to SGD",
+        "quartiles",
+        "refresh+invert",
+        "refresh",
+        "nothing",
+        "nothing/floor",
+        "compile s",
+        "state MB",
+    )
+    table = []
+    for name, row in rows.items():
+        kinds = row["kinds_ms"]
+        low, _, high = row["ratio_quartiles"]
+        table.append(
+            (
+                name,
+                row["amortised_ms"],
+                row["ratio_to_sgd"],
+                f"{low:.2f}-{high:.2f}",
+                *(kinds.get(k) for k in ("refresh+invert", "refresh", "nothing")),
+                row.get("nothing_to_floor"),
+                row["compile_seconds"],
+                row["state_mb"],
+            )
+        )
+    return text_table(header, table)
+
+
+def benchmark(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Measures one network.
+
+    Args:
+        name: its name.
+        args: the command line.
+
+    Returns:
+        The rows and the failures, as JSON values.
+    """
+    start, problem = time.perf_counter(), make_problem(name)
+    jobs, failed = make_jobs(job_makers(problem, args))
+    rows = summarise(jobs, measure(jobs, args.rounds))
+    _, reason = import_peer()
+    if reason:
+        failed[PEER] = reason
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(problem.params))
+    shape = problem.batches[0][0].shape
+    print(f"\n{name}: {parameters} parameters, batch {shape}, {args.rounds} rounds")
+    print(show(rows))
+    for row, why in failed.items():
+        print(f"{row}: missing, {why}")
+    print(f"{time.perf_counter() - start:.0f} s", flush=True)
+    return {
+        "parameters": parameters,
+        "batch": list(shape),
+        "rows": rows,
+        "missing": failed,
+    }
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Measures the networks asked for and writes ``step_time.json``.
+
+    Args:
+        argv: the command line; that of the process by default.
+
+    Returns:
+        The result.
+    """
+    args = arguments(argv)
+    result: dict[str, Any] = {"machine": machine(), "settings": settings(args)}
+    print(" ".join(f"{k}={v}" for k, v in result["machine"].items()))
+    result["models"] = {}
+    for name in args.models:
+        result["models"][name] = benchmark(name, args)
+        write_json(args.out / "step_time.json", result)
+        jax.clear_caches()
+    print(f"\nfloor: {FLOOR}, with SGD. Written to {args.out / 'step_time.json'}.")
+    return result
+
+
+if __name__ == "__main__":
+    main()

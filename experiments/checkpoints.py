@@ -1,0 +1,171 @@
+"""Checkpoints of a training state, written with orbax.
+
+A checkpoint is a folder ``step_<n>`` with every leaf of the state under its path. It
+appears under that name only when it is complete, so a run that is killed while writing
+continues from the one before.
+"""
+
+import contextlib
+import errno
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from experiments.errors import CheckpointError
+
+PyTree = Any
+KEEP = 2
+PREFIX = "step_"
+TEMPORARY = "*.orbax-checkpoint-tmp*"
+
+
+def save(folder: Path, step: int, state: PyTree) -> None:
+    """Writes a checkpoint and removes all but the newest ones.
+
+    Args:
+        folder: folder of the checkpoints.
+        step: number of steps taken.
+        state: pytree of arrays and numbers.
+
+    Raises:
+        CheckpointError: if it could not be written; earlier ones are untouched.
+    """
+    path = (folder / f"{PREFIX}{step:08d}").absolute()
+    leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(state).items()}
+    # orbax refuses arrays without elements; there is nothing in them to restore.
+    leaves = {name: leaf for name, leaf in leaves.items() if leaf.size}
+    try:
+        write(path, leaves)
+        for old in complete(folder)[:-KEEP]:
+            shutil.rmtree(path_of(folder, old))
+    except Exception as error:  # orbax passes on what its backends raise
+        for rest in folder.glob(TEMPORARY):
+            shutil.rmtree(rest, ignore_errors=True)
+        raise CheckpointError(
+            f"The checkpoint of step {step} could not be written to {folder}: "
+            f"{reason(error)}. {last_good(folder)}"
+        ) from error
+
+
+def write(path: Path, leaves: dict[str, np.ndarray]) -> None:
+    """Writes one checkpoint."""
+    with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(path, leaves, force=True)
+
+
+def restore(folder: Path, step: int, like: PyTree) -> PyTree:
+    """Reads a checkpoint.
+
+    Args:
+        folder: folder of the checkpoints.
+        step: which one.
+        like: a state of the same structure, shapes and dtypes.
+
+    Returns:
+        The state, bit for bit as it was saved.
+
+    Raises:
+        CheckpointError: if it cannot be read, or belongs to another state.
+    """
+    path = path_of(folder, step)
+    wanted = {
+        name: (tuple(np.shape(leaf)), str(np.asarray(leaf).dtype))
+        for name, leaf in named_leaves(like).items()
+        if np.size(leaf)
+    }
+    try:
+        with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            tree = checkpointer.metadata(path).item_metadata.tree
+            seen = {
+                name: (tuple(item.shape), str(np.dtype(item.dtype)))
+                for name, item in tree.items()
+            }
+            compare(path, seen, wanted)
+            arguments = {
+                name: ocp.RestoreArgs(restore_type=np.ndarray) for name in wanted
+            }
+            leaves = checkpointer.restore(
+                path,
+                args=ocp.args.PyTreeRestore(
+                    item=dict.fromkeys(wanted, 0), restore_args=arguments
+                ),
+            )
+    except CheckpointError:
+        raise
+    except Exception as error:  # orbax passes on what its backends raise
+        raise CheckpointError(
+            f"The checkpoint {path} cannot be read: {reason(error)}. Delete that "
+            "folder to continue from an earlier one."
+        ) from error
+
+    def place(path: Any, leaf: Any) -> Any:
+        value = leaves.get(jax.tree_util.keystr(path), leaf)
+        if isinstance(leaf, jax.Array):
+            return jax.device_put(jnp.asarray(value), leaf.sharding)
+        return value
+
+    return jax.tree_util.tree_map_with_path(place, like)
+
+
+def compare(path: Path, seen: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises if a checkpoint does not hold the wanted leaves."""
+    for name in sorted(seen.keys() | wanted.keys()):
+        if seen.get(name) != wanted.get(name):
+            raise CheckpointError(
+                f"The checkpoint {path} belongs to another model or optimiser. First "
+                f"difference: {name} is {seen.get(name, 'missing')} in the checkpoint, "
+                f"wanted {wanted.get(name, 'missing')}."
+            )
+
+
+def complete(folder: Path) -> list[int]:
+    """Returns the steps of the complete checkpoints, in order."""
+    names = (path.name for path in folder.glob(PREFIX + "*") if path.is_dir())
+    steps = (name.removeprefix(PREFIX) for name in names)
+    return sorted(int(step) for step in steps if step.isdecimal())
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Returns the absolute path of a checkpoint; orbax takes no other."""
+    return (folder / f"{PREFIX}{step:08d}").absolute()
+
+
+def named_leaves(state: PyTree) -> dict[str, Any]:
+    """Returns the leaves of a state by their paths."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def reason(error: Exception) -> str:
+    """Says in one line why writing or reading failed."""
+    text = " ".join(str(error).split())
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
+        return "no space left on the device"
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+def last_good(folder: Path) -> str:
+    """Says which checkpoint is the last good one."""
+    steps = complete(folder)
+    if not steps:
+        return "There is no earlier checkpoint."
+    return f"The last good one is that of step {steps[-1]}."
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps orbax from logging the failures that are raised as errors anyway."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,70 @@
+"""Checks shared by the configuration classes."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.errors import ConfigError
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+) -> None:
+    """Raises unless `value` is a finite number within the given bounds.
+
+    Args:
+        name: the option as the user knows it.
+        value: what was given.
+        above: exclusive lower bound.
+        at_least: inclusive lower bound.
+        below: exclusive upper bound.
+        at_most: inclusive upper bound.
+
+    Raises:
+        ConfigError: naming the option, the value and the bounds.
+    """
+    bounds = [
+        (f"> {above}", above is None or value > above),
+        (f">= {at_least}", at_least is None or value >= at_least),
+        (f"< {below}", below is None or value < below),
+        (f"<= {at_most}", at_most is None or value <= at_most),
+    ]
+    wanted = " and ".join(text for text, _ in bounds if not text.endswith("None"))
+    if not math.isfinite(value) or not all(holds for _, holds in bounds):
+        raise ConfigError(f"{name} is {value!r}; wanted a finite number {wanted}.")
+
+
+def check_integer(name: str, value: Any, *, at_least: int) -> None:
+    """Raises unless `value` is an integer of at least `at_least`.
+
+    Args:
+        name: the option as the user knows it.
+        value: what was given.
+        at_least: inclusive lower bound.
+
+    Raises:
+        ConfigError: naming the option, the value and the bound.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise ConfigError(f"{name} is {value!r}; wanted an integer >= {at_least}.")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raises unless `value` is one of `choices`.
+
+    Args:
+        name: the option as the user knows it.
+        value: what was given.
+        choices: what is allowed.
+
+    Raises:
+        ConfigError: naming the option, the value and the choices.
+    """
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}; wanted one of {', '.join(choices)}.")

@@ -1,0 +1,165 @@
+"""The data set in memory, its checks, and seeded batches."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from experiments.errors import ConfigError, DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Images and labels, loaded once.
+
+    Attributes:
+        name: name on the command line.
+        title: name in tables and plots.
+        source: where the data was found.
+        x_train: training images, ``[n, height, width, channels]``.
+        y_train: training labels, ``[n]``, int32.
+        x_test: test images.
+        y_test: test labels.
+        maximum: the value of the brightest pixel.
+        num_classes: number of labels.
+    """
+
+    name: str
+    title: str
+    source: str
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+    maximum: float = 255.0
+    num_classes: int = 10
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of one image."""
+        return self.x_train.shape[1:]
+
+    def first(self, train: int | None) -> "Dataset":
+        """Returns the data set with only its first `train` training examples.
+
+        Args:
+            train: how many to keep; None keeps all.
+
+        Returns:
+            The smaller data set.
+
+        Raises:
+            ConfigError: if there are not so many.
+        """
+        if train is None:
+            return self
+        if train > len(self.x_train):
+            raise ConfigError(
+                f"train-examples is {train}; {self.title} has {len(self.x_train)}."
+            )
+        return dataclasses.replace(
+            self, x_train=self.x_train[:train], y_train=self.y_train[:train]
+        )
+
+
+def make_dataset(
+    name: str,
+    title: str,
+    source: str,
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    maximum: float = 255.0,
+) -> Dataset:
+    """Checks arrays and builds a data set of them.
+
+    Args:
+        name: name on the command line.
+        title: name in tables and plots.
+        source: where the arrays come from; every error names it.
+        train: images ``[n, h, w]`` or ``[n, h, w, c]``, and labels ``[n]``.
+        test: the same for testing.
+        maximum: the value of the brightest pixel.
+
+    Returns:
+        The data set.
+
+    Raises:
+        DataError: if the two splits do not fit together.
+    """
+    x_train, y_train = check_split(f"{source}, training set", *train, maximum)
+    x_test, y_test = check_split(f"{source}, test set", *test, maximum)
+    if x_train.shape[1:] != x_test.shape[1:]:
+        raise DataError(
+            f"{source}: training images have the shape {x_train.shape[1:]}, "
+            f"test images {x_test.shape[1:]}."
+        )
+    return Dataset(name, title, source, x_train, y_train, x_test, y_test, maximum)
+
+
+def check_split(
+    where: str, x: np.ndarray, y: np.ndarray, maximum: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Checks one split; adds the channel axis if it is missing.
+
+    Args:
+        where: what to call the split in an error.
+        x: images ``[n, h, w]`` or ``[n, h, w, c]``.
+        y: labels ``[n]`` from 0 to 9.
+        maximum: the value of the brightest pixel.
+
+    Returns:
+        Images ``[n, h, w, c]`` and int32 labels.
+
+    Raises:
+        DataError: saying what was seen and what was wanted.
+    """
+    x, y = np.asarray(x), np.asarray(y)
+    x = x[..., None] if x.ndim == 3 else x
+    if x.ndim != 4 or 0 in x.shape or x.dtype.kind not in "uif":
+        raise DataError(
+            f"{where}: images have the shape {x.shape} and dtype {x.dtype}; wanted "
+            "numbers [n, height, width] or [n, height, width, channels]."
+        )
+    if y.shape != x.shape[:1] or y.dtype.kind not in "ui":
+        raise DataError(
+            f"{where}: labels have the shape {y.shape} and dtype {y.dtype}; wanted "
+            f"integers [{len(x)}]."
+        )
+    if y.min() < 0 or y.max() > 9:
+        raise DataError(f"{where}: labels from {y.min()} to {y.max()}; wanted 0 to 9.")
+    if x.dtype.kind == "f" and not np.isfinite(x).all():
+        raise DataError(f"{where}: pixels that are not finite.")
+    if x.min() < 0 or x.max() > maximum:
+        raise DataError(
+            f"{where}: pixels from {x.min()} to {x.max()}; wanted 0 to {maximum:g}."
+        )
+    return x, y.astype(np.int32)
+
+
+def batches(
+    data: Dataset, batch_size: int, seed: int, start: int, stop: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the batches of the steps from `start` to `stop`.
+
+    Each epoch has its own permutation, made from the seed and the number of the epoch
+    alone, so that a run continued at any step sees the batches it would have seen.
+
+    Args:
+        data: the data set.
+        batch_size: examples per batch; an incomplete last batch is left out.
+        seed: seed of the permutations.
+        start: number of steps already taken.
+        stop: number of steps after the last batch.
+
+    Yields:
+        Images ``[batch, h, w, c]`` and labels ``[batch]``.
+    """
+    per_epoch = len(data.x_train) // batch_size
+    epoch, order = -1, np.arange(0)
+    for step in range(start, stop):
+        if step // per_epoch != epoch:
+            epoch = step // per_epoch
+            order = np.random.default_rng([seed, epoch]).permutation(len(data.x_train))
+        at = step % per_epoch * batch_size
+        rows = order[at : at + batch_size]
+        yield data.x_train[rows], data.y_train[rows]

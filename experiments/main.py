@@ -1,0 +1,130 @@
+"""Command line: ``python -m experiments.main train --help``."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from experiments.configs import DATASETS, MODELS, TrainConfig, default_config
+from experiments.configs.train import OptimizerName
+from experiments.errors import ExperimentError
+
+PROGRAM = "python -m experiments.main"
+# Without a terminal the table would be cut at 80 columns.
+WIDTH_OF_FILES = 110
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """Makes the table and the plots of a run folder again."""
+
+    workdir: Annotated[Path, tyro.conf.Positional]
+    """The run folder."""
+    baseline: OptimizerName = "adam"
+    """The optimiser whose best training loss the others are measured by."""
+
+
+def parse(arguments: Sequence[str]) -> TrainConfig | ReportConfig:
+    """Parses the command line.
+
+    Args:
+        arguments: the arguments after the program's name.
+
+    Returns:
+        The configuration of the chosen command.
+    """
+    commands = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Trains networks with K-FAC, SGD, Adam and AdamW side by side.",
+        epilog=f"The options of a command: {PROGRAM} train --help",
+    )
+    commands.add_argument("command", choices=("train", "report"))
+    command = commands.parse_args(arguments[:1]).command
+    rest = list(arguments[1:])
+    if command == "report":
+        return tyro.cli(ReportConfig, prog=f"{PROGRAM} report", args=rest)
+    return tyro.cli(
+        TrainConfig, prog=f"{PROGRAM} train", default=defaults_for(rest), args=rest
+    )
+
+
+def defaults_for(arguments: Sequence[str]) -> TrainConfig:
+    """Reads the data set and the model, which decide the other options' defaults.
+
+    Args:
+        arguments: the arguments of ``train``.
+
+    Returns:
+        The defaults; those without any argument if a name is wrong, which the real
+        parser then tells with all it knows.
+    """
+    first = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, exit_on_error=False
+    )
+    first.add_argument("--dataset", choices=DATASETS, default="mnist5k")
+    first.add_argument("--model", choices=MODELS, default="mlp")
+    try:
+        chosen, _ = first.parse_known_args(arguments)
+    except argparse.ArgumentError:
+        return default_config()
+    return default_config(chosen.dataset, chosen.model)
+
+
+def report(folder: Path, baseline: str, console: Console) -> None:
+    """Prints the table and writes the plots.
+
+    Args:
+        folder: the run folder.
+        baseline: the optimiser the others are measured by.
+        console: where to print.
+    """
+    from experiments import reports  # JAX starts here, not for --help
+
+    runs = reports.read_runs(folder)
+    console.print(reports.make_table(runs, baseline))
+    for path in reports.save_plots(runs, folder):
+        console.print(f"Plot: {path}", soft_wrap=True, highlight=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: the arguments after the program's name; those of the process if None.
+
+    Returns:
+        The exit status: 0, or 1 if something could not be kept, or 2 after an error.
+    """
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH_OF_FILES)
+    errors = Console(stderr=True)
+    try:
+        config = parse(sys.argv[1:] if arguments is None else arguments)
+        if isinstance(config, ReportConfig):
+            report(config.workdir, config.baseline, console)
+            return 0
+        from experiments.train import train
+
+        folder, problems = train(config, console)
+        report(folder, config.baseline, console)
+    except ExperimentError as error:
+        errors.print(f"error: {error}", style="red", soft_wrap=True, markup=False)
+        return 2
+    except KeyboardInterrupt:
+        errors.print(
+            "Interrupted. The same command continues from the last checkpoint."
+        )
+        return 130
+    for problem in problems:
+        errors.print(f"error: {problem}", style="red", soft_wrap=True, markup=False)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

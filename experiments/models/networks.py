@@ -1,0 +1,135 @@
+"""The networks, in flax Linen."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class MLP(nn.Module):
+    """Fully connected network with rectified linear units.
+
+    Attributes:
+        hidden: widths of the hidden layers.
+        num_classes: width of the output.
+    """
+
+    hidden: Sequence[int]
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps images ``[batch, h, w, c]`` to logits ``[batch, classes]``."""
+        del train
+        x = x.reshape(len(x), -1)
+        for width in self.hidden:
+            x = nn.relu(nn.Dense(width)(x))
+        return nn.Dense(self.num_classes)(x)
+
+
+class LeNet5(nn.Module):
+    """Two convolutions, three dense layers, tanh and average pooling.
+
+    References:
+        LeCun, Bottou, Bengio & Haffner, 1998, Proc. IEEE 86(11), Fig. 2.
+
+    Attributes:
+        num_classes: width of the output.
+    """
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps images ``[batch, h, w, c]`` to logits ``[batch, classes]``."""
+        del train
+        x = nn.tanh(nn.Conv(6, (5, 5))(x))
+        x = nn.avg_pool(x, (2, 2), strides=(2, 2))
+        x = nn.tanh(nn.Conv(16, (5, 5), padding="VALID")(x))
+        x = nn.avg_pool(x, (2, 2), strides=(2, 2))
+        x = x.reshape(len(x), -1)
+        x = nn.tanh(nn.Dense(120)(x))
+        x = nn.tanh(nn.Dense(84)(x))
+        return nn.Dense(self.num_classes)(x)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions with batch norm, added to their input.
+
+    Attributes:
+        channels: output channels.
+        stride: stride of the first convolution.
+    """
+
+    channels: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Maps ``[batch, h, w, c]`` to ``[batch, h/stride, w/stride, channels]``."""
+        strides = (self.stride, self.stride)
+        y = nn.Conv(self.channels, (3, 3), strides, use_bias=False)(x)
+        y = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(y))
+        y = nn.Conv(self.channels, (3, 3), use_bias=False)(y)
+        y = nn.BatchNorm(use_running_average=not train, momentum=0.9)(y)
+        if x.shape != y.shape:
+            x = nn.Conv(self.channels, (1, 1), strides, use_bias=False)(x)
+            x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+        return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """Residual network for small images; ``6 n + 2`` layers for blocks (n, n, n).
+
+    References:
+        He, Zhang, Ren & Sun, 2015, arXiv:1512.03385, Sec. 4.2; the shortcuts that
+        change the shape are projections.
+
+    Attributes:
+        blocks: residual blocks per stage.
+        width: channels of the first stage, doubled at every stage.
+        num_classes: width of the output.
+    """
+
+    blocks: Sequence[int]
+    width: int
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps images ``[batch, h, w, c]`` to logits ``[batch, classes]``."""
+        x = nn.Conv(self.width, (3, 3), use_bias=False)(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+        for stage, count in enumerate(self.blocks):
+            for block in range(count):
+                stride = 2 if stage > 0 and block == 0 else 1
+                x = ResidualBlock(self.width * 2**stage, stride)(x, train)
+        x = jnp.mean(x, axis=(1, 2))
+        return nn.Dense(self.num_classes)(x)
+
+
+class Autoencoder(nn.Module):
+    """Deep autoencoder: tanh, a linear code in the middle, logits as output.
+
+    References:
+        Hinton & Salakhutdinov, 2006, Science 313(5786); Martens & Grosse, 2015,
+        arXiv:1503.05671, Sec. 13.
+
+    Attributes:
+        code: widths from the first hidden layer down to the code.
+    """
+
+    code: Sequence[int]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps pixels ``[batch, pixels]`` to logits of the same shape."""
+        del train
+        widths = [*self.code, *reversed(self.code[:-1]), x.shape[-1]]
+        linear = (len(self.code) - 1, len(widths) - 1)
+        initial = nn.initializers.glorot_uniform()
+        for index, width in enumerate(widths):
+            x = nn.Dense(width, kernel_init=initial)(x)
+            x = x if index in linear else nn.tanh(x)
+        return x

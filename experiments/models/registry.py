@@ -1,0 +1,75 @@
+"""From the name of a model to its task."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from experiments.configs import NetConfig
+from experiments.configs.checks import check_choice
+from experiments.configs.train import MODELS
+from experiments.datasets import Dataset
+from experiments.errors import ConfigError
+from experiments.models import networks
+from experiments.models.nnxmlp import nnx_task
+from experiments.models.task import Task, classifier, reconstruction
+
+LENET_SMALLEST = 12
+
+
+def make_task(model: str, net: NetConfig, data: Dataset) -> Task:
+    """Builds the task of a model on a data set.
+
+    Args:
+        model: one of `MODELS`.
+        net: sizes of the networks.
+        data: the data set.
+
+    Returns:
+        The task.
+
+    Raises:
+        ConfigError: if the model cannot take images of this size.
+    """
+    check_choice("model", model, MODELS)
+    if model == "lenet5" and min(data.image_shape[:2]) < LENET_SMALLEST:
+        height, width, _ = data.image_shape
+        raise ConfigError(
+            f"lenet5 wants images of at least {LENET_SMALLEST} x {LENET_SMALLEST} "
+            f"pixels; {data.title} has {height} x {width}. Use --model mlp or resnet."
+        )
+    if model == "mlp_nnx":
+        return nnx_task(net.hidden, data)
+    if model == "autoencoder":
+        return reconstruction(*linen_functions(networks.Autoencoder(net.code)), data)
+    modules: dict[str, nn.Module] = {
+        "mlp": networks.MLP(net.hidden, data.num_classes),
+        "lenet5": networks.LeNet5(data.num_classes),
+        "resnet": networks.ResNet(net.blocks, net.width, data.num_classes),
+    }
+    return classifier(*linen_functions(modules[model]), data)
+
+
+def linen_functions(module: nn.Module):
+    """Returns the pure functions `init` and `apply` of a Linen module.
+
+    Args:
+        module: takes inputs and ``train``; may keep batch statistics.
+
+    Returns:
+        ``init(key, inputs) -> (params, model_state)`` and
+        ``apply(params, model_state, inputs, train) -> (outputs, new model_state)``.
+    """
+
+    def init(key: jax.Array, inputs: jax.Array) -> tuple[Any, Any]:
+        variables = dict(module.init(key, inputs))
+        return variables.pop("params"), variables
+
+    def apply(params: Any, model_state: Any, inputs: jax.Array, train: bool) -> Any:
+        variables = {"params": params, **model_state}
+        if not train or not model_state:
+            return module.apply(variables, inputs, train=train), model_state
+        mutable = list(model_state)
+        return module.apply(variables, inputs, train=train, mutable=mutable)
+
+    return init, apply

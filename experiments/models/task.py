@@ -1,0 +1,131 @@
+"""What the training loop needs to know of a network: a task.
+
+A task is a few pure functions of parameters and model state, so that Linen, NNX and
+anything else train in the same loop. Images enter as the data set stores them; scaling
+them is part of the loss, on the device.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import kfac_jax_lite as kfac
+from experiments.datasets import Dataset
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A network with its loss.
+
+    Attributes:
+        init: ``key -> (params, model_state)``; the state is empty unless the network
+            has batch statistics.
+        loss: ``(params, model_state, images, labels) -> (mean loss, new model_state)``
+            in training mode, with the output marked for K-FAC.
+        evaluate: the same arguments to a dict of sums over the examples, in
+            evaluation mode; ``loss`` is one of them.
+    """
+
+    init: Callable[[jax.Array], tuple[PyTree, PyTree]]
+    loss: Callable[..., tuple[jax.Array, PyTree]]
+    evaluate: Callable[..., dict[str, jax.Array]]
+
+
+def make_preprocess(data: Dataset, standardise: bool) -> Callable:
+    """Returns the map from stored images to the network's input.
+
+    Args:
+        data: the data set; channel means and deviations are those of its training set.
+        standardise: subtract the mean and divide by the standard deviation; otherwise
+            pixels are from 0 to 1.
+
+    Returns:
+        A function of images ``[batch, h, w, c]``.
+    """
+    mean, scale = np.zeros(1, np.float32), np.float32(data.maximum)
+    if standardise:
+        pixels = data.x_train.reshape(-1, data.x_train.shape[-1])
+        mean = pixels.mean(0, dtype=np.float64).astype(np.float32)
+        scale = pixels.std(0, dtype=np.float64).astype(np.float32)
+        scale = np.maximum(scale, np.float32(1e-3 * data.maximum))
+    return lambda images: (images.astype(jnp.float32) - mean) / scale
+
+
+def classifier(
+    init: Callable[[jax.Array, jax.Array], tuple[PyTree, PyTree]],
+    apply: Callable[..., tuple[jax.Array, PyTree]],
+    data: Dataset,
+) -> Task:
+    """Builds a classification task with the softmax cross-entropy.
+
+    Args:
+        init: ``(key, inputs) -> (params, model_state)``.
+        apply: ``(params, model_state, inputs, train) -> (logits, new model_state)``.
+        data: the data set.
+
+    Returns:
+        The task.
+    """
+    preprocess = make_preprocess(data, standardise=True)
+    sample = np.zeros((1, *data.image_shape), data.x_train.dtype)
+
+    def loss(params, model_state, images, labels):
+        logits, model_state = apply(params, model_state, preprocess(images), True)
+        logits = kfac.categorical(logits)
+        terms = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return terms.mean(), model_state
+
+    def evaluate(params, model_state, images, labels):
+        logits, _ = apply(params, model_state, preprocess(images), False)
+        terms = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        hits = jnp.argmax(logits, -1) == labels
+        return {"loss": terms.sum(), "accuracy": hits.sum().astype(jnp.float32)}
+
+    return Task(lambda key: init(key, preprocess(sample)), loss, evaluate)
+
+
+def reconstruction(
+    init: Callable[[jax.Array, jax.Array], tuple[PyTree, PyTree]],
+    apply: Callable[..., tuple[jax.Array, PyTree]],
+    data: Dataset,
+) -> Task:
+    """Builds an autoencoder's task: Bernoulli loss, summed over the pixels.
+
+    Args:
+        init: ``(key, inputs) -> (params, model_state)``; inputs are ``[1, pixels]``.
+        apply: ``(params, model_state, inputs, train) -> (logits, new model_state)``.
+        data: the data set.
+
+    Returns:
+        The task.
+    """
+    preprocess = make_preprocess(data, standardise=False)
+    sample = np.zeros((1, *data.image_shape), data.x_train.dtype)
+
+    def flat(images):
+        return preprocess(images).reshape(len(images), -1)
+
+    def loss(params, model_state, images, labels):
+        del labels
+        pixels = flat(images)
+        logits, model_state = apply(params, model_state, pixels, True)
+        logits = kfac.bernoulli(logits)
+        terms = optax.sigmoid_binary_cross_entropy(logits, pixels).sum(-1)
+        return terms.mean(), model_state
+
+    def evaluate(params, model_state, images, labels):
+        del labels
+        pixels = flat(images)
+        logits, _ = apply(params, model_state, pixels, False)
+        terms = optax.sigmoid_binary_cross_entropy(logits, pixels)
+        error = (jax.nn.sigmoid(logits) - pixels) ** 2
+        return {"loss": terms.sum(), "squared_error": error.sum()}
+
+    return Task(lambda key: init(key, flat(sample)), loss, evaluate)

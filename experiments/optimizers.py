@@ -1,0 +1,162 @@
+"""From configurations to optax transformations."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+
+import kfac_jax_lite as kfac
+from experiments.configs import KFACConfig, ScheduleConfig, TrainConfig
+from experiments.configs.checks import check_choice
+from experiments.configs.train import OPTIMIZERS
+from experiments.models import Task
+
+TITLES = {
+    "kfac": "K-FAC",
+    "sgd": "SGD + momentum",
+    "adam": "Adam",
+    "adamw": "AdamW",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """A transformation and, for K-FAC, the tagged loss that makes its statistics.
+
+    Attributes:
+        tx: the transformation; it takes and may ignore ``statistics``.
+        tagged: the tagged loss, or None.
+        needs_key: whether the statistics are sampled.
+    """
+
+    tx: optax.GradientTransformationExtraArgs
+    tagged: Any = None
+    needs_key: bool = False
+
+
+def make_schedule(
+    value: float, config: ScheduleConfig, total_steps: int
+) -> optax.Schedule:
+    """Returns the schedule of a hyper-parameter.
+
+    Args:
+        value: where the decay starts.
+        config: shape of the decay.
+        total_steps: steps of the whole run, warm-up included.
+
+    Returns:
+        An optax schedule.
+    """
+    steps = max(1, total_steps - config.warmup_steps)
+    end = value * config.final_scale
+    match config.kind:
+        case "constant":
+            decay = optax.constant_schedule(value)
+        case "linear":
+            decay = optax.linear_schedule(value, end, steps)
+        case "cosine":
+            decay = optax.cosine_decay_schedule(value, steps, config.final_scale)
+        case "exponential":
+            decay = optax.exponential_decay(
+                value, steps, config.final_scale, end_value=end
+            )
+    if config.warmup_steps == 0:
+        return decay
+    warmup = optax.linear_schedule(0.0, value, config.warmup_steps)
+    return optax.join_schedules([warmup, decay], [config.warmup_steps])
+
+
+def make_optimizer(
+    name: str, config: TrainConfig, task: Task, example: tuple, total_steps: int
+) -> Optimizer:
+    """Builds one of the compared optimisers.
+
+    Args:
+        name: one of `OPTIMIZERS`.
+        config: the configuration of the comparison.
+        task: the network and its loss.
+        example: the arguments of the loss, arrays or their shapes.
+        total_steps: steps of the whole run.
+
+    Returns:
+        The optimiser.
+    """
+    check_choice("optimizers", name, OPTIMIZERS)
+    if name == "kfac":
+        return make_kfac(config.kfac, task, example, total_steps)
+    if name == "sgd":
+        sgd = config.sgd
+        rate = make_schedule(sgd.learning_rate, sgd.schedule, total_steps)
+        tx = optax.sgd(rate, momentum=sgd.momentum, nesterov=sgd.nesterov)
+    elif name == "adam":
+        adam = config.adam
+        rate = make_schedule(adam.learning_rate, adam.schedule, total_steps)
+        tx = optax.adam(rate, b1=adam.b1, b2=adam.b2, eps=adam.eps)
+    else:
+        adamw = config.adamw
+        rate = make_schedule(adamw.learning_rate, adamw.schedule, total_steps)
+        tx = optax.adamw(
+            rate,
+            b1=adamw.b1,
+            b2=adamw.b2,
+            eps=adamw.eps,
+            weight_decay=adamw.weight_decay,
+        )
+    return Optimizer(optax.with_extra_args_support(tx))
+
+
+def make_kfac(
+    config: KFACConfig, task: Task, example: tuple, total_steps: int
+) -> Optimizer:
+    """Tags the loss and builds K-FAC for its layers.
+
+    Args:
+        config: hyper-parameters.
+        task: the network and its loss.
+        example: the arguments of the loss, arrays or their shapes.
+        total_steps: steps of the whole run.
+
+    Returns:
+        The optimiser with its tagged loss.
+    """
+    tagged = kfac.tag(
+        task.loss,
+        *jax.eval_shape(lambda *args: args, *example),
+        fisher=config.fisher,
+        weight_sharing=config.weight_sharing,
+        has_aux=True,
+    )
+    tx = kfac.kfac(
+        tagged.layers,
+        make_schedule(config.learning_rate, config.schedule, total_steps),
+        damping=make_schedule(config.damping, config.damping_schedule, total_steps),
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        kl_clip=config.kl_clip,
+        factor_decay=config.factor_decay,
+        interval=make_interval(config),
+        inverse=config.inverse,
+        inverse_interval=config.inverse_interval,
+    )
+    return Optimizer(tx, tagged, needs_key=config.fisher == "mc")
+
+
+def make_interval(config: KFACConfig) -> Any:
+    """Returns the rule for the steps at which factors are refreshed.
+
+    Args:
+        config: hyper-parameters of K-FAC.
+
+    Returns:
+        An interval rule of `kfac_jax_lite.intervals`.
+    """
+    if config.interval == "every":
+        return kfac.intervals.every(config.every)
+    if config.interval == "adaptive":
+        return kfac.intervals.adaptive(
+            config.threshold, rule=config.rule, max_interval=config.max_interval
+        )
+    return kfac.intervals.staleness(
+        threshold=config.threshold, max_interval=config.max_interval
+    )

@@ -1,0 +1,92 @@
+"""The table at the end of a comparison."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from experiments.reports.reading import RunRecords
+
+
+def make_table(runs: Sequence[RunRecords], baseline: str = "adam") -> Table:
+    """Builds the table of a comparison.
+
+    Args:
+        runs: the runs.
+        baseline: name of the optimiser whose best training loss the others are
+            measured by; the first run if it is not among them.
+
+    Returns:
+        A table with a row per optimiser.
+    """
+    reference = next((run for run in runs if run.optimizer == baseline), runs[0])
+    goal = reference.best_train_loss()
+    first = runs[0].config
+    title = f"{first['data']['title']}, {first['config']['model']}"
+    table = Table(title=title, caption=caption(reference, goal), box=box.SIMPLE_HEAD)
+    table.add_column("optimiser", no_wrap=True)
+    last = "accuracy" if has_accuracy(runs) else "squared error"
+    for name in (
+        "train loss",
+        "test loss",
+        f"test {last}",
+        "steps",
+        "seconds",
+        "compile s",
+        f"steps to {reference.title}'s best",
+        "seconds to it",
+    ):
+        table.add_column(name, justify="right", min_width=7)
+    for run in runs:
+        table.add_row(*row(run, goal))
+    return table
+
+
+def row(run: RunRecords, goal: float | None) -> list[str]:
+    """Returns the cells of one run."""
+    title = run.title if run.status == "finished" else f"{run.title} ({run.status})"
+    final: dict[str, Any] = run.evals[-1] if run.evals else {}
+    accuracy = final.get("test_accuracy")
+    score = (
+        number(final.get("test_squared_error"))
+        if accuracy is None
+        else f"{accuracy:.2%}"
+    )
+    reached = None if goal is None else run.first_at(goal)
+    return [
+        title,
+        number(final.get("train_loss")),
+        number(final.get("test_loss")),
+        score,
+        str(final.get("step", "-")),
+        seconds(final.get("seconds")),
+        seconds(run.end["compile_seconds"] if run.end else None),
+        "-" if reached is None else str(reached["step"]),
+        "-" if reached is None else seconds(reached["seconds"]),
+    ]
+
+
+def caption(reference: RunRecords, goal: float | None) -> str:
+    """Says what the last two columns compare with."""
+    if goal is None:
+        return "Seconds are training time without evaluation and compilation."
+    return (
+        f"{reference.title}'s best training loss: {number(goal)}. Seconds are training "
+        "time without evaluation and compilation."
+    )
+
+
+def has_accuracy(runs: Sequence[RunRecords]) -> bool:
+    """Tells whether the runs are of a classifier."""
+    return any("test_accuracy" in record for run in runs for record in run.evals)
+
+
+def number(value: float | None) -> str:
+    """Formats a number with four digits; a dash stands for none."""
+    return "-" if value is None else f"{value:.4g}"
+
+
+def seconds(value: float | None) -> str:
+    """Formats seconds with one decimal; a dash stands for none."""
+    return "-" if value is None else f"{value:.1f}"

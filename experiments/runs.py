@@ -1,0 +1,211 @@
+"""One run: how it starts, what is saved of it, when the loop has something to do."""
+
+import dataclasses
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.training import train_state
+
+from experiments import checkpoints, metrics
+from experiments.configs import TrainConfig
+from experiments.datasets import Dataset
+from experiments.models import Task
+from experiments.optimizers import TITLES, Optimizer, make_optimizer
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+
+
+class State(train_state.TrainState):
+    """Flax's training state, with model state and with statistics for K-FAC.
+
+    Attributes:
+        model_state: what the network keeps besides parameters, such as batch
+            statistics.
+    """
+
+    model_state: Any = None
+
+    def apply_gradients(
+        self, *, grads: Any, statistics: Any = None, **kwargs: Any
+    ) -> Self:
+        """Returns the state after one update.
+
+        Args:
+            grads: gradient of the loss, like the parameters.
+            statistics: statistics of the layers, for K-FAC.
+            **kwargs: further fields to replace.
+
+        Returns:
+            The next state.
+        """
+        tx = optax.with_extra_args_support(self.tx)
+        updates, opt_state = tx.update(
+            grads, self.opt_state, self.params, statistics=statistics
+        )
+        params = optax.apply_updates(self.params, updates)
+        return self.replace(
+            step=self.step + 1, params=params, opt_state=opt_state, **kwargs
+        )
+
+
+@dataclasses.dataclass
+class Run:
+    """One optimiser's run.
+
+    Attributes:
+        config: the configuration of the comparison.
+        name: name of the optimiser.
+        task: the network and its loss.
+        data: the data set.
+        optimizer: the transformation.
+        folder: where the run is kept.
+        state: the training state.
+        seconds: training time so far, without evaluations, checkpoints, compilation.
+        compile_seconds: time of compiling the step, summed over continued runs.
+        problems: what went wrong without stopping the run.
+    """
+
+    config: TrainConfig
+    name: str
+    task: Task
+    data: Dataset
+    optimizer: Optimizer
+    folder: Path
+    state: State
+    seconds: float = 0.0
+    compile_seconds: float = 0.0
+    problems: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full batches in the training set."""
+        return len(self.data.x_train) // self.config.batch_size
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.steps_per_epoch * self.config.epochs
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where the checkpoints are."""
+        return self.folder / "checkpoints"
+
+    @property
+    def metrics_path(self) -> Path:
+        """The file of the metrics."""
+        return self.folder / metrics.FILE_NAME
+
+    def saved(self) -> dict[str, Any]:
+        """Returns what a checkpoint holds."""
+        return {
+            "state": self.state,
+            "seconds": np.float64(self.seconds),
+            "compile_seconds": np.float64(self.compile_seconds),
+        }
+
+
+def make_run(config: TrainConfig, name: str, task: Task, data: Dataset) -> Run:
+    """Builds the first state of a run.
+
+    Args:
+        config: the configuration of the comparison.
+        name: name of the optimiser.
+        task: the network and its loss.
+        data: the data set.
+
+    Returns:
+        The run before its first step.
+    """
+    params, model_state = jax.jit(task.init)(jax.random.key(config.seed))
+    images = jax.ShapeDtypeStruct(
+        (config.batch_size, *data.image_shape), data.x_train.dtype
+    )
+    labels = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
+    total_steps = len(data.x_train) // config.batch_size * config.epochs
+    example = (params, model_state, images, labels)
+    optimizer = make_optimizer(name, config, task, example, total_steps)
+    state = State(
+        step=jnp.zeros((), jnp.int32),
+        apply_fn=task.loss,
+        params=params,
+        tx=optimizer.tx,
+        opt_state=optimizer.tx.init(params),
+        model_state=model_state,
+    )
+    folder = config.folder() / name
+    return Run(config, name, task, data, optimizer, folder, state)
+
+
+def resume(run: Run) -> int:
+    """Restores the newest checkpoint, if there is one.
+
+    Args:
+        run: the run before its first step; changed in place.
+
+    Returns:
+        The number of steps taken.
+    """
+    steps = checkpoints.complete(run.checkpoint_folder)
+    if not steps:
+        return 0
+    saved = checkpoints.restore(run.checkpoint_folder, steps[-1], run.saved())
+    run.state = saved["state"]
+    run.seconds = float(saved["seconds"])
+    run.compile_seconds = float(saved["compile_seconds"])
+    return steps[-1]
+
+
+def evaluation_points(run: Run) -> set[int]:
+    """Returns the steps after which the loss is evaluated; the last is one of them."""
+    count = min(run.config.evals_per_epoch, run.steps_per_epoch) * run.config.epochs
+    return {round(run.total_steps * k / count) for k in range(1, count + 1)}
+
+
+def stopping_points(run: Run) -> list[int]:
+    """Returns the steps at which the loop has something to do besides training."""
+    every = (run.config.log_every, run.config.checkpoint_steps)
+    regular = {s for n in every for s in range(n, run.total_steps + 1, n)}
+    return sorted(regular | evaluation_points(run))
+
+
+def identity(config: TrainConfig, name: str, data: Dataset) -> dict[str, Any]:
+    """Returns what decides the curve of one optimiser's run.
+
+    Args:
+        config: the configuration of the comparison.
+        name: name of the optimiser.
+        data: the data set.
+
+    Returns:
+        Nested JSON values.
+    """
+    return {
+        "config": config.run_dict(name),
+        "data": {
+            "title": data.title,
+            "train_examples": len(data.x_train),
+            "test_examples": len(data.x_test),
+        },
+    }
+
+
+def description(run: Run) -> dict[str, Any]:
+    """Returns the values of a run's first record."""
+    return {
+        "optimizer": run.name,
+        "title": TITLES[run.name],
+        **identity(run.config, run.name, run.data),
+        "source": run.data.source,
+        "total_steps": run.total_steps,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(run.state.params)),
+        "device": jax.devices()[0].device_kind,
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
+    }

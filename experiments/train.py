@@ -1,0 +1,287 @@
+"""Trains every listed optimiser from the same start on the same data.
+
+A run lives in ``<run folder>/<optimiser>/``: its metrics, and checkpoints from which it
+continues after it was killed. Parameters, order of the data and sampled labels depend
+on the seed and the number of the step alone, so the continued curve is the same.
+"""
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+import kfac_jax_lite as kfac
+from experiments import checkpoints, datasets, metrics
+from experiments.configs import TrainConfig
+from experiments.datasets import Dataset
+from experiments.errors import CheckpointError, ConfigError, MetricsError
+from experiments.models import Task, make_task
+from experiments.optimizers import TITLES
+from experiments.progress import RunProgress
+from experiments.runfolder import check_same_run, locked
+from experiments.runs import (
+    Run,
+    State,
+    description,
+    evaluation_points,
+    identity,
+    make_run,
+    resume,
+    stopping_points,
+)
+
+
+def train(config: TrainConfig, console: Console) -> tuple[Path, list[str]]:
+    """Trains every listed optimiser; finished ones are skipped.
+
+    Args:
+        config: what to run.
+        console: where to report.
+
+    Returns:
+        The run folder, and what went wrong without stopping a run.
+
+    Raises:
+        ConfigError: if the batch is larger than the training set.
+    """
+    data = datasets.load(config.dataset, config.data_dir).first(config.train_examples)
+    console.print(
+        f"Data: {data.title}, {len(data.x_train)} + {len(data.x_test)} images, "
+        f"{data.source}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    if config.batch_size > len(data.x_train):
+        raise ConfigError(
+            f"batch-size is {config.batch_size}; {data.title} has only "
+            f"{len(data.x_train)} training examples."
+        )
+    task = make_task(config.model, config.net, data)
+    folder, problems = config.folder(), []
+    with locked(folder):
+        for name in config.optimizers:
+            if config.fresh:
+                shutil.rmtree(folder / name, ignore_errors=True)
+            problems += run_optimizer(config, name, task, data, console)
+    return folder, problems
+
+
+def run_optimizer(
+    config: TrainConfig, name: str, task: Task, data: Dataset, console: Console
+) -> list[str]:
+    """Starts, continues or skips one optimiser's run.
+
+    Args:
+        config: the configuration of the comparison.
+        name: name of the optimiser.
+        task: the network and its loss.
+        data: the data set.
+        console: where to report.
+
+    Returns:
+        What went wrong without stopping the run.
+    """
+    folder = config.folder() / name
+    records = metrics.read_records(folder / metrics.FILE_NAME)
+    check_same_run(folder, records, identity(config, name, data))
+    if records and records[-1]["kind"] == "end":
+        console.print(f"{TITLES[name]}: already finished in {folder}", soft_wrap=True)
+        return []
+    run = make_run(config, name, task, data)
+    if run.optimizer.tagged is not None:
+        console.print(str(run.optimizer.tagged), markup=False, highlight=False)
+    start = resume(run)
+    if start:
+        console.print(f"{TITLES[name]}: continues from step {start}")
+    # Without a step in it, the file starts anew with the configuration.
+    metrics.keep_until(run.metrics_path, start if start else -1)
+    file = metrics.MetricsFile(run.metrics_path)
+    try:
+        if start:
+            file.append("note", start, text="continued from a checkpoint")
+        else:
+            file.append("config", 0, **description(run))
+        with RunProgress(console, TITLES[name], run.total_steps, start) as progress:
+            loop(run, start, file, progress)
+    finally:
+        try:
+            file.close()
+        except MetricsError as error:
+            run.problems.append(str(error))
+    for problem in run.problems:
+        console.print(f"[red]warning:[/] {problem}", soft_wrap=True, highlight=False)
+    return run.problems
+
+
+def make_step(run: Run) -> Callable[[State, Any, Any], tuple[State, jax.Array]]:
+    """Compiles the training step and records how long that took.
+
+    Args:
+        run: the run; its `compile_seconds` grow.
+
+    Returns:
+        A function of state (donated), images and labels to the next state and the loss.
+    """
+    key = jax.random.key(run.config.seed + 1)
+    optimizer = run.optimizer
+
+    def step(state: State, images: Any, labels: Any) -> tuple[State, jax.Array]:
+        args = (state.params, state.model_state, images, labels)
+        statistics = None
+        if optimizer.tagged is None:
+            value_and_grad = jax.value_and_grad(run.task.loss, has_aux=True)
+            (loss, model_state), grads = value_and_grad(*args)
+        else:
+            sample = jax.random.fold_in(key, state.step)
+            (loss, model_state), grads, statistics = optimizer.tagged.value_and_grad(
+                *args,
+                opt_state=state.opt_state,
+                key=sample if optimizer.needs_key else None,
+            )
+        state = state.apply_gradients(
+            grads=grads, statistics=statistics, model_state=model_state
+        )
+        return state, loss
+
+    size = run.config.batch_size
+    images, labels = run.data.x_train[:size], run.data.y_train[:size]
+    began = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=0).lower(run.state, images, labels)
+    compiled = compiled.compile()
+    run.compile_seconds += time.perf_counter() - began
+    return compiled
+
+
+def loop(
+    run: Run, start: int, file: metrics.MetricsFile, progress: RunProgress
+) -> None:
+    """Trains to the end of the run, or until the loss is no longer finite.
+
+    Args:
+        run: the run; changed in place.
+        start: steps already taken.
+        file: where records go.
+        progress: what the user sees.
+    """
+    evaluate = make_evaluations(run)
+    step_fn = make_step(run)
+    stops = stopping_points(run)
+    if start == 0:
+        record_evaluation(run, 0, evaluate, file, progress)
+    window: list[float] = []
+    at, status = start, "finished"
+    while at < run.total_steps and status == "finished":
+        until = min(stop for stop in stops if stop > at)
+        losses, elapsed = advance(run, step_fn, at, until)
+        window += losses
+        if until % run.config.log_every == 0 or until == run.total_steps:
+            loss = float(np.mean(window))
+            file.append("train", until, seconds=run.seconds, loss=loss)
+            window = []
+        progress.step(until, losses[-1], (until - at) / elapsed)
+        at = until
+        if at in evaluation_points(run):
+            values = record_evaluation(run, at, evaluate, file, progress)
+            if not np.isfinite(values["train_loss"]):
+                status = "diverged"
+        if at % run.config.checkpoint_steps == 0 or at == run.total_steps:
+            save_checkpoint(run, at, file)
+    finish(run, at, status, file)
+
+
+def advance(
+    run: Run, step_fn: Callable, at: int, until: int
+) -> tuple[list[float], float]:
+    """Takes the steps from `at` to `until`; only this counts as training time."""
+    config, losses = run.config, []
+    began = time.perf_counter()
+    batches = datasets.batches(run.data, config.batch_size, config.seed, at, until)
+    for images, labels in batches:
+        run.state, loss = step_fn(run.state, images, labels)
+        losses.append(loss)
+    losses = [float(loss) for loss in jax.device_get(losses)]
+    jax.block_until_ready(run.state)
+    elapsed = time.perf_counter() - began
+    run.seconds += elapsed
+    return losses, elapsed
+
+
+def make_evaluations(run: Run) -> Callable[[], dict[str, float]]:
+    """Returns the evaluation of the run's present state on both splits."""
+    count, data = run.config.eval_examples, run.data
+    on_train = metrics.make_evaluate(
+        run.task, data.x_train[:count], data.y_train[:count]
+    )
+    on_test = metrics.make_evaluate(run.task, data.x_test[:count], data.y_test[:count])
+
+    def evaluate() -> dict[str, float]:
+        values = {}
+        for split, on_split in (("train", on_train), ("test", on_test)):
+            means = on_split(run.state.params, run.state.model_state)
+            values |= {f"{split}_{name}": value for name, value in means.items()}
+        return values
+
+    return evaluate
+
+
+def record_evaluation(
+    run: Run,
+    step: int,
+    evaluate: Callable[[], dict[str, float]],
+    file: metrics.MetricsFile,
+    progress: RunProgress,
+) -> dict[str, Any]:
+    """Evaluates, records and shows the result.
+
+    Args:
+        run: the run.
+        step: steps taken.
+        evaluate: the evaluation.
+        file: where records go.
+        progress: what the user sees.
+
+    Returns:
+        What was recorded.
+    """
+    values: dict[str, Any] = {"seconds": run.seconds} | evaluate()
+    if run.optimizer.tagged is not None:
+        layers = kfac.report(run.state.opt_state)
+        values |= {
+            "mean_interval": float(np.mean([layer["interval"] for layer in layers])),
+            "bytes_reduced": sum(float(layer["bytes_reduced"]) for layer in layers),
+            "bytes_if_every_step": sum(
+                float(layer["bytes_if_every_step"]) for layer in layers
+            ),
+        }
+    file.append("eval", step, epoch=step / run.steps_per_epoch, **values)
+    progress.evaluated(step, values)
+    return values
+
+
+def save_checkpoint(run: Run, step: int, file: metrics.MetricsFile) -> None:
+    """Writes a checkpoint; a failure is told and does not stop the run."""
+    try:
+        checkpoints.save(run.checkpoint_folder, step, run.saved())
+    except CheckpointError as error:
+        run.problems.append(str(error))
+        file.append("note", step, text=str(error))
+
+
+def finish(run: Run, step: int, status: str, file: metrics.MetricsFile) -> None:
+    """Writes the last records of a run."""
+    if run.optimizer.tagged is not None:
+        file.append("layers", step, layers=kfac.report(run.state.opt_state))
+    leaves = jax.tree.leaves(run.state.opt_state)
+    file.append(
+        "end",
+        step,
+        status=status,
+        seconds=run.seconds,
+        compile_seconds=run.compile_seconds,
+        state_bytes=sum(leaf.nbytes for leaf in leaves),
+    )

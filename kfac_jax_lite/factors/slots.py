@@ -1,0 +1,74 @@
+"""What the taps of every layer get: probes, due flag, eigenbases."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from kfac_jax_lite.factors.state import zero_statistics
+from kfac_jax_lite.tagging.taps import Slot
+from kfac_jax_lite.tree import find_states, leaves_by_path
+from kfac_jax_lite.types import Array, LayerTag
+
+
+def read_state(
+    opt_state: Any, layers: tuple[LayerTag, ...]
+) -> tuple[dict[str, Array] | None, dict[str, tuple]]:
+    """Due flags and EKFAC bases by layer name; (None, {}) without a state.
+
+    Where several states name a layer it is due if one of them wants it.
+
+    Args:
+        opt_state: Any optax state, or None.
+        layers: Layers of the loss.
+
+    Returns:
+        The flags (None: every layer is due) and the bases.
+
+    Raises:
+        ValueError: No ``KFACState`` in it; a layer that the loss does not have.
+    """
+    if opt_state is None:
+        return None, {}
+    states = find_states(opt_state)
+    if not states:
+        raise ValueError(
+            f"opt_state ({type(opt_state).__name__}) contains no KFACState: pass the "
+            "state of the optimiser made by kfac.kfac or kfac.scale_by_kfac."
+        )
+    known = {layer.name for layer in layers}
+    due: dict[str, Array] = {}
+    bases: dict[str, tuple] = {}
+    for state in states:
+        for i, name in enumerate(sorted(state.factors)):
+            if name not in known:
+                raise ValueError(
+                    f"opt_state is of another model: it holds a layer {name}, which "
+                    "this loss does not have."
+                )
+            flag = state.clock.due[i]
+            due[name] = due[name] | flag if name in due else flag
+            inverse = state.inverses[name]
+            if getattr(state.factors[name], "s", None) is not None:
+                if name in bases:
+                    raise ValueError(f"two EKFAC states share the layer {name}.")
+                bases[name] = (inverse.q_a, inverse.q_g)
+    return due, bases
+
+
+def make_slots(
+    layers: tuple[LayerTag, ...], params: Any, due: dict | None, bases: dict
+) -> dict[str, Slot]:
+    """Probes, due flag and bases of every tapped layer."""
+    dtypes = {k: leaf.dtype for k, leaf in leaves_by_path(params).items()}
+    slots = {}
+    for layer in layers:
+        if layer.kind == "diagonal" or (due is not None and layer.name not in due):
+            if layer.kind != "diagonal":
+                slots[layer.name] = Slot(jnp.zeros((), bool), ())
+            continue
+        moments = layer.name in bases
+        zeros = zero_statistics(layer, dtypes[layer.params[0]], moments)
+        probes = tuple(z for z in zeros if z is not None)
+        flag = None if due is None else due[layer.name]
+        slots[layer.name] = Slot(flag, probes, bases.get(layer.name, ()))
+    return slots

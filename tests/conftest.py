@@ -1,0 +1,45 @@
+"""Set-up shared by all tests: eight host devices, float64, one hypothesis profile."""
+
+import os
+
+DEVICES = 8
+_FLAG = "--xla_force_host_platform_device_count"
+if _FLAG not in os.environ.get("XLA_FLAGS", ""):
+    _flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{_flags} {_FLAG}={DEVICES}".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_enable_x64", True)
+
+hypothesis.settings.register_profile(
+    "kfac",
+    deadline=None,
+    max_examples=15,
+    derandomize=True,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[
+        hypothesis.HealthCheck.too_slow,
+        hypothesis.HealthCheck.data_too_large,
+    ],
+)
+hypothesis.settings.load_profile("kfac")
+
+
+@pytest.fixture(autouse=True)
+def precision(request):
+    """The experiments run in JAX's default precision, everything else in float64."""
+    experiments = "experiments" in request.path.parts
+    with jax.enable_x64(not experiments):
+        yield
+
+
+@pytest.fixture
+def rng():
+    """A numpy generator, the same in every test."""
+    return np.random.default_rng(0)

@@ -1,0 +1,94 @@
+"""Tables and plots, from metrics files written by hand."""
+
+import json
+
+import pytest
+
+from experiments.errors import MetricsError
+from experiments.main import main
+from experiments.reports import make_table, read_runs, save_plots
+
+
+def write_run(folder, optimizer, losses, status="finished"):
+    """Writes a run whose training loss after step 10 i is ``losses[i]``."""
+    config = {
+        "kind": "config",
+        "step": 0,
+        "optimizer": optimizer,
+        "title": optimizer.upper(),
+        "config": {"model": "mlp"},
+        "data": {"title": "Digits"},
+    }
+    records = [config] + [
+        {
+            "kind": "eval",
+            "step": 10 * i,
+            "seconds": i / 2,
+            "train_loss": loss,
+            "test_loss": None if loss is None else loss + 0.1,
+            "test_accuracy": 0.5,
+        }
+        for i, loss in enumerate(losses)
+    ]
+    if status:
+        end = {"kind": "end", "step": 10 * len(losses), "compile_seconds": 3.25}
+        records.append(end | {"status": status})
+    path = folder / optimizer / "metrics.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_run(tmp_path, "adam", [2.0, 1.0, 0.5, 0.75])
+    write_run(tmp_path, "kfac", [2.0, 0.5, 0.25, 0.125])
+    write_run(tmp_path, "sgd", [2.0, 1.5, None], status="diverged")
+    write_run(tmp_path, "adamw", [2.0, 1.0], status=None)
+    return tmp_path
+
+
+def test_order_and_status(folder):
+    runs = read_runs(folder)
+    assert [run.optimizer for run in runs] == ["kfac", "sgd", "adam", "adamw"]
+    assert [run.status for run in runs] == [
+        "finished",
+        "diverged",
+        "finished",
+        "unfinished",
+    ]
+
+
+def test_table(folder, console):
+    console.print(make_table(read_runs(folder), "adam"))
+    lines = console.file.getvalue().splitlines()
+    rows = {
+        name: line.split()
+        for name in ("KFAC", "SGD", "ADAM", "ADAMW")
+        for line in lines
+        if line.split()[:1] == [name]
+    }
+    # Adam's best is 0.5, at step 20; K-FAC is there at step 10, after half a second.
+    assert rows["KFAC"][1:] == "0.125 0.225 50.00% 30 1.5 3.2 10 0.5".split()
+    assert rows["ADAM"][1:] == "0.75 0.85 50.00% 30 1.5 3.2 20 1.0".split()
+    assert rows["SGD"][1:] == "(diverged) - - 50.00% 20 1.0 3.2 - -".split()
+    assert rows["ADAMW"][1] == "(unfinished)"
+
+
+def test_plots(folder):
+    for path in save_plots(read_runs(folder), folder):
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_command(folder, capsys):
+    assert main(["report", str(folder)]) == 0
+    assert "loss_vs_seconds.png" in capsys.readouterr().out
+
+
+def test_plot_that_cannot_be_written(folder):
+    with pytest.raises(MetricsError, match="cannot be written"):
+        save_plots(read_runs(folder), folder / "nowhere")
+
+
+def test_empty_folder(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    assert "holds no metrics.jsonl" in capsys.readouterr().err

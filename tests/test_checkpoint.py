@@ -1,0 +1,165 @@
+"""Saving and restoring, and the two training loops of Flax."""
+
+import flax.linen as nn
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+
+import kfac_jax_lite as kfac
+from tests.helpers import (
+    INVERSES,
+    batches_of,
+    close,
+    first_pass,
+    identical,
+    train,
+    train_step,
+)
+from tests.models import BY_NAME
+
+MODEL = BY_NAME["mlp"]
+
+
+def transformation(inverse="cholesky"):
+    """A transformation whose state has everything in it."""
+    return kfac.kfac(
+        first_pass("mlp")[0].layers, 0.05, damping=0.01, inverse=inverse,
+        interval=kfac.intervals.staleness(0.3), inverse_interval=2,
+    )  # fmt: skip
+
+
+def resumed(tx, restore):
+    """Six steps at once, and three steps, save, restore, three steps."""
+    tagged, batches = first_pass("mlp")[0], batches_of(MODEL, 6)
+    whole = train(tagged, tx, MODEL.params(), batches)[:2]
+    half = train(tagged, tx, MODEL.params(), batches[:3])[:2]
+    fresh = (MODEL.params(seed=7), tx.init(MODEL.params(seed=7)))
+    params, state = restore(half, fresh)
+    identical((params, state), half)
+    step = jax.jit(train_step(tagged, tx))
+    for batch in batches[3:]:
+        params, state, _ = step(params, state, *batch)
+    identical((params, state), whole)
+
+
+@pytest.mark.parametrize("inverse", INVERSES)
+def test_flax_serialization_resumes_bit_for_bit(inverse):
+    def restore(half, fresh):
+        data = flax.serialization.to_bytes(half)
+        restored = flax.serialization.from_bytes(fresh, data)
+        return jax.tree.map(jnp.asarray, restored)
+
+    resumed(transformation(inverse), restore)
+
+
+def test_orbax_resumes_bit_for_bit(tmp_path):
+    def restore(half, fresh):
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "state", half)
+            checkpointer.wait_until_finished()
+            return checkpointer.restore(tmp_path / "state", fresh)
+
+    resumed(transformation(), restore)
+
+
+class KFACTrainState(TrainState):
+    """Flax's train state with the statistics passed on to ``tx.update``."""
+
+    def apply_gradients(self, *, grads, statistics, **kwargs):
+        """One step; the same as the parent's, with ``statistics``."""
+        updates, opt_state = self.tx.update(
+            grads, self.opt_state, self.params, statistics=statistics
+        )
+        return self.replace(
+            step=self.step + 1,
+            params=optax.apply_updates(self.params, updates),
+            opt_state=opt_state,
+            **kwargs,
+        )
+
+
+class Network(nn.Module):
+    """A Linen network."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.tanh(nn.Dense(5, param_dtype=jnp.float64)(x))
+        return nn.Dense(3, param_dtype=jnp.float64)(x)
+
+
+def cross_entropy(logits, y):
+    """Mean cross-entropy of marked logits."""
+    logits = kfac.categorical(logits)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+
+def test_linen_train_state():
+    module, (x, y) = Network(), MODEL.batch(4)
+    params = module.init(jax.random.key(0), x)["params"]
+
+    def loss(params, x, y):
+        return cross_entropy(module.apply({"params": params}, x), y)
+
+    tagged = kfac.tag(loss, params, x, y, strict=True)
+    assert {layer.name for layer in tagged.layers} == {"Dense_0", "Dense_1"}
+    assert tagged.layers[0].params == ("['Dense_0']['kernel']", "['Dense_0']['bias']")
+    tx = kfac.kfac(tagged.layers, 0.05)
+    state = KFACTrainState.create(apply_fn=module.apply, params=params, tx=tx)
+
+    @jax.jit
+    def step(state, x, y):
+        value, grads, statistics = tagged.value_and_grad(
+            state.params, x, y, opt_state=state.opt_state
+        )
+        return state.apply_gradients(grads=grads, statistics=statistics), value
+
+    batches = batches_of(MODEL, 3)
+    for batch in batches:
+        state, _ = step(state, *batch)
+    close(state.params, train(tagged, tx, params, batches)[0], 1e-10)
+    assert int(state.step) == 3
+
+
+class NnxNetwork(nnx.Module):
+    """An NNX network."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Linear(4, 5, param_dtype=jnp.float64, rngs=rngs)
+        self.second = nnx.Linear(5, 3, param_dtype=jnp.float64, rngs=rngs)
+
+    def __call__(self, x):
+        return self.second(nnx.tanh(self.first(x)))
+
+
+def test_nnx_optimizer():
+    model = NnxNetwork(nnx.Rngs(0))
+    graph, params = nnx.split(model, nnx.Param)
+
+    def loss(params, x, y):
+        return cross_entropy(nnx.merge(graph, params)(x), y)
+
+    batches = batches_of(MODEL, 3)
+    tagged = kfac.tag(loss, params, *batches[0], strict=True)
+    assert {layer.kind for layer in tagged.layers} == {"dense"}
+    assert {layer.name for layer in tagged.layers} == {"first", "second"}
+    tx = kfac.kfac(tagged.layers, 0.05)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, x, y):
+        value, grads, statistics = tagged.value_and_grad(
+            nnx.state(model, nnx.Param), x, y, opt_state=optimizer.opt_state
+        )
+        optimizer.update(model, grads, statistics=statistics)
+        return value
+
+    losses = [float(step(model, optimizer, *batch)) for batch in batches]
+    wanted, _, wanted_losses = train(tagged, tx, params, batches)
+    close(jax.tree.leaves(nnx.state(model, nnx.Param)), jax.tree.leaves(wanted), 1e-8)
+    np.testing.assert_allclose(losses, wanted_losses, rtol=1e-8)

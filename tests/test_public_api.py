@@ -1,0 +1,116 @@
+"""The public names and signatures are a contract: this is its snapshot."""
+
+import inspect
+
+import jax
+import optax
+import pytest
+
+import kfac_jax_lite as kfac
+from tests.helpers import first_pass
+
+EMPTY = inspect.Parameter.empty
+TRANSFORM = {
+    "damping": 1e-3,
+    "factor_decay": 0.95,
+    "interval": kfac.intervals.every(1),
+    "inverse": "cholesky",
+    "inverse_interval": 1,
+    "axis_name": None,
+    "reduction": kfac.Reduction(),
+}
+SIGNATURES = {
+    "tag": {
+        "loss_fn": EMPTY,
+        "params": EMPTY,
+        "args": EMPTY,
+        "fisher": "empirical",
+        "weight_sharing": "expand",
+        "has_aux": False,
+        "num_examples": None,
+        "strict": False,
+    },
+    "scale_by_kfac": {"layers": EMPTY, **TRANSFORM},
+    "kfac": {
+        "layers": EMPTY,
+        "learning_rate": EMPTY,
+        "momentum": 0.9,
+        "weight_decay": 0.0,
+        "kl_clip": 1e-3,
+        **TRANSFORM,
+    },
+    "categorical": {"logits": EMPTY},
+    "bernoulli": {"logits": EMPTY},
+    "normal": {"mean": EMPTY, "variance": 1.0},
+    "report": {"opt_state": EMPTY},
+    "intervals.every": {"n": EMPTY},
+    "intervals.adaptive": {
+        "threshold": EMPTY,
+        "rule": "multiple",
+        "max_interval": None,
+    },
+    "intervals.staleness": {"threshold": 0.1, "max_interval": None},
+}
+NAMES = {name for name in SIGNATURES if "." not in name}
+NAMES |= {"Reduction", "intervals", "damping"}
+
+
+def lookup(name):
+    """The object behind a dotted public name."""
+    found = kfac
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signature(name):
+    parameters = inspect.signature(lookup(name)).parameters
+    seen = {key: value.default for key, value in parameters.items()}
+    assert seen == SIGNATURES[name]
+
+
+def test_positional_and_keyword_only():
+    tag = inspect.signature(kfac.tag).parameters
+    assert tag["args"].kind is inspect.Parameter.VAR_POSITIONAL
+    assert tag["fisher"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+def test_names():
+    assert set(kfac.__all__) >= NAMES
+    for name in kfac.__all__:
+        assert hasattr(kfac, name)
+        assert not name.startswith("_")
+
+
+def test_everything_public_has_a_docstring():
+    for name in [*kfac.__all__, *SIGNATURES]:
+        assert inspect.getdoc(lookup(name)), name
+
+
+def test_tagged_loss():
+    tagged = first_pass("mlp")[0]
+    parameters = inspect.signature(tagged.value_and_grad).parameters
+    assert list(parameters) == ["params", "args", "opt_state", "key"]
+    assert parameters["opt_state"].default is None
+    assert parameters["key"].default is None
+    assert isinstance(tagged.layers, tuple)
+    layer = tagged.layers[0]
+    for field in ("name", "kind", "params", "a_shape", "g_shape"):
+        assert hasattr(layer, field)
+    assert isinstance(layer.params, tuple)
+    assert layer.params == ("['layer0']['kernel']", "['layer0']['bias']")
+
+
+def test_transformations_are_optax():
+    layers = first_pass("mlp")[0].layers
+    for tx in (kfac.scale_by_kfac(layers), kfac.kfac(layers, 0.1)):
+        assert isinstance(tx, optax.GradientTransformationExtraArgs)
+
+
+def test_statistics_are_dense_float32_matrices():
+    statistics = first_pass("mlp")[-1]
+    assert isinstance(statistics, dict)
+    shapes = {n: (s.a.shape, s.g.shape) for n, s in statistics.items()}
+    assert shapes == {"layer0": ((5, 5), (5, 5)), "layer1": ((6, 6), (3, 3))}
+    assert all(isinstance(v, jax.Array) for v in jax.tree.leaves(statistics))
