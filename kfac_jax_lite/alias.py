@@ -33,7 +33,7 @@ class KFACChainState(NamedTuple):
 def kfac(
     layers: Sequence[LayerTag],
     learning_rate: optax.ScalarOrSchedule | str,
-    damping: Damping = 1e-3,
+    damping: Damping | LevenbergMarquardt = 1e-3,
     momentum: float | None = 0.9,
     weight_decay: float = 0.0,
     kl_clip: float | None = 1e-3,
@@ -43,7 +43,6 @@ def kfac(
     inverse_interval: int = 1,
     axis_name: Any = None,
     reduction: Reduction = ALL_REDUCE,
-    model_interval: int = 5,
 ) -> optax.GradientTransformationExtraArgs:
     """K-FAC with a trust region, decoupled weight decay and momentum.
 
@@ -68,8 +67,6 @@ def kfac(
         inverse_interval: Least number of steps between inversions.
         axis_name: Mapped axes to average statistics over.
         reduction: How statistics travel.
-        model_interval: Steps between consultations of the quadratic model, where
-            ``learning_rate="auto"`` or the damping is ``levenberg_marquardt``.
 
     Returns:
         An optax transformation; pass ``statistics=`` (and ``params``, with weight
@@ -112,7 +109,6 @@ def kfac(
             momentum,
             damping,
             weight_decay,
-            model_interval,
             axis_name,
         )
     decays = not isinstance(weight_decay, (int, float)) or weight_decay != 0

@@ -18,6 +18,8 @@ Damping = float | Array | Callable[[Any], Any]
 
 def check(damping: Damping) -> None:
     """Raises for a damping that is no number or schedule, or not positive."""
+    if isinstance(damping, LevenbergMarquardt):
+        raise TypeError("levenberg_marquardt needs kfac.kfac, which knows the step.")
     if damping is None or isinstance(damping, str):
         raise TypeError(f"damping must be a number or a schedule, got {damping!r}.")
     if isinstance(damping, (int, float)) and not 0 < damping < float("inf"):

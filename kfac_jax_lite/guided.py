@@ -2,8 +2,8 @@
 
 ``d = −α u + μ d_prev`` with ``u`` the preconditioned gradient. ``α, μ`` minimise
 ``M(d) = ∇Lᵀ d + ½ dᵀ (C + λ I) d``, a system of two unknowns, and ``λ`` follows the
-Levenberg-Marquardt rule. The model is consulted every ``interval`` steps; in between
-``α, μ`` and ``λ`` stay as they are.
+Levenberg-Marquardt rule. The model is asked at every step; a part of the batch
+may be enough for it.
 
 References:
     Martens & Grosse, 2015, arXiv:1503.05671, Secs. 6.4, 6.5, 7.
@@ -47,7 +47,6 @@ def guided(
     momentum: Any,
     damping: Any,
     weight_decay: Any,
-    interval: int,
     axis_name: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """K-FAC whose step the quadratic model decides, wholly or in part.
@@ -58,7 +57,6 @@ def guided(
         momentum: ``μ`` where the learning rate is given.
         damping: A number, or ``levenberg_marquardt(…)``.
         weight_decay: Decoupled, multiplied by ``α``.
-        interval: Steps between consultations of the model.
         axis_name: Mapped axes over which the model is averaged.
 
     Returns:
@@ -116,10 +114,8 @@ def guided(
         extra_args["damping"] = state.damping
         u, inner_state = precondition.update(grads, state.kfac, params, **extra_args)
         accepted = inner_state.skipped == state.kfac.skipped
-        # The first steps go far: the model is asked at every one of them.
-        ask = accepted & ((count % interval == 0) | (count < interval))
         asked = lax.cond(
-            ask,
+            accepted,
             lambda s: consult(s, count, model, params, grads, u),
             lambda s: s,
             state._replace(kfac=()),

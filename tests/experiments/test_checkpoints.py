@@ -138,7 +138,7 @@ class Disk:
 def test_metrics_survive_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(Disk, "full", False)
     file = metrics.MetricsFile(tmp_path / "metrics.jsonl")
-    file.file = Disk(file.file)
+    file.file = Disk(file.file)  # pyright: ignore[reportAttributeAccessIssue]
     file.append("train", 1, loss=1.0)
     monkeypatch.setattr(Disk, "full", True)
     file.append("train", 2, loss=float("nan"))

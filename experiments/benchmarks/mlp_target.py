@@ -1,0 +1,390 @@
+"""Steps to tuned Adam's best training loss, on MNIST and Fashion-MNIST.
+
+    python -m experiments.benchmarks.mlp_target --datasets mnist --trials 8
+
+Adam and this package are tuned with the same number of trials by the tree-structured
+Parzen estimator, for the lowest training loss (mean over the whole training set) within
+the epochs. The first trial of either is a usual setting. Then: at which step does the
+best K-FAC run first have the loss that the best Adam run reaches anywhere?
+
+References:
+    Bergstra et al., 2011, "Algorithms for hyper-parameter optimization", NeurIPS.
+"""
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import optuna
+
+import kfac_jax_lite as kfac
+from experiments import metrics
+from experiments.benchmarks.common import (
+    OUT,
+    TITLES,
+    CompileCounter,
+    comma_list,
+    compile_seconds,
+    first_reach,
+    machine,
+    positive_int,
+    save_curves,
+    settings,
+    text_table,
+    timed,
+    write_json,
+)
+from experiments.configs import DATASETS, NetConfig
+from experiments.datasets import Dataset, batches, load
+from experiments.models import Task, make_task
+
+OPTIMIZERS = ("adam", "ours")
+MODES = ("fixed", "auto")
+SCHEDULES = ("constant", "cosine")
+# The trial every search starts with.
+USUAL = {
+    "adam": {"learning_rate": 1e-3, "schedule": "constant"},
+    "fixed": {
+        "mode": "fixed",
+        "learning_rate": 0.1,
+        "damping": 1e-2,
+        "schedule": "constant",
+    },
+    "auto": {"mode": "auto", "initial_damping": 1.0},
+}
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--datasets", type=comma_list(DATASETS), default="mnist,fashion_mnist")
+    add("--hidden", type=positive_int, nargs="+", default=[256, 256])
+    add("--batch-size", type=positive_int, default=500)
+    add("--epochs", type=positive_int, default=10)
+    add("--train-examples", type=positive_int, default=None, help="else all")
+    add("--trials", type=positive_int, default=8, help="of each optimiser")
+    add("--seed", type=int, default=0)
+    add("--modes", type=comma_list(MODES), default="fixed,auto", help="ours")
+    add("--fisher", choices=("empirical", "mc", "exact"), default="mc", help="ours")
+    add("--factor-interval", type=positive_int, default=1, help="ours")
+    add("--inverse-interval", type=positive_int, default=5, help="ours")
+    add("--model-batch", type=positive_int, default=250, help="ours: quadratic model")
+    add("--data-dir", type=Path, default=None, help="else KFAC_DATA_DIR")
+    add("--out", type=Path, default=OUT, help="folder of the results")
+    return parser.parse_args(argv)
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What all trials on one data set share.
+
+    Attributes:
+        args: the command line.
+        data: the data set.
+        task: the network and its loss.
+        evaluate: parameters and model state to the means over the training set.
+        counter: counts compilations.
+        file: where the trials' records go.
+    """
+
+    args: argparse.Namespace
+    data: Dataset
+    task: Task
+    evaluate: Callable[..., dict[str, float]]
+    counter: CompileCounter
+    file: metrics.MetricsFile
+
+    @property
+    def per_epoch(self) -> int:
+        """Steps per epoch."""
+        return len(self.data.x_train) // self.args.batch_size
+
+    @property
+    def steps(self) -> int:
+        """Steps of a trial."""
+        return self.per_epoch * self.args.epochs
+
+
+def suggest(name: str, trial: optuna.Trial, modes: list[str]) -> dict[str, Any]:
+    """Draws a trial's hyper-parameters.
+
+    Args:
+        name: the optimiser.
+        trial: the trial.
+        modes: ways in which ours may choose its steps.
+
+    Returns:
+        Values by name.
+    """
+    if name == "adam":
+        return {
+            "learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2, log=True),
+            "schedule": trial.suggest_categorical("schedule", SCHEDULES),
+        }
+    mode = trial.suggest_categorical("mode", modes)
+    if mode == "auto":
+        damping = trial.suggest_float("initial_damping", 1e-2, 10.0, log=True)
+        return {"mode": mode, "initial_damping": damping}
+    return {
+        "mode": mode,
+        "learning_rate": trial.suggest_float("learning_rate", 1e-2, 1.0, log=True),
+        "damping": trial.suggest_float("damping", 1e-4, 1e-1, log=True),
+        "schedule": trial.suggest_categorical("schedule", SCHEDULES),
+    }
+
+
+def rate(values: dict[str, Any], steps: int) -> Any:
+    """The learning rate, a number or a schedule."""
+    if values["schedule"] == "cosine":
+        return optax.cosine_decay_schedule(values["learning_rate"], steps)
+    return values["learning_rate"]
+
+
+def make_adam(study: Study, params: Any, values: dict[str, Any]) -> tuple[Any, Any]:
+    """Adam's state and step.
+
+    Args:
+        study: the task and its length.
+        params: initial parameters.
+        values: hyper-parameters.
+
+    Returns:
+        ``state, step`` with ``step(params, state, images, labels, key)``.
+    """
+    tx = optax.adam(rate(values, study.steps))
+
+    def step(params, state, images, labels, key):
+        del key
+        grads, _ = jax.grad(study.task.loss, has_aux=True)(params, {}, images, labels)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return tx.init(params), jax.jit(step, donate_argnums=(0, 1))
+
+
+def make_ours(study: Study, params: Any, values: dict[str, Any]) -> tuple[Any, Any]:
+    """The same of this package's K-FAC; see `make_adam` for the arguments."""
+    args, size = study.args, study.args.batch_size
+    example = study.data.x_train[:size], study.data.y_train[:size]
+    tagged = kfac.tag(
+        study.task.loss, params, {}, *example, fisher=args.fisher, has_aux=True
+    )
+    auto = values["mode"] == "auto"
+    if auto:
+        damping = kfac.damping.levenberg_marquardt(values["initial_damping"])
+    else:
+        damping = values["damping"]
+    tx = kfac.kfac(
+        tagged.layers,
+        "auto" if auto else rate(values, study.steps),
+        damping=damping,
+        interval=kfac.intervals.every(args.factor_interval),
+        inverse_interval=args.inverse_interval,
+    )
+
+    def step(params, state, images, labels, key):
+        _, grads, statistics = tagged.value_and_grad(
+            params, {}, images, labels, opt_state=state, key=key
+        )
+        extra = {}
+        if auto:
+            part = images[: args.model_batch], labels[: args.model_batch]
+            extra["model"] = kfac.quadratic_model(tagged, params, {}, *part)
+        updates, state = tx.update(grads, state, params, statistics=statistics, **extra)
+        return optax.apply_updates(params, updates), state
+
+    return tx.init(params), jax.jit(step, donate_argnums=(0, 1))
+
+
+MAKERS = {"adam": make_adam, "ours": make_ours}
+
+
+def evaluation_steps(per_epoch: int, epochs: int, halves: bool) -> set[int]:
+    """Steps after which the training loss is measured.
+
+    Args:
+        per_epoch: steps per epoch.
+        epochs: number of epochs.
+        halves: whether to measure in the middle of every epoch, too.
+
+    Returns:
+        The steps.
+    """
+    ends = {per_epoch * (k + 1) for k in range(epochs)}
+    middles = {per_epoch * k + per_epoch // 2 for k in range(epochs)} if halves else {0}
+    return (ends | middles) - {0}
+
+
+def run_trial(study: Study, name: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Trains once.
+
+    Args:
+        study: what all trials share.
+        name: the optimiser.
+        values: its hyper-parameters.
+
+    Returns:
+        The evaluations, the lowest loss among them, seconds.
+    """
+    args = study.args
+    params, _ = study.task.init(jax.random.key(args.seed))
+    state, step = MAKERS[name](study, params, values)
+    key = jax.random.key(args.seed + 1)
+    # Ours is looked at twice per epoch: "half the steps" may fall inside one.
+    wanted = evaluation_steps(study.per_epoch, args.epochs, name == "ours")
+    durations, compiled, curve = [], [], []
+    feed = batches(study.data, args.batch_size, args.seed, 0, study.steps)
+    for number, (images, labels) in enumerate(feed, start=1):
+        key, sub = jax.random.split(key)
+        seen = study.counter.count
+        seconds, (params, state) = timed(step, params, state, images, labels, sub)
+        durations.append(seconds)
+        compiled.append(study.counter.count > seen)
+        if number in wanted:
+            loss = study.evaluate(params, {})["loss"]
+            curve.append({"step": number, "seconds": sum(durations), "loss": loss})
+            if not np.isfinite(loss):
+                break
+    losses = [r["loss"] for r in curve if np.isfinite(r["loss"])]
+    return {
+        "curve": curve,
+        "best_loss": min(losses, default=float("inf")),
+        "compile_seconds": compile_seconds(durations, compiled),
+    }
+
+
+def tune(study: Study, name: str) -> dict[str, Any]:
+    """Searches for one optimiser's hyper-parameters.
+
+    Args:
+        study: what all trials share.
+        name: the optimiser.
+
+    Returns:
+        The best trial: its number, hyper-parameters and result.
+    """
+    args, trials = study.args, []
+    sampler = optuna.samplers.TPESampler(seed=args.seed, n_startup_trials=3)
+    search = optuna.create_study(direction="minimize", sampler=sampler)
+    for key in ("adam",) if name == "adam" else args.modes:
+        search.enqueue_trial(USUAL[key])
+
+    def objective(trial):
+        values, start = suggest(name, trial, args.modes), time.perf_counter()
+        result = {"number": trial.number, "values": values}
+        result |= run_trial(study, name, values)
+        trials.append(result)
+        facts = {"dataset": study.data.name, "optimizer": name}
+        study.file.append("trial", result["curve"][-1]["step"], **facts, **result)
+        print(
+            f"{study.data.title}, {name}, trial {trial.number}: best training loss "
+            f"{result['best_loss']:.5g} with {values} "
+            f"({time.perf_counter() - start:.0f} s)",
+            flush=True,
+        )
+        # The sampler wants numbers; a run that diverged is worse than any other.
+        return min(result["best_loss"], 1e6)
+
+    search.optimize(objective, n_trials=args.trials)
+    return trials[search.best_trial.number]
+
+
+def compare(best: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Compares the best trials.
+
+    Args:
+        best: best trial of ``adam`` and of ``ours``.
+
+    Returns:
+        The target, when either reaches it, and ours over Adam's in steps and seconds
+        (None where it is not reached).
+    """
+    target = best["adam"]["best_loss"]
+    when = {name: first_reach(best[name]["curve"], target) for name in OPTIMIZERS}
+    adam, ours = when["adam"], when["ours"]
+    ratios = {
+        f"{field}_ratio": ours[field] / adam[field] if adam and ours else None
+        for field in ("step", "seconds")
+    }
+    return {"target": target, **when, **ratios}
+
+
+def show(results: dict[str, dict[str, Any]]) -> str:
+    """The table at the end."""
+    rows = []
+    for result in results.values():
+        found = result["comparison"]
+        for name in OPTIMIZERS:
+            best, when = result["best"][name], found[name] or {}
+            ours = name == "ours"
+            rows.append(
+                (
+                    f"{result['title']}, {TITLES[name]}",
+                    best["best_loss"],
+                    when.get("step"),
+                    when.get("seconds"),
+                    found["step_ratio"] if ours else None,
+                    found["seconds_ratio"] if ours else None,
+                )
+            )
+    header = (
+        "run",
+        "best loss",
+        "steps to Adam's best",
+        "seconds",
+        "step ratio",
+        "seconds ratio",
+    )
+    return text_table(header, rows)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Tunes both optimisers on every data set; writes records, summary and plots.
+
+    Args:
+        argv: the command line; that of the process by default.
+
+    Returns:
+        The result.
+    """
+    args = arguments(argv)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    lines = args.out / "mlp_target.jsonl"
+    lines.unlink(missing_ok=True)
+    file, counter = metrics.MetricsFile(lines), CompileCounter()
+    facts = {"machine": machine(), "settings": settings(args)}
+    file.append("config", 0, **facts)
+    results: dict[str, dict[str, Any]] = {}
+    for name in args.datasets:
+        data = load(name, args.data_dir).first(args.train_examples)
+        task = make_task("mlp", NetConfig(hidden=tuple(args.hidden)), data)
+        evaluate = metrics.make_evaluate(task, data.x_train, data.y_train)
+        study = Study(args, data, task, evaluate, counter, file)
+        best = {optimizer: tune(study, optimizer) for optimizer in OPTIMIZERS}
+        results[name] = {
+            "title": data.title,
+            "train": len(data.x_train),
+            "best": best,
+            "comparison": compare(best),
+        }
+        write_json(args.out / "mlp_target.json", {**facts, "datasets": results})
+        curves = {k: v["curve"] for k, v in best.items()}
+        save_curves(args.out / f"mlp_target_{name}.png", f"MLP, {data.title}", curves)
+    file.append("end", 0)
+    file.close()
+    print(show(results))
+    return {**facts, "datasets": results}
+
+
+if __name__ == "__main__":
+    main()
