@@ -34,13 +34,13 @@ def kfac(
     layers: Sequence[LayerTag],
     learning_rate: optax.ScalarOrSchedule | str,
     damping: Damping | LevenbergMarquardt = 1e-3,
-    momentum: float | None = 0.9,
-    weight_decay: float = 0.0,
-    kl_clip: float | None = 1e-3,
-    factor_decay: float = 0.95,
+    momentum: float | Array | None = 0.9,
+    weight_decay: float | Array = 0.0,
+    kl_clip: float | Array | None = 1e-3,
+    factor_decay: float | Array = 0.95,
     interval: Interval = EVERY_STEP,
     inverse: str = "cholesky",
-    inverse_interval: int = 1,
+    inverse_interval: int | Array = 1,
     axis_name: Any = None,
     reduction: Reduction = ALL_REDUCE,
 ) -> optax.GradientTransformationExtraArgs:
@@ -119,12 +119,12 @@ def kfac(
     )
 
     def init_fn(params):
-        return KFACChainState(
-            precondition.init(params), tail.init(params), jnp.ones((), jnp.float32)
-        )
+        inner: Any = precondition.init(params)
+        return KFACChainState(inner, tail.init(params), jnp.ones((), jnp.float32))
 
     def update_fn(updates, state, params=None, **extra_args):
         grads = updates
+        inner: Any
         updates, inner = precondition.update(grads, state.kfac, params, **extra_args)
         trust = jnp.ones((), jnp.float32)
         if kl_clip is not None:

@@ -68,8 +68,9 @@ def guided(
 
     def init_fn(params):
         number = lambda value: jnp.asarray(value, jnp.float32)  # noqa: E731
+        inner_state: Any = precondition.init(params)
         return GuidedState(
-            precondition.init(params),
+            inner_state,
             jax.tree.map(jnp.zeros_like, params),
             number(first),
             number(0 if automatic else learning_rate),
@@ -112,6 +113,7 @@ def guided(
             )
         grads, count = updates, state.kfac.count
         extra_args["damping"] = state.damping
+        inner_state: Any
         u, inner_state = precondition.update(grads, state.kfac, params, **extra_args)
         accepted = inner_state.skipped == state.kfac.skipped
         asked = lax.cond(
@@ -135,7 +137,7 @@ def guided(
 
 def inner(x: Any, y: Any) -> Array:
     """``xᵀ y`` of two trees, in float32 or better."""
-    return optax.tree.vdot(x, y)
+    return jnp.asarray(optax.tree.vdot(x, y))
 
 
 def mean(tree: Any, axis_name: Any) -> Any:

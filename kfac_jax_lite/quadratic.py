@@ -61,7 +61,7 @@ def quadratic_model(tagged: TaggedLoss, params: Any, *args: Any) -> QuadraticMod
     for sites in found.sites.values():
         for site in sites:
             site.layer = None  # untapped: a tap has no forward mode
-    run = Interpreter(lambda *_: None, {}).run
+    run = Interpreter(lambda site, output, inputs, slot: output, {}).run
     data = jax.tree.leaves(args)
 
     def outputs(params):

@@ -38,10 +38,10 @@ ALL_REDUCE = Reduction()
 def scale_by_kfac(
     layers: Sequence[LayerTag],
     damping: damping_lib.Damping = 1e-3,
-    factor_decay: float = 0.95,
+    factor_decay: float | Array = 0.95,
     interval: Interval = EVERY_STEP,
     inverse: str = "cholesky",
-    inverse_interval: int = 1,
+    inverse_interval: int | Array = 1,
     axis_name: Any = None,
     reduction: Reduction = ALL_REDUCE,
 ) -> optax.GradientTransformationExtraArgs:

@@ -24,9 +24,8 @@ def path_key(path: tuple) -> str:
 
 def without_value(path: tuple) -> tuple:
     """A key path without a trailing attribute ``value``."""
-    last = path[-1] if path else None
-    variable = isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value"
-    return path[:-1] if variable else path
+    attribute = jax.tree_util.GetAttrKey("value")
+    return path[:-1] if path and path[-1] == attribute else path
 
 
 def leaves_by_path(tree: Any) -> dict[str, Any]:

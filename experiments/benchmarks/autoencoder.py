@@ -77,10 +77,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def initial(key: jax.Array, widths: tuple[int, ...]) -> list[tuple[jax.Array, ...]]:
     """Glorot-uniform weights and zero biases, a pair per layer."""
-    keys = jax.random.split(key, len(widths) - 1)
-    make = jax.nn.initializers.glorot_uniform()
-    pairs = zip(keys, widths[:-1], widths[1:], strict=True)
-    return [(make(k, (a, b)), jnp.zeros(b)) for k, a, b in pairs]
+    params = []
+    for rows, columns in zip(widths[:-1], widths[1:], strict=True):
+        key, sub = jax.random.split(key)
+        limit = (6 / (rows + columns)) ** 0.5
+        weight = jax.random.uniform(sub, (rows, columns), minval=-limit, maxval=limit)
+        params.append((weight, jnp.zeros(columns)))
+    return params
 
 
 def logits(params: list, x: jax.Array) -> jax.Array:

@@ -5,7 +5,6 @@ from copies of them, made outside the clock, so that the optimisers can donate t
 buffers. K-FAC with adaptive intervals has no fixed kinds: its job goes on training.
 """
 
-import collections
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -144,7 +143,7 @@ def products_job(problem: Problem) -> Job:
 
 
 class Ours:
-    """A real run of this package's K-FAC, whose steps are classified by their effect."""
+    """A real run of this package's K-FAC, its steps classified by their effect."""
 
     def __init__(self, problem: Problem, fisher: str, **options: Any):
         """Tags the loss and makes the state.
@@ -185,10 +184,6 @@ class Ours:
         seconds, result = timed(self.step, *self.now, batch, self.key)
         self.now, self.taken = result[:2], self.taken + 1
         return effect(before, counters(self.now[1])), seconds
-
-    def first_key(self) -> str:
-        """Kind of the first step, in which every layer is refreshed and inverted."""
-        return "refresh+invert"
 
 
 def counters(state: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -353,7 +348,7 @@ def peer_job(problem: Problem, kfac_jax: Any, factor: int, inverse: int) -> Job:
     )
     key, batch = jax.random.PRNGKey(0), problem.batches[0]
     setup, state = timed(optimizer.init, problem.params, key, copy_tree(batch))
-    size, now = megabytes(jax.tree.leaves(state)), (problem.params, state)
+    size, now = megabytes(state), (problem.params, state)
     counter = {"refresh+invert": 0, "refresh": factor, "nothing": 1}
     cycle = cycle_of(factor, inverse)
 
@@ -367,11 +362,11 @@ def peer_job(problem: Problem, kfac_jax: Any, factor: int, inverse: int) -> Job:
             )[:2]
         )
 
-    first = collections.OrderedDict()
+    first: dict[str, float] = {}
     for kind in cycle:
         first[kind], now = step(kind, now)
 
     def run():
         return [(kind, step(kind, now)[0]) for kind in cycle]
 
-    return Job(f"kfac-jax ({factor}, {inverse})", run, cycle, dict(first), setup, size)
+    return Job(f"kfac-jax ({factor}, {inverse})", run, cycle, first, setup, size)

@@ -333,6 +333,7 @@ def show(results: dict[str, dict[str, Any]]) -> str:
                     best["best_loss"],
                     when.get("step"),
                     when.get("seconds"),
+                    best["compile_seconds"],
                     found["step_ratio"] if ours else None,
                     found["seconds_ratio"] if ours else None,
                 )
@@ -342,6 +343,7 @@ def show(results: dict[str, dict[str, Any]]) -> str:
         "best loss",
         "steps to Adam's best",
         "seconds",
+        "of them compiling",
         "step ratio",
         "seconds ratio",
     )

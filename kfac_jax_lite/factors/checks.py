@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
+import jax.core
 
 from kfac_jax_lite.factors.restrict import part_of_statistics
 from kfac_jax_lite.factors.state import KFACState

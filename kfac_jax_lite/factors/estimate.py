@@ -184,24 +184,18 @@ class TaggedLoss:
             scaled = [c / n for c in cotangents]
             return pullback((zero, scaled))
 
-        if self.fisher == "mc":
-            keys = jax.random.split(key, len(marked))
-
-            def resample():
-                pairs = zip(found.marks, marked, keys, strict=True)
-                return pull([sampled_cotangent(*p) for p in pairs])
-
-        else:
-
-            def resample():
+        def resample():
+            if self.fisher == "exact":
                 return grads, exact_statistics(found.marks, marked, pull, raw)
+            keys = jax.random.split(key, len(marked))
+            triples = zip(found.marks, marked, keys, strict=True)
+            return pull([sampled_cotangent(*t) for t in triples])
 
-        skip = functools.partial(lambda: (grads, raw))
-        everything = len(dues) < len(slots) or not dues
-        if everything:
+        if len(dues) < len(slots) or not dues:
             new_grads, new = resample()
         else:
-            new_grads, new = lax.cond(jnp.any(jnp.stack(dues)), resample, skip)
+            any_due = jnp.any(jnp.stack(dues))
+            new_grads, new = lax.cond(any_due, resample, lambda: (grads, raw))
         # The input factor is the first statistic of a Kronecker layer and does not
         # depend on the labels: it comes from the plain backward pass.
         kronecker = {t.name for t in found.layers if t.kronecker}

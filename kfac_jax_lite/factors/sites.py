@@ -1,7 +1,7 @@
 """Which estimators a site is tapped with."""
 
 from kfac_jax_lite.factors import conv, dense, scale_shift
-from kfac_jax_lite.tagging.layers import ScaleShiftGeometry, Site
+from kfac_jax_lite.tagging.layers import ConvGeometry, ScaleShiftGeometry, Site
 from kfac_jax_lite.tagging.taps import Slot, tap
 from kfac_jax_lite.types import Array, LayerTag
 
@@ -29,27 +29,22 @@ def tap_site(
 
         return tap((blocks,), output, (inputs, ()), slot.due, slot.probes)
     scaling, rows = scalings[layer.name], geometry.rows
-    if site.kind == "dense":
 
-        def x_rows(inputs):
-            return dense.input_rows(geometry, inputs)
-
-        def c_rows(c):
-            return dense.output_rows(geometry, c)
-
-        def a(inputs, c):
-            return dense.input_factor(x_rows(inputs[0]), scaling, rows)
-
-    else:
-
-        def x_rows(inputs):
+    def x_rows(inputs):
+        if isinstance(geometry, ConvGeometry):
             return conv.patches(geometry, conv.channels_last(geometry, inputs))
+        return dense.input_rows(geometry, inputs)
 
-        def c_rows(c):
+    def c_rows(c):
+        if isinstance(geometry, ConvGeometry):
             return conv.conv_output_rows(geometry, c)
+        return dense.output_rows(geometry, c)
 
-        def a(inputs, c):
+    def a(inputs, c):
+        del c
+        if isinstance(geometry, ConvGeometry):
             return conv.conv_input_factor(geometry, inputs[0], scaling)
+        return dense.input_factor(x_rows(inputs[0]), scaling, rows)
 
     def g(inputs, c):
         return dense.output_factor(c_rows(c), scaling, rows)

@@ -63,7 +63,7 @@ class KFACState(NamedTuple):
         inverses: Layer name to what preconditioning reads.
     """
 
-    count: Array
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
     skipped: Array
     damping: Array
     clock: Clock

@@ -10,7 +10,7 @@ parameter among the operands counts as used outside a layer.
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
@@ -49,8 +49,13 @@ class Output:
     labels: tuple[int | None, ...]
 
 
+def shape_of(atom: Any) -> Shape:
+    """Shape of a jaxpr variable or literal."""
+    return tuple(atom.aval.shape)
+
+
 Fact = View | Scaled | Output | None
-Handler = Callable[["Scope", int, JaxprEqn, list[Fact]], "list[Fact] | None"]
+Handler = Callable[["Scope", int, JaxprEqn, list[Fact]], "Sequence[Fact] | None"]
 RULES: dict[str, Handler] = {}
 
 
@@ -159,7 +164,9 @@ class Scope:
         for index, eqn in enumerate(self.jaxpr.eqns):
             self.step(index, eqn)
         for atom in self.jaxpr.outvars:
-            if isinstance(self.fact(atom), Output) and not self.used_once(atom):
+            if isinstance(atom, Literal) or self.used_once(atom):
+                continue
+            if isinstance(self.facts.get(atom), Output):
                 self.facts[atom] = None
         outs = self.jaxpr.outvars
         return [self.fact(a) for a in outs], [self.dependencies([a]) for a in outs]

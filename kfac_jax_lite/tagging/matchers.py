@@ -16,6 +16,7 @@ from kfac_jax_lite.tagging.analysis import (
     Scaled,
     Scope,
     rule,
+    shape_of,
 )
 from kfac_jax_lite.tagging.layers import (
     ConvGeometry,
@@ -47,7 +48,7 @@ def dense(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     (contract, batch) = eqn.params["dimension_numbers"]
     w_in, w_batch = tuple(contract[side]), tuple(batch[side])
     x_in, x_batch = tuple(contract[1 - side]), tuple(batch[1 - side])
-    x_shape = tuple(eqn.invars[1 - side].aval.shape)
+    x_shape = shape_of(eqn.invars[1 - side])
     w_out = tuple(i for i in range(len(view.shape)) if i not in w_in + w_batch)
     x_rows = tuple(i for i in range(len(x_shape)) if i not in x_in + x_batch)
     blocks = tuple(view.shape[i] for i in w_batch)
@@ -107,8 +108,11 @@ def conv(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
         return None
     weight = weight.transpose((1, 0, 2)) if groups > 1 else weight
     blocks = (groups,) if groups > 1 else ()
-    weight = weight.reshape(blocks + (n_in, n_out)).settle()  # type: ignore[union-attr]
-    out_shape = tuple(eqn.outvars[0].aval.shape)
+    weight = weight.reshape(blocks + (n_in, n_out))
+    weight = weight and weight.settle()
+    if weight is None:
+        return None
+    out_shape = shape_of(eqn.outvars[0])
     batch_axis, feature_axis, *out_space = dims.out_spec
     geometry = ConvGeometry(
         lhs_spec=tuple(dims.lhs_spec),
@@ -141,11 +145,11 @@ def scale(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     fact, other = facts[side], eqn.invars[1 - side]
     if isinstance(fact, View):
         fact = Scaled(fact, ())
-    shape = tuple(eqn.outvars[0].aval.shape)
+    shape = shape_of(eqn.outvars[0])
     view = dataclasses.replace(fact.view, shape=shape)  # type: ignore[union-attr]
     if len(view.axes) != len(shape):
         return None
-    own = tuple(other.aval.shape)
+    own = shape_of(other)
     factor = Factor(other, () if math.prod(own) == 1 else own)
     if factor.shape == () and own:
         factor = dataclasses.replace(factor, steps=(("reshape", ()),))
@@ -230,13 +234,13 @@ def shift(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
         return [None]
     side = views.index(True)
     view, other = facts[side], facts[1 - side]
-    shape = tuple(eqn.outvars[0].aval.shape)
+    shape = shape_of(eqn.outvars[0])
     if len(view.axes) != len(shape):  # type: ignore[union-attr]
         return None
     if isinstance(other, Output) and scope.used_once(eqn.invars[1 - side]):
         bias = aligned(view, other, shape)  # type: ignore[arg-type]
         role = "shift" if other.site.kind == "scale_shift" else "bias"
-        same_size = tuple(eqn.invars[1 - side].aval.shape) == shape
+        same_size = shape_of(eqn.invars[1 - side]) == shape
         if bias is not None and same_size and role not in other.site.views:
             other.site.views[role] = bias
             return [other]

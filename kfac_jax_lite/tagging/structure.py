@@ -13,6 +13,7 @@ from kfac_jax_lite.tagging.analysis import (
     Scope,
     Walk,
     rule,
+    shape_of,
 )
 from kfac_jax_lite.tagging.layers import Plan
 from kfac_jax_lite.types import View, remap_unit_axes
@@ -45,7 +46,7 @@ def name(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     if text.startswith(PREFIX):
         likelihood = text.removeprefix(PREFIX)
         scope.plan.marks[index] = likelihood
-        shape = tuple(eqn.invars[0].aval.shape)
+        shape = shape_of(eqn.invars[0])
         scope.walk.marks.append((likelihood, shape, scope.walk.loops))
         if scope.walk.loops or scope.walk.branch:
             scope.walk.nested_marks = True
@@ -66,7 +67,7 @@ def move_axes(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     if isinstance(fact, Scaled):
         return [move_scaled(fact, step)]
     if isinstance(fact, Output):
-        shape = tuple(eqn.invars[0].aval.shape)
+        shape = shape_of(eqn.invars[0])
         return [move_output(fact, shape, step)]
     return [None]
 
@@ -75,7 +76,7 @@ def axis_step(eqn: JaxprEqn) -> tuple:
     """An equation that moves axes as ``(name, argument)``."""
     if eqn.primitive.name == "transpose":
         return ("transpose", tuple(eqn.params["permutation"]))
-    out = tuple(eqn.outvars[0].aval.shape)
+    out = shape_of(eqn.outvars[0])
     if eqn.primitive.name == "broadcast_in_dim":
         return ("broadcast", (out, tuple(eqn.params["broadcast_dimensions"])))
     return ("reshape", out)
@@ -153,15 +154,12 @@ def slice_rule(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
 def dynamic_slice_rule(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     """A slice whose start is written in the program is a static slice."""
     starts = eqn.invars[1:]
-    if not isinstance(facts[0], View) or any(
-        not isinstance(a, Literal) for a in starts
-    ):
+    known = [int(a.val) for a in starts if isinstance(a, Literal)]
+    if not isinstance(facts[0], View) or len(known) < len(starts):
         return None
     sizes = tuple(eqn.params["slice_sizes"])
     limits = [d - s for d, s in zip(facts[0].shape, sizes, strict=True)]
-    start = tuple(
-        min(max(int(a.val), 0), m) for a, m in zip(starts, limits, strict=True)
-    )
+    start = tuple(min(max(a, 0), m) for a, m in zip(known, limits, strict=True))
     limit = tuple(a + s for a, s in zip(start, sizes, strict=True))
     view = facts[0].slice(start, limit, None)
     return None if view is None else [view]
@@ -176,7 +174,7 @@ def split_rule(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     axis, at, pieces = eqn.params["axis"], 0, []
     for size in eqn.params["sizes"]:
         start = tuple(at if i == axis else 0 for i in range(len(view.shape)))
-        at += size
+        at += int(size)
         limit = tuple(at if i == axis else d for i, d in enumerate(view.shape))
         pieces.append(view.slice(start, limit, None))
     return None if any(p is None for p in pieces) else pieces
@@ -238,8 +236,8 @@ def custom_rule(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     facts = enterable(scope, eqn.invars, facts)
     if not any(isinstance(f, View) for f in facts):
         return [None] * len(eqn.outvars)
-    closed = eqn.params.get("call_jaxpr", eqn.params.get("fun_jaxpr"))
-    jaxpr = closed.jaxpr
+    key = "call_jaxpr" if "call_jaxpr" in eqn.params else "fun_jaxpr"
+    jaxpr = eqn.params[key].jaxpr
     trial = Walk(scope.walk.data_bit.bit_length() - 1)
     deps = [scope.dependencies([a]) for a in eqn.invars]
     (out, *_), _ = Scope(trial, Plan(), jaxpr).run(facts, deps)

@@ -15,7 +15,7 @@ def table(layers: Sequence[LayerTag]) -> str:
         Plain text, one line per layer.
     """
     head = ("layer", "kind", "parameters", "factor A", "factor G", "elements")
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for layer in layers:
         rows.append(
             (

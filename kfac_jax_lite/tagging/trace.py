@@ -112,8 +112,8 @@ def check_loss(shape: Any, has_aux: bool) -> None:
     """The loss must be one real number."""
     if has_aux and not (isinstance(shape, tuple) and len(shape) == 2):
         raise TypeError("has_aux=True wants loss_fn to return (loss, aux).")
-    value = shape[0] if has_aux else shape
-    if isinstance(value, tuple) and not has_aux:
+    value: Any = shape[0] if has_aux else shape
+    if isinstance(shape, tuple) and not has_aux:
         raise TypeError("loss_fn returned a tuple; pass has_aux=True for (loss, aux).")
     if not hasattr(value, "shape") or value.shape != ():
         seen = getattr(value, "shape", type(value).__name__)
@@ -167,7 +167,7 @@ def leading_axis(args: tuple) -> int:
     sizes: dict[int, str] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(args)[0]:
         shape = tuple(getattr(leaf, "shape", ()))
-        dtype = getattr(leaf, "dtype", None)
+        dtype: Any = getattr(leaf, "dtype", None)
         raw_key = dtype == jnp.uint32 and shape == (2,)
         if shape and not raw_key and not jnp.issubdtype(dtype, jax.dtypes.prng_key):
             sizes.setdefault(shape[0], f"args{jax.tree_util.keystr(path)} {shape}")
