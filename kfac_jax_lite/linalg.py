@@ -18,7 +18,7 @@ def mean_diagonal(matrix: Array) -> Array:
     return jnp.trace(matrix, axis1=-2, axis2=-1) / matrix.shape[-1]
 
 
-def spd_inverse(matrix: Array, leaf: int = 128) -> Array:
+def spd_inverse(matrix: Array, leaf: int = 256) -> Array:
     """Inverse of positive definite matrices; NaN where a Cholesky factorisation fails.
 
     Halves ``M = [[A, B], [Bᵀ, D]]`` until blocks are at most ``leaf`` wide and inverts

@@ -1,4 +1,8 @@
-"""What happens to one layer when it is due: average, compare, invert."""
+"""What happens to layers that are due: average, compare, choose an interval, invert.
+
+Matrices are touched inside gates, layer by layer; the clock's vectors over layers are
+updated once for all of them.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kfac_jax_lite.factors.state import KFACState, moving_average, squared
+from kfac_jax_lite.factors.state import Clock, moving_average, squared
 from kfac_jax_lite.linalg import all_finite, relative_change
 from kfac_jax_lite.options import Options
 from kfac_jax_lite.types import Array
@@ -36,72 +40,133 @@ def gated(flag: Array, function: Callable[[Any], Any], carry: Any) -> Any:
 
 
 def refreshed(
-    options: Options, record: Any, fresh: Any, step_number: Array, gate: Array
-) -> Any:
-    """A layer's moving average, changes and next interval, where ``gate`` is true."""
+    options: Options, average: Any, past: tuple, fresh: Any, gate: Array, weight: Array
+) -> tuple[Any, tuple, Array]:
+    """A layer's moving average and remembered statistics, where ``gate`` is true.
 
-    def refresh(record):
-        average, past, entry = record
-        weight = options.factor_decay * entry.weight + (1 - options.factor_decay)
-        weight = weight.astype(entry.weight.dtype)
+    Args:
+        options: The optimiser's options.
+        average: Averaged statistics.
+        past: Remembered fresh statistics, newest first.
+        fresh: This step's statistics.
+        gate: Whether the layer is refreshed.
+        weight: Sum of the average's weights, this step included.
+
+    Returns:
+        ``(average, past, changes)``; ``changes [memory]`` are the relative changes
+        against each remembered statistic.
+
+    Raises:
+        ValueError: EKFAC without second moments.
+    """
+    if getattr(average, "s", None) is not None and fresh.s is None:
+        raise ValueError(
+            'inverse="ekfac" needs second moments: call value_and_grad with '
+            "opt_state=opt_state."
+        )
+
+    def refresh(carry):
+        average, past, _ = carry
         curvature = squared(fresh)
-        changes = [
-            jnp.where(
-                entry.refreshes > k,
-                largest_change(curvature, old),
-                jnp.inf,
-            )
-            for k, old in enumerate(past)
-        ]
-        interval = options.interval.next_interval(
-            entry.interval, entry.previous_interval, tuple(changes)
-        )
-        if options.method.moments and getattr(fresh, "s", None) is None:
-            if hasattr(fresh, "s"):
-                raise ValueError(
-                    'inverse="ekfac" needs second moments: call value_and_grad with '
-                    "opt_state=opt_state."
-                )
-        entry = entry._replace(
-            interval=interval.astype(jnp.int32),
-            previous_interval=entry.interval,
-            last_refresh=step_number,
-            refreshes=entry.refreshes + 1,
-            weight=weight,
-            diff=changes[0].astype(jnp.float32) if changes else entry.diff,
-        )
-        if hasattr(average, "s") and average.s is None:
+        if getattr(average, "s", 0) is None:
             curvature = curvature._replace(s=None)
+        changes = [largest_change(curvature, old) for old in past]
+        curvature = jax.tree.map(lambda x, y: x.astype(y.dtype), curvature, average)
         average = moving_average(average, curvature, weight, options.factor_decay)
-        cast = jax.tree.map(lambda x, like: x.astype(like.dtype), curvature, average)
-        past = ((cast, *past)[: len(past)]) if past else past
-        return average, past, entry
+        kept = (curvature, *past)[: len(past)]
+        stacked = jnp.stack(changes).astype(jnp.float32) if changes else no_changes
+        return average, kept, stacked
 
-    return gated(gate, refresh, record)
+    no_changes = jnp.zeros((len(past),), jnp.float32)
+    return gated(gate, refresh, (average, past, no_changes))
 
 
 def largest_change(new: Any, old: Any) -> Array:
     """The largest relative change over a layer's factors."""
-    changes = [relative_change(new[0], old[0])]
+    change = relative_change(new[0], old[0])
     if hasattr(new, "g"):
-        changes.append(relative_change(new.g, old.g))
-    return jnp.max(jnp.stack(changes))
+        change = jnp.maximum(change, relative_change(new.g, old.g))
+    return change
 
 
-def inverted(options: Options, record, shift: Array, step_number, accepted: Array):
-    """Refreshes a layer's cached inverse if it is time and something changed."""
-    statistics, cached, entry = record
-    elapsed = step_number - entry.last_inverse >= options.inverse_interval
-    first = entry.last_inverse == 0
-    stale = entry.last_refresh > entry.last_inverse
+def clock_after_refresh(
+    options: Options,
+    clock: Clock,
+    gates: Array,
+    changes: Array,
+    weight: Array,
+    step: Any,
+) -> Clock:
+    """The clock with refreshes counted and intervals chosen.
+
+    Args:
+        options: The optimiser's options.
+        clock: Before.
+        gates: Which layers were refreshed, ``[layers]``.
+        changes: Relative changes, ``[layers, memory]``.
+        weight: Weights of their averages, as for the layers refreshed.
+        step: This step, from 1.
+
+    Returns:
+        The clock after.
+    """
+    memory = options.interval.memory
+    known = [
+        jnp.where(clock.refreshes > k, changes[:, k], jnp.inf) for k in range(memory)
+    ]
+    interval = options.interval.next_interval(
+        clock.interval, clock.previous_interval, tuple(known)
+    )
+    new = clock._replace(
+        interval=interval.astype(jnp.int32),
+        previous_interval=clock.interval,
+        last_refresh=jnp.full_like(clock.last_refresh, step),
+        refreshes=clock.refreshes + 1,
+        weight=weight,
+        diff=known[0] if known else clock.diff,
+    )
+    return jax.tree.map(lambda x, y: jnp.where(gates, x, y), new, clock)
+
+
+def inversion_gates(
+    options: Options, clock: Clock, shift: Array, step: Any, accepted: Array
+) -> Array:
+    """Which layers are inverted now: it is time and something has changed."""
+    first = clock.last_inverse == 0
+    elapsed = step - clock.last_inverse >= options.inverse_interval
+    stale = clock.last_refresh > clock.last_inverse
     if options.method.damped:
-        stale |= entry.inverse_damping != shift.astype(jnp.float32)
-    gate = accepted & (first | elapsed) & stale
+        stale |= clock.inverse_damping != shift.astype(jnp.float32)
+    return accepted & (first | elapsed) & stale
+
+
+def inverted(
+    options: Options,
+    statistics: Any,
+    cached: Any,
+    shift: Array,
+    gate: Array,
+    first: Array,
+) -> tuple[Any, Any, Array]:
+    """Refreshes a layer's cached inverse where ``gate`` is true.
+
+    Args:
+        options: The optimiser's options.
+        statistics: Averaged statistics.
+        cached: What preconditioning reads.
+        shift: Damping.
+        gate: Whether to.
+        first: Whether the layer was never inverted before.
+
+    Returns:
+        ``(statistics, cached, good)``; a factorisation that fails changes nothing and
+        ``good`` is false.
+    """
     # Only what a method changes goes through the loop: EKFAC also turns its moments.
     turns = options.method.moments
 
     def refresh(carry):
-        moments, cached, entry = carry
+        moments, cached, _ = carry
         whole = statistics._replace(s=moments) if turns else statistics
         new, whole = options.method.refresh(whole, cached, shift, first)
         good = all_finite(new)
@@ -109,26 +174,23 @@ def inverted(options: Options, record, shift: Array, step_number, accepted: Arra
         def choose(a, b):
             return jax.tree.map(lambda x, y: jnp.where(good, x, y), a, b)
 
-        entry = entry._replace(
-            last_inverse=jnp.where(good, step_number, entry.last_inverse),
-            inversions=entry.inversions + good,
-            failures=entry.failures + ~good,
-            inverse_damping=jnp.where(
-                good, shift.astype(jnp.float32), entry.inverse_damping
-            ),
-        )
-        return choose(whole.s, moments) if turns else (), choose(new, cached), entry
+        return choose(whole.s, moments) if turns else (), choose(new, cached), good
 
-    carry = (statistics.s if turns else (), cached, entry)
-    moments, cached, entry = gated(gate, refresh, carry)
+    carry = (statistics.s if turns else (), cached, jnp.zeros_like(gate))
+    moments, cached, good = gated(gate, refresh, carry)
     statistics = statistics._replace(s=moments) if turns else statistics
-    return statistics, cached, entry
+    return statistics, cached, good
 
 
-def advance(options: Options, state: KFACState, entries: list, accepted: Array):
-    """The clock for the next step."""
-    if not entries:
-        return state.clock
-    clock = jax.tree.map(lambda *xs: jnp.stack(xs), *entries)
-    due = options.interval.is_due(state.count + 2, clock.interval, clock.last_refresh)
-    return clock._replace(due=jnp.where(accepted, due, state.clock.due))
+def clock_after_inversion(
+    clock: Clock, gates: Array, good: Array, shift: Array, step: Any
+) -> Clock:
+    """The clock with inversions and failures counted."""
+    done, failed = gates & good, gates & ~good
+    damping = jnp.where(done, shift.astype(jnp.float32), clock.inverse_damping)
+    return clock._replace(
+        last_inverse=jnp.where(done, step, clock.last_inverse),
+        inversions=clock.inversions + done,
+        failures=clock.failures + failed,
+        inverse_damping=damping,
+    )

@@ -27,7 +27,13 @@ from kfac_jax_lite.linalg import all_finite
 from kfac_jax_lite.options import Options
 from kfac_jax_lite.precondition import gather, precondition, scatter
 from kfac_jax_lite.reduce import Reduction, reduce_statistics, wire_elements
-from kfac_jax_lite.refresh import advance, inverted, refreshed
+from kfac_jax_lite.refresh import (
+    clock_after_inversion,
+    clock_after_refresh,
+    inversion_gates,
+    inverted,
+    refreshed,
+)
 from kfac_jax_lite.tree import leaves_by_path, replace_leaves
 from kfac_jax_lite.types import Array, LayerTag, accumulation_dtype
 
@@ -188,11 +194,67 @@ def step(options: Options, grads: Any, state: KFACState, statistics: Any):
     check_state(layers, state)
     if statistics is None:
         check_nothing_due(state)
-    fresh = {}
+    fresh = reduced(options, layers, state, statistics)
+    accepted = is_accepted(options, layers, state, grads, fresh)
+    shift = damping_lib.value_at(options.damping, state.count)
+    number, clock = state.count + 1, state.clock
+    factors, previous = dict(state.factors), dict(state.previous)
+    if fresh:
+        gates, decay = clock.due & accepted, options.factor_decay
+        weight = (decay * clock.weight + (1 - decay)).astype(clock.weight.dtype)
+        changes = []
+        for i, name in enumerate(fresh):
+            record = (factors[name], previous[name], fresh[name], gates[i], weight[i])
+            factors[name], previous[name], change = refreshed(options, *record)
+            changes.append(change)
+        clock = clock_after_refresh(
+            options, clock, gates, jnp.stack(changes), weight, number
+        )
+    gates = inversion_gates(options, clock, shift, number, accepted)
+    gates &= jnp.array([layer.kronecker for layer in layers])
+    inverses, good = dict(state.inverses), []
     for i, layer in enumerate(layers):
-        if statistics is not None:
-            given = checked_statistics(layer, statistics)
-            fresh[layer.name] = reduced(options, given, state.clock.due[i])
+        name, done = layer.name, jnp.asarray(True)
+        if layer.kronecker:
+            first = clock.last_inverse[i] == 0
+            record = (factors[name], inverses[name], shift, gates[i], first)
+            factors[name], inverses[name], done = inverted(options, *record)
+        good.append(done)
+    clock = clock_after_inversion(clock, gates, jnp.stack(good), shift, number)
+    due = options.interval.is_due(number + 1, clock.interval, clock.last_refresh)
+    new_state = KFACState(
+        count=state.count + accepted,
+        skipped=state.skipped + ~accepted,
+        damping=jnp.where(accepted, shift, state.damping).astype(state.damping.dtype),
+        clock=clock._replace(due=jnp.where(accepted, due, clock.due)),
+        factors=factors,
+        previous=previous,
+        inverses=inverses,
+    )
+    return directions(layers, grads, new_state, shift, accepted), new_state
+
+
+def directions(
+    layers: Sequence[LayerTag], grads: Any, state: KFACState, shift: Array, accepted
+) -> Any:
+    """Preconditioned gradients; zeros where the batch was rejected."""
+    leaves = leaves_by_path(grads)
+    outputs: dict[str, Array] = {}
+    for layer in layers:
+        factors, inverse = state.factors[layer.name], state.inverses[layer.name]
+        v = gather(layer, leaves).astype(factors[0].dtype)
+        u = precondition(layer, v, factors, inverse, shift)
+        for path, part in scatter(layer, u, leaves).items():
+            outputs[path] = outputs[path] + part if path in outputs else part
+    updates = {
+        path: jnp.where(accepted, u, 0).astype(leaves[path].dtype)
+        for path, u in outputs.items()
+    }
+    return replace_leaves(grads, updates)
+
+
+def is_accepted(options, layers, state: KFACState, grads: Any, fresh: dict) -> Array:
+    """Whether gradients and wanted statistics are finite, on every device."""
     accepted = all_finite(grads)
     for i, layer in enumerate(layers):
         if fresh:
@@ -200,40 +262,7 @@ def step(options: Options, grads: Any, state: KFACState, statistics: Any):
             accepted &= lax.cond(due, all_finite, always, fresh[layer.name])
     if options.axis_name is not None:
         accepted = lax.pmin(accepted.astype(jnp.int32), options.axis_name) > 0
-    leaves = leaves_by_path(grads)
-    shift = damping_lib.value_at(options.damping, state.count)
-    entries, factors, previous, inverses = [], {}, {}, {}
-    outputs: dict[str, Array] = {}
-    for i, layer in enumerate(layers):
-        name = layer.name
-        entry = jax.tree.map(lambda x, i=i: x[i], state.clock)
-        record = (state.factors[name], state.previous[name], entry)
-        if fresh:
-            gate = entry.due & accepted
-            record = refreshed(options, record, fresh[name], state.count + 1, gate)
-        factors[name], previous[name], entry = record
-        solved = (factors[name], state.inverses[name], entry)
-        if layer.kronecker:
-            solved = inverted(options, solved, shift, state.count + 1, accepted)
-        factors[name], inverses[name], entry = solved
-        v = gather(layer, leaves).astype(accumulation_dtype(factors[name][0].dtype))
-        u = precondition(layer, v, factors[name], inverses[name], shift)
-        u = jnp.where(accepted, u, 0)
-        for path, part in scatter(layer, u, leaves).items():
-            outputs[path] = outputs[path] + part if path in outputs else part
-        entries.append(entry)
-    clock = advance(options, state, entries, accepted)
-    updates = {k: u.astype(leaves[k].dtype) for k, u in outputs.items()}
-    new_state = KFACState(
-        count=state.count + accepted,
-        skipped=state.skipped + ~accepted,
-        damping=jnp.where(accepted, shift, state.damping).astype(state.damping.dtype),
-        clock=clock,
-        factors=factors,
-        previous=previous,
-        inverses=inverses,
-    )
-    return replace_leaves(grads, updates), new_state
+    return accepted
 
 
 def always(statistics: Any) -> Array:
@@ -242,13 +271,19 @@ def always(statistics: Any) -> Array:
     return jnp.asarray(True)
 
 
-def reduced(options: Options, statistics: Any, due: Array) -> Any:
-    """Statistics averaged over devices, inside the gate."""
-    if options.axis_name is None:
-        return statistics
-    return lax.cond(
-        due,
-        lambda s: reduce_statistics(s, options.axis_name, options.reduction),
-        lambda s: s,
-        statistics,
-    )
+def reduced(options: Options, layers: Sequence[LayerTag], state, statistics) -> dict:
+    """Each layer's statistics averaged over devices, inside its gate."""
+    fresh = {}
+    for i, layer in enumerate(layers):
+        if statistics is None:
+            break
+        own = checked_statistics(layer, statistics)
+        if options.axis_name is not None:
+            own = lax.cond(
+                state.clock.due[i],
+                lambda s: reduce_statistics(s, options.axis_name, options.reduction),
+                lambda s: s,
+                own,
+            )
+        fresh[layer.name] = own
+    return fresh

@@ -31,6 +31,15 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("kfac")
 
 
+def pytest_configure(config):
+    """Compiles every program once: tests share them through pytest's cache folder."""
+    if not hasattr(config, "cache"):  # -p no:cacheprovider
+        return
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 @pytest.fixture(autouse=True)
 def precision(request):
     """The experiments run in JAX's default precision, everything else in float64."""

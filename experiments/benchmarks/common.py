@@ -40,7 +40,7 @@ def comma_list(choices: Sequence[str]) -> Callable[[str], list[str]]:
         unknown = [name for name in names if name not in choices]
         if unknown or not names:
             raise argparse.ArgumentTypeError(
-                f"{text!r}: wanted some of {','.join(choices)}"
+                f"{unknown or text}: wanted some of {','.join(choices)}"
             )
         return names
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -127,7 +128,7 @@ def products_job(problem: Problem) -> Job:
         leaves, new = leaves_by_path(grads), {}
         for layer in layers:
             if layer.kronecker:
-                fixed = factors[layer.name], inverses[layer.name], DAMPING
+                fixed = factors[layer.name], inverses[layer.name], jnp.asarray(DAMPING)
                 u = precondition(layer, gather(layer, leaves), *fixed)
                 new |= scatter(layer, u, leaves)
         updates, state = tx.update(replace_leaves(grads, new), state, params)
@@ -354,7 +355,7 @@ def peer_job(problem: Problem, kfac_jax: Any, factor: int, inverse: int) -> Job:
 
     def step(kind, before):
         params, state = copy_tree(before)
-        state.step_counter = jax.numpy.array(counter[kind])
+        state.step_counter = jnp.array(counter[kind])
         fresh = copy_tree(batch)
         return timed(
             lambda: optimizer.step(

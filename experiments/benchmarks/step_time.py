@@ -46,7 +46,6 @@ INTERVALS = ((1, 5), (10, 100))
 METHODS = ("cholesky", "eigh", "ekfac", "newton_schulz")
 FISHERS = ("empirical", "mc", "exact")
 BASELINE, FLOOR = "SGD + momentum", "gradient + products"
-MISSING = f"{PEER} (missing)"
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -123,8 +122,12 @@ def make_jobs(
     """
     jobs, failed = [], {}
     for name, make in makers.items():
+        start = time.perf_counter()
         try:
             jobs.append(make())
+            print(
+                f"{name}: ready after {time.perf_counter() - start:.0f} s", flush=True
+            )
         except Exception as error:
             if not name.startswith("kfac-jax"):
                 raise

@@ -1,0 +1,196 @@
+"""The benchmarks' arithmetic, and one tiny run of each."""
+
+import argparse
+import json
+import os
+
+import jax.numpy as jnp
+import numpy as np
+import optuna
+import pytest
+
+from experiments.benchmarks import autoencoder, common, jobs, mlp_target, step_time
+from experiments.benchmarks.networks import Problem, Spec, make_problem
+from experiments.models.networks import MLP
+
+
+def tiny(bernoulli: bool = False) -> Problem:
+    return make_problem("tiny", Spec(lambda: MLP((3,), 10), (4, 10), bernoulli))
+
+
+def test_openblas_has_one_thread():
+    assert os.environ["OPENBLAS_NUM_THREADS"]
+    assert common.machine()["OPENBLAS_NUM_THREADS"] is not None
+
+
+@pytest.mark.parametrize(
+    ("factor", "inverse", "cycle"),
+    [
+        (1, 1, {"refresh+invert": 1}),
+        (1, 5, {"refresh+invert": 1, "refresh": 4}),
+        (10, 100, {"refresh+invert": 1, "refresh": 9, "nothing": 90}),
+        (5, 5, {"refresh+invert": 1, "nothing": 4}),
+    ],
+)
+def test_cycle(factor, inverse, cycle):
+    assert common.cycle_of(factor, inverse) == cycle
+
+
+def test_cycle_of_unrelated_intervals():
+    with pytest.raises(ValueError, match="no multiple"):
+        common.cycle_of(10, 25)
+
+
+def test_amortised_is_the_cycle_mean_of_medians():
+    samples = [("a", 1.0), ("a", 3.0), ("a", 100.0), ("b", 10.0)]
+    assert common.amortised(samples, {"a": 3, "b": 1}) == pytest.approx(19 / 4)
+    assert common.amortised(samples) == pytest.approx(19 / 4)
+    with pytest.raises(ValueError, match="'c'"):
+        common.amortised(samples, {"c": 1})
+
+
+def test_compile_seconds():
+    assert common.compile_seconds([5.0, 1.0, 1.2, 4.0], [1, 0, 0, 1]) == pytest.approx(
+        3.9 + 2.9
+    )
+    assert common.compile_seconds([5.0], [True]) == 5.0
+
+
+def test_quartiles():
+    assert common.quartiles([2.0]) == (2.0, 2.0, 2.0)
+    assert common.quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
+
+
+def test_first_reach():
+    curve = [{"step": i, "loss": x} for i, x in enumerate([3.0, None, 1.0, 2.0, 0.5])]
+    assert common.first_reach(curve, 1.0)["step"] == 2
+    assert common.first_reach(curve, 0.1) is None
+
+
+def test_error_messages_lose_their_folders():
+    text = "cannot import name 'x' from 'y' (/somewhere/else/y.py)\nmore"
+    assert common.without_paths(text) == "cannot import name 'x' from 'y'"
+
+
+def test_comma_list():
+    assert common.comma_list(("a", "b"))("b,a") == ["b", "a"]
+    with pytest.raises(argparse.ArgumentTypeError, match="'c'"):
+        common.comma_list(("a", "b"))("a,c")
+
+
+def test_settings_have_no_folders():
+    kept = common.settings(mlp_target.arguments([]))
+    assert "out" not in kept and kept["trials"] == 8
+
+
+def test_effect_of_a_step():
+    before = np.array([1, 1]), np.array([1, 1])
+    assert jobs.effect(before, before) == "nothing"
+    assert jobs.effect(before, (np.array([2, 2]), before[1])) == "refresh"
+    assert jobs.effect(before, (np.array([2, 2]),) * 2) == "refresh+invert"
+    assert jobs.effect(before, (np.array([2, 1]),) * 2) == "30"
+
+
+@pytest.mark.parametrize(("factor", "inverse"), [(1, 2), (2, 4)])
+def test_steps_do_what_their_kind_says(factor, inverse):
+    job = jobs.ours_job(tiny(), factor, inverse, "empirical", "cholesky")
+    samples = job.run()
+    assert [kind for kind, _ in samples] == list(common.cycle_of(factor, inverse))
+    assert all(seconds > 0 for _, seconds in samples)
+    assert job.state_mb > 0 and job.compile_seconds(samples) > 0
+
+
+def test_adaptive_job_goes_on_training():
+    job = jobs.adaptive_job(tiny(True), "mc", "cholesky", 2, 3, 0.3)
+    assert len(job.run()) == 3
+    assert job.notes()["steps"] == [3, 5]
+
+
+def test_step_time(tmp_path, monkeypatch):
+    monkeypatch.setitem(step_time.SPECS, "mlp", Spec(lambda: MLP((3,), 10), (4, 10)))
+    monkeypatch.setattr(step_time, "INTERVALS", ((1, 2),))
+    options = ["--models", "mlp", "--rounds", "2", "--warm-up", "1"]
+    options += ["--adaptive-steps", "1", "--fishers", "empirical", "--without-peer"]
+    step_time.main([*options, "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "step_time.json").read_text())
+    rows = result["models"]["mlp"]["rows"]
+    assert rows[step_time.BASELINE]["ratio_to_sgd"] == 1
+    assert {"Adam", step_time.FLOOR, "ours empirical (1, 2)"} < set(rows)
+
+
+def test_other_projects_failures_are_results():
+    def fail():
+        raise TypeError("no")
+
+    assert step_time.make_jobs({"kfac-jax (1, 5)": fail}) == (
+        [],
+        {"kfac-jax (1, 5)": "TypeError: no"},
+    )
+    with pytest.raises(TypeError):
+        step_time.make_jobs({"ours": fail})
+
+
+def test_autoencoder_batches_are_one_permutation_per_epoch():
+    images = np.arange(6)
+    seen = list(autoencoder.batches(images, 2, 4))
+    assert sorted(np.concatenate(seen[:3])) == list(images)
+    again = autoencoder.batches(images, 2, 4)
+    assert all(np.array_equal(x, y) for x, y in zip(seen, again, strict=True))
+
+
+def test_autoencoder_code_and_output_are_linear():
+    params = [(jnp.eye(1), jnp.zeros(1))] * 4
+    x = jnp.full((1, 1), 5.0)
+    once = jnp.tanh(x)
+    np.testing.assert_allclose(autoencoder.logits(params, x), jnp.tanh(once), rtol=1e-6)
+
+
+def test_autoencoder(tmp_path, monkeypatch):
+    monkeypatch.setattr(autoencoder, "CODE", (2,))
+    options = ["--optimizers", "adam,ours", "--dataset", "digits", "--steps", "3"]
+    options += ["--adam-steps", "2", "--eval-every", "1", "--batch-size", "8"]
+    result = autoencoder.main([*options, "--model-batch", "4", "--out", str(tmp_path)])
+    assert [r["step"] for r in result["runs"]["ours"]["curve"]] == [1, 2, 3]
+    assert result["targets"]["adam"]["adam_final"]["step"] <= 2
+    assert (tmp_path / "autoencoder.png").stat().st_size > 0
+    assert len((tmp_path / "autoencoder.jsonl").read_text().splitlines()) == 7
+
+
+def test_evaluations_of_the_mlp():
+    assert mlp_target.evaluation_steps(4, 2, False) == {4, 8}
+    assert mlp_target.evaluation_steps(4, 2, True) == {2, 4, 6, 8}
+    assert mlp_target.evaluation_steps(1, 2, True) == {1, 2}
+
+
+def test_comparison_of_best_trials():
+    def run(*losses):
+        curve = [
+            {"step": i, "seconds": 2.0 * i, "loss": x}
+            for i, x in enumerate(losses, start=1)
+        ]
+        return {"curve": curve, "best_loss": min(losses)}
+
+    best = {"adam": run(4.0, 3.0, 2.0, 2.5), "ours": run(3.0, 1.9, 1.0, 0.9)}
+    found = mlp_target.compare(best)
+    assert found["target"] == 2.0
+    assert found["step_ratio"] == pytest.approx(2 / 3)
+    assert mlp_target.compare(best | {"ours": run(5.0)})["step_ratio"] is None
+
+
+@pytest.mark.parametrize("name", ["adam", "fixed", "auto"])
+def test_usual_settings_can_be_drawn(name):
+    trial = optuna.trial.FixedTrial(mlp_target.USUAL[name])
+    drawn = mlp_target.suggest(name, trial, list(mlp_target.MODES))
+    assert drawn == mlp_target.USUAL[name]
+
+
+def test_mlp_target(tmp_path):
+    options = ["--datasets", "digits", "--hidden", "3", "--train-examples", "16"]
+    options += ["--batch-size", "8", "--epochs", "1", "--trials", "1"]
+    options += ["--modes", "auto", "--model-batch", "4", "--out", str(tmp_path)]
+    mlp_target.main(options)
+    lines = (tmp_path / "mlp_target.jsonl").read_text().splitlines()
+    trials = [json.loads(line) for line in lines[1:-1]]
+    modes = [t["values"].get("mode") for t in trials]
+    assert modes == [None, "auto"]
+    assert (tmp_path / "mlp_target_digits.png").stat().st_size > 0
