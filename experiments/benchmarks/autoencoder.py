@@ -34,6 +34,7 @@ from experiments.benchmarks.common import (
     first_reach,
     import_peer,
     machine,
+    make_parser,
     positive_int,
     save_curves,
     settings,
@@ -55,10 +56,7 @@ Step = Callable[..., tuple[Any, Any]]
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--optimizers", type=comma_list(OPTIMIZERS), default=",".join(OPTIMIZERS))
     add("--steps", type=positive_int, default=240, help="of the K-FACs")

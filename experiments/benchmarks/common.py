@@ -47,6 +47,14 @@ def comma_list(choices: Sequence[str]) -> Callable[[str], list[str]]:
     return parse
 
 
+def make_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser that shows the defaults; its description is a docstring's first line."""
+    return argparse.ArgumentParser(
+        description=(doc or "").split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+
 def positive_int(text: str) -> int:
     """The argparse type of a whole number of at least 1."""
     value = int(text)

@@ -120,7 +120,7 @@ def products_job(problem: Problem) -> Job:
     """
     params, batch, loss = problem.params, problem.batches[0], problem.plain_loss()
     layers = kfac.tag(problem.marked_loss(), params, batch).layers
-    inner = kfac.scale_by_kfac(layers).init(params)
+    inner: Any = kfac.scale_by_kfac(layers).init(params)
     tx = optax.sgd(RATE, MOMENTUM)
 
     def step(params, state, factors, inverses, batch):

@@ -33,6 +33,7 @@ from experiments.benchmarks.common import (
     compile_seconds,
     first_reach,
     machine,
+    make_parser,
     positive_int,
     save_curves,
     settings,
@@ -62,10 +63,7 @@ USUAL = {
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--datasets", type=comma_list(DATASETS), default="mnist,fashion_mnist")
     add("--hidden", type=positive_int, nargs="+", default=[256, 256])

@@ -155,7 +155,7 @@ def make_problem(name: str, spec: Spec | None = None) -> Problem:
         batches.append((x, x if spec.bernoulli else labels))
     params = module.init(jax.random.key(0), batches[0][0])["params"]
 
-    def apply(params, x):
+    def apply(params: Any, x: jax.Array) -> Any:
         return module.apply({"params": params}, x)
 
     return Problem(name, apply, params, batches, spec.bernoulli)

@@ -24,6 +24,7 @@ from experiments.benchmarks.common import (
     import_peer,
     kind_medians,
     machine,
+    make_parser,
     positive_int,
     quartiles,
     settings,
@@ -50,10 +51,7 @@ BASELINE, FLOOR = "SGD + momentum", "gradient + products"
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--models", type=comma_list(list(SPECS)), default=",".join(SPECS))
     add("--rounds", type=positive_int, default=15, help="timed steps of each kind")
