@@ -9,11 +9,11 @@ import optax
 
 from kfac_jax_lite.damping import Damping, LevenbergMarquardt
 from kfac_jax_lite.factors.state import KFACState
-from kfac_jax_lite.guided import guided
+from kfac_jax_lite.guided import Guide, guided
 from kfac_jax_lite.intervals import Interval
 from kfac_jax_lite.reduce import Reduction
 from kfac_jax_lite.transform import ALL_REDUCE, EVERY_STEP, scale_by_kfac
-from kfac_jax_lite.types import Array, LayerTag
+from kfac_jax_lite.types import Array, LayerTag, accumulation_dtype
 
 
 class KFACChainState(NamedTuple):
@@ -53,8 +53,7 @@ def kfac(
     Args:
         layers: ``tagged.layers``.
         learning_rate: ``η``, a number or an optax schedule; or ``"auto"``: learning
-        rate
-            and momentum minimise the quadratic model, ``update`` then needs
+            rate and momentum minimise the quadratic model, ``update`` then needs
             ``model=kfac.quadratic_model(tagged, params, *batch)``, and ``momentum`` and
             ``kl_clip`` play no part.
         damping: ``λ``; see ``scale_by_kfac``, as for the arguments not listed here.
@@ -81,16 +80,7 @@ def kfac(
         second-order optimization using Kronecker-factored approximations", Sec. 5
         (the trust region); Loshchilov & Hutter, 2019, arXiv:1711.05101.
     """
-    if isinstance(kl_clip, (int, float)) and not kl_clip > 0:
-        raise ValueError(f"kl_clip must be positive or None, got {kl_clip!r}.")
-    if isinstance(weight_decay, (int, float)) and not weight_decay >= 0:
-        raise ValueError(f"weight_decay must not be negative, got {weight_decay!r}.")
-    if isinstance(momentum, (int, float)) and not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be in [0, 1), got {momentum!r}.")
-    if isinstance(learning_rate, str) and learning_rate != "auto":
-        raise ValueError('learning_rate must be a number, a schedule or "auto".')
-    if isinstance(learning_rate, (int, float)) and learning_rate < 0:
-        raise ValueError(f"learning_rate must not be negative, got {learning_rate!r}.")
+    check(learning_rate, momentum, weight_decay, kl_clip)
     adaptive = isinstance(damping, LevenbergMarquardt)
     precondition = scale_by_kfac(
         layers,
@@ -102,15 +92,10 @@ def kfac(
         axis_name=axis_name,
         reduction=reduction,
     )
-    if isinstance(learning_rate, str) or adaptive:
-        return guided(
-            precondition,
-            learning_rate,
-            momentum,
-            damping,
-            weight_decay,
-            axis_name,
-        )
+    automatic = isinstance(learning_rate, str)
+    if automatic or adaptive:
+        chosen = (damping, learning_rate, momentum, weight_decay, axis_name)
+        return guided(precondition, Guide(automatic, *chosen))
     decays = not isinstance(weight_decay, (int, float)) or weight_decay != 0
     tail = optax.chain(
         optax.add_decayed_weights(weight_decay) if decays else optax.identity(),
@@ -135,10 +120,24 @@ def kfac(
         accepted = inner.skipped == state.kfac.skipped
         new_tail = keep_unless(accepted, new_tail, state.tail)
         updates = jax.tree.map(lambda u: jnp.where(accepted, u, 0), updates)
-        trust = jnp.where(accepted, trust, state.trust)
+        trust = jnp.where(accepted, trust, state.trust).astype(jnp.float32)
         return updates, KFACChainState(inner, new_tail, trust)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def check(learning_rate: Any, momentum: Any, weight_decay: Any, kl_clip: Any) -> None:
+    """Raises for values that cannot be right; traced values pass."""
+    if isinstance(kl_clip, (int, float)) and not kl_clip > 0:
+        raise ValueError(f"kl_clip must be positive or None, got {kl_clip!r}.")
+    if isinstance(weight_decay, (int, float)) and not weight_decay >= 0:
+        raise ValueError(f"weight_decay must not be negative, got {weight_decay!r}.")
+    if isinstance(momentum, (int, float)) and not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be in [0, 1), got {momentum!r}.")
+    if isinstance(learning_rate, str) and learning_rate != "auto":
+        raise ValueError('learning_rate must be a number, a schedule or "auto".')
+    if isinstance(learning_rate, (int, float)) and learning_rate < 0:
+        raise ValueError(f"learning_rate must not be negative, got {learning_rate!r}.")
 
 
 def at_step(value: Any, count: Array) -> Any:
@@ -156,17 +155,17 @@ def trust_region(updates: Any, grads: Any, rate: Any, kl_clip: Any) -> Array:
         kl_clip: ``κ``.
 
     Returns:
-        A float32 scalar.
+        A scalar, float32 or wider.
     """
-    products = jax.tree.map(
-        lambda u, g: jnp.sum(u.astype(jnp.float32) * g.astype(jnp.float32)),
-        updates,
-        grads,
-    )
+
+    def product(u, g):
+        dtype = accumulation_dtype(u.dtype)
+        return jnp.sum(u.astype(dtype) * g.astype(dtype))
+
+    products = jax.tree.map(product, updates, grads)
     size = jnp.square(rate) * sum(jax.tree.leaves(products))
-    size = jnp.asarray(size, jnp.float32)
     bounded = jnp.sqrt(kl_clip / jnp.where(size > 0, size, 1))
-    return jnp.where(size > 0, jnp.minimum(1.0, bounded), 1.0).astype(jnp.float32)
+    return jnp.where(size > 0, jnp.minimum(1.0, bounded), 1.0)
 
 
 def keep_unless(accepted: Array, new: Any, old: Any) -> Any:

@@ -9,6 +9,7 @@ References:
     Martens & Grosse, 2015, arXiv:1503.05671, Secs. 6.4, 6.5, 7.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from kfac_jax_lite.damping import LevenbergMarquardt
+from kfac_jax_lite.damping import LevenbergMarquardt, value_at
 from kfac_jax_lite.factors.state import KFACState
 from kfac_jax_lite.types import Array
 
@@ -41,68 +42,97 @@ class GuidedState(NamedTuple):
     ratio: Array
 
 
+@dataclasses.dataclass(frozen=True)
+class Guide:
+    """What the quadratic model decides, and from where the rest starts.
+
+    Attributes:
+        automatic: Whether the model chooses ``α`` and ``μ``.
+        damping: A number, or the Levenberg-Marquardt rule.
+        learning_rate: ``α`` where it is not automatic.
+        momentum: ``μ`` where the learning rate is not automatic.
+        weight_decay: Decoupled, multiplied by ``α``.
+        axis_name: Mapped axes over which the model is averaged.
+    """
+
+    automatic: bool
+    damping: Any
+    learning_rate: Any
+    momentum: Any
+    weight_decay: Any
+    axis_name: Any
+
+    @property
+    def rule(self) -> LevenbergMarquardt | None:
+        """The rule that adapts the damping, if any."""
+        return self.damping if isinstance(self.damping, LevenbergMarquardt) else None
+
+    def init(self, kfac: Any, params: Any) -> GuidedState:
+        """The state before the first step."""
+        first = self.rule.initial if self.rule else 0
+        numbers = [jnp.asarray(x, jnp.float32) for x in (first, 0, 0, jnp.nan)]
+        velocity = jax.tree.map(jnp.zeros_like, params)
+        return GuidedState(kfac, velocity, *numbers)
+
+    def given(self, state: GuidedState) -> GuidedState:
+        """The state with the values in force that the model does not choose."""
+        count, values = state.kfac.count, {}
+        if not self.rule:
+            values["damping"] = value_at(self.damping, count)
+        if not self.automatic:
+            values["learning_rate"] = value_at(self.learning_rate, count)
+            values["momentum"] = 0 if self.momentum is None else self.momentum
+        values = {k: jnp.asarray(v, jnp.float32) for k, v in values.items()}
+        return state._replace(**values)
+
+    def consult(self, state: GuidedState, due: Any, model, params, grads, u):
+        """Asks the quadratic model for ``α``, ``μ``, ``ρ``; adapts ``λ`` where due."""
+        vectors = (jax.tree.map(jnp.negative, u), state.velocity)
+        loss, slopes, gram = mean(model.products(vectors), self.axis_name)
+        squares = [[inner(v, w) for w in vectors] for v in vectors]
+        curvature = gram + state.damping * jnp.array(squares)
+        weights = jnp.stack([state.learning_rate, state.momentum])
+        if self.automatic:
+            weights = minimise(curvature, jnp.stack([inner(grads, v) for v in vectors]))
+        d = combine(weights, vectors)
+        predicted = slopes @ weights + 0.5 * weights @ curvature @ weights
+        new_loss = mean(model.loss(optax.apply_updates(params, d)), self.axis_name)
+        ratio = (new_loss - loss) / jnp.where(predicted < 0, predicted, jnp.nan)
+        damping = state.damping
+        if self.rule:
+            damping = jnp.where(due, self.rule.adjust(damping, ratio), damping)
+        return state._replace(
+            damping=damping.astype(jnp.float32),
+            learning_rate=weights[0].astype(jnp.float32),
+            momentum=weights[1].astype(jnp.float32),
+            ratio=ratio.astype(jnp.float32),
+        )
+
+    def direction(self, state: GuidedState, velocity: Any, params: Any, u: Any) -> Any:
+        """``d = −α u + μ d_prev``, less the decayed weights."""
+        weights = jnp.stack([state.learning_rate, state.momentum])
+        d = combine(weights, (jax.tree.map(jnp.negative, u), velocity))
+        if isinstance(self.weight_decay, (int, float)) and self.weight_decay == 0:
+            return d
+        rate = self.weight_decay * state.learning_rate
+        return jax.tree.map(lambda x, p: x - (rate * p).astype(x.dtype), d, params)
+
+
 def guided(
-    precondition: optax.GradientTransformationExtraArgs,
-    learning_rate: Any,
-    momentum: Any,
-    damping: Any,
-    weight_decay: Any,
-    axis_name: Any,
+    precondition: optax.GradientTransformationExtraArgs, guide: Guide
 ) -> optax.GradientTransformationExtraArgs:
     """K-FAC whose step the quadratic model decides, wholly or in part.
 
     Args:
         precondition: ``scale_by_kfac(…)``.
-        learning_rate: ``"auto"`` or a number: then ``α`` and ``μ`` are given.
-        momentum: ``μ`` where the learning rate is given.
-        damping: A number, or ``levenberg_marquardt(…)``.
-        weight_decay: Decoupled, multiplied by ``α``.
-        axis_name: Mapped axes over which the model is averaged.
+        guide: What the model decides.
 
     Returns:
         The transformation; ``update`` needs ``statistics=`` and ``model=``.
     """
-    automatic = isinstance(learning_rate, str)
-    adaptive = isinstance(damping, LevenbergMarquardt)
-    first = damping.initial if adaptive else damping
 
     def init_fn(params):
-        number = lambda value: jnp.asarray(value, jnp.float32)  # noqa: E731
-        inner_state: Any = precondition.init(params)
-        return GuidedState(
-            inner_state,
-            jax.tree.map(jnp.zeros_like, params),
-            number(first),
-            number(0 if automatic else learning_rate),
-            number(0 if automatic or momentum is None else momentum),
-            number(jnp.nan),
-        )
-
-    def consult(state, count, model, params, grads, u):
-        vectors = (jax.tree.map(jnp.negative, u), state.velocity)
-        loss, slopes, gram = mean((model.products(vectors)), axis_name)
-        dots = jnp.stack([inner(grads, v) for v in vectors])
-        squares = jnp.stack(
-            [jnp.stack([inner(v, w) for w in vectors]) for v in vectors]
-        )
-        curvature = gram + state.damping * squares
-        weights = jnp.stack([state.learning_rate, state.momentum])
-        if automatic:
-            weights = minimise(curvature, dots)
-        d = combine(weights, vectors)
-        predicted = slopes @ weights + 0.5 * weights @ curvature @ weights
-        new_loss = mean(model.loss(optax.apply_updates(params, d)), axis_name)
-        ratio = (new_loss - loss) / jnp.where(predicted < 0, predicted, jnp.nan)
-        new = state.damping
-        if adaptive:
-            due = count % damping.interval == 0
-            new = jnp.where(due, damping.adjust(new, ratio), new)
-        return state._replace(
-            damping=new.astype(jnp.float32),
-            learning_rate=weights[0].astype(jnp.float32),
-            momentum=weights[1].astype(jnp.float32),
-            ratio=ratio.astype(jnp.float32),
-        )
+        return guide.init(precondition.init(params), params)
 
     def update_fn(updates, state, params=None, *, model=None, **extra_args):
         if model is None or params is None:
@@ -111,26 +141,24 @@ def guided(
                 "pass tx.update(grads, opt_state, params, statistics=statistics, "
                 "model=kfac.quadratic_model(tagged, params, *batch))."
             )
-        grads, count = updates, state.kfac.count
+        state = guide.given(state)
         extra_args["damping"] = state.damping
-        inner_state: Any
-        u, inner_state = precondition.update(grads, state.kfac, params, **extra_args)
-        accepted = inner_state.skipped == state.kfac.skipped
+        new: Any
+        u, new = precondition.update(updates, state.kfac, params, **extra_args)
+        accepted = new.skipped == state.kfac.skipped
+        due = guide.rule is not None and state.kfac.count % guide.rule.interval == 0
         asked = lax.cond(
             accepted,
-            lambda s: consult(s, count, model, params, grads, u),
+            lambda s: guide.consult(s, due, model, params, updates, u),
             lambda s: s,
             state._replace(kfac=()),
         )
-        weights = jnp.stack([asked.learning_rate, asked.momentum])
-        d = combine(weights, (jax.tree.map(jnp.negative, u), state.velocity))
-        if weight_decay:
-            rate = weight_decay * asked.learning_rate
-            d = jax.tree.map(lambda x, p: x - (rate * p).astype(x.dtype), d, params)
-        keep = lambda x, y: jnp.where(accepted, x, y)  # noqa: E731
-        velocity = jax.tree.map(keep, d, state.velocity)
+        d = guide.direction(asked, state.velocity, params, u)
+        velocity = jax.tree.map(
+            lambda x, y: jnp.where(accepted, x, y), d, state.velocity
+        )
         d = jax.tree.map(lambda x: jnp.where(accepted, x, 0), d)
-        return d, asked._replace(kfac=inner_state, velocity=velocity)
+        return d, asked._replace(kfac=new, velocity=velocity)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

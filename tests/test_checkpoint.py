@@ -140,6 +140,7 @@ class NnxNetwork(nnx.Module):
 def test_nnx_optimizer():
     model = NnxNetwork(nnx.Rngs(0))
     graph, params = nnx.split(model, nnx.Param)
+    params = jax.tree.map(jnp.copy, params)  # the optimiser changes the model's own
 
     def loss(params, x, y):
         return cross_entropy(nnx.merge(graph, params)(x), y)

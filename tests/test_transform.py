@@ -138,7 +138,7 @@ def test_damping_schedule(rng):
     schedule = optax.exponential_decay(1.0, 1, 0.1)
     tx = kfac.scale_by_kfac(layers(), damping=schedule, inverse="eigh")
     state, grads = tx.init(params), random_like(rng, params)
-    for damping in [float(schedule(jnp.asarray(t))) for t in range(3)]:
+    for damping in [float(schedule(jnp.asarray(t, jnp.int32))) for t in range(3)]:
         updates, state = tx.update(grads, state, params, statistics=statistics)
         for name in MODEL.layers:
             s, v = statistics[name], homogeneous(MODEL, name, grads)[0]
