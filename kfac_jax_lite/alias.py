@@ -13,6 +13,7 @@ from kfac_jax_lite.guided import Guide, guided
 from kfac_jax_lite.intervals import Interval
 from kfac_jax_lite.reduce import Reduction
 from kfac_jax_lite.transform import ALL_REDUCE, EVERY_STEP, scale_by_kfac
+from kfac_jax_lite.tree import choose
 from kfac_jax_lite.types import Array, LayerTag, accumulation_dtype
 
 
@@ -118,7 +119,7 @@ def kfac(
             updates = optax.tree.scale(trust, updates)
         updates, new_tail = tail.update(updates, state.tail, params)
         accepted = inner.skipped == state.kfac.skipped
-        new_tail = keep_unless(accepted, new_tail, state.tail)
+        new_tail = choose(accepted, new_tail, state.tail)
         updates = jax.tree.map(lambda u: jnp.where(accepted, u, 0), updates)
         trust = jnp.where(accepted, trust, state.trust).astype(jnp.float32)
         return updates, KFACChainState(inner, new_tail, trust)
@@ -166,8 +167,3 @@ def trust_region(updates: Any, grads: Any, rate: Any, kl_clip: Any) -> Array:
     size = jnp.square(rate) * sum(jax.tree.leaves(products))
     bounded = jnp.sqrt(kl_clip / jnp.where(size > 0, size, 1))
     return jnp.where(size > 0, jnp.minimum(1.0, bounded), 1.0)
-
-
-def keep_unless(accepted: Array, new: Any, old: Any) -> Any:
-    """``new`` where the batch was accepted, else ``old``."""
-    return jax.tree.map(lambda x, y: jnp.where(accepted, x, y), new, old)

@@ -19,6 +19,7 @@ from jax import lax
 
 from kfac_jax_lite.damping import LevenbergMarquardt, value_at
 from kfac_jax_lite.factors.state import KFACState
+from kfac_jax_lite.tree import choose
 from kfac_jax_lite.types import Array
 
 
@@ -31,7 +32,7 @@ class GuidedState(NamedTuple):
         damping: ``λ``.
         learning_rate: ``α`` in force.
         momentum: ``μ`` in force.
-        ratio: Reduction ratio ``ρ`` at the last consultation; NaN before.
+        ratio: Reduction ratio ``ρ`` when the damping was last adapted; NaN before.
     """
 
     kfac: KFACState
@@ -94,19 +95,22 @@ class Guide:
         weights = jnp.stack([state.learning_rate, state.momentum])
         if self.automatic:
             weights = minimise(curvature, jnp.stack([inner(grads, v) for v in vectors]))
-        d = combine(weights, vectors)
+        rate, momentum = weights.astype(jnp.float32)
+        state = state._replace(learning_rate=rate, momentum=momentum)
+        if not self.rule:
+            return state
         predicted = slopes @ weights + 0.5 * weights @ curvature @ weights
-        new_loss = mean(model.loss(optax.apply_updates(params, d)), self.axis_name)
-        ratio = (new_loss - loss) / jnp.where(predicted < 0, predicted, jnp.nan)
-        damping = state.damping
-        if self.rule:
-            damping = jnp.where(due, self.rule.adjust(damping, ratio), damping)
-        return state._replace(
-            damping=damping.astype(jnp.float32),
-            learning_rate=weights[0].astype(jnp.float32),
-            momentum=weights[1].astype(jnp.float32),
-            ratio=ratio.astype(jnp.float32),
-        )
+
+        def judged(state):
+            new = optax.apply_updates(params, combine(weights, vectors))
+            change = mean(model.loss(new), self.axis_name) - loss
+            ratio = change / jnp.where(predicted < 0, predicted, jnp.nan)
+            damping = self.rule.adjust(state.damping, ratio)
+            return state._replace(
+                damping=damping.astype(jnp.float32), ratio=ratio.astype(jnp.float32)
+            )
+
+        return lax.cond(due, judged, lambda state: state, state)
 
     def direction(self, state: GuidedState, velocity: Any, params: Any, u: Any) -> Any:
         """``d = −α u + μ d_prev``, less the decayed weights."""
@@ -147,16 +151,10 @@ def guided(
         u, new = precondition.update(updates, state.kfac, params, **extra_args)
         accepted = new.skipped == state.kfac.skipped
         due = guide.rule is not None and state.kfac.count % guide.rule.interval == 0
-        asked = lax.cond(
-            accepted,
-            lambda s: guide.consult(s, due, model, params, updates, u),
-            lambda s: s,
-            state._replace(kfac=()),
-        )
+        asked = guide.consult(state, due, model, params, updates, u)
+        asked = choose(accepted, asked, state)
         d = guide.direction(asked, state.velocity, params, u)
-        velocity = jax.tree.map(
-            lambda x, y: jnp.where(accepted, x, y), d, state.velocity
-        )
+        velocity = choose(accepted, d, state.velocity)
         d = jax.tree.map(lambda x: jnp.where(accepted, x, 0), d)
         return d, asked._replace(kfac=new, velocity=velocity)
 

@@ -18,7 +18,7 @@ def mean_diagonal(matrix: Array) -> Array:
     return jnp.trace(matrix, axis1=-2, axis2=-1) / matrix.shape[-1]
 
 
-def spd_inverse(matrix: Array, leaf: int = 256) -> Array:
+def spd_inverse(matrix: Array, leaf: int = 512) -> Array:
     """Inverse of positive definite matrices; NaN where a Cholesky factorisation fails.
 
     Halves ``M = [[A, B], [Bᵀ, D]]`` until blocks are at most ``leaf`` wide and inverts
@@ -43,7 +43,7 @@ def spd_inverse(matrix: Array, leaf: int = 256) -> Array:
     d = matrix.shape[-1]
     if d <= leaf:
         # The transpose of a symmetric matrix: LAPACK wants columns, XLA keeps rows.
-        chol = jnp.linalg.cholesky(jnp.swapaxes(matrix, -1, -2))
+        chol = jnp.linalg.cholesky(jnp.swapaxes(matrix, -1, -2), symmetrize_input=False)
         eye = jnp.broadcast_to(jnp.eye(d, dtype=matrix.dtype), matrix.shape)
         half = lax.linalg.triangular_solve(chol, eye, left_side=True, lower=True)
         return jnp.swapaxes(half, -1, -2) @ half

@@ -1,9 +1,10 @@
-"""Looking things up in parameter trees and optimiser states."""
+"""Looking things up in parameter trees and optimiser states, and choosing trees."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -47,3 +48,8 @@ def find_states(opt_state: Any, name: str = "KFACState") -> list[Any]:
         return [opt_state]
     found = optax.tree_utils.tree_get_all_with_path(opt_state, name)
     return [state for _, state in found]
+
+
+def choose(condition: Any, new: Any, old: Any) -> Any:
+    """``new`` where the condition holds, else ``old``, leaf by leaf."""
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), new, old)

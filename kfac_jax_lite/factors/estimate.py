@@ -175,8 +175,16 @@ class TaggedLoss:
         return value, grads, statistics
 
     def _sampled(self, found: Trace, pullback, loss, marked, key, grads, raw, slots):
-        """Replaces what depends on cotangents by its MC or exact Fisher version."""
+        """Replaces what depends on cotangents by its MC or exact Fisher version.
+
+        Of ``raw`` only input factors are used: XLA then drops the other statistics of
+        the plain backward pass.
+
+        Returns:
+            Gradients for the diagonals, and statistics.
+        """
         dues = [s.due for s in slots.values() if s.due is not None]
+        zeros = {k: tuple(map(jnp.zeros_like, v)) for k, v in raw.items()}
         zero = jnp.zeros_like(loss)
         n = found.num_examples
 
@@ -186,7 +194,7 @@ class TaggedLoss:
 
         def resample():
             if self.fisher == "exact":
-                return grads, exact_statistics(found.marks, marked, pull, raw)
+                return grads, exact_statistics(found.marks, marked, pull, zeros)
             keys = jax.random.split(key, len(marked))
             triples = zip(found.marks, marked, keys, strict=True)
             return pull([sampled_cotangent(*t) for t in triples])
@@ -195,7 +203,7 @@ class TaggedLoss:
             new_grads, new = resample()
         else:
             any_due = jnp.any(jnp.stack(dues))
-            new_grads, new = lax.cond(any_due, resample, lambda: (grads, raw))
+            new_grads, new = lax.cond(any_due, resample, lambda: (grads, zeros))
         # The input factor is the first statistic of a Kronecker layer and does not
         # depend on the labels: it comes from the plain backward pass.
         kronecker = {t.name for t in found.layers if t.kronecker}

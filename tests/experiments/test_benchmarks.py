@@ -150,10 +150,11 @@ def test_autoencoder(tmp_path, monkeypatch):
     options = ["--optimizers", "adam,ours", "--dataset", "digits", "--steps", "3"]
     options += ["--adam-steps", "2", "--eval-every", "1", "--batch-size", "8"]
     result = autoencoder.main([*options, "--model-batch", "4", "--out", str(tmp_path)])
-    assert [r["step"] for r in result["runs"]["ours"]["curve"]] == [1, 2, 3]
+    for name in ("ours", autoencoder.AVERAGED):
+        assert [r["step"] for r in result["runs"][name]["curve"]] == [1, 2, 3]
     assert result["targets"]["adam"]["adam_final"]["step"] <= 2
     assert (tmp_path / "autoencoder.png").stat().st_size > 0
-    assert len((tmp_path / "autoencoder.jsonl").read_text().splitlines()) == 7
+    assert len((tmp_path / "autoencoder.jsonl").read_text().splitlines()) == 10
 
 
 def test_evaluations_of_the_mlp():
