@@ -178,20 +178,19 @@ def test_comparison_of_best_trials():
     assert mlp_target.compare(best | {"ours": run(5.0)})["step_ratio"] is None
 
 
-@pytest.mark.parametrize("name", ["adam", "fixed", "auto"])
+@pytest.mark.parametrize("name", mlp_target.OPTIMIZERS)
 def test_usual_settings_can_be_drawn(name):
     trial = optuna.trial.FixedTrial(mlp_target.USUAL[name])
-    drawn = mlp_target.suggest(name, trial, list(mlp_target.MODES))
+    drawn = mlp_target.suggest(name, trial)
     assert drawn == mlp_target.USUAL[name]
 
 
 def test_mlp_target(tmp_path):
     options = ["--datasets", "digits", "--hidden", "3", "--train-examples", "16"]
-    options += ["--batch-size", "8", "--epochs", "1", "--trials", "1"]
-    options += ["--modes", "auto", "--model-batch", "4", "--out", str(tmp_path)]
-    mlp_target.main(options)
+    options += ["--batch-size", "8", "--epochs", "1", "--our-epochs", "1"]
+    mlp_target.main([*options, "--trials", "1", "--out", str(tmp_path)])
     lines = (tmp_path / "mlp_target.jsonl").read_text().splitlines()
     trials = [json.loads(line) for line in lines[1:-1]]
-    modes = [t["values"].get("mode") for t in trials]
-    assert modes == [None, "auto"]
+    assert [t["optimizer"] for t in trials] == ["adam", "ours"]
+    assert [t["values"] for t in trials] == list(mlp_target.USUAL.values())
     assert (tmp_path / "mlp_target_digits.png").stat().st_size > 0
