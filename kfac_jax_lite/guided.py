@@ -97,7 +97,8 @@ class Guide:
             weights = minimise(curvature, jnp.stack([inner(grads, v) for v in vectors]))
         rate, momentum = weights.astype(jnp.float32)
         state = state._replace(learning_rate=rate, momentum=momentum)
-        if not self.rule:
+        rule = self.rule
+        if rule is None:
             return state
         predicted = slopes @ weights + 0.5 * weights @ curvature @ weights
 
@@ -105,7 +106,7 @@ class Guide:
             new = optax.apply_updates(params, combine(weights, vectors))
             change = mean(model.loss(new), self.axis_name) - loss
             ratio = change / jnp.where(predicted < 0, predicted, jnp.nan)
-            damping = self.rule.adjust(state.damping, ratio)
+            damping = rule.adjust(state.damping, ratio)
             return state._replace(
                 damping=damping.astype(jnp.float32), ratio=ratio.astype(jnp.float32)
             )
@@ -147,10 +148,11 @@ def guided(
             )
         state = guide.given(state)
         extra_args["damping"] = state.damping
+        old: Any = state.kfac
         new: Any
-        u, new = precondition.update(updates, state.kfac, params, **extra_args)
-        accepted = new.skipped == state.kfac.skipped
-        due = guide.rule is not None and state.kfac.count % guide.rule.interval == 0
+        u, new = precondition.update(updates, old, params, **extra_args)
+        accepted = new.skipped == old.skipped
+        due = guide.rule is not None and old.count % guide.rule.interval == 0
         asked = guide.consult(state, due, model, params, updates, u)
         asked = choose(accepted, asked, state)
         d = guide.direction(asked, state.velocity, params, u)

@@ -14,6 +14,7 @@ from jax import lax
 from kfac_jax_lite.factors.state import Clock, moving_average, squared
 from kfac_jax_lite.linalg import all_finite, relative_change
 from kfac_jax_lite.options import Options
+from kfac_jax_lite.tree import choose
 from kfac_jax_lite.types import Array
 
 
@@ -125,7 +126,7 @@ def clock_after_refresh(
         weight=weight,
         diff=known[0] if known else clock.diff,
     )
-    return jax.tree.map(lambda x, y: jnp.where(gates, x, y), new, clock)
+    return choose(gates, new, clock)
 
 
 def inversion_gates(
@@ -170,11 +171,8 @@ def inverted(
         whole = statistics._replace(s=moments) if turns else statistics
         new, whole = options.method.refresh(whole, cached, shift, first)
         good = all_finite(new)
-
-        def choose(a, b):
-            return jax.tree.map(lambda x, y: jnp.where(good, x, y), a, b)
-
-        return choose(whole.s, moments) if turns else (), choose(new, cached), good
+        kept = choose(good, whole.s, moments) if turns else ()
+        return kept, choose(good, new, cached), good
 
     carry = (statistics.s if turns else (), cached, jnp.zeros_like(gate))
     moments, cached, good = gated(gate, refresh, carry)

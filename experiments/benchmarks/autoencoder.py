@@ -91,7 +91,7 @@ def initial(key: jax.Array, widths: tuple[int, ...]) -> list[tuple[jax.Array, ..
     return params
 
 
-def logits(params: list, x: jax.Array) -> jax.Array:
+def logits(params: list, x: Any) -> jax.Array:
     """The network's output; its code (in the middle) and output are linear."""
     linear = (len(params) // 2 - 1, len(params) - 1)
     for number, (weight, bias) in enumerate(params):
@@ -100,7 +100,7 @@ def logits(params: list, x: jax.Array) -> jax.Array:
     return x
 
 
-def bernoulli(z: jax.Array, x: jax.Array) -> jax.Array:
+def bernoulli(z: jax.Array, x: Any) -> jax.Array:
     """Mean over the images of the cross-entropy summed over the pixels."""
     return optax.sigmoid_binary_cross_entropy(z, x).sum(-1).mean()
 
@@ -219,7 +219,7 @@ MAKERS = {"adam": make_adam, PEER: make_peer, "ours": make_ours}
 def train_one(
     name: str,
     args: argparse.Namespace,
-    data: tuple[np.ndarray, np.ndarray],
+    data: tuple[np.ndarray, ...],
     counter: CompileCounter,
     file: MetricsFile,
 ) -> dict[str, dict[str, Any]]:
@@ -264,7 +264,7 @@ def train_one(
                 f"loss {loss:.3f} test error {error:.3f}",
                 flush=True,
             )
-        if not np.isfinite(loss):
+        if not np.isfinite(curves[name][-1]["loss"]):
             break
     facts = {
         "setup_seconds": setup,

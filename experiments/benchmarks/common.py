@@ -118,15 +118,15 @@ class CompileCounter:
         self.count = 0
         jax.monitoring.register_event_duration_secs_listener(self.listen)
 
-    def listen(self, event: str, seconds: float, **kwargs: Any) -> None:
+    def listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         """Called by JAX.
 
         Args:
             event: what took the time.
-            seconds: how long.
+            duration_secs: how long.
             **kwargs: whatever else JAX says.
         """
-        del seconds, kwargs
+        del duration_secs, kwargs
         self.count += event == COMPILE_EVENT
 
 
