@@ -1,0 +1,37 @@
+"""Matrix functions against numpy, with blocks small enough to be split."""
+
+import hypothesis
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from kfac_jax_lite import linalg
+
+
+def positive_definite(seed, blocks, d):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(*blocks, d + 2, d))
+    return np.swapaxes(x, -1, -2) @ x / d + 0.1 * np.eye(d)
+
+
+@hypothesis.given(
+    seed=st.integers(0, 10**6),
+    blocks=st.sampled_from([(), (2,), (2, 3)]),
+    d=st.integers(1, 17),
+    leaf=st.integers(1, 6),
+)
+def test_blocked_inverse(seed, blocks, d, leaf):
+    matrix = positive_definite(seed, blocks, d)
+    inverse = np.asarray(linalg.spd_inverse(jnp.asarray(matrix), leaf))
+    wanted = np.linalg.inv(matrix)
+    atol = 1e-10 * np.abs(wanted).max()
+    np.testing.assert_allclose(inverse, wanted, rtol=0, atol=atol)
+    np.testing.assert_allclose(inverse, np.swapaxes(inverse, -1, -2), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("place", [0, 3, 6])
+def test_an_indefinite_matrix_has_no_inverse(place):
+    matrix = np.eye(7)
+    matrix[place, place] = -1.0
+    assert np.isnan(np.asarray(linalg.spd_inverse(jnp.asarray(matrix), 2))).any()
