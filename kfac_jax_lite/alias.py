@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfac_jax_lite.damping import Damping, LevenbergMarquardt
+from kfac_jax_lite.damping import Damping, LevenbergMarquardt, value_at
 from kfac_jax_lite.factors.state import KFACState
 from kfac_jax_lite.guided import Guide, guided
 from kfac_jax_lite.intervals import Interval
@@ -114,7 +114,7 @@ def kfac(
         updates, inner = precondition.update(grads, state.kfac, params, **extra_args)
         trust = jnp.ones((), jnp.float32)
         if kl_clip is not None:
-            rate = at_step(learning_rate, state.kfac.count)
+            rate = value_at(learning_rate, state.kfac.count)
             trust = trust_region(updates, grads, rate, kl_clip)
             updates = optax.tree.scale(trust, updates)
         updates, new_tail = tail.update(updates, state.tail, params)
@@ -139,11 +139,6 @@ def check(learning_rate: Any, momentum: Any, weight_decay: Any, kl_clip: Any) ->
         raise ValueError('learning_rate must be a number, a schedule or "auto".')
     if isinstance(learning_rate, (int, float)) and learning_rate < 0:
         raise ValueError(f"learning_rate must not be negative, got {learning_rate!r}.")
-
-
-def at_step(value: Any, count: Array) -> Any:
-    """A number or the value of a schedule."""
-    return value(count) if callable(value) else value
 
 
 def trust_region(updates: Any, grads: Any, rate: Any, kl_clip: Any) -> Array:

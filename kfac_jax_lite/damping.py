@@ -27,7 +27,7 @@ def check(damping: Damping) -> None:
 
 
 def value_at(damping: Damping, count: Array) -> Array:
-    """The damping at a step.
+    """The damping, or another number or schedule, at a step.
 
     Args:
         damping: A number or a schedule.

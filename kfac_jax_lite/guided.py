@@ -45,12 +45,12 @@ class GuidedState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Guide:
-    """What the quadratic model decides, and from where the rest starts.
+    """What the quadratic model decides, and the values that it does not.
 
     Attributes:
         automatic: Whether the model chooses ``α`` and ``μ``.
-        damping: A number, or the Levenberg-Marquardt rule.
-        learning_rate: ``α`` where it is not automatic.
+        damping: A number, a schedule, or the Levenberg-Marquardt rule.
+        learning_rate: ``α`` where it is not automatic, a number or a schedule.
         momentum: ``μ`` where the learning rate is not automatic.
         weight_decay: Decoupled, multiplied by ``α``.
         axis_name: Mapped axes over which the model is averaged.

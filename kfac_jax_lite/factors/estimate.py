@@ -257,9 +257,8 @@ def count_rows(sites: list[Site], num_examples: int, reduce: bool) -> int:
     return total + sum(max(c.values()) for c in branches.values())
 
 
-def exact_statistics(marks, marked: list, pull: Callable, like: dict) -> dict:
-    """Sums the statistics over the columns of the output Hessian's square root."""
-    total = jax.tree.map(jnp.zeros_like, like)
+def exact_statistics(marks, marked: list, pull: Callable, total: dict) -> dict:
+    """Adds the statistics of each column of the output Hessian's square root."""
     for number, (name, z) in enumerate(zip(marks, marked, strict=True)):
         columns, column = square_root_column(name, z)
 
