@@ -14,6 +14,12 @@ from kfac_jax_lite.guided import GuidedState
 from kfac_jax_lite.likelihoods import bernoulli, categorical, normal
 from kfac_jax_lite.quadratic import QuadraticModel, quadratic_model
 from kfac_jax_lite.reduce import Reduction
+from kfac_jax_lite.tagging.byhand import (
+    register_rule,
+    tag_as,
+    tag_conv,
+    tag_dense,
+)
 from kfac_jax_lite.telemetry import report
 from kfac_jax_lite.transform import scale_by_kfac
 from kfac_jax_lite.types import (
@@ -21,6 +27,7 @@ from kfac_jax_lite.types import (
     KroneckerStatistics,
     LayerTag,
     ScaleShiftStatistics,
+    TiedStatistics,
 )
 
 __version__ = "0.1.0"
@@ -37,6 +44,7 @@ __all__ = [
     "Reduction",
     "ScaleShiftStatistics",
     "TaggedLoss",
+    "TiedStatistics",
     "bernoulli",
     "categorical",
     "damping",
@@ -44,7 +52,11 @@ __all__ = [
     "kfac",
     "normal",
     "quadratic_model",
+    "register_rule",
     "report",
     "scale_by_kfac",
     "tag",
+    "tag_as",
+    "tag_conv",
+    "tag_dense",
 ]

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from kfac_jax_lite.linalg import mean_diagonal
 from kfac_jax_lite.types import Array
 
 Damping = float | Array | Callable[[Any], Any]
@@ -40,15 +39,15 @@ def value_at(damping: Damping, count: Array) -> Array:
     return jnp.asarray(value, jnp.promote_types(jnp.result_type(value), jnp.float32))
 
 
-def split(a: Array, g: Array, damping: Array) -> tuple[Array, Array]:
+def split(trace_a: Array, trace_g: Array, damping: Array) -> tuple[Array, Array]:
     """Splits Tikhonov damping over both Kronecker factors.
 
     ``π = √((tr A / dim A) / (tr G / dim G))``; ``A`` gets ``π √λ`` and ``G`` gets
     ``√λ / π``, so that ``(A + π√λ I) ⊗ (G + √λ/π I) ≈ A ⊗ G + λ I``.
 
     Args:
-        a: ``[*blocks, in, in]``.
-        g: ``[*blocks, out, out]``.
+        trace_a: ``tr A / dim A``, ``[*blocks]``.
+        trace_g: ``tr G / dim G``, ``[*blocks]``.
         damping: ``λ``, a scalar.
 
     Returns:
@@ -57,10 +56,9 @@ def split(a: Array, g: Array, damping: Array) -> tuple[Array, Array]:
     References:
         Martens & Grosse, 2015, arXiv:1503.05671, Sec. 6.3.
     """
-    trace_a, trace_g = mean_diagonal(a), mean_diagonal(g)
     proper = (trace_a > 0) & (trace_g > 0)
     ratio = jnp.where(proper, trace_a, 1) / jnp.where(proper, trace_g, 1)
-    pi, root = jnp.sqrt(ratio), jnp.sqrt(damping).astype(a.dtype)
+    pi, root = jnp.sqrt(ratio), jnp.sqrt(damping).astype(trace_a.dtype)
     return pi * root, root / pi
 
 

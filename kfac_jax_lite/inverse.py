@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from kfac_jax_lite import forms
 from kfac_jax_lite.damping import split
-from kfac_jax_lite.linalg import add_diagonal, newton_schulz_inverse, spd_inverse
 from kfac_jax_lite.types import Array, KroneckerStatistics, LayerTag
 
 
@@ -22,11 +22,14 @@ class FactorInverses(NamedTuple):
 
 
 class Eigenbases(NamedTuple):
-    """``A = Q_A diag(d_a) Q_Aᵀ``, ``G = Q_G diag(d_g) Q_Gᵀ``; damping comes later."""
+    """``A = Q_A diag(d_a) Q_Aᵀ``, ``G = Q_G diag(d_g) Q_Gᵀ``; damping comes later.
 
-    q_a: Array
+    The basis of a factor kept as its diagonal is empty: the identity.
+    """
+
+    q_a: Array | tuple[()]
     d_a: Array
-    q_g: Array
+    q_g: Array | tuple[()]
     d_g: Array
 
 
@@ -34,7 +37,8 @@ class Method(NamedTuple):
     """One way to invert Kronecker factors.
 
     Attributes:
-        refresh: ``(statistics, cached, damping, first) -> (cached, statistics)``.
+        refresh: ``(layer, statistics, cached, damping, first) -> (cached,
+            statistics)``.
         damped: Whether the damping is inside the cache (a new damping needs a refresh).
         moments: Whether statistics carry second moments in the eigenbasis.
     """
@@ -44,7 +48,19 @@ class Method(NamedTuple):
     moments: bool
 
 
-def cholesky(statistics, cached, damping, first):
+def damped_factors(
+    layer: LayerTag, statistics: KroneckerStatistics, damping: Array
+) -> tuple[Array, Array]:
+    """``A + π√λ I`` and ``G + √λ/π I``."""
+    a, g, _ = statistics
+    size_a, size_g = layer.sizes
+    mean_a = forms.mean_diagonal(a, layer.a_form, size_a)
+    mean_g = forms.mean_diagonal(g, layer.g_form, size_g)
+    for_a, for_g = split(mean_a, mean_g, damping)
+    return forms.damped(a, layer.a_form, for_a), forms.damped(g, layer.g_form, for_g)
+
+
+def cholesky(layer, statistics, cached, damping, first):
     """Explicit inverses of the damped factors by Cholesky factorisation.
 
     Returns:
@@ -54,15 +70,12 @@ def cholesky(statistics, cached, damping, first):
         Martens & Grosse, 2015, arXiv:1503.05671, Sec. 6.3.
     """
     del cached, first
-    a, g, _ = statistics
-    for_a, for_g = split(a, g, damping)
-    inverses = FactorInverses(
-        spd_inverse(add_diagonal(a, for_a)), spd_inverse(add_diagonal(g, for_g))
-    )
-    return inverses, statistics
+    a, g = damped_factors(layer, statistics, damping)
+    inverses = forms.inverse(a, layer.a_form), forms.inverse(g, layer.g_form)
+    return FactorInverses(*inverses), statistics
 
 
-def newton_schulz(statistics, cached, damping, first):
+def newton_schulz(layer, statistics, cached, damping, first):
     """The same inverses by matrix products, warm-started from the cached ones.
 
     Returns:
@@ -72,17 +85,16 @@ def newton_schulz(statistics, cached, damping, first):
         Schulz, 1933; Higham, 2008, "Functions of Matrices", Sec. 5.3.
     """
     del first
-    a, g, _ = statistics
-    for_a, for_g = split(a, g, damping)
+    a, g = damped_factors(layer, statistics, damping)
     tolerance = 1e-10 if a.dtype == jnp.float64 else 1e-5
     inverses = FactorInverses(
-        newton_schulz_inverse(add_diagonal(a, for_a), cached.a, tolerance),
-        newton_schulz_inverse(add_diagonal(g, for_g), cached.g, tolerance),
+        forms.iterated_inverse(a, layer.a_form, cached.a, tolerance),
+        forms.iterated_inverse(g, layer.g_form, cached.g, tolerance),
     )
     return inverses, statistics
 
 
-def eigh(statistics, cached, damping, first):
+def eigh(layer, statistics, cached, damping, first):
     """Eigendecompositions: any damping of ``A ⊗ G + λ I`` is then exact.
 
     Returns:
@@ -92,13 +104,12 @@ def eigh(statistics, cached, damping, first):
         Grosse & Martens, 2016, arXiv:1602.01407, App. B.
     """
     del cached, damping, first
-    (d_a, q_a), (d_g, q_g) = (jnp.linalg.eigh(m) for m in statistics[:2])
-    # Rounding makes the smallest eigenvalues of a singular factor slightly negative.
-    bases = Eigenbases(q_a, jnp.maximum(d_a, 0), q_g, jnp.maximum(d_g, 0))
-    return bases, statistics
+    a = forms.eigh(statistics.a, layer.a_form)
+    g = forms.eigh(statistics.g, layer.g_form)
+    return Eigenbases(*a, *g), statistics
 
 
-def ekfac(statistics, cached, damping, first):
+def ekfac(layer, statistics, cached, damping, first):
     """Eigenbases with re-estimated second moments.
 
     The moments ``s`` are measured in the basis of the last refresh. A new basis takes
@@ -112,12 +123,18 @@ def ekfac(statistics, cached, damping, first):
     References:
         George et al., 2018, arXiv:1806.03884, Sec. 3 (EKFAC-ra).
     """
-    bases, _ = eigh(statistics, cached, damping, first)
+    bases, _ = eigh(layer, statistics, cached, damping, first)
     product = bases.d_a[..., :, None] * bases.d_g[..., None, :]
-    turn_a = jnp.square(jnp.swapaxes(cached.q_a, -1, -2) @ bases.q_a)
-    turn_g = jnp.square(jnp.swapaxes(cached.q_g, -1, -2) @ bases.q_g)
-    turned = jnp.swapaxes(turn_a, -1, -2) @ statistics.s @ turn_g
+    turned = forms.columns(turn(cached.q_a, bases.q_a), statistics.s, layer.a_form)
+    turned = forms.times(turned, turn(cached.q_g, bases.q_g), layer.g_form)
     return bases, statistics._replace(s=jnp.where(first, product, turned))
+
+
+def turn(old: Array | tuple, new: Array | tuple) -> Array | tuple:
+    """``P ∘ P`` with ``P = Q_oldᵀ Q_new``; empty where the basis is the identity."""
+    if isinstance(old, tuple) or isinstance(new, tuple):
+        return ()
+    return jnp.square(jnp.swapaxes(old, -1, -2) @ new)
 
 
 METHODS = {
@@ -140,10 +157,18 @@ def initial_inverse(layer: LayerTag, method: Method, dtype: Any) -> Any:
     if not layer.kronecker:
         return ()
 
-    def eye(shape):
+    def eye(shape, form):
+        if form == forms.DIAGONAL:
+            return jnp.ones(shape, dtype)
         return jnp.array(jnp.broadcast_to(jnp.eye(shape[-1], dtype=dtype), shape))
 
-    a, g = layer.a_shape, layer.g_shape
+    def basis(shape, form):
+        entries = forms.width(form, shape)
+        tail = {forms.FULL: 2, forms.BLOCKS: 3, forms.DIAGONAL: 1}[form]
+        ones = jnp.ones((*shape[: len(shape) - tail], entries), dtype)
+        return () if form == forms.DIAGONAL else eye(shape, form), ones
+
+    a, g = (layer.a_shape, layer.a_form), (layer.g_shape, layer.g_form)
     if method.damped:
-        return FactorInverses(eye(a), eye(g))
-    return Eigenbases(eye(a), jnp.ones(a[:-1], dtype), eye(g), jnp.ones(g[:-1], dtype))
+        return FactorInverses(eye(*a), eye(*g))
+    return Eigenbases(*basis(*a), *basis(*g))

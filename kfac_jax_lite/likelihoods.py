@@ -10,37 +10,58 @@ References:
     arXiv:1412.1193, Secs. 5-9.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from kfac_jax_lite.types import Array, Shape
+from kfac_jax_lite.types import Array
+from kfac_jax_lite.views import Shape
 
 PREFIX = "kfac_jax_lite."
+MASK = "mask"
 
 
-def categorical(logits: Array) -> Array:
+def categorical(logits: Array, mask: Array | None = None) -> Array:
     """Marks ``logits [..., classes]`` of a categorical distribution; the identity.
 
     ``Λ = diag(p) − p pᵀ`` with ``p = softmax(z)``; rows are all axes but the last.
 
     Args:
         logits: Unnormalised log-probabilities, ``[..., classes]``.
+        mask: Which rows the loss averages over, bool ``[...]``; None: all. With a mask
+            ``N`` is the number of true entries, and in every layer only rows count that
+            the loss depends on: padded tokens do not enter the factors. (Where padding
+            is inside the network only, as in a classifier of token sequences, pass a
+            mask of ones.)
 
     Returns:
         ``logits``, unchanged.
 
     Raises:
-        ValueError: ``logits`` is a scalar.
+        ValueError: ``logits`` is a scalar; the mask is not shaped like its rows.
     """
     if jnp.ndim(logits) < 1:
         raise ValueError("kfac.categorical wants logits [..., classes], got a scalar.")
-    return checkpoint_name(logits, PREFIX + "categorical")
+    return marked(logits, "categorical", mask)
 
 
-def bernoulli(logits: Array) -> Array:
+def marked(output: Array, likelihood: str, mask: Array | None) -> Array:
+    """The output under its name, behind its mask under another."""
+    if mask is not None:
+        rows = row_shape(jnp.shape(output), likelihood)
+        if jnp.shape(mask) != rows:
+            raise ValueError(
+                f"kfac.{likelihood}: the mask has shape {jnp.shape(mask)}, wanted "
+                f"{rows}, one entry for every row of the output {jnp.shape(output)}."
+            )
+        checkpoint_name(jnp.asarray(mask, bool).astype(jnp.float32), PREFIX + MASK)
+    return checkpoint_name(output, PREFIX + likelihood)
+
+
+def bernoulli(logits: Array, mask: Array | None = None) -> Array:
     """Marks ``logits [..., outputs]`` of independent Bernoulli outputs; the identity.
 
     ``Λ = diag(p (1 − p))`` with ``p = sigmoid(z)``. The loss of one row is the *sum*
@@ -48,14 +69,20 @@ def bernoulli(logits: Array) -> Array:
 
     Args:
         logits: Log-odds, ``[..., outputs]`` or ``[B]``.
+        mask: Which rows count, as for ``categorical``.
 
     Returns:
         ``logits``, unchanged.
+
+    Raises:
+        ValueError: The mask is not shaped like the rows.
     """
-    return checkpoint_name(logits, PREFIX + "bernoulli")
+    return marked(logits, "bernoulli", mask)
 
 
-def normal(mean: Array, variance: Array | float = 1.0) -> Array:
+def normal(
+    mean: Array, variance: Array | float = 1.0, mask: Array | None = None
+) -> Array:
     """Marks the ``mean [..., outputs]`` of a normal distribution; the identity.
 
     ``Λ = I / variance``: the loss of one row is ``Σ (y − z)² / (2 variance)``. With
@@ -64,25 +91,64 @@ def normal(mean: Array, variance: Array | float = 1.0) -> Array:
     Args:
         mean: Mean of the outputs, ``[..., outputs]`` or ``[B]``.
         variance: Known variance, a scalar or an array that broadcasts to ``mean``.
+        mask: Which rows count, as for ``categorical``.
 
     Returns:
         ``mean``.
 
     Raises:
-        ValueError: A concrete ``variance`` is not positive.
+        ValueError: A concrete ``variance`` is not positive; the mask is not shaped like
+            the rows.
     """
     if isinstance(variance, (int, float)):
         if variance <= 0:
             raise ValueError(f"kfac.normal wants variance > 0, got {variance}.")
         if variance == 1:
-            return checkpoint_name(mean, PREFIX + "normal")
+            return marked(mean, "normal", mask)
     deviation = jax.lax.stop_gradient(jnp.sqrt(jnp.asarray(variance, mean.dtype)))
-    return checkpoint_name(mean / deviation, PREFIX + "normal") * deviation
+    return marked(mean / deviation, "normal", mask) * deviation
 
 
 def row_shape(shape: Shape, likelihood: str) -> Shape:
     """Axes of an output that count loss terms (all but the last)."""
     return shape if likelihood != "categorical" and len(shape) == 1 else shape[:-1]
+
+
+class Output(NamedTuple):
+    """A marked output: its likelihood, its value, which rows count (None: all)."""
+
+    likelihood: str
+    value: Array
+    mask: Array | None
+
+
+def outputs_of(names: Sequence[str], values: Sequence[Array]) -> list[Output]:
+    """Marked outputs from all marks in program order: a mask precedes its output."""
+    outputs, mask = [], None
+    for name, value in zip(names, values, strict=True):
+        if name == MASK:
+            mask = value
+        else:
+            outputs.append(Output(name, value, mask))
+            mask = None
+    return outputs
+
+
+def count_terms(outputs: Sequence[Output]) -> Array | None:
+    """How many loss terms count, at least 1; None where nothing is masked."""
+    for output in outputs:
+        if output.mask is not None:
+            return jnp.maximum(output.mask.sum(), 1)
+    return None
+
+
+def masked_rows(output: Output, rows: Array) -> Array:
+    """Zeros in the rows that do not count."""
+    if output.mask is None:
+        return rows
+    missing = rows.ndim - output.mask.ndim
+    mask = output.mask.reshape(output.mask.shape + (1,) * missing)
+    return rows * mask.astype(rows.dtype)
 
 
 def sampled_cotangent(likelihood: str, output: Array, key: Array) -> Array:

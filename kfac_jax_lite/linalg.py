@@ -13,11 +13,6 @@ def add_diagonal(matrix: Array, value: Array) -> Array:
     return matrix + value[..., None, None] * eye
 
 
-def mean_diagonal(matrix: Array) -> Array:
-    """``tr M / dim M`` of ``[*blocks, d, d]``."""
-    return jnp.trace(matrix, axis1=-2, axis2=-1) / matrix.shape[-1]
-
-
 def spd_inverse(matrix: Array, leaf: int = 512) -> Array:
     """Inverse of positive definite matrices; NaN where a Cholesky factorisation fails.
 

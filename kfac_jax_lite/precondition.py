@@ -10,6 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from kfac_jax_lite import forms
 from kfac_jax_lite.inverse import FactorInverses
 from kfac_jax_lite.types import Array, LayerTag, Statistics
 
@@ -62,15 +63,29 @@ def precondition(
         return v / (factors.gradient + damping.astype(v.dtype))  # type: ignore
     if layer.kind == "scale_shift":
         return solve_units(factors.blocks, v, damping)  # type: ignore
+    return precondition_kronecker(layer, v, factors, inverse, damping)
+
+
+def precondition_kronecker(
+    layer: LayerTag, v: Array, factors: Any, inverse: Any, damping: Array
+) -> Array:
+    """``A⁻¹ V G⁻¹``, or the same in the eigenbasis with the damping added there."""
+    (n_in, n_out), form_a, form_g = v.shape[-2:], layer.a_form, layer.g_form
+    rows = forms.width(form_a, layer.a_shape)
+    v = forms.widened(v, forms.width(form_g, layer.g_shape))
+    v = jnp.swapaxes(forms.widened(jnp.swapaxes(v, -1, -2), rows), -1, -2)
     if isinstance(inverse, FactorInverses):
-        return inverse.a @ v @ inverse.g
+        u = forms.times(forms.columns(inverse.a, v, form_a), inverse.g, form_g)
+        return u[..., :n_in, :n_out]
     q_a, d_a, q_g, d_g = inverse
     s = getattr(factors, "s", None)
     if s is None:
         s = d_a[..., :, None] * d_g[..., None, :]
-    turned = jnp.swapaxes(q_a, -1, -2) @ v @ q_g
+    turned = forms.times(forms.columns(q_a, v, form_a), q_g, form_g)
     turned = turned / (s + damping.astype(v.dtype))
-    return q_a @ turned @ jnp.swapaxes(q_g, -1, -2)
+    back_a, back_g = forms.transposed(q_a, form_a), forms.transposed(q_g, form_g)
+    u = forms.times(forms.columns(back_a, turned, form_a), back_g, form_g)
+    return u[..., :n_in, :n_out]
 
 
 def solve_units(blocks: Array, v: Array, damping: Array) -> Array:

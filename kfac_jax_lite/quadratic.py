@@ -18,9 +18,13 @@ import jax
 import jax.numpy as jnp
 
 from kfac_jax_lite.factors.estimate import TaggedLoss
-from kfac_jax_lite.likelihoods import fisher_product
+from kfac_jax_lite.likelihoods import (
+    count_terms,
+    fisher_product,
+    masked_rows,
+    outputs_of,
+)
 from kfac_jax_lite.tagging.interpreter import Interpreter
-from kfac_jax_lite.tagging.trace import trace
 from kfac_jax_lite.types import Array
 
 
@@ -55,9 +59,7 @@ def quadratic_model(tagged: TaggedLoss, params: Any, *args: Any) -> QuadraticMod
     Raises:
         ValueError: No output is marked, or it is marked inside a loop or a branch.
     """
-    found = trace(
-        tagged.loss_fn, params, args, tagged.has_aux, tagged.num_examples, True
-    )
+    found = tagged.trace(params, args, True)
     for sites in found.sites.values():
         for site in sites:
             site.layer = None  # untapped: a tap has no forward mode
@@ -75,10 +77,18 @@ def quadratic_model(tagged: TaggedLoss, params: Any, *args: Any) -> QuadraticMod
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *vectors)
         slopes, tangents = jax.vmap(forward)(stacked)
         gram = jnp.zeros((len(vectors),) * 2, jnp.promote_types(loss.dtype, "float32"))
-        for name, z, dz in zip(found.marks, marked, tangents, strict=True):
-            curved = jax.vmap(lambda t, name=name, z=z: fisher_product(name, z, t))(dz)
+        whole = outputs_of(found.marks, marked)
+        moves = outputs_of(found.marks, tangents)
+        terms = count_terms(whole)
+        n = found.num_examples if terms is None else terms
+        for output, (name, dz, _) in zip(whole, moves, strict=True):
+
+            def product(t, name=name, output=output):
+                return masked_rows(output, fisher_product(name, output.value, t))
+
+            curved = jax.vmap(product)(dz)
             rows = dz.reshape(len(vectors), -1), curved.reshape(len(vectors), -1)
-            gram += (rows[0] @ rows[1].T).astype(gram.dtype) / found.num_examples
+            gram += (rows[0] @ rows[1].T).astype(gram.dtype) / n
         return loss, slopes, gram
 
     return QuadraticModel(lambda p: outputs(p)[0], products)

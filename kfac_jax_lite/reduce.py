@@ -6,21 +6,21 @@ inside the gate of a layer: a layer that is not due sends nothing.
 """
 
 import dataclasses
+import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from kfac_jax_lite import forms
 from kfac_jax_lite.types import (
     Array,
     DiagonalStatistics,
-    KroneckerStatistics,
     LayerTag,
-    Shape,
     Statistics,
 )
+from kfac_jax_lite.views import Shape
 
 MODES = ("all",)
 
@@ -48,11 +48,12 @@ class Reduction:
 
 
 def reduce_statistics(
-    statistics: Statistics, axis_name: Any, reduction: Reduction
+    layer: LayerTag, statistics: Statistics, axis_name: Any, reduction: Reduction
 ) -> Statistics:
     """Mean of a layer's statistics over the devices of ``axis_name``.
 
     Args:
+        layer: The layer.
         statistics: This device's.
         axis_name: Name(s) of the mapped axes.
         reduction: How they travel.
@@ -73,11 +74,19 @@ def reduce_statistics(
         gradient = mean(statistics.gradient, False)
         total = lax.psum(statistics.num_examples, axis_name)
         return DiagonalStatistics(gradient, total)
-    if isinstance(statistics, KroneckerStatistics):
-        a, g, s = statistics
-        s = None if s is None else mean(s, False)
-        return KroneckerStatistics(mean(a, True), mean(g, True), s)
-    return jax.tree.map(lambda x: mean(x, True), statistics)
+    means = {
+        name: mean(x, name != "s" and form_of(layer, name) != forms.DIAGONAL)
+        for name, x in statistics._asdict().items()
+        if x is not None
+    }
+    return statistics._replace(**means)
+
+
+def form_of(layer: LayerTag, field: str) -> str:
+    """The form of a statistic: ``a`` and ``g_out`` are of the input side."""
+    if field == "blocks":
+        return forms.FULL
+    return layer.a_form if field in ("a", "g_out") else layer.g_form
 
 
 def pack(matrix: Array) -> Array:
@@ -97,16 +106,21 @@ def unpack(packed: Array, size: int) -> Array:
 
 def wire_elements(layer: LayerTag, reduction: Reduction, moments: bool) -> int:
     """Elements that one refresh of a layer sends per device and direction."""
-    symmetric = [] if layer.kind == "diagonal" else [layer.a_shape, layer.g_shape]
-    total = int(np.prod(layer.a_shape)) + 1 if layer.kind == "diagonal" else 0
-    if moments and layer.kronecker:
-        total += int(np.prod(layer.a_shape[:-1])) * layer.g_shape[-1]
-    for shape in symmetric:
-        if shape:
-            total += _symmetric_elements(shape, reduction.pack)
+    if layer.kind == "diagonal":
+        return math.prod(layer.a_shape) + 1
+    if layer.kind == "scale_shift":
+        return wire_size(layer.a_shape, forms.FULL, reduction.pack)
+    total = wire_size(layer.a_shape, layer.a_form, reduction.pack)
+    total += wire_size(layer.g_shape, layer.g_form, reduction.pack)
+    total *= 2 if layer.tied else 1
+    if moments:
+        total += math.prod((*layer.stack, *layer.blocks, *forms.widths(layer)))
     return total
 
 
-def _symmetric_elements(shape: Shape, packed: bool) -> int:
+def wire_size(shape: Shape, form: str, packed: bool) -> int:
+    """Elements of one factor on the wire."""
+    if form == forms.DIAGONAL or not packed:
+        return math.prod(shape)
     d = shape[-1]
-    return int(np.prod(shape[:-2])) * (d * (d + 1) // 2 if packed else d * d)
+    return math.prod(shape[:-2]) * (d * (d + 1) // 2)

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kfac_jax_lite.factors.state import Clock, moving_average, squared
+from kfac_jax_lite.factors.state import Clock, curvature, moving_average
 from kfac_jax_lite.linalg import all_finite, relative_change
 from kfac_jax_lite.options import Options
 from kfac_jax_lite.tree import choose
-from kfac_jax_lite.types import Array
+from kfac_jax_lite.types import Array, LayerTag
 
 
 def gated(flag: Array, function: Callable[[Any], Any], carry: Any) -> Any:
@@ -41,12 +41,19 @@ def gated(flag: Array, function: Callable[[Any], Any], carry: Any) -> Any:
 
 
 def refreshed(
-    options: Options, average: Any, past: tuple, fresh: Any, gate: Array, weight: Array
+    options: Options,
+    layer: LayerTag,
+    average: Any,
+    past: tuple,
+    fresh: Any,
+    gate: Array,
+    weight: Array,
 ) -> tuple[Any, tuple, Array]:
     """A layer's moving average and remembered statistics, where ``gate`` is true.
 
     Args:
         options: The optimiser's options.
+        layer: The layer.
         average: Averaged statistics.
         past: Remembered fresh statistics, newest first.
         fresh: This step's statistics.
@@ -68,13 +75,13 @@ def refreshed(
 
     def refresh(carry):
         average, past, _ = carry
-        curvature = squared(fresh)
+        new = curvature(layer, fresh)
         if getattr(average, "s", 0) is None:
-            curvature = curvature._replace(s=None)
-        changes = [largest_change(curvature, old) for old in past]
-        curvature = jax.tree.map(lambda x, y: x.astype(y.dtype), curvature, average)
-        average = moving_average(average, curvature, weight, options.factor_decay)
-        kept = (curvature, *past)[: len(past)]
+            new = new._replace(s=None)
+        changes = [largest_change(new, old) for old in past]
+        new = jax.tree.map(lambda x, y: x.astype(y.dtype), new, average)
+        average = moving_average(average, new, weight, options.factor_decay)
+        kept = (new, *past)[: len(past)]
         stacked = jnp.stack(changes).astype(jnp.float32) if changes else no_changes
         return average, kept, stacked
 
@@ -143,6 +150,7 @@ def inversion_gates(
 
 def inverted(
     options: Options,
+    layer: LayerTag,
     statistics: Any,
     cached: Any,
     shift: Array,
@@ -153,6 +161,7 @@ def inverted(
 
     Args:
         options: The optimiser's options.
+        layer: The layer.
         statistics: Averaged statistics.
         cached: What preconditioning reads.
         shift: Damping.
@@ -169,7 +178,7 @@ def inverted(
     def refresh(carry):
         moments, cached, _ = carry
         whole = statistics._replace(s=moments) if turns else statistics
-        new, whole = options.method.refresh(whole, cached, shift, first)
+        new, whole = options.method.refresh(layer, whole, cached, shift, first)
         good = all_finite(new)
         kept = choose(good, whole.s, moments) if turns else ()
         return kept, choose(good, new, cached), good

@@ -203,8 +203,10 @@ def step(options: Options, grads: Any, state: KFACState, statistics: Any):
         gates, decay = clock.due & accepted, options.factor_decay
         weight = (decay * clock.weight + (1 - decay)).astype(clock.weight.dtype)
         changes = []
-        for i, name in enumerate(fresh):
-            record = (factors[name], previous[name], fresh[name], gates[i], weight[i])
+        for i, layer in enumerate(layers):
+            name = layer.name
+            record = (layer, factors[name], previous[name], fresh[name])
+            record += (gates[i], weight[i])
             factors[name], previous[name], change = refreshed(options, *record)
             changes.append(change)
         clock = clock_after_refresh(
@@ -217,7 +219,7 @@ def step(options: Options, grads: Any, state: KFACState, statistics: Any):
         name, done = layer.name, jnp.asarray(True)
         if layer.kronecker:
             first = clock.last_inverse[i] == 0
-            record = (factors[name], inverses[name], shift, gates[i], first)
+            record = (layer, factors[name], inverses[name], shift, gates[i], first)
             factors[name], inverses[name], done = inverted(options, *record)
         good.append(done)
     clock = clock_after_inversion(clock, gates, jnp.stack(good), shift, number)
@@ -281,7 +283,9 @@ def reduced(options: Options, layers: Sequence[LayerTag], state, statistics) -> 
         if options.axis_name is not None:
             own = lax.cond(
                 state.clock.due[i],
-                lambda s: reduce_statistics(s, options.axis_name, options.reduction),
+                lambda s, layer=layer: reduce_statistics(
+                    layer, s, options.axis_name, options.reduction
+                ),
                 lambda s: s,
                 own,
             )

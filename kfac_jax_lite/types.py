@@ -14,143 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+
+from kfac_jax_lite.views import Shape, View
 
 Array = jax.Array
-Shape = tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class View:
-    """How a variable of the traced loss reads one parameter leaf.
-
-    The parameter leaf goes through ``ops`` (transpositions, reshapes, slices: they
-    select entries and never combine them), which gives an array of shape ``core``.
-    Axis ``i`` of the variable is axis ``axes[i]`` of that array, or a broadcast or
-    size-one axis where ``axes[i]`` is None. ``stack`` counts leading leaf axes that
-    enclosing ``scan`` loops consume; ``ops`` act behind them.
-    """
-
-    leaf: int
-    core: Shape
-    axes: tuple[int | None, ...]
-    shape: Shape
-    ops: tuple[tuple[str, Any], ...] = ()
-    stack: Shape = ()
-
-    @classmethod
-    def of_leaf(cls, leaf: int, shape: Shape) -> "View":
-        """Returns the view of a whole leaf."""
-        return cls(leaf, shape, _axes(shape), shape)
-
-    @property
-    def dense(self) -> bool:
-        """Whether the variable holds every selected entry exactly once."""
-        return math.prod(self.shape) == math.prod(self.core)
-
-    def read(self, leaf: Array) -> Array:
-        """Selects from a leaf-shaped array; returns ``[*stack, *core]``."""
-
-        def select(x):
-            for name, argument in self.ops:
-                if name == "transpose":
-                    x = lax.transpose(x, argument)
-                elif name == "reshape":
-                    x = lax.reshape(x, argument)
-                else:
-                    x = lax.slice(x, *argument)
-            return x
-
-        for _ in self.stack:
-            select = jax.vmap(select)
-        return select(leaf)
-
-    def write(self, block: Array, leaf: Array | jax.ShapeDtypeStruct) -> Array:
-        """Adjoint of ``read``: puts a block back, zero where the view does not look."""
-        like = jax.ShapeDtypeStruct(leaf.shape, block.dtype)
-        (out,) = jax.linear_transpose(self.read, like)(block)
-        return out
-
-    def transpose(self, permutation: Shape) -> "View":
-        """The view after ``lax.transpose`` of the variable."""
-        return dataclasses.replace(
-            self,
-            axes=tuple(self.axes[p] for p in permutation),
-            shape=tuple(self.shape[p] for p in permutation),
-        )
-
-    def broadcast(self, shape: Shape, dims: Shape) -> "View":
-        """The view after ``lax.broadcast_in_dim`` of the variable."""
-        axes: list[int | None] = [None] * len(shape)
-        for axis, dim in zip(self.axes, dims, strict=True):
-            axes[dim] = axis
-        return dataclasses.replace(self, axes=tuple(axes), shape=tuple(shape))
-
-    def settle(self) -> "View | None":
-        """Moves the axis order into ``ops``; None if broadcast axes are in the way."""
-        if not self.dense:
-            return None
-        order = [a for a in self.axes if a is not None]
-        rest = [a for a in range(len(self.core)) if a not in order]
-        ops = self.ops
-        if order + rest != list(range(len(self.core))):
-            ops += (("transpose", tuple(order + rest)),)
-        if self.shape != tuple(self.core[a] for a in order + rest):
-            ops += (("reshape", self.shape),)
-        return View(
-            self.leaf, self.shape, _axes(self.shape), self.shape, ops, self.stack
-        )
-
-    def reshape(self, shape: Shape) -> "View | None":
-        """The view after ``lax.reshape``; None when it mixes broadcast axes."""
-        if tuple(shape) == self.shape:
-            return self
-        axes = remap_unit_axes(self.shape, shape, self.axes)
-        if axes is not None:
-            return dataclasses.replace(self, axes=axes, shape=tuple(shape))
-        settled = self.settle()
-        if settled is None:
-            return None
-        ops = settled.ops + (("reshape", tuple(shape)),)
-        return View(
-            self.leaf, tuple(shape), _axes(shape), tuple(shape), ops, self.stack
-        )
-
-    def slice(self, start: Shape, limit: Shape, strides: Shape | None) -> "View | None":
-        """The view after ``lax.slice``; None when the variable is broadcast."""
-        settled = self.settle()
-        if settled is None:
-            return None
-        start, limit = tuple(map(int, start)), tuple(map(int, limit))
-        steps = tuple(map(int, strides)) if strides else (1,) * len(start)
-        ranges = zip(start, limit, steps, strict=True)
-        shape = tuple(len(range(s, e, k)) for s, e, k in ranges)
-        ops = settled.ops + (("slice", (start, limit, steps)),)
-        return View(self.leaf, shape, _axes(shape), shape, ops, self.stack)
-
-    def unstack(self) -> "View | None":
-        """The view of one slice of the leading axis, as ``scan`` hands it out."""
-        settled = self.settle()
-        if settled is None or settled.ops:
-            return None
-        inner = self.shape[1:]
-        stack = self.stack + self.shape[:1]
-        return View(self.leaf, inner, _axes(inner), inner, (), stack)
-
-
-def _axes(shape: Shape) -> tuple[int | None, ...]:
-    return tuple(i if d > 1 else None for i, d in enumerate(shape))
-
-
-def remap_unit_axes(
-    old: Shape, new: Shape, labels: tuple[Any, ...]
-) -> tuple[Any, ...] | None:
-    """Carries axis labels through a reshape that only adds or drops unit axes."""
-    kept = [(d, label) for d, label in zip(old, labels, strict=True) if d != 1]
-    if [d for d, _ in kept] != [d for d in new if d != 1]:
-        return None
-    source = iter(kept)
-    return tuple(None if d == 1 else next(source)[1] for d in new)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,17 +26,22 @@ class LayerTag:
 
     Attributes:
         name: Unique name, made from the parameters' path.
-        kind: ``"dense"``, ``"conv"``, ``"scale_shift"`` or ``"diagonal"``.
+        kind: ``"dense"``, ``"conv"``, ``"embedding"``, ``"scale_shift"`` or
+            ``"diagonal"``.
         params: ``jax.tree_util.keystr`` of the parameters, weight before bias.
-        a_shape: Shape of the input factor, ``[*blocks, in(+1), in(+1)]``;
-            ``[units, k, k]`` for scale_shift, the leaf's shape for diagonal.
-        g_shape: Shape of the output factor, ``[*blocks, out, out]``; ``()`` for kinds
-            that have a single factor.
+        a_shape: Shape of the input factor, ``[*blocks, in(+1), in(+1)]`` if it is full;
+            ``[*stack, units, k, k]`` for scale_shift, the leaf's shape for diagonal.
+        g_shape: Shape of the output factor, ``[*blocks, out, out]`` if it is full;
+            ``()`` for kinds that have a single factor.
         views: How each parameter is read, as ``[*blocks, in, out]`` (weight),
             ``[*blocks, 1, out]`` (bias), ``[units]`` (scale, shift) or the leaf.
         roles: What each parameter is: ``"weight" "bias" "scale" "shift" "leaf"``.
-        note: What a reader of the table should know; why it fell back, if it did.
         elements: Number of parameters in the block.
+        note: What a reader of the table should know; why it fell back, if it did.
+        a_form: ``"full"``, ``"block_diagonal"`` or ``"diagonal"``: how the input factor
+            is kept (see ``kfac_jax_lite.forms``).
+        g_form: The same of the output factor.
+        tied: Whether the weight is also used in the opposite direction.
     """
 
     name: str
@@ -181,11 +53,39 @@ class LayerTag:
     roles: tuple[str, ...]
     elements: int
     note: str = ""
+    a_form: str = "full"
+    g_form: str = "full"
+    tied: bool = False
 
     @property
     def kronecker(self) -> bool:
         """Whether the block is approximated by ``A ⊗ G``."""
-        return self.kind in ("dense", "conv")
+        return self.kind in ("dense", "conv", "embedding")
+
+    @property
+    def bias(self) -> bool:
+        """Whether it has a bias (the last row of its homogeneous coordinates)."""
+        return "bias" in self.roles
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """``in(+1)`` and ``out`` of a Kronecker layer."""
+        return sum(v.core[-2] for v in self.views), self.views[0].core[-1]
+
+    @property
+    def stack(self) -> Shape:
+        """Lengths of the axes along which ``scan`` stacks the layer."""
+        return self.views[0].stack
+
+    @property
+    def blocks(self) -> Shape:
+        """Leading axes of a Kronecker layer's weight: groups, experts, members."""
+        return self.views[0].core[:-2]
+
+    @property
+    def site_shapes(self) -> tuple[Shape, Shape]:
+        """Shapes of the factors of one site, without the axes that ``scan`` stacks."""
+        return self.a_shape[len(self.stack) :], self.g_shape[len(self.stack) :]
 
     @property
     def factor_elements(self) -> int:
@@ -202,10 +102,31 @@ class KroneckerStatistics(NamedTuple):
         g: ``G = (N²/R) Σ_r c cᵀ``, ``[*blocks, out, out]``.
         s: Only for EKFAC: second moments of the gradient in the eigenbasis,
             ``N Σ_r (Q_Aᵀ ā)²_i (Q_Gᵀ c)²_j``, ``[*blocks, in(+1), out]``.
+
+    Where a side is too large (``max_factor_dim``), or is an embedding's input, it holds
+    that factor's diagonal ``[*blocks, d]`` or diagonal blocks ``[*blocks, k, s, s]``.
     """
 
     a: Array
     g: Array
+    s: Array | None = None
+
+
+class TiedStatistics(NamedTuple):
+    """Factors of a weight ``W [in, out]`` that is used as ``x W`` and as ``y Wᵀ``.
+
+    Attributes:
+        a: ``A`` of ``x W``, the side of ``in``.
+        g: ``G`` of ``x W``, the side of ``out``.
+        a_out: ``A`` of ``y Wᵀ``: the side of ``out``.
+        g_out: ``G`` of ``y Wᵀ``: the side of ``in``.
+        s: Only for EKFAC: second moments of both uses in the eigenbasis.
+    """
+
+    a: Array
+    g: Array
+    a_out: Array
+    g_out: Array
     s: Array | None = None
 
 
@@ -233,7 +154,9 @@ class DiagonalStatistics(NamedTuple):
     num_examples: Array
 
 
-Statistics = KroneckerStatistics | ScaleShiftStatistics | DiagonalStatistics
+Statistics = (
+    KroneckerStatistics | TiedStatistics | ScaleShiftStatistics | DiagonalStatistics
+)
 
 
 def accumulation_dtype(dtype: Any) -> Any:

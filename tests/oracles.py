@@ -220,22 +220,36 @@ class Pass:
         """``A`` and ``G`` of a dense or convolution layer, with loops over rows."""
         spec = self.model.layers[name]
         a_sum, g_sum, rows = 0.0, 0.0, 0
-        cotangents = self.cotangents(name, fisher, y)
-        for a, cs in zip(self.inputs[name], cotangents, strict=True):
-            inputs = spec.rows(a)
-            if spec.bias:
-                inputs = np.concatenate([inputs, np.ones((*inputs.shape[:3], 1))], -1)
+        for inputs, cotangents in self.uses(name, fisher, y, sharing):
             if sharing == "reduce":
                 inputs = inputs.mean(2, keepdims=True)
             rows += inputs.shape[1] * inputs.shape[2]
             a_sum += np.einsum("gnpi,gnpj->gij", inputs, inputs)
-            for c in cs:
-                c = spec.cotangents(c)
+            for c in cotangents:
                 if sharing == "reduce":
                     c = c.sum(2, keepdims=True)
                 g_sum += np.einsum("gnpi,gnpj->gij", c, c)
         a, g = a_sum / self.terms, g_sum * self.terms**2 / rows
         return (a[0], g[0]) if getattr(spec, "groups", 1) == 1 else (a, g)
+
+    def uses(self, name, fisher, y, sharing):
+        """Homogeneous inputs and cotangents ``[groups, examples, positions, …]``.
+
+        One pair for every site; under ``reduce`` one pair for all of them, because an
+        example's positions are all its uses of the layer.
+        """
+        spec = self.model.layers[name]
+        pairs = []
+        cotangents = self.cotangents(name, fisher, y)
+        for a, cs in zip(self.inputs[name], cotangents, strict=True):
+            inputs = spec.rows(a)
+            if spec.bias:
+                inputs = np.concatenate([inputs, np.ones((*inputs.shape[:3], 1))], -1)
+            pairs.append((inputs, np.stack([spec.cotangents(c) for c in cs])))
+        if sharing == "reduce":
+            inputs, cs = zip(*pairs, strict=True)
+            pairs = [(np.concatenate(inputs, 2), np.concatenate(cs, 3))]
+        return pairs
 
     def blocks(self, name, y=None, fisher="empirical"):
         """``F_u = N sum_n s_n s_n^T`` of a scale-and-shift layer, unit by unit."""

@@ -12,7 +12,7 @@ import kfac_jax_lite
 
 ROOT = pathlib.Path(kfac_jax_lite.__file__).parent
 ORDER = [
-    {"types", "tree", "linalg"},
+    {"views", "types", "tree", "linalg", "forms"},
     {"likelihoods"},
     {"tagging"},
     {"factors"},

@@ -46,11 +46,12 @@ def checked_statistics(layer: LayerTag, statistics: Any) -> Any:
             "model."
         )
     own = part_of_statistics(layer, statistics[layer.name])
-    shapes = [tuple(own[0].shape)]
     wanted = [layer.a_shape]
     if layer.kronecker:
-        shapes.append(tuple(own.g.shape))
         wanted.append(layer.g_shape)
+    if layer.tied:
+        wanted += [layer.g_shape, layer.a_shape]
+    shapes = [tuple(x.shape) for x in own[: len(wanted)]]
     if shapes != wanted:
         raise ValueError(
             f"layer {layer.name}: statistics have shapes {shapes}, wanted {wanted}."

@@ -9,16 +9,15 @@ References:
     convolution; here with this library's scaling in ``N`` and ``R``).
 """
 
-import functools
 import itertools
 import math
-import operator
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kfac_jax_lite.factors.dense import Scaling, input_factor
+from kfac_jax_lite.factors import dense
+from kfac_jax_lite.factors.recipe import Recipe
 from kfac_jax_lite.tagging.layers import ConvGeometry
 from kfac_jax_lite.types import Array, accumulation_dtype
 
@@ -28,9 +27,8 @@ MAX_PATCH_ELEMENTS = 1 << 26
 
 def channels_last(geometry: ConvGeometry, inputs: list[Array]) -> Array:
     """The input as ``[batch, *space, channel]``, times scalars of its kernel."""
-    x = functools.reduce(operator.mul, inputs[1:], inputs[0])
     batch, feature, *space = geometry.lhs_spec
-    return lax.transpose(x, (batch, *space, feature))
+    return lax.transpose(dense.scalars(geometry, inputs), (batch, *space, feature))
 
 
 def patches(geometry: ConvGeometry, x: Array) -> Array:
@@ -68,7 +66,7 @@ def _pads(geometry: ConvGeometry):
 
 
 def conv_input_factor(
-    geometry: ConvGeometry, inputs: list[Array], scaling: Scaling
+    geometry: ConvGeometry, inputs: list[Array], recipe: Recipe, live: Array | None
 ) -> Array:
     """``A`` of a convolution, in chunks of examples when the patches are large."""
     x = channels_last(geometry, inputs)
@@ -79,27 +77,34 @@ def conv_input_factor(
         for c in range(1, batch + 1)
         if batch % c == 0 and (elements // c <= MAX_PATCH_ELEMENTS or c == batch)
     )
+    form = recipe.layer.a_form, recipe.layer.site_shapes[0]
 
-    def factor(x):
-        return input_factor(patches(geometry, x), scaling, (x.shape[0], *space))
+    def factor(x, live):
+        rows = dense.along(geometry, inputs, "in", patches(geometry, x))
+        shape = (x.shape[0], *space)
+        live = None if live is None else live.reshape(-1)
+        rows = dense.homogeneous(rows, recipe, shape, live)
+        return dense.input_factor(rows, recipe, form)
 
-    if chunks == 1 or scaling.positions(geometry.rows) not in (1, math.prod(space)):
-        return factor(x)
+    if chunks == 1 or recipe.positions(geometry.rows) not in (1, math.prod(space)):
+        return factor(x, live)
 
     def add(total, chunk):
-        return total + factor(chunk), None
+        return total + factor(*chunk), None
 
     x = x.reshape(chunks, batch // chunks, *x.shape[1:])
-    n_in = geometry.n_in + scaling.bias
-    zero = jnp.zeros((*geometry.blocks, n_in, n_in), accumulation_dtype(x.dtype))
-    return jax.lax.scan(add, zero, x)[0]
+    live = None if live is None else live.reshape(chunks, -1)
+    zero = jnp.zeros(form[1], accumulation_dtype(x.dtype))
+    return jax.lax.scan(add, zero, (x, live))[0]
 
 
-def conv_output_rows(geometry: ConvGeometry, cotangent: Array) -> Array:
+def conv_output_rows(
+    geometry: ConvGeometry, inputs: list[Array], cotangent: Array
+) -> Array:
     """The cotangent as ``[groups?, rows, out]``."""
     batch, feature, *space = geometry.out_spec
     c = lax.transpose(cotangent, (batch, *space, feature))
     rows = math.prod(geometry.rows)
-    if geometry.groups == 1:
-        return c.reshape(rows, geometry.n_out)
-    return jnp.moveaxis(c.reshape(rows, geometry.groups, geometry.n_out), 1, 0)
+    c = c.reshape(rows, geometry.groups, geometry.n_out)
+    c = c[:, 0] if geometry.groups == 1 else jnp.moveaxis(c, 1, 0)
+    return dense.along(geometry, inputs, "out", c)

@@ -1,4 +1,4 @@
-"""Kronecker factors of dense layers, and what convolutions share with them.
+"""Rows of dense layers, and the factors that dense layers and convolutions share.
 
 With rows ``r = 1..R`` of inputs ``ā`` and cotangents ``c`` of the mean loss over ``N``
 terms: ``A = (1/N) Σ_r ā āᵀ`` and ``G = (N²/R) Σ_r c cᵀ``.
@@ -12,108 +12,124 @@ References:
     George et al., 2018, arXiv:1806.03884, Sec. 3 (second moments in the eigenbasis).
 """
 
-import dataclasses
 import functools
 import math
 import operator
-from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
-from kfac_jax_lite.tagging.layers import DenseGeometry, positions_per_example
-from kfac_jax_lite.types import Array, Shape, accumulation_dtype
+from kfac_jax_lite import forms
+from kfac_jax_lite.factors.recipe import Recipe
+from kfac_jax_lite.tagging.layers import ConvGeometry, DenseGeometry, Steps
+from kfac_jax_lite.types import Array, accumulation_dtype
+from kfac_jax_lite.views import Shape
 
-
-@dataclasses.dataclass(frozen=True)
-class Scaling:
-    """Static numbers of one layer's statistics.
-
-    Attributes:
-        num_examples: ``N``, terms of the mean loss.
-        num_rows: ``R``, rows of the layer over all its sites (after reduction).
-        bias: Whether the layer has a bias.
-        reduce: Whether rows of one example are reduced first.
-    """
-
-    num_examples: int
-    num_rows: int
-    bias: bool
-    reduce: bool
-
-    def positions(self, rows: Shape) -> int:
-        """How many consecutive rows are reduced to one."""
-        return positions(rows, self.num_examples) if self.reduce else 1
-
-
-def positions(rows: Shape, num_examples: int) -> int:
-    """Rows per example under ``reduce``; 1 where rows are not grouped by example."""
-    return positions_per_example(rows, num_examples) or 1
+Form = tuple[str, Shape]
 
 
 def input_rows(geometry: DenseGeometry, inputs: list[Array]) -> Array:
-    """The layer's input as ``[*blocks, R, in]``, times scalars in front of its weight.
+    """The layer's input as ``[*blocks, R, in]``, times what multiplies its weight.
 
     Args:
         geometry: The site's axis orders.
-        inputs: The input and the scalars.
+        inputs: The input and what multiplies the weight.
 
     Returns:
         Rows in the order of the output's rows.
     """
-    x = functools.reduce(operator.mul, inputs[1:], inputs[0])
+    rows = math.prod(geometry.rows)
+    if not geometry.n_in:  # a bias alone: homogeneous coordinates without the rest
+        return jnp.zeros((*geometry.blocks, rows, 0), inputs[0].dtype)
+    x = scalars(geometry, inputs)
     x = lax.transpose(x, geometry.input_order)
-    return x.reshape(*geometry.blocks, math.prod(geometry.rows), geometry.n_in)
+    return along(geometry, inputs, "in", x.reshape(*geometry.blocks, rows, -1))
 
 
-def output_rows(geometry: DenseGeometry, cotangent: Array) -> Array:
+def output_rows(geometry: DenseGeometry, inputs: list[Array], c: Array) -> Array:
     """The cotangent as ``[*blocks, R, out]``."""
-    c = lax.transpose(cotangent, geometry.output_order)
-    return c.reshape(*geometry.blocks, math.prod(geometry.rows), geometry.n_out)
+    c = lax.transpose(c, geometry.output_order)
+    c = c.reshape(*geometry.blocks, math.prod(geometry.rows), -1)
+    if geometry.span:
+        c = c[..., slice(*geometry.span)]
+    return along(geometry, inputs, "out", c)
 
 
-def homogeneous(x: Array, scaling: Scaling, rows: Shape) -> Array:
+def scalars(geometry: DenseGeometry | ConvGeometry, inputs: list[Array]) -> Array:
+    """The input times the scalars that multiply the weight."""
+    pairs = zip(geometry.scales, inputs[1:], strict=True)
+    found = [moved(s.steps, value) for s, value in pairs if s.side == "all"]
+    return functools.reduce(operator.mul, found, inputs[0])
+
+
+def along(
+    geometry: DenseGeometry | ConvGeometry, inputs: list[Array], side: str, rows: Array
+) -> Array:
+    """Rows times the vectors that multiply the weight along that side."""
+    for scale, value in zip(geometry.scales, inputs[1:], strict=True):
+        if scale.side == side:
+            rows = rows * moved(scale.steps, value)[..., None, :].astype(rows.dtype)
+    return rows
+
+
+def moved(steps: Steps, value: Array) -> Array:
+    """A variable after the steps of a ``Factor`` or ``Scale``."""
+    for name, argument in steps:
+        if name == "broadcast":
+            value = jnp.broadcast_to(value, argument)
+        elif name == "reciprocal":
+            value = 1 / value
+        else:
+            move = lax.transpose if name == "transpose" else lax.reshape
+            value = move(value, argument)
+    return value
+
+
+def homogeneous(
+    x: Array, recipe: Recipe, rows: Shape, live: Array | None = None
+) -> Array:
     """Averages positions and appends 1 for the bias: ``[*blocks, R, in+1]``."""
-    k = scaling.positions(rows)
-    if k > 1:
+    k = recipe.positions(rows)
+    if k > 1 and not recipe.by_example:
         x = x.reshape(*x.shape[:-2], -1, k, x.shape[-1])
         x = x.mean(-2, dtype=accumulation_dtype(x.dtype))
-    if scaling.bias:
+    if recipe.layer.bias:
         x = jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], -1)
-    return x
+    return x if live is None else jnp.where(live[..., None], x, 0)
 
 
-def summed(c: Array, scaling: Scaling, rows: Shape) -> Array:
+def summed(c: Array, recipe: Recipe, rows: Shape) -> Array:
     """Reduces positions by their sum: ``[*blocks, R, out]``."""
-    k = scaling.positions(rows)
+    k = recipe.positions(rows)
     if k > 1:
         c = c.reshape(*c.shape[:-2], -1, k, c.shape[-1])
         c = c.sum(-2, dtype=accumulation_dtype(c.dtype))
     return c
 
 
-def second_moment(x: Array) -> Array:
-    """``Σ_r x_r x_rᵀ`` of rows ``[*blocks, R, d]``, in float32 or better."""
-    dtype = accumulation_dtype(x.dtype)
-    return jnp.einsum("...ri,...rj->...ij", x, x, preferred_element_type=dtype)
+def input_factor(x: Array, recipe: Recipe, form: Form) -> Array:
+    """``A = (1/N) Σ_r ā āᵀ`` of homogeneous rows."""
+    return forms.second_moment(x, *form) / recipe.num_examples
 
 
-def input_factor(x: Array, scaling: Scaling, rows: Shape) -> Array:
-    """``A = (1/N) Σ_r ā āᵀ`` of rows ``[*blocks, R, in]``."""
-    return second_moment(homogeneous(x, scaling, rows)) / scaling.num_examples
+def output_factor(c: Array, recipe: Recipe, form: Form, num_rows: int) -> Array:
+    """``G = (N²/R) Σ_r c cᵀ`` of summed rows."""
+    return forms.second_moment(c, *form) * (recipe.num_examples**2 / num_rows)
 
 
-def output_factor(c: Array, scaling: Scaling, rows: Shape) -> Array:
-    """``G = (N²/R) Σ_r c cᵀ`` of rows ``[*blocks, R, out]``."""
-    weight = scaling.num_examples**2 / scaling.num_rows
-    return second_moment(summed(c, scaling, rows)) * weight
+def example_sums(x: Array, recipe: Recipe) -> Array:
+    """``Σ_t x_nt`` over the positions of each example: ``[*blocks, N, d]``."""
+    x = x.reshape(*x.shape[:-2], recipe.num_examples, -1, x.shape[-1])
+    return x.sum(-2, dtype=accumulation_dtype(x.dtype))
 
 
-def eigenbasis_moment(
-    x: Array, c: Array, basis: tuple[Any, ...], scaling: Scaling, rows: Shape
-) -> Array:
-    """``S = N Σ_r (Q_Aᵀ ā)² ⊗ (Q_Gᵀ c)²``, ``[*blocks, in(+1), out]``."""
-    q_a, q_g = basis
-    a = homogeneous(x, scaling, rows).astype(q_a.dtype) @ q_a
-    g = summed(c, scaling, rows).astype(q_g.dtype) @ q_g
-    return scaling.num_examples * jnp.einsum("...ri,...rj->...ij", a**2, g**2)
+def turned(rows: Array, basis: Array | tuple, form: str, entries: int) -> Array:
+    """``(Qᵀ x)²`` of rows, in the dtype of the basis."""
+    if not isinstance(basis, tuple):
+        rows = rows.astype(basis.dtype)
+    return jnp.square(forms.times(forms.widened(rows, entries), basis, form))
+
+
+def eigenbasis_moment(x: Array, c: Array, recipe: Recipe) -> Array:
+    """``S = N Σ_r (Q_Aᵀ ā)² ⊗ (Q_Gᵀ c)²`` of rows that are turned and squared."""
+    return recipe.num_examples * jnp.einsum("...ri,...rj->...ij", x, c)

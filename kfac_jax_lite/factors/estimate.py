@@ -1,9 +1,8 @@
 """``tag`` and ``TaggedLoss``: value, gradient and statistics in one backward pass."""
 
-import collections
 import dataclasses
 import functools
-import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,23 +10,32 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kfac_jax_lite.factors import dense
+from kfac_jax_lite.factors.recipe import INPUT_SIDE, Recipe, finish, make_recipe
 from kfac_jax_lite.factors.sites import tap_site
 from kfac_jax_lite.factors.slots import make_slots, read_state
-from kfac_jax_lite.factors.state import zero_statistics
-from kfac_jax_lite.likelihoods import sampled_cotangent, square_root_column
+from kfac_jax_lite.likelihoods import (
+    MASK,
+    count_terms,
+    masked_rows,
+    outputs_of,
+    sampled_cotangent,
+    square_root_column,
+)
 from kfac_jax_lite.tagging.interpreter import Interpreter
-from kfac_jax_lite.tagging.layers import Site
-from kfac_jax_lite.tagging.table import table
-from kfac_jax_lite.tagging.trace import Trace, trace
+from kfac_jax_lite.tagging.table import fingerprint, table
+from kfac_jax_lite.tagging.taps import Slot
+from kfac_jax_lite.tagging.trace import Trace, TraceOptions, trace
 from kfac_jax_lite.types import (
     DiagonalStatistics,
     KroneckerStatistics,
     LayerTag,
     ScaleShiftStatistics,
     Statistics,
+    TiedStatistics,
+    accumulation_dtype,
 )
 
+ALL_FIELDS = frozenset({"a", "g", "a_out", "g_out", "s", "blocks"})
 FISHERS = ("empirical", "mc", "exact")
 WEIGHT_SHARING = ("expand", "reduce")
 
@@ -41,6 +49,7 @@ def tag(
     has_aux: bool = False,
     num_examples: int | None = None,
     strict: bool = False,
+    max_factor_dim: int = 8192,
 ) -> "TaggedLoss":
     """Finds the layers of a loss function; nothing is executed.
 
@@ -58,6 +67,8 @@ def tag(
         num_examples: ``N``, where it is neither the rows of a marked output nor the
             leading axis that all arguments share.
         strict: Raise when a parameter falls back to a diagonal.
+        max_factor_dim: Largest Kronecker factor that is kept in full; one up to four
+            times as large is kept as diagonal blocks, a larger one as its diagonal.
 
     Returns:
         The tagged loss. ``print`` it for the table of layers.
@@ -78,15 +89,29 @@ def tag(
         if value not in known:
             raise ValueError(f"{name} must be one of {known}, got {value!r}.")
     sampled = fisher != "empirical"
-    found = trace(loss_fn, params, args, has_aux, num_examples, sampled)
+    check_factor_dim(max_factor_dim)
     tagged = TaggedLoss(
-        loss_fn, found.layers, fisher, weight_sharing, has_aux, num_examples
+        loss_fn,
+        (),
+        fisher,
+        weight_sharing,
+        has_aux,
+        num_examples,
+        max_factor_dim,
     )
+    found = tagged.trace(params, args, sampled)
+    tagged = dataclasses.replace(tagged, layers=found.layers)
     fallen = [t for t in found.layers if t.kind == "diagonal"]
     if strict and fallen:
         lines = "\n".join(f"  {', '.join(t.params)}: {t.note}" for t in fallen)
         raise ValueError(f"no layer rule covers these parameters:\n{lines}")
     return tagged
+
+
+def check_factor_dim(size: int) -> None:
+    """It must be a whole number, at least 1."""
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"max_factor_dim must be a whole number >= 1, got {size!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +125,7 @@ class TaggedLoss:
         weight_sharing: ``"expand"`` or ``"reduce"``.
         has_aux: Whether the function returns ``(loss, aux)``.
         num_examples: ``N`` if the user gave it.
+        max_factor_dim: Largest factor that is kept in full.
     """
 
     loss_fn: Callable
@@ -108,10 +134,23 @@ class TaggedLoss:
     weight_sharing: str
     has_aux: bool
     num_examples: int | None
+    max_factor_dim: int
 
     def __str__(self) -> str:
         """The table of layers."""
         return table(self.layers)
+
+    def fingerprint(self) -> str:
+        """Stable text of layers and kinds, to be compared in a test of yours.
+
+        One line per layer: kind, name, factor shapes, parameters. It does not depend
+        on the batch size. A later trace that finds other layers is an error; one that
+        uses them in other ways, a warning.
+
+        Returns:
+            The text.
+        """
+        return fingerprint(self.layers)
 
     def value_and_grad(
         self, params: Any, *args: Any, opt_state: Any = None, key: Any = None
@@ -140,14 +179,12 @@ class TaggedLoss:
         if self.fisher == "mc" and key is None:
             raise ValueError('fisher="mc" samples labels: pass key=jax.random.key(…).')
         sampled = self.fisher != "empirical"
-        found = trace(
-            self.loss_fn, params, args, self.has_aux, self.num_examples, sampled
-        )
+        found = self.trace(params, args, sampled)
         self._check_layers(found)
         due, bases = read_state(opt_state, found.layers)
-        slots = make_slots(found.layers, params, due, bases)
-        scalings = {t.name: self._scaling(t, found) for t in found.layers if t.g_shape}
-        on_site = functools.partial(tap_site, tags(found), scalings, found.num_examples)
+        recipes = self._recipes(found)
+        slots = make_slots(recipes, params, due, bases)
+        on_site = functools.partial(tap_site, recipes)
         run = Interpreter(on_site, {t.name: t.views[0].leaf for t in found.layers}).run
         leaves = jax.tree.leaves((params, args))
         num = len(jax.tree.leaves(params))
@@ -157,114 +194,181 @@ class TaggedLoss:
             filled = {k: s._replace(probes=probes[k]) for k, s in slots.items()}
             operands = [*flat, *leaves[num:]]
             out, marked = run(found.plan, closed.jaxpr, closed.consts, operands, filled)
-            return (out[0], marked if sampled else []), out
+            return (out[0], marked if sampled else []), (out, marked)
 
-        (loss, marked), pullback, out = jax.vjp(
+        (loss, pulled), pullback, (out, marked) = jax.vjp(
             tapped, leaves[:num], probes, has_aux=True
         )
-        zeros = [jnp.zeros_like(z) for z in marked]
-        flat_grads, raw = pullback((jnp.ones_like(loss), zeros))
+        outputs = outputs_of(found.marks, marked)
+        terms = count_terms(outputs)
+        finisher = Finisher(recipes, slots, terms)
+        n = found.num_examples if terms is None else terms
+        one, zero = jnp.ones_like(loss), jnp.zeros_like(loss)
+        flat_grads, raw = pullback((one, [jnp.zeros_like(z) for z in pulled]))
         curvature_grads = flat_grads
         if sampled:
-            curvature_grads, raw = self._sampled(
-                found, pullback, loss, marked, key, flat_grads, raw, slots
-            )
+
+            def pull(cotangents):
+                back = lambda marks: pullback((zero, marks))  # noqa: E731
+                return sampled_pull(outputs, back, n, finisher, cotangents)
+
+            fresh = resampled(self.fisher, outputs, pull, key, flat_grads, finisher)
+            curvature_grads, by_field = fresh
+            plain = finisher(raw, INPUT_SIDE)
+            by_field = {k: by_field[k] | plain[k] for k in by_field}
+        else:
+            by_field = finisher(raw)
         grads = jax.tree.unflatten(jax.tree.structure(params), flat_grads)
-        statistics = pack_statistics(found, curvature_grads, raw)
+        statistics = pack_statistics(found, curvature_grads, by_field, n)
         value = jax.tree.unflatten(found.out_tree, out)
         return value, grads, statistics
 
-    def _sampled(self, found: Trace, pullback, loss, marked, key, grads, raw, slots):
-        """Replaces what depends on cotangents by its MC or exact Fisher version.
-
-        Of ``raw`` only input factors are used: XLA then drops the other statistics of
-        the plain backward pass.
-
-        Returns:
-            Gradients for the diagonals, and statistics.
-        """
-        dues = [s.due for s in slots.values() if s.due is not None]
-        zeros = {k: tuple(map(jnp.zeros_like, v)) for k, v in raw.items()}
-        zero = jnp.zeros_like(loss)
-        n = found.num_examples
-
-        def pull(cotangents):
-            scaled = [c / n for c in cotangents]
-            return pullback((zero, scaled))
-
-        def resample():
-            if self.fisher == "exact":
-                return grads, exact_statistics(found.marks, marked, pull, zeros)
-            keys = jax.random.split(key, len(marked))
-            triples = zip(found.marks, marked, keys, strict=True)
-            return pull([sampled_cotangent(*t) for t in triples])
-
-        if len(dues) < len(slots) or not dues:
-            new_grads, new = resample()
-        else:
-            any_due = jnp.any(jnp.stack(dues))
-            new_grads, new = lax.cond(any_due, resample, lambda: (grads, zeros))
-        # The input factor is the first statistic of a Kronecker layer and does not
-        # depend on the labels: it comes from the plain backward pass.
-        kronecker = {t.name for t in found.layers if t.kronecker}
-        merged = {
-            k: (raw[k][0], *v[1:]) if k in kronecker else v for k, v in new.items()
-        }
-        return new_grads, merged
-
-    def _scaling(self, layer: LayerTag, found: Trace) -> dense.Scaling:
-        reduce = self.weight_sharing == "reduce"
-        return dense.Scaling(
-            num_examples=found.num_examples,
-            num_rows=count_rows(found.sites[layer.name], found.num_examples, reduce),
-            bias="bias" in layer.roles,
-            reduce=reduce,
+    def trace(self, params: Any, args: tuple, sampled: bool) -> Trace:
+        """The trace of the loss on these arguments, with the options of ``tag``."""
+        options = TraceOptions(
+            self.has_aux, self.num_examples, sampled, self.max_factor_dim
         )
+        return trace(self.loss_fn, params, args, options)
+
+    def _recipes(self, found: Trace) -> dict[str, Recipe]:
+        reduce, masked = self.weight_sharing == "reduce", MASK in found.marks
+        n = found.num_examples
+        return {
+            t.name: make_recipe(t, found.sites[t.name], n, reduce, masked)
+            for t in found.layers
+            if t.kind != "diagonal"
+        }
 
     def _check_layers(self, found: Trace) -> None:
-        def facts(layer):
-            return layer.name, layer.kind, layer.params, layer.a_shape, layer.g_shape
-
-        before, now = map(facts, self.layers), map(facts, found.layers)
-        changed = set(before) ^ set(now)
+        before, now = fingerprint(self.layers), fingerprint(found.layers)
+        changed = set(before.splitlines()) ^ set(now.splitlines())
         if changed:
-            names = ", ".join(sorted({f[0] for f in changed}))
+            names = {line.split(": ", 1)[1].split()[0] for line in changed}
             raise ValueError(
-                f"layers {names} differ from those found by kfac.tag: the parameters "
-                "or the loss function's structure changed; tag it again."
+                f"layers {', '.join(sorted(names))} differ from those found by "
+                "kfac.tag: the parameters or the loss function's structure changed; "
+                "tag it again."
             )
+        notes = zip(self.layers, found.layers, strict=True)
+        for old, new in notes:
+            if without_numbers(old.note) != without_numbers(new.note):
+                warnings.warn(
+                    f"layer {new.name} is used differently with these arguments than "
+                    f"with those of kfac.tag: {new.note or 'no note'}, was "
+                    f"{old.note or 'no note'}.",
+                    stacklevel=3,
+                )
 
 
-def tags(found: Trace) -> dict[str, LayerTag]:
-    """Layers by name."""
-    return {t.name: t for t in found.layers}
+def without_numbers(note: str) -> str:
+    """A note without what may depend on the size of the batch."""
+    return "".join(c for c in note if not c.isdigit())
 
 
-def count_rows(sites: list[Site], num_examples: int, reduce: bool) -> int:
-    """``R``: rows over all sites and repetitions; of a ``cond``, the largest branch."""
-    total = 0
-    branches: dict[int, collections.Counter] = {}
-    for site in sites:
-        rows = math.prod(site.geometry.rows)
-        if reduce:
-            rows //= dense.positions(site.geometry.rows, num_examples)
-        if site.branch is None:
-            total += rows * site.repeat
-        else:
-            number, k = site.branch
-            counter = branches.setdefault(number, collections.Counter())
-            counter[k] += rows * site.repeat
-    return total + sum(max(c.values()) for c in branches.values())
+@dataclasses.dataclass(frozen=True)
+class Finisher:
+    """Gives what the taps returned its last touch, inside the gates of the layers.
+
+    Attributes:
+        recipes: Recipe of every tapped layer.
+        slots: Slot of every tapped layer.
+        terms: How many loss terms count, where the output is masked.
+    """
+
+    recipes: dict[str, Recipe]
+    slots: dict[str, Slot]
+    terms: jax.Array | None
+
+    def __call__(self, raw: dict, wanted: frozenset[str] = ALL_FIELDS) -> dict:
+        """Statistics by layer and field."""
+        return {k: self._finish(k, raw[k], wanted) for k in raw if raw[k]}
+
+    def _finish(self, name: str, raw: dict, wanted: frozenset[str]) -> dict:
+        recipe, slot = self.recipes[name], self.slots[name]
+
+        def touch(raw):
+            return finish(recipe, raw, slot.basis, self.terms, wanted)
+
+        if slot.due is None or not (recipe.masked or recipe.by_example):
+            return touch(raw)
+        shapes = jax.eval_shape(touch, raw)
+
+        def skip(raw):
+            del raw
+            return {k: jnp.zeros(s.shape, s.dtype) for k, s in shapes.items()}
+
+        return lax.cond(slot.due, touch, skip, raw)
 
 
-def exact_statistics(marks, marked: list, pull: Callable, total: dict) -> dict:
+def sampled_pull(
+    outputs: list, pullback: Callable, n: Any, finisher: Finisher, cotangents: list
+) -> tuple[list, dict]:
+    """Pulls cotangents of the outputs back: gradients and statistics but ``A``.
+
+    Args:
+        outputs: The marked outputs.
+        pullback: Of the loss and everything marked.
+        n: Number of loss terms.
+        finisher: Of the statistics.
+        cotangents: One for every output, of the sum of the terms.
+
+    Returns:
+        The gradients and the statistics.
+    """
+    marks = []
+    for output, c in zip(outputs, cotangents, strict=True):
+        if output.mask is not None:
+            marks.append(jnp.zeros_like(output.mask))
+        marks.append((c / n).astype(c.dtype))
+    grads, raw = pullback(marks)
+    return grads, finisher(raw, ALL_FIELDS - INPUT_SIDE)
+
+
+def resampled(
+    fisher: str, outputs: list, pull: Callable, key: Any, grads: list, finisher: Any
+) -> tuple[list, dict]:
+    """The MC or exact Fisher's statistics, computed when any layer is due.
+
+    Input factors come from the plain backward pass: XLA drops the other statistics of
+    that pass.
+
+    Args:
+        fisher: ``"mc"`` or ``"exact"``.
+        outputs: The marked outputs.
+        pull: Cotangents of the outputs to gradients and statistics.
+        key: PRNG key.
+        grads: The plain gradients.
+        finisher: Of the statistics.
+
+    Returns:
+        Gradients for the diagonals, and statistics.
+    """
+    dues = [s.due for s in finisher.slots.values() if s.due is not None]
+    shapes = jax.eval_shape(pull, [o.value for o in outputs])[1]
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def resample():
+        if fisher == "exact":
+            return grads, exact_statistics(outputs, pull, zeros)
+        keys = jax.random.split(key, len(outputs))
+        pairs = zip(outputs, keys, strict=True)
+        draws = [(o, sampled_cotangent(o.likelihood, o.value, k)) for o, k in pairs]
+        return pull([masked_rows(output, draw) for output, draw in draws])
+
+    if len(dues) < len(finisher.slots) or not dues:
+        return resample()
+    any_due = jnp.any(jnp.stack(dues))
+    return lax.cond(any_due, resample, lambda: (grads, zeros))
+
+
+def exact_statistics(outputs: list, pull: Callable, total: dict) -> dict:
     """Adds the statistics of each column of the output Hessian's square root."""
-    for number, (name, z) in enumerate(zip(marks, marked, strict=True)):
-        columns, column = square_root_column(name, z)
+    for number, output in enumerate(outputs):
+        columns, column = square_root_column(output.likelihood, output.value)
 
-        def add(total, j, number=number, column=column):
-            zeros = [jnp.zeros_like(other) for other in marked]
-            zeros[number] = column(j)
+        def add(total, j, number=number, output=output, column=column):
+            zeros = [jnp.zeros_like(other.value) for other in outputs]
+            zeros[number] = masked_rows(output, column(j))
             _, statistics = pull(zeros)
             return jax.tree.map(jnp.add, total, statistics), None
 
@@ -272,20 +376,23 @@ def exact_statistics(marks, marked: list, pull: Callable, total: dict) -> dict:
     return total
 
 
-def pack_statistics(found: Trace, flat_grads: list, raw: dict) -> dict[str, Statistics]:
-    """The cotangents of the probes as named statistics; diagonals from the gradient."""
+def pack_statistics(
+    found: Trace, flat_grads: list, by_field: dict, terms: Any
+) -> dict[str, Statistics]:
+    """Statistics by layer; those of diagonals are made from the gradient."""
     statistics: dict[str, Statistics] = {}
     for layer in found.layers:
         if layer.kind == "diagonal":
             gradient = flat_grads[layer.views[0].leaf]
-            zeros = zero_statistics(layer, gradient.dtype)
-            n = jnp.full((), found.num_examples, jnp.float32)
-            gradient = gradient.astype(zeros.gradient.dtype)  # type: ignore[union-attr]
+            gradient = gradient.astype(accumulation_dtype(gradient.dtype))
+            n = jnp.asarray(terms, jnp.float32)
             statistics[layer.name] = DiagonalStatistics(gradient, n)
-        elif not raw[layer.name]:
+        elif layer.name not in by_field:
             continue
         elif layer.kind == "scale_shift":
-            statistics[layer.name] = ScaleShiftStatistics(*raw[layer.name])
+            statistics[layer.name] = ScaleShiftStatistics(**by_field[layer.name])
+        elif layer.tied:
+            statistics[layer.name] = TiedStatistics(**by_field[layer.name])
         else:
-            statistics[layer.name] = KroneckerStatistics(*raw[layer.name])
+            statistics[layer.name] = KroneckerStatistics(**by_field[layer.name])
     return statistics

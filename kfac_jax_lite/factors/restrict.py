@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from kfac_jax_lite import forms
 from kfac_jax_lite.tree import path_key
 from kfac_jax_lite.types import KroneckerStatistics, LayerTag, ScaleShiftStatistics
 
@@ -68,7 +70,7 @@ def hidden(path: str, found: dict[str, Any]) -> bool:
 def check_shape(layer: LayerTag, i: int, leaf: Any) -> None:
     """The leaf must be as large as when it was tagged."""
     view = layer.views[i]
-    whole = not view.ops
+    whole = all(name == "unstack" for name, _ in view.ops)
     wanted = view.stack + view.core
     if whole and tuple(leaf.shape) != wanted:
         raise ValueError(
@@ -99,18 +101,26 @@ def part(layer: LayerTag, keep: list[int]) -> LayerTag:
     """The layer with only some of its parameters."""
     views = tuple(layer.views[i] for i in keep)
     roles = tuple(layer.roles[i] for i in keep)
-    a_shape = layer.a_shape
-    if layer.kronecker:
-        d = 1 if roles == ("bias",) else layer.a_shape[-1] - 1
-        a_shape = a_shape[:-2] + (d, d)
+    a_shape, a_form = layer.a_shape, layer.a_form
+    if layer.kronecker and roles == ("bias",):
+        if a_form == forms.BLOCKS:
+            raise ValueError(
+                f"layer {layer.name}: its weight is masked out and its bias is not; "
+                "with a block-diagonal input factor both must be masked together."
+            )
+        a_shape, a_form = layer.stack + layer.blocks + (1, 1), forms.FULL
+    elif layer.kronecker and a_form != forms.BLOCKS:
+        d = a_shape[-1] - 1
+        a_shape = layer.stack + layer.blocks + (d,) * (1 + (a_form == forms.FULL))
     elif layer.kind == "scale_shift":
-        a_shape = a_shape[:1] + (len(roles),) * 2
+        a_shape = a_shape[:-2] + (len(roles),) * 2
     return dataclasses.replace(
         layer,
         params=tuple(layer.params[i] for i in keep),
         views=views,
         roles=roles,
         a_shape=a_shape,
+        a_form=a_form,
         elements=sum(math.prod(v.stack + v.core) for v in views),
     )
 
@@ -118,14 +128,27 @@ def part(layer: LayerTag, keep: list[int]) -> LayerTag:
 def part_of_statistics(layer: LayerTag, statistics: Any) -> Any:
     """The rows and columns of whole statistics that a partial layer keeps."""
     if isinstance(statistics, KroneckerStatistics):
-        size = layer.a_shape[-1]
-        if statistics.a.shape[-1] == size:
-            return statistics
-        rows = slice(-1, None) if layer.roles == ("bias",) else slice(0, size)
-        return statistics._replace(a=statistics.a[..., rows, rows])
+        return statistics._replace(a=part_of_input_factor(layer, statistics.a))
     if isinstance(statistics, ScaleShiftStatistics):
         if statistics.blocks.shape[-1] == len(layer.roles):
             return statistics
         i = ("scale", "shift").index(layer.roles[0])
-        return ScaleShiftStatistics(statistics.blocks[:, i : i + 1, i : i + 1])
+        return ScaleShiftStatistics(statistics.blocks[..., i : i + 1, i : i + 1])
     return statistics
+
+
+def part_of_input_factor(layer: LayerTag, a: jax.Array) -> jax.Array:
+    """The part of ``A`` (in homogeneous coordinates, bias last) of what is kept."""
+    if a.shape == layer.a_shape and layer.a_form != forms.BLOCKS:
+        return a
+    size, _ = layer.sizes
+    if layer.roles == ("bias",):
+        lead = len(layer.stack + layer.blocks)
+        return a[..., -1:, None] if a.ndim - lead == 1 else a[..., -1:, -1:]
+    if layer.a_form == forms.DIAGONAL:
+        return a[..., :size]
+    if layer.a_form == forms.FULL:
+        return a[..., :size, :size]
+    s = a.shape[-1]
+    keep = (jnp.arange(a.shape[-3] * s) < size).reshape(-1, s)
+    return jnp.where(keep[:, :, None] & keep[:, None, :], a, 0)

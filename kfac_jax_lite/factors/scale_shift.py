@@ -14,7 +14,8 @@ import operator
 import jax.numpy as jnp
 from jax import lax
 
-from kfac_jax_lite.tagging.layers import ScaleShiftGeometry, positions_per_example
+from kfac_jax_lite.factors.dense import moved
+from kfac_jax_lite.tagging.layers import ScaleShiftGeometry
 from kfac_jax_lite.types import Array, accumulation_dtype
 
 
@@ -39,24 +40,16 @@ def unit_blocks(
     """
     dtype = accumulation_dtype(cotangent.dtype)
     c = cotangent.astype(dtype)
-    moved = [
-        _apply(steps, f).astype(dtype)
+    parts_of_x = [
+        moved(steps, f).astype(dtype)
         for steps, f in zip(geometry.factor_ops, factors, strict=True)
     ]
-    x_hat = functools.reduce(operator.mul, moved, jnp.ones((), dtype))
-    k = positions_per_example(geometry.rows, num_examples)
+    x_hat = functools.reduce(operator.mul, parts_of_x, jnp.ones((), dtype))
 
     def per_example(value):
         value = lax.transpose(value, geometry.order)
-        return value.reshape(-1, k, geometry.units).sum(1)
+        return value.reshape(-1, geometry.positions, geometry.units).sum(1)
 
     parts = {"scale": lambda: per_example(c * x_hat), "shift": lambda: per_example(c)}
     s = jnp.stack([parts[role]() for role in roles], -1)
     return num_examples * jnp.einsum("nuk,nul->ukl", s, s)
-
-
-def _apply(steps, value: Array) -> Array:
-    for name, argument in steps:
-        move = lax.transpose if name == "transpose" else lax.reshape
-        value = move(value, argument)
-    return value

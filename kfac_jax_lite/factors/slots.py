@@ -4,7 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from kfac_jax_lite.factors.state import zero_statistics
+from kfac_jax_lite.factors.recipe import Recipe, zero_probes
 from kfac_jax_lite.tagging.taps import Slot
 from kfac_jax_lite.tree import find_states, leaves_by_path
 from kfac_jax_lite.types import Array, LayerTag
@@ -56,19 +56,17 @@ def read_state(
 
 
 def make_slots(
-    layers: tuple[LayerTag, ...], params: Any, due: dict | None, bases: dict
+    recipes: dict[str, Recipe], params: Any, due: dict | None, bases: dict
 ) -> dict[str, Slot]:
     """Probes, due flag and bases of every tapped layer."""
     dtypes = {k: leaf.dtype for k, leaf in leaves_by_path(params).items()}
     slots = {}
-    for layer in layers:
-        if layer.kind == "diagonal" or (due is not None and layer.name not in due):
-            if layer.kind != "diagonal":
-                slots[layer.name] = Slot(jnp.zeros((), bool), ())
+    for name, recipe in recipes.items():
+        if due is not None and name not in due:
+            slots[name] = Slot(jnp.zeros((), bool), {})
             continue
-        moments = layer.name in bases
-        zeros = zero_statistics(layer, dtypes[layer.params[0]], moments)
-        probes = tuple(z for z in zeros if z is not None)
-        flag = None if due is None else due[layer.name]
-        slots[layer.name] = Slot(flag, probes, bases.get(layer.name, ()))
+        dtype = dtypes[recipe.layer.params[0]]
+        probes = zero_probes(recipe, dtype, name in bases)
+        flag = None if due is None else due[name]
+        slots[name] = Slot(flag, probes, bases.get(name, ()))
     return slots

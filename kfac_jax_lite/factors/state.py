@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kfac_jax_lite import forms
 from kfac_jax_lite.types import (
     Array,
     DiagonalStatistics,
@@ -12,6 +13,7 @@ from kfac_jax_lite.types import (
     LayerTag,
     ScaleShiftStatistics,
     Statistics,
+    TiedStatistics,
     accumulation_dtype,
 )
 
@@ -73,7 +75,7 @@ class KFACState(NamedTuple):
 
 
 def zero_statistics(layer: LayerTag, dtype: Any, moments: bool = False) -> Statistics:
-    """Zeros in the shape of a layer's statistics; ``moments`` adds EKFAC's ``s``."""
+    """Zeros in the shape of a layer's curvature; ``moments`` adds EKFAC's ``s``."""
     dtype = accumulation_dtype(dtype)
     if layer.kind == "diagonal":
         zero = jnp.zeros((), jnp.float32)
@@ -81,17 +83,55 @@ def zero_statistics(layer: LayerTag, dtype: Any, moments: bool = False) -> Stati
     a = jnp.zeros(layer.a_shape, dtype)
     if layer.kind == "scale_shift":
         return ScaleShiftStatistics(a)
-    shape = layer.a_shape[:-1] + layer.g_shape[-1:]
+    shape = (*layer.stack, *layer.blocks, *forms.widths(layer))
     s = jnp.zeros(shape, dtype) if moments else None
     return KroneckerStatistics(a, jnp.zeros(layer.g_shape, dtype), s)
 
 
-def squared(statistics: Statistics) -> Statistics:
-    """What is averaged: ``N · gradient²`` for diagonals, else the statistics."""
+def curvature(layer: LayerTag, statistics: Any) -> Any:
+    """What is averaged: of diagonals ``N · gradient²``, of tied weights one product.
+
+    Both are made of statistics that devices have averaged already.
+
+    Args:
+        layer: The layer.
+        statistics: Fresh, reduced statistics.
+
+    Returns:
+        The layer's curvature.
+    """
     if isinstance(statistics, DiagonalStatistics):
         square = statistics.num_examples * jnp.square(statistics.gradient)
         return statistics._replace(gradient=square.astype(statistics.gradient.dtype))
+    if isinstance(statistics, TiedStatistics):
+        return merged(layer, statistics)
     return statistics
+
+
+def merged(layer: LayerTag, statistics: TiedStatistics) -> KroneckerStatistics:
+    """One Kronecker product for both uses of a tied weight.
+
+    ``A ⊗ G + B ⊗ H ≈ (A + π B) ⊗ (G + H / π)`` with
+    ``π² = (tr A · tr H) / (tr B · tr G)``, which makes the trace of the terms that are
+    too many least. ``B = g_out`` and ``H = a_out`` are the factors of the reverse use.
+
+    Returns:
+        The product's factors.
+
+    References:
+        Martens & Grosse, 2015, arXiv:1503.05671, Sec. 6.3 (there ``B ⊗ H = λ I ⊗ I``).
+    """
+    a, g, h, b, s = statistics
+    size_a, size_g = layer.sizes
+    of_a, of_b = (forms.mean_diagonal(x, layer.a_form, size_a) for x in (a, b))
+    of_g, of_h = (forms.mean_diagonal(x, layer.g_form, size_g) for x in (g, h))
+    proper = (of_a * of_h > 0) & (of_b * of_g > 0)
+    pi = jnp.sqrt(jnp.where(proper, of_a * of_h, 1) / jnp.where(proper, of_b * of_g, 1))
+
+    def like(value, matrix):
+        return value.reshape(value.shape + (1,) * (matrix.ndim - value.ndim))
+
+    return KroneckerStatistics(a + like(pi, b) * b, g + h / like(pi, h), s)
 
 
 def moving_average(

@@ -15,8 +15,8 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from kfac_jax_lite.tagging.layers import Plan, Site
-from kfac_jax_lite.types import Shape, View
+from kfac_jax_lite.tagging.layers import Plan, Ref, Site, Steps
+from kfac_jax_lite.views import Shape, View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Factor:
 
     atom: Any
     shape: Shape
-    steps: tuple[tuple[str, Any], ...] = ()
+    steps: Steps = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,16 +37,47 @@ class Scaled:
 
     @property
     def constant(self) -> bool:
-        """Whether the factors are literals, which mean the same in any jaxpr."""
+        """Whether the factors are literals."""
         return all(isinstance(f.atom, Literal) for f in self.factors)
+
+    def seen_from(self, plan: Plan) -> "Scaled":
+        """The fact as another jaxpr sees it: its variables are those of ``plan``."""
+
+        def refer(factor: Factor) -> Factor:
+            if isinstance(factor.atom, Literal | Ref):
+                return factor
+            return dataclasses.replace(factor, atom=Ref(plan, factor.atom))
+
+        return Scaled(self.view, tuple(map(refer, self.factors)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """Views that stand side by side along one axis of the variable."""
+
+    views: tuple[View, ...]
+    axis: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """Output of a layer; ``labels`` number its output axes, None for row axes."""
+    """Output of a layer; ``labels`` number its output axes, None for row axes.
+
+    ``beside`` are the sites of further layers that wrote the same variable, each a span
+    of the only output axis.
+    """
 
     site: Site
     labels: tuple[int | None, ...]
+    beside: tuple[Site, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Counting:
+    """``0, 1, 2, …`` along one axis; ``one_hot``: compared with something."""
+
+    labels: tuple[bool, ...]
+    one_hot: bool = False
 
 
 def shape_of(atom: Any) -> Shape:
@@ -54,7 +85,7 @@ def shape_of(atom: Any) -> Shape:
     return tuple(atom.aval.shape)
 
 
-Fact = View | Scaled | Output | None
+Fact = View | Scaled | Beside | Output | Counting | None
 Handler = Callable[["Scope", int, JaxprEqn, list[Fact]], "Sequence[Fact] | None"]
 RULES: dict[str, Handler] = {}
 
@@ -95,6 +126,7 @@ class Walk:
         while_leaves: Leaves that reach a ``while`` loop, as bits.
         nested_marks: Whether an output is marked inside a loop or branch.
         reached: Leaves that the loss depends on, as bits.
+        scopes: The scope of every plan.
     """
 
     def __init__(self, num_leaves: int):
@@ -108,6 +140,7 @@ class Walk:
         self.branches = 0
         self.reached = 0
         self.nested_marks = False
+        self.scopes: dict[Plan, Scope] = {}
 
 
 class Scope:
@@ -118,10 +151,13 @@ class Scope:
         self.facts: dict[Var, Fact] = {}
         self.deps: dict[Var, int] = {}
         self.consumers: dict[Var, list[int]] = collections.defaultdict(list)
+        self.producers: dict[Var, JaxprEqn] = {}
+        walk.scopes[plan] = self
         for i, eqn in enumerate(jaxpr.eqns):
             for atom in eqn.invars:
                 if not isinstance(atom, Literal):
                     self.consumers[atom].append(i)
+            self.producers.update(dict.fromkeys(eqn.outvars, eqn))
         for atom in jaxpr.outvars:
             if not isinstance(atom, Literal):
                 self.consumers[atom].append(-1)
@@ -134,7 +170,9 @@ class Scope:
         """Bit set of the leaves (and the data) that atoms depend on."""
         bits = 0
         for atom in atoms:
-            if not isinstance(atom, Literal):
+            if isinstance(atom, Ref):
+                bits |= self.walk.scopes[atom.plan].deps.get(atom.atom, 0)
+            elif not isinstance(atom, Literal):
                 bits |= self.deps.get(atom, 0)
         return bits
 
@@ -145,17 +183,33 @@ class Scope:
     def add_site(self, index: int, site: Site) -> None:
         """Records a candidate behind equation ``index``."""
         site.branch = self.walk.branch
+        site.place = self.plan, index
         stacked = math.prod(site.primary.stack)
         site.repeat = math.prod(self.walk.loops) // stacked
         self.plan.sites.setdefault(index, []).append(site)
         self.walk.sites.append(site)
 
+    def move_site(self, index: int, site: Site) -> bool:
+        """Lets a site stand behind a later equation; whether that is possible."""
+        plan, old = site.place or (self.plan, index)
+        if plan is not self.plan:
+            site.inputs = tuple(
+                a if isinstance(a, Literal | Ref) else Ref(plan, a) for a in site.inputs
+            )
+            plan.exports = True
+        plan.sites[old].remove(site)
+        self.plan.sites.setdefault(index, []).append(site)
+        site.place, site.output = (self.plan, index), 0
+        return True
+
     def mark_used(self, facts: Iterable[Fact], primitive: str) -> None:
         """Notes that parameters are used in a way no layer rule covers."""
         for fact in facts:
-            view = fact.view if isinstance(fact, Scaled) else fact
-            if isinstance(view, View):
-                self.walk.uses[view.leaf].append(primitive)
+            views = fact.views if isinstance(fact, Beside) else (fact,)
+            for view in views:
+                view = view.view if isinstance(view, Scaled) else view
+                if isinstance(view, View):
+                    self.walk.uses[view.leaf].append(primitive)
 
     def run(self, facts: list[Fact], deps: list[int]) -> tuple[list[Fact], list[int]]:
         """Walks the jaxpr; returns facts and dependencies of its outputs."""

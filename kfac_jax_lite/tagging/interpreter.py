@@ -10,7 +10,7 @@ import jax
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
-from kfac_jax_lite.tagging.layers import Plan, Site
+from kfac_jax_lite.tagging.layers import Plan, Ref, Site
 from kfac_jax_lite.tagging.taps import Slot
 from kfac_jax_lite.types import Array
 
@@ -29,6 +29,7 @@ class Interpreter:
 
     def __init__(self, on_site: OnSite, stack_leaf: dict[str, int]):
         self.on_site, self.stack_leaf = on_site, stack_leaf
+        self.envs: dict[Plan, dict] = {}
 
     def run(
         self, plan: Plan, jaxpr: Jaxpr, consts: Sequence, args: Sequence, slots: Slots
@@ -36,9 +37,12 @@ class Interpreter:
         """Evaluates ``jaxpr``; returns its outputs and the marked outputs passed."""
         env = dict(zip(jaxpr.constvars, consts, strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
+        self.envs[plan] = env
         marked: list = []
 
         def value(atom):
+            if isinstance(atom, Ref):
+                return self.envs[atom.plan][atom.atom]
             return atom.val if isinstance(atom, Literal) else env[atom]
 
         for index, eqn in enumerate(jaxpr.eqns):

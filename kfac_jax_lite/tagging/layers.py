@@ -8,12 +8,33 @@ import dataclasses
 import math
 from typing import Any
 
-from kfac_jax_lite.types import Shape, View
+from kfac_jax_lite.types import Shape
+from kfac_jax_lite.views import View
+
+Steps = tuple[tuple[str, Any], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """A variable that multiplies the weight of a dense or convolutional layer.
+
+    Attributes:
+        side: ``"all"`` (a scalar), ``"in"`` or ``"out"``: the axes along which it
+            varies.
+        steps: What brings it to ``[]``, ``[*blocks, in]`` or ``[*blocks, out]``.
+    """
+
+    side: str
+    steps: Steps = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class DenseGeometry:
-    """Axis orders that bring a ``dot_general`` to ``[*blocks, *rows, in|out]``."""
+    """Axis orders that bring a ``dot_general`` to ``[*blocks, *rows, in|out]``.
+
+    ``span`` is the part of the flattened output axes that belongs to this weight, where
+    several stand side by side.
+    """
 
     input_order: Shape
     output_order: Shape
@@ -21,6 +42,9 @@ class DenseGeometry:
     rows: Shape
     n_in: int
     n_out: int
+    scales: tuple[Scale, ...] = ()
+    span: tuple[int, int] | None = None
+    one_hot: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +62,7 @@ class ConvGeometry:
     rows: Shape
     n_in: int
     n_out: int
+    scales: tuple[Scale, ...] = ()
 
     @property
     def blocks(self) -> Shape:
@@ -46,13 +71,42 @@ class ConvGeometry:
 
 
 @dataclasses.dataclass(frozen=True)
+class EmbeddingGeometry:
+    """A ``gather`` of table rows: ``[*blocks, *rows]`` indices, ``out`` entries each.
+
+    Attributes:
+        index_order: Brings the indices to ``[*blocks, *rows, coordinates]``.
+        output_order: Brings the result to ``[*blocks, *rows, out]``.
+        unit_rows: ``rows`` with 1 where the result was broadcast before the tap.
+        coordinates: ``(coordinate, size)`` of the table axes that are indexed.
+        clip: Whether indices out of range are clipped (else they select nothing).
+        scales: As for dense layers, scalars only.
+    """
+
+    index_order: Shape
+    output_order: Shape
+    blocks: Shape
+    rows: Shape
+    n_in: int
+    n_out: int
+    coordinates: tuple[tuple[int, int], ...]
+    clip: bool
+    unit_rows: Shape
+    scales: tuple[Scale, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class ScaleShiftGeometry:
-    """Axis order that brings ``x̂`` to ``[*rows, units]``; shape steps per factor."""
+    """Axis order that brings ``x̂`` to ``[*rows, units]``; shape steps per factor.
+
+    ``positions``: rows of one example, consecutive; set when the walk is resolved.
+    """
 
     order: Shape
     rows: Shape
     units: int
-    factor_ops: tuple[tuple[tuple[str, Any], ...], ...]
+    factor_ops: tuple[Steps, ...]
+    positions: int = 1
 
     @property
     def blocks(self) -> Shape:
@@ -60,7 +114,7 @@ class ScaleShiftGeometry:
         return ()
 
 
-Geometry = DenseGeometry | ConvGeometry | ScaleShiftGeometry
+Geometry = DenseGeometry | ConvGeometry | EmbeddingGeometry | ScaleShiftGeometry
 
 
 @dataclasses.dataclass(eq=False)
@@ -70,13 +124,16 @@ class Site:
     Attributes:
         kind: The layer kind.
         views: Role to view, ``weight``/``bias`` or ``scale``/``shift``.
-        inputs: Jaxpr atoms the statistics need; for dense and conv the first is the
-            layer's input, the others scalars that multiply the weight.
+        inputs: Jaxpr atoms the statistics need; the first is the layer's input (for
+            scale_shift there is none), the others multiply the weight.
         geometry: Static shape facts.
         output: Number of the equation's output that is tapped.
         repeat: How often enclosing loops apply the site to the same parameters.
         branch: ``(cond, branch)`` it stands in, or None.
         layer: Name of the layer, set when the walk is resolved; None: not tapped.
+        reverse: Whether the weight is used in the direction opposite to its layer's.
+        place: The plan and the number of the equation it stands behind.
+        by_hand: Whether the user named it, whatever else uses its parameters.
     """
 
     kind: str
@@ -87,14 +144,30 @@ class Site:
     repeat: int = 1
     branch: tuple[int, int] | None = None
     layer: str | None = None
+    reverse: bool = False
+    place: tuple["Plan", int] | None = None
+    by_hand: bool = False
 
     @property
     def primary(self) -> View:
-        """The view that identifies the layer: its weight, else its scale or shift."""
-        for role in ("weight", "scale", "shift"):
+        """The view that identifies the layer: its weight, else what there is."""
+        for role in ("weight", "scale", "shift", "bias"):
             if role in self.views:
                 return self.views[role]
         raise KeyError("a site owns at least one parameter")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ref:
+    """A variable of another jaxpr than the one that reads it."""
+
+    plan: "Plan"
+    atom: Any
+
+    @property
+    def aval(self) -> Any:
+        """Its abstract value."""
+        return self.atom.aval
 
 
 @dataclasses.dataclass(eq=False)
@@ -106,18 +179,21 @@ class Plan:
         marks: Equation number to the likelihood marked there.
         children: Equation number to the plans of the jaxprs inside it.
         unstacked: Equation number of a ``scan`` to the leaves it consumes by slices.
+        exports: Whether a ``Ref`` from outside reads one of its variables.
     """
 
     sites: dict[int, list[Site]] = dataclasses.field(default_factory=dict)
     marks: dict[int, str] = dataclasses.field(default_factory=dict)
     children: dict[int, tuple["Plan", ...]] = dataclasses.field(default_factory=dict)
     unstacked: dict[int, frozenset[int]] = dataclasses.field(default_factory=dict)
+    exports: bool = False
 
     @property
     def active(self) -> bool:
         """Whether anything in here, at any depth, needs the interpreter."""
         return (
             bool(self.marks)
+            or self.exports
             or any(s.layer is not None for ss in self.sites.values() for s in ss)
             or any(p.active for ps in self.children.values() for p in ps)
         )

@@ -1,15 +1,16 @@
-"""The layer rules: which equations are layers, and with what geometry.
+"""Dense layers and convolutions: which equations are, and with what geometry.
 
 Each rule sees one equation and the facts of its operands. It records a ``Site`` where
 the equation applies a layer and returns the facts of its outputs.
 """
 
-import dataclasses
 import math
 
-from jax.extend.core import JaxprEqn, Literal
+from jax.extend.core import JaxprEqn
 
 from kfac_jax_lite.tagging.analysis import (
+    Beside,
+    Counting,
     Fact,
     Factor,
     Output,
@@ -18,89 +19,147 @@ from kfac_jax_lite.tagging.analysis import (
     rule,
     shape_of,
 )
-from kfac_jax_lite.tagging.layers import (
-    ConvGeometry,
-    DenseGeometry,
-    ScaleShiftGeometry,
-    Site,
-)
-from kfac_jax_lite.tagging.structure import axis_step, move_scaled
-from kfac_jax_lite.types import Shape, View
+from kfac_jax_lite.tagging.layers import ConvGeometry, DenseGeometry, Scale, Site
+from kfac_jax_lite.views import Shape, View
 
 
-def weight_of(fact: Fact) -> tuple[View, tuple] | None:
-    """The view of a weight operand and the scalars that multiply it."""
-    if isinstance(fact, View):
-        return fact, ()
-    if isinstance(fact, Scaled) and all(f.shape == () for f in fact.factors):
-        return fact.view, tuple(f.atom for f in fact.factors)
-    return None
+def weight_of(fact: Fact) -> tuple[View, tuple[Factor, ...]]:
+    """The view of a weight operand and the variables that multiply it."""
+    if isinstance(fact, Scaled):
+        return fact.view, fact.factors
+    assert isinstance(fact, View)
+    return fact, ()
+
+
+def scales_of(
+    factors: tuple[Factor, ...], batch: Shape, ins: Shape, outs: Shape, shape: Shape
+) -> tuple[Scale, ...] | None:
+    """How variables that multiply a weight act on rows and cotangents.
+
+    Args:
+        factors: Of the weight's rank with unit axes where they are constant, or
+            scalars.
+        batch: Batch axes of the weight.
+        ins: Contracted axes.
+        outs: Output axes.
+        shape: Shape of the weight.
+
+    Returns:
+        One scale each; None if one varies along both sides (no Kronecker structure).
+    """
+    scales = []
+    for factor in factors:
+        varying = {i for i, d in enumerate(factor.shape) if d > 1}
+        if not varying:
+            scales.append(Scale("all", (*factor.steps, ("reshape", ()))))
+            continue
+        on_in, on_out = varying & set(ins), varying & set(outs)
+        if on_in and on_out:
+            return None
+        side, axes = ("in", ins) if on_in else ("out", outs)
+        others = tuple(i for i in range(len(shape)) if i not in batch + axes)
+        kept = tuple(factor.shape[i] for i in batch + axes)
+        full = tuple(shape[i] for i in batch + axes)
+        blocks = full[: len(batch)]
+        steps = (
+            ("transpose", batch + axes + others),
+            ("reshape", kept),
+            ("broadcast", full),
+            ("reshape", blocks + (math.prod(full[len(batch) :]),)),
+        )
+        scales.append(Scale(side, factor.steps + steps))
+    return tuple(scales)
 
 
 @rule("dot_general")
 def dense(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     """``dot_general`` of a parameter with anything: contracted, batch, output axes."""
-    weights = [weight_of(f) for f in facts]
-    if (weights[0] is None) == (weights[1] is None):
+    owned = [isinstance(f, View | Scaled | Beside) for f in facts]
+    if all(owned) or not any(owned):
         return None
-    side = 0 if weights[0] is not None else 1
-    view, scales = weights[side]  # type: ignore[misc]
+    side = owned.index(True)
+    fact = facts[side]
     (contract, batch) = eqn.params["dimension_numbers"]
-    w_in, w_batch = tuple(contract[side]), tuple(batch[side])
+    axes = tuple(contract[side]), tuple(batch[side])
     x_in, x_batch = tuple(contract[1 - side]), tuple(batch[1 - side])
-    x_shape = shape_of(eqn.invars[1 - side])
-    w_out = tuple(i for i in range(len(view.shape)) if i not in w_in + w_batch)
+    x = eqn.invars[1 - side]
+    x_shape = shape_of(x)
     x_rows = tuple(i for i in range(len(x_shape)) if i not in x_in + x_batch)
-    blocks = tuple(view.shape[i] for i in w_batch)
-    n_in = math.prod(view.shape[i] for i in w_in)
-    n_out = math.prod(view.shape[i] for i in w_out)
-    weight = view.transpose(w_batch + w_in + w_out).reshape(blocks + (n_in, n_out))
-    if weight is None:
-        return None
-    weight = weight.settle()
-    if weight is None:
-        return None
+    one_hot = is_one_hot(facts[1 - side], x_in)
     # Axes of the result: batch, then the left operand's free axes, then the right's.
-    b, r, o = len(w_batch), len(x_rows), len(w_out)
+    b, r = len(x_batch), len(x_rows)
+    o = len(shape_of(eqn.invars[side])) - b - len(x_in)
     first_row, first_out = (b + o, b) if side == 0 else (b, b + r)
     rows = tuple(range(first_row, first_row + r))
     outs = tuple(range(first_out, first_out + o))
-    geometry = DenseGeometry(
-        input_order=x_batch + x_rows + x_in,
-        output_order=tuple(range(b)) + rows + outs,
-        blocks=blocks,
-        rows=tuple(x_shape[i] for i in x_rows),
-        n_in=n_in,
-        n_out=n_out,
-    )
-    site = Site(
-        "dense",
-        {"weight": weight},
-        (eqn.invars[1 - side], *scales),
-        geometry,
-    )
-    scope.add_site(index, site)
+    pieces = fact.views if isinstance(fact, Beside) else (fact,)
+    if isinstance(fact, Beside) and (o != 1 or fact.axis in axes[0] + axes[1]):
+        return None
+    sites, start = [], 0
+    for piece in pieces:
+        found = matrix_of(piece, *axes)
+        if found is None:
+            return None
+        weight, scales, factors = found
+        blocks, (n_in, n_out) = weight.core[:-2], weight.core[-2:]
+        geometry = DenseGeometry(
+            input_order=x_batch + x_rows + x_in,
+            output_order=tuple(range(b)) + rows + outs,
+            blocks=blocks,
+            rows=tuple(x_shape[i] for i in x_rows),
+            n_in=n_in,
+            n_out=n_out,
+            scales=scales,
+            span=(start, start + n_out) if len(pieces) > 1 else None,
+        )
+        start += n_out
+        kind = "embedding" if one_hot else "dense"
+        inputs = (x, *(f.atom for f in factors))
+        sites.append(Site(kind, {"weight": weight}, inputs, geometry))
+    for site in sites:
+        scope.add_site(index, site)
     labels: list[int | None] = [None] * (b + r + o)
     for label, axis in enumerate(tuple(range(b)) + outs):
         labels[axis] = label
-    return [Output(site, tuple(labels))]
+    return [Output(sites[0], tuple(labels), tuple(sites[1:]))]
+
+
+def matrix_of(
+    fact: Fact, contracted: Shape, batch: Shape
+) -> tuple[View, tuple[Scale, ...], tuple[Factor, ...]] | None:
+    """A weight operand as ``[*blocks, in, out]``, with what multiplies it."""
+    view, factors = weight_of(fact)
+    outs = tuple(i for i in range(len(view.shape)) if i not in contracted + batch)
+    blocks = tuple(view.shape[i] for i in batch)
+    n_in = math.prod(view.shape[i] for i in contracted)
+    n_out = math.prod(view.shape[i] for i in outs)
+    weight = view.transpose(batch + contracted + outs).reshape(blocks + (n_in, n_out))
+    weight = weight and weight.settle()
+    scales = scales_of(factors, batch, contracted, outs, view.shape)
+    return None if weight is None or scales is None else (weight, scales, factors)
+
+
+def is_one_hot(fact: Fact, contracted: Shape) -> bool:
+    """Whether the contracted axis of an input is that of one-hot vectors."""
+    if not isinstance(fact, Counting) or not fact.one_hot:
+        return False
+    return [i for i, label in enumerate(fact.labels) if label] == list(contracted)
 
 
 @rule("conv_general_dilated")
 def conv(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     """A convolution with a parameter as kernel, in any layout."""
-    found = weight_of(facts[1])
-    p = eqn.params
-    if found is None or facts[0] is not None and weight_of(facts[0]) is not None:
+    p, (image, kernel) = eqn.params, facts
+    if not isinstance(kernel, View | Scaled) or isinstance(image, View | Scaled):
         return None
     if p["batch_group_count"] != 1:
         return None
-    view, scales = found
+    view, factors = weight_of(kernel)
     dims = p["dimension_numbers"]
     groups = p["feature_group_count"]
     out_axis, in_axis, *space = dims.rhs_spec
-    kernel = tuple(view.shape[i] for i in space)
-    n_in = math.prod(kernel) * view.shape[in_axis]
+    sizes = tuple(view.shape[i] for i in space)
+    n_in = math.prod(sizes) * view.shape[in_axis]
     n_out = view.shape[out_axis] // groups
     weight = view.transpose((*space, in_axis, out_axis)).reshape((n_in, groups, n_out))
     weight = weight and weight.settle()
@@ -110,14 +169,16 @@ def conv(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     blocks = (groups,) if groups > 1 else ()
     weight = weight.reshape(blocks + (n_in, n_out))
     weight = weight and weight.settle()
-    if weight is None:
+    scales = scales_of(factors, (), (*space, in_axis), (out_axis,), view.shape)
+    if weight is None or scales is None:
         return None
+    scales = tuple(by_group(scale, groups, n_out) for scale in scales)
     out_shape = shape_of(eqn.outvars[0])
     batch_axis, feature_axis, *out_space = dims.out_spec
     geometry = ConvGeometry(
         lhs_spec=tuple(dims.lhs_spec),
         out_spec=tuple(dims.out_spec),
-        kernel=kernel,
+        kernel=sizes,
         window_strides=tuple(p["window_strides"]),
         padding=tuple((int(a), int(b)) for a, b in p["padding"]),
         lhs_dilation=tuple(p["lhs_dilation"]),
@@ -126,161 +187,17 @@ def conv(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
         rows=tuple(out_shape[i] for i in (batch_axis, *out_space)),
         n_in=n_in,
         n_out=n_out,
+        scales=scales,
     )
-    site = Site("conv", {"weight": weight}, (eqn.invars[0], *scales), geometry)
+    inputs = (eqn.invars[0], *(f.atom for f in factors))
+    site = Site("conv", {"weight": weight}, inputs, geometry)
     scope.add_site(index, site)
     labels = tuple(0 if i == feature_axis else None for i in range(len(out_shape)))
     return [Output(site, labels)]
 
 
-@rule("mul")
-def scale(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
-    """Elementwise product with a parameter: collects factors, then emits a site."""
-    owned = [isinstance(f, (View, Scaled)) for f in facts]
-    if all(owned):
-        return None
-    if not any(owned):
-        return [None]
-    side = owned.index(True)
-    fact, other = facts[side], eqn.invars[1 - side]
-    if isinstance(fact, View):
-        fact = Scaled(fact, ())
-    shape = shape_of(eqn.outvars[0])
-    view = dataclasses.replace(fact.view, shape=shape)  # type: ignore[union-attr]
-    if len(view.axes) != len(shape):
-        return None
-    own = shape_of(other)
-    factor = Factor(other, () if math.prod(own) == 1 else own)
-    if factor.shape == () and own:
-        factor = dataclasses.replace(factor, steps=(("reshape", ()),))
-    result = Scaled(view, (*fact.factors, factor))  # type: ignore[union-attr]
-    if more_factors_follow(scope, eqn.outvars[0], result):
-        return [result]
-    if result.constant:
-        return [result]
-    atoms = [f.atom for f in result.factors]
-    if scope.dependencies(atoms) & scope.walk.data_bit:
-        return [emit(scope, index, {"scale": view}, result.factors, shape)]
-    scope.mark_used([view], "mul")
-    return [result]
-
-
-def more_factors_follow(scope: Scope, var, fact: Scaled) -> bool:
-    """Whether the product's only reader multiplies it by more data."""
-    if not scope.used_once(var) or scope.consumers[var][0] < 0:
-        return False
-    eqn = scope.jaxpr.eqns[scope.consumers[var][0]]
-    name = eqn.primitive.name
-    if name == "mul":
-        other = eqn.invars[1] if eqn.invars[0] is var else eqn.invars[0]
-        known = not isinstance(other, Literal) and scope.facts.get(other) is not None
-        return not known and not isinstance(other, Literal)
-    if name == "convert_element_type":
-        return more_factors_follow(scope, eqn.outvars[0], fact)
-    if name in ("reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims"):
-        moved = move_scaled(fact, axis_step(eqn))
-        return moved is not None and more_factors_follow(scope, eqn.outvars[0], moved)
-    return False
-
-
-def emit(
-    scope: Scope,
-    index: int,
-    views: dict[str, View],
-    factors: tuple[Factor, ...],
-    shape: Shape,
-) -> Output | None:
-    """Records a scale or shift site: units are the view's axes, the rest are rows."""
-    (role, view), *_ = views.items()
-    labelled = [i for i, a in enumerate(view.axes) if a is not None]
-    labelled.sort(key=lambda i: view.axes[i])  # type: ignore[arg-type,return-value]
-    core = flat_units(view)
-    if core is None or view.stack:
-        scope.mark_used([view], "mul" if role == "scale" else "add")
-        return None
-    rest = [i for i in range(len(shape)) if i not in labelled]
-    geometry = ScaleShiftGeometry(
-        order=tuple(rest + labelled),
-        rows=tuple(shape[i] for i in rest),
-        units=math.prod(view.core),
-        factor_ops=tuple(f.steps for f in factors),
-    )
-    inputs = tuple(f.atom for f in factors)
-    site = Site("scale_shift", {role: core}, inputs, geometry)
-    scope.add_site(index, site)
-    labels: list[int | None] = [None] * len(shape)
-    for label, axis in enumerate(labelled):
-        labels[axis] = label
-    return Output(site, tuple(labels)) if role == "scale" else None
-
-
-def flat_units(view: View) -> View | None:
-    """The view as ``[units]`` in the order of its core; None if entries are lost."""
-    sizes = [view.core[a] for a in view.axes if a is not None]
-    units = (math.prod(view.core),)
-    if math.prod(sizes) != units[0]:
-        return None
-    ops = view.ops if view.core == units else (*view.ops, ("reshape", units))
-    return View(view.leaf, units, (0,) if units[0] > 1 else (None,), units, ops)
-
-
-@rule("add", "add_any")
-def shift(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
-    """A bias behind a layer joins its block; any other added parameter is a shift."""
-    views = [isinstance(f, View) for f in facts]
-    if all(views):
-        return None
-    if not any(views):
-        return [None]
-    side = views.index(True)
-    view, other = facts[side], facts[1 - side]
-    shape = shape_of(eqn.outvars[0])
-    if len(view.axes) != len(shape):  # type: ignore[union-attr]
-        return None
-    if isinstance(other, Output) and scope.used_once(eqn.invars[1 - side]):
-        bias = aligned(view, other, shape)  # type: ignore[arg-type]
-        role = "shift" if other.site.kind == "scale_shift" else "bias"
-        same_size = shape_of(eqn.invars[1 - side]) == shape
-        if bias is not None and same_size and role not in other.site.views:
-            other.site.views[role] = bias
-            return [other]
-    data = scope.dependencies([eqn.invars[1 - side]]) & scope.walk.data_bit
-    if not data:
-        return None
-    view = dataclasses.replace(view, shape=shape)  # type: ignore[type-var]
-    return [emit(scope, index, {"shift": view}, (), shape)]
-
-
-def aligned(view: View, output: Output, shape: Shape) -> View | None:
-    """The bias as ``[*blocks, 1, out]`` (or ``[units]``) if its axes are the outputs'.
-
-    Every output axis must carry the bias and no row axis may.
-
-    Returns:
-        The bias's view, or None where it is not one.
-    """
-    site = output.site
-    pairs = [
-        (label, axis)
-        for label, axis, size in zip(output.labels, view.axes, shape, strict=True)
-        if size > 1
-    ]
-    if any((label is None) != (axis is None) for label, axis in pairs):
-        return None
-    if view.stack != site.primary.stack:
-        return None
-    order = [
-        axis for label, axis in sorted((lb, a) for lb, a in pairs if a is not None)
-    ]
-    sizes = tuple(view.core[a] for a in order)
-    geometry = site.geometry
-    if isinstance(geometry, ScaleShiftGeometry):
-        target: Shape = (geometry.units,)
-    else:
-        target = geometry.blocks + (1, geometry.n_out)
-    if not math.prod(sizes) == math.prod(view.core) == math.prod(target):
-        return None
-    axes: tuple[int | None, ...] = tuple(order)
-    plain = View(view.leaf, view.core, axes, sizes, view.ops, view.stack).settle()
-    moved = plain and plain.reshape(target)
-    return moved and moved.settle()
+def by_group(scale: Scale, groups: int, n_out: int) -> Scale:
+    """A scale of all output channels as ``[groups, out]``."""
+    if groups == 1 or scale.side != "out":
+        return scale
+    return Scale("out", (*scale.steps, ("reshape", (groups, n_out))))

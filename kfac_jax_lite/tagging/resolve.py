@@ -2,22 +2,42 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kfac_jax_lite import forms
 from kfac_jax_lite.tagging.analysis import Walk
 from kfac_jax_lite.tagging.layers import (
-    ConvGeometry,
-    DenseGeometry,
+    ScaleShiftGeometry,
     Site,
     positions_per_example,
 )
-from kfac_jax_lite.types import LayerTag, Shape, View
+from kfac_jax_lite.types import LayerTag
+from kfac_jax_lite.views import Shape, View
 
 ROLES = ("weight", "bias", "scale", "shift")
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What is known of the loss beside its jaxpr.
+
+    Attributes:
+        paths: Key path of every parameter leaf.
+        shapes: Shape of every parameter leaf.
+        num_examples: ``N``, the number of terms of the mean loss.
+        batch_sizes: Leading axes of the arguments.
+        max_factor_dim: Largest Kronecker factor that is kept in full.
+    """
+
+    paths: Sequence[tuple]
+    shapes: Sequence[Shape]
+    num_examples: int
+    batch_sizes: Collection[int]
+    max_factor_dim: int
 
 
 @dataclasses.dataclass
@@ -27,72 +47,177 @@ class Group:
     kind: str
     views: dict[str, View]
     sites: list[Site]
+    tied: bool = False
 
 
-def resolve(
-    walk: Walk, paths: Sequence[tuple], shapes: Sequence[Shape], num_examples: int
-) -> tuple[LayerTag, ...]:
+def resolve(walk: Walk, facts: Facts) -> tuple[LayerTag, ...]:
     """Chooses the layers among the candidates of a walk and names them.
 
     Args:
         walk: What the analysis found; ``site.layer`` is set on the chosen sites.
-        paths: Key path of every parameter leaf.
-        shapes: Shape of every parameter leaf.
-        num_examples: ``N``, the number of terms of the mean loss.
+        facts: What is known beside.
 
     Returns:
         One tag for every layer, in order of their first parameter.
     """
     reasons: dict[int, str] = {}
-    groups = consistent(group_sites(walk, num_examples, reasons), shapes, reasons)
-    names = name_groups([[v.leaf for v in g.views.values()] for g in groups], paths)
+    groups = tie(group_sites(walk, facts, reasons), walk)
+    groups = consistent(groups, walk, facts.shapes, reasons)
+    leaves = [[v.leaf for v in g.views.values()] for g in groups]
+    names = name_groups(leaves, facts.paths)
     tags = []
     for group, name in zip(groups, names, strict=True):
         for site in group.sites:
             site.layer = name
-        tags.append(kronecker_or_unit_tag(group, name, paths, walk))
+        tags.append(layer_tag(group, name, facts, walk))
+    tags = [with_unused(tag, tags[:i], tags, facts) for i, tag in enumerate(tags)]
     taken = {v.leaf for t in tags for v in t.views}
     used = {t.name for t in tags}
-    for leaf, shape in enumerate(shapes):
+    for leaf, shape in enumerate(facts.shapes):
         if leaf not in taken:
             reason = fallback_reason(walk, leaf, reasons)
-            tags.append(diagonal_tag(leaf, shape, paths[leaf], used, reason))
+            tags.append(diagonal_tag(leaf, shape, facts.paths[leaf], used, reason))
     return tuple(sorted(tags, key=lambda t: min(v.leaf for v in t.views)))
 
 
-def group_sites(walk: Walk, num_examples: int, reasons: dict[int, str]) -> list[Group]:
-    """Sites by the parameters they apply; sites without an example axis are dropped."""
+def group_sites(walk: Walk, facts: Facts, reasons: dict[int, str]) -> list[Group]:
+    """Sites by the parameters they apply.
+
+    A bias that only some sites of its layer add is a block of its own. Scales and
+    shifts without an example axis are dropped.
+
+    Args:
+        walk: The walk; sites may be added to it.
+        facts: What is known beside.
+        reasons: Why a leaf falls back, filled in here.
+
+    Returns:
+        The groups.
+    """
     groups: dict[tuple, Group] = {}
-    for site in walk.sites:
-        if site.kind == "scale_shift":
-            if positions_per_example(site.geometry.rows, num_examples) is None:
-                for view in site.views.values():
-                    reasons[view.leaf] = (
-                        f"scale or shift without a leading axis of {num_examples} "
-                        "examples"
-                    )
-                continue
+    waiting = list(walk.sites)
+    for site in waiting:
+        if site.kind == "scale_shift" and not place_examples(site, facts):
+            for view in site.views.values():
+                reasons[view.leaf] = (
+                    "scale or shift without a leading axis of "
+                    f"{facts.num_examples} examples"
+                )
+            continue
         key = (site.kind, site.primary)
         group = groups.setdefault(key, Group(site.kind, dict(site.views), []))
-        if group.views != site.views:  # a bias at some sites only: not one block
-            main = next(iter(group.views))
-            for views in (group.views, site.views):
-                for role in [r for r in views if r != main]:
-                    reasons[views.pop(role).leaf] = "added at some sites of its layer"
+        if group.views != site.views:
+            for views, sites in ((group.views, group.sites), (site.views, [site])):
+                for role in [r for r in views if r != next(iter(views))]:
+                    if role == "bias":
+                        waiting += [bias_alone(s, walk) for s in sites]
+                    else:
+                        reasons[views[role].leaf] = "added at some sites of its layer"
+                    views.pop(role)
+                    for other in sites:
+                        other.views.pop(role, None)
         group.sites.append(site)
     return list(groups.values())
 
 
+def place_examples(site: Site, facts: Facts) -> bool:
+    """Finds which rows of a scale or shift belong to one example.
+
+    The examples are the loss terms, or (a parameter added to whole sequences) leading
+    rows of the batch, each with several loss terms.
+
+    Returns:
+        Whether there are examples.
+    """
+    geometry, n = site.geometry, facts.num_examples
+    positions = positions_per_example(geometry.rows, n)
+    if positions is None:
+        rows = geometry.rows
+        if not rows or rows[0] not in facts.batch_sizes or n % rows[0]:
+            return False
+        positions = math.prod(rows[1:])
+    site.geometry = dataclasses.replace(geometry, positions=positions)  # type: ignore
+    return True
+
+
+def bias_alone(site: Site, walk: Walk) -> Site:
+    """A site for the bias of a dense layer or convolution, taken out of its block."""
+    views = {"bias": site.views["bias"]}
+    geometry = dataclasses.replace(site.geometry, n_in=0)
+    alone = dataclasses.replace(site, kind="dense", views=views, geometry=geometry)
+    plan, index = alone.place  # type: ignore[misc]
+    plan.sites[index].append(alone)
+    walk.sites.append(alone)
+    return alone
+
+
+def tie(groups: list[Group], walk: Walk) -> list[Group]:
+    """Joins uses of one weight in opposite directions; a lookup is the forward one."""
+    found: dict[View, Group] = {}
+    joined: list[Group] = []
+    for group in sorted(groups, key=lambda g: g.kind != "embedding"):
+        weight = group.views.get("weight")
+        if weight is None or group.kind not in ("dense", "embedding"):
+            joined.append(group)
+            continue
+        forward = found.get(swapped(weight))
+        if forward is None:
+            found.setdefault(weight, group)
+            joined.append(group)
+            continue
+        for site in group.sites:
+            site.reverse = True
+        joined += split_bias(group, walk) + split_bias(forward, walk)
+        forward.sites += group.sites
+        forward.tied = True
+    return joined
+
+
+def split_bias(group: Group, walk: Walk) -> list[Group]:
+    """Takes the bias out of a group; returns it as a group of its own, if any."""
+    if "bias" not in group.views:
+        return []
+    alone = [bias_alone(site, walk) for site in group.sites]
+    for site in group.sites:
+        site.views.pop("bias")
+    return [Group("dense", {"bias": group.views.pop("bias")}, alone)]
+
+
+def swapped(weight: View) -> View:
+    """The view ``[*blocks, out, in]`` of a weight ``[*blocks, in, out]``."""
+    order = list(range(len(weight.core)))
+    order[-2:] = reversed(order[-2:])
+    turned = weight.transpose(tuple(order)).settle()
+    assert turned is not None, "weights hold every entry once"
+    return turned
+
+
 def consistent(
-    groups: list[Group], shapes: Sequence[Shape], reasons: dict[int, str]
+    groups: list[Group], walk: Walk, shapes: Sequence[Shape], reasons: dict[int, str]
 ) -> list[Group]:
-    """Drops claims until every claimed leaf is claimed entry by entry exactly once."""
+    """Drops claims until every claimed leaf is claimed entry by entry exactly once.
+
+    A leaf of which only a part reaches the loss may be claimed in that part.
+
+    Args:
+        groups: The groups.
+        walk: The walk.
+        shapes: Shape of every leaf.
+        reasons: Why a leaf falls back, filled in here.
+
+    Returns:
+        The groups that are left.
+    """
     while True:
         claims: dict[int, list[tuple[Group, str]]] = {}
         for group in groups:
             for role, view in group.views.items():
                 claims.setdefault(view.leaf, []).append((group, role))
-        bad = [leaf for leaf, c in claims.items() if not exact_cover(c, shapes[leaf])]
+        bad = []
+        for leaf, claimed in claims.items():
+            elsewhere = leaf in walk.uses or leaf in reasons
+            if not covered(claimed, shapes[leaf], part=not elsewhere):
+                bad.append(leaf)
         if not bad:
             return groups
         for group, role in claims[bad[0]]:
@@ -111,11 +236,11 @@ def consistent(
         groups = [g for g in groups if g.views]
 
 
-def exact_cover(claims: list[tuple[Group, str]], shape: Shape) -> bool:
-    """Whether the views select every entry of the leaf exactly once."""
+def covered(claims: list[tuple[Group, str]], shape: Shape, part: bool) -> bool:
+    """Whether the views select every entry of the leaf once (``part``: or never)."""
     views = [group.views[role] for group, role in claims]
-    size = math.prod(shape)
-    if sum(math.prod(v.stack + v.core) for v in views) != size:
+    size, claimed = math.prod(shape), sum(math.prod(v.stack + v.core) for v in views)
+    if claimed > size or (claimed < size and not part):
         return False
     if len(views) == 1:
         return True
@@ -124,39 +249,67 @@ def exact_cover(claims: list[tuple[Group, str]], shape: Shape) -> bool:
         index = jnp.arange(size).reshape(shape)
         for view in views:
             seen[np.asarray(view.read(index)).ravel()] += 1
-    return bool((seen == 1).all())
+    return bool((seen <= 1).all())
 
 
-def kronecker_or_unit_tag(
-    group: Group, name: str, paths: Sequence[tuple], walk: Walk
-) -> LayerTag:
-    """The tag of a dense, conv or scale_shift layer."""
+def layer_tag(group: Group, name: str, facts: Facts, walk: Walk) -> LayerTag:
+    """The tag of a layer that is not a fallback."""
     roles = tuple(r for r in ROLES if r in group.views)
     views = tuple(group.views[r] for r in roles)
     geometry = group.sites[0].geometry
-    stack = views[0].stack
-    if isinstance(geometry, (DenseGeometry, ConvGeometry)):
-        blocks = stack + geometry.blocks
-        n_in = geometry.n_in + ("bias" in roles)
-        a_shape, g_shape = (
-            blocks + (n_in, n_in),
-            blocks + (geometry.n_out, geometry.n_out),
-        )
+    notes = []
+    form_a = form_g = forms.FULL
+    if isinstance(geometry, ScaleShiftGeometry):
+        a_shape = (*views[0].stack, geometry.units, len(roles), len(roles))
+        g_shape: Shape = ()
     else:
-        a_shape, g_shape = (geometry.units, len(roles), len(roles)), ()
+        blocks, limit = views[0].stack + geometry.blocks, facts.max_factor_dim
+        n_in, n_out = geometry.n_in + ("bias" in roles), geometry.n_out
+        one_hot = group.kind == "embedding"
+        form_a = forms.DIAGONAL if one_hot else forms.form_of(n_in, limit)
+        form_g = forms.form_of(n_out, limit)
+        a_shape = forms.factor_shape(form_a, blocks, n_in, limit)
+        g_shape = forms.factor_shape(form_g, blocks, n_out, limit)
+        for side, form, size in (("A", form_a, n_in), ("G", form_g, n_out)):
+            if form != forms.FULL and not (one_hot and side == "A"):
+                form = form.replace("_", "-")
+                notes.append(f"factor {side} is {form} ({size:,} > {limit:,})")
+    elements = sum(math.prod(v.stack + v.core) for v in views)
+    if group.tied:
+        notes.append("also used in the opposite direction")
     elsewhere = [p for v in views for p in walk.uses.get(v.leaf, [])]
-    note = f"also used by {', '.join(sorted(set(elsewhere)))}" if elsewhere else ""
+    if elsewhere and not any(site.by_hand for site in group.sites):
+        notes.append(f"also used by {', '.join(sorted(set(elsewhere)))}")
     return LayerTag(
         name=name,
         kind=group.kind,
-        params=tuple(jax.tree_util.keystr(paths[v.leaf]) for v in views),
+        params=tuple(jax.tree_util.keystr(facts.paths[v.leaf]) for v in views),
         a_shape=a_shape,
         g_shape=g_shape,
         views=views,
         roles=roles,
-        elements=sum(math.prod(v.stack + v.core) for v in views),
-        note=note,
+        elements=elements,
+        note="; ".join(notes),
+        a_form=form_a,
+        g_form=form_g,
+        tied=group.tied,
     )
+
+
+def with_unused(
+    tag: LayerTag, before: list[LayerTag], tags: list[LayerTag], facts: Facts
+) -> LayerTag:
+    """Counts entries of its leaves that reach no layer to the first that owns them."""
+    unused = 0
+    for leaf in {v.leaf for v in tag.views} - {v.leaf for t in before for v in t.views}:
+        views = [v for t in tags for v in t.views if v.leaf == leaf]
+        used = sum(math.prod(v.stack + v.core) for v in views)
+        unused += math.prod(facts.shapes[leaf]) - used
+    if not unused:
+        return tag
+    notes = [tag.note] if tag.note else []
+    note = "; ".join([*notes, f"{unused:,} entries do not reach the loss"])
+    return dataclasses.replace(tag, elements=tag.elements + unused, note=note)
 
 
 def diagonal_tag(

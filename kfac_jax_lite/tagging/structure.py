@@ -1,22 +1,24 @@
-"""Rules for primitives that move or nest values without making a layer."""
+"""Rules for primitives that move values without making a layer."""
 
+import dataclasses
 import math
 
 from jax.extend.core import JaxprEqn, Literal
 
 from kfac_jax_lite.likelihoods import PREFIX
 from kfac_jax_lite.tagging.analysis import (
+    Beside,
+    Counting,
     Fact,
     Factor,
     Output,
     Scaled,
     Scope,
-    Walk,
     rule,
     shape_of,
 )
-from kfac_jax_lite.tagging.layers import Plan
-from kfac_jax_lite.types import View, remap_unit_axes
+from kfac_jax_lite.tagging.layers import EmbeddingGeometry
+from kfac_jax_lite.views import Shape, View, remap_unit_axes
 
 
 @rule(
@@ -64,11 +66,15 @@ def move_axes(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     if isinstance(fact, View):
         view = move_view(fact, step)
         return None if view is None else [view]
+    shape = shape_of(eqn.invars[0])
     if isinstance(fact, Scaled):
         return [move_scaled(fact, step)]
+    if isinstance(fact, Beside):
+        return [move_beside(fact, shape, step)]
     if isinstance(fact, Output):
-        shape = shape_of(eqn.invars[0])
-        return [move_output(fact, shape, step)]
+        return [repeated(scope, index, fact, shape, step)]
+    if isinstance(fact, Counting):
+        return [move_counting(fact, shape, step)]
     return [None]
 
 
@@ -89,6 +95,17 @@ def move_view(view: View, step: tuple) -> View | None:
     return getattr(view, step[0])(step[1])
 
 
+def axis_sources(shape: Shape, step: tuple) -> tuple[int | None, ...] | None:
+    """For every axis after a step the axis before it; None for new unit axes."""
+    name, argument = step
+    if name == "transpose":
+        return argument
+    if name == "broadcast":
+        new, dims = argument
+        return tuple(dims.index(i) if i in dims else None for i in range(len(new)))
+    return remap_unit_axes(shape, argument, tuple(range(len(shape))))
+
+
 def move_scaled(fact: Scaled, step: tuple) -> Scaled | None:
     """Applies a step to the view and to every factor beside it.
 
@@ -98,19 +115,9 @@ def move_scaled(fact: Scaled, step: tuple) -> Scaled | None:
         The moved fact, or None where it cannot be followed.
     """
     view = move_view(fact.view, step)
-    old, rank = fact.view.shape, len(fact.view.shape)
-    if view is None:
+    source = axis_sources(fact.view.shape, step)
+    if view is None or source is None:
         return None
-    if step[0] == "transpose":
-        source: tuple[int | None, ...] = step[1]
-    elif step[0] == "broadcast":
-        shape, dims = step[1]
-        source = tuple(dims.index(i) if i in dims else None for i in range(len(shape)))
-    else:
-        remapped = remap_unit_axes(old, step[1], tuple(range(rank)))
-        if remapped is None:
-            return None
-        source = remapped
     factors = []
     for factor in fact.factors:
         if factor.shape:
@@ -121,11 +128,56 @@ def move_scaled(fact: Scaled, step: tuple) -> Scaled | None:
     return Scaled(view, tuple(factors))
 
 
+def move_beside(fact: Beside, shape: Shape, step: tuple) -> Beside | None:
+    """Applies a step to views that stand side by side."""
+    source = axis_sources(shape, step)
+    if source is None or fact.axis not in source:
+        return None
+    axis, views = source.index(fact.axis), []
+    for view in fact.views:
+        own = step
+        if step[0] != "transpose":
+            new = step[1][0] if step[0] == "broadcast" else step[1]
+            new = tuple(
+                view.shape[fact.axis] if i == axis else d for i, d in enumerate(new)
+            )
+            own = (step[0], (new, step[1][1]) if step[0] == "broadcast" else new)
+        views.append(move_view(view, own))
+    return None if None in views else Beside(tuple(views), axis)
+
+
+def move_counting(fact: Counting, shape: Shape, step: tuple) -> Counting | None:
+    """Applies a step to the axis that counts."""
+    source = axis_sources(shape, step)
+    if source is None:
+        return None
+    labels = tuple(i is not None and fact.labels[i] for i in source)
+    return Counting(labels, fact.one_hot) if any(labels) else None
+
+
+def repeated(
+    scope: Scope, index: int, fact: Output, shape: Shape, step: tuple
+) -> Output | None:
+    """A layer's output after a step that may repeat it along new axes."""
+    new = step[1][0] if step[0] == "broadcast" else ()
+    lookup = isinstance(fact.site.geometry, EmbeddingGeometry)
+    if not lookup or step[0] != "broadcast" or math.prod(new) == math.prod(shape):
+        return move_output(fact, shape, step)
+    source = axis_sources(shape, step) or ()
+    labels = tuple(None if i is None else fact.labels[i] for i in source)
+    before = tuple(1 if i is None else shape[i] for i in source)
+    moved = dataclasses.replace(fact, labels=labels)
+    return moved if spread_site(scope, index, moved, before, new) else None
+
+
 def move_output(fact: Output, shape: tuple, step: tuple) -> Output | None:
     """Applies a step to the labels of a layer's output."""
     labels = fact.labels
     if step[0] == "transpose":
-        return Output(fact.site, tuple(labels[p] for p in step[1]))
+        rows = [p for p in step[1] if labels[p] is None and shape[p] > 1]
+        if fact.site.kind == "embedding" and rows != sorted(rows):
+            return None
+        return dataclasses.replace(fact, labels=tuple(labels[p] for p in step[1]))
     new = step[1][0] if step[0] == "broadcast" else step[1]
     if step[0] == "broadcast" and math.prod(new) != math.prod(shape):
         return None
@@ -136,8 +188,10 @@ def move_output(fact: Output, shape: tuple, step: tuple) -> Output | None:
             return None
         if tail == 0 or tuple(new[-tail:]) != shape[-tail:]:
             return None
+        if fact.site.kind == "embedding":
+            return None
         moved = (None,) * (len(new) - tail) + labels[-tail:]
-    return Output(fact.site, moved)
+    return dataclasses.replace(fact, labels=moved)
 
 
 @rule("slice")
@@ -165,6 +219,24 @@ def dynamic_slice_rule(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact
     return None if view is None else [view]
 
 
+@rule("rev")
+def rev_rule(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
+    """A parameter read backwards, as the kernel of a transposed convolution."""
+    if not isinstance(facts[0], View):
+        return [None]
+    view = facts[0].rev(tuple(eqn.params["dimensions"]))
+    return None if view is None else [view]
+
+
+@rule("concatenate")
+def concatenate_rule(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
+    """Whole parameters side by side: several layers in one matrix product."""
+    views = [f for f in facts if isinstance(f, View) and f.dense]
+    if len(views) < len(facts):
+        return None
+    return [Beside(tuple(views), eqn.params["dimension"])]
+
+
 @rule("split")
 def split_rule(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     """``jnp.split`` of a fused parameter: one view per piece."""
@@ -180,134 +252,26 @@ def split_rule(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     return None if any(p is None for p in pieces) else pieces
 
 
-@rule("stop_gradient")
-def stop_gradient(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
-    """What is behind ``stop_gradient`` is data."""
-    scope.deps[eqn.outvars[0]] = scope.walk.data_bit
-    return [None]
-
-
-def inner(scope: Scope, index: int, jaxpr, facts, deps):
-    """Walks a jaxpr inside an equation under a plan of its own."""
-    plan = Plan()
-    scope.plan.children[index] = scope.plan.children.get(index, ()) + (plan,)
-    return Scope(scope.walk, plan, jaxpr).run(facts, deps)
-
-
-def enterable(scope: Scope, atoms, facts: list[Fact]) -> list[Fact]:
-    """Facts that may cross into a nested jaxpr."""
-    kept: list[Fact] = []
-    for atom, fact in zip(atoms, facts, strict=True):
-        fact = keep(scope, atom, fact)
-        if isinstance(fact, Scaled) and not fact.constant:
-            scope.mark_used([fact], "a nested function")
-            fact = None
-        kept.append(fact)
-    return kept
-
-
-@rule("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", always=True)
-def call(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
-    """Calls that run their jaxpr once."""
-    jaxpr = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    facts = enterable(scope, eqn.invars, facts)
-    deps = [scope.dependencies([a]) for a in eqn.invars]
-    out, out_deps = inner(scope, index, jaxpr, facts, deps)
-    if eqn.primitive.name in ("remat2", "checkpoint"):
-        # Variables inside are recomputed: only whole parameters leave with a fact.
-        out = [f if isinstance(f, View) else None for f in out]
-    for var, bits in zip(eqn.outvars, out_deps, strict=True):
-        scope.deps[var] = bits
-    return [f if not isinstance(f, Scaled) or f.constant else None for f in out]
-
-
-@rule("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", always=True)
-def custom_rule(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
-    """A function with a derivative of its own: tapped from outside or not at all.
-
-    The cotangents inside it are not those its rule computes, so nothing inside is
-    tapped. Where its result *is* a layer's output (a matrix product with its own
-    derivative), the tap stands behind the call; else its parameters fall back.
-
-    Returns:
-        The facts of the results.
-    """
-    facts = enterable(scope, eqn.invars, facts)
-    if not any(isinstance(f, View) for f in facts):
-        return [None] * len(eqn.outvars)
-    key = "call_jaxpr" if "call_jaxpr" in eqn.params else "fun_jaxpr"
-    jaxpr = eqn.params[key].jaxpr
-    trial = Walk(scope.walk.data_bit.bit_length() - 1)
-    deps = [scope.dependencies([a]) for a in eqn.invars]
-    (out, *_), _ = Scope(trial, Plan(), jaxpr).run(facts, deps)
-    outside = dict(zip(jaxpr.invars, eqn.invars, strict=True))
-    lone = len(trial.sites) == len(eqn.outvars) == 1 and not trial.uses
-    if lone and isinstance(out, Output):
-        known = [a for a in out.site.inputs if isinstance(a, Literal) or a in outside]
-        if len(known) == len(out.site.inputs):
-            inputs = (a if isinstance(a, Literal) else outside[a] for a in known)
-            out.site.inputs = tuple(inputs)
-            scope.add_site(index, out.site)
-            return [out]
-    scope.mark_used(facts, eqn.primitive.name.removesuffix("_call"))
-    return [None] * len(eqn.outvars)
-
-
-@rule("scan", always=True)
-def scan(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
-    """Loop constants stay whole parameters; scanned ones become stacked layers."""
-    n_const, n_carry = eqn.params["num_consts"], eqn.params["num_carry"]
-    body = eqn.params["jaxpr"].jaxpr
-    facts = enterable(scope, eqn.invars, facts)
-    carried = body.outvars[:n_carry]
-    stacked = set()
-    inside: list[Fact] = []
-    for i, fact in enumerate(facts):
-        view = fact if isinstance(fact, View) else None
-        if view is not None and i >= n_const + n_carry:
-            slices = view.unstack()
-            if slices is None:
-                scope.mark_used([view], "scan over a reshaped parameter")
-            else:
-                stacked.add(view.leaf)
-            view = slices
-        elif view is not None and i >= n_const:
-            if carried[i - n_const] is not body.invars[i]:
-                scope.mark_used([view], "scan carry")
-                view = None
-        inside.append(view)
-    scope.plan.unstacked[index] = frozenset(stacked)
-    bits = scope.dependencies(eqn.invars)
-    walk, outer = scope.walk, scope.walk.loops
-    walk.loops = outer + (eqn.params["length"],)
-    out, _ = inner(scope, index, body, inside, [bits] * len(inside))
-    walk.loops = outer
-    # A carried parameter that the body hands through unchanged is still itself.
-    results = out[:n_carry] + [None] * (len(out) - n_carry)
-    return [f if isinstance(f, View) else None for f in results]
-
-
-@rule("cond", always=True)
-def cond(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
-    """Every branch is walked; only one of them runs."""
-    facts = enterable(scope, eqn.invars, facts)[1:]
-    facts = [f if isinstance(f, View) else None for f in facts]
-    deps = [scope.dependencies([a]) for a in eqn.invars[1:]]
-    walk, outer = scope.walk, scope.walk.branch
-    walk.branches += 1
-    number = walk.branches
-    for k, branch in enumerate(eqn.params["branches"]):
-        walk.branch = (number, k)
-        inner(scope, index, branch.jaxpr, facts, deps)
-    walk.branch = outer
-    return [None] * len(eqn.outvars)
-
-
-@rule("while", always=True)
-def while_loop(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
-    """No reverse-mode derivative exists: remember which parameters got here."""
-    del index
-    scope.walk.while_leaves |= scope.dependencies(eqn.invars) & ~scope.walk.data_bit
-    scope.mark_used(facts, "while")
-    return [None] * len(eqn.outvars)
+def spread_site(
+    scope: Scope, index: int, fact: Output, before: Shape, shape: Shape
+) -> bool:
+    """Moves an embedding's tap behind an equation that repeats its rows."""
+    geometry = fact.site.geometry
+    assert isinstance(geometry, EmbeddingGeometry)
+    rows = [i for i, label in enumerate(fact.labels) if label is None]
+    outs = [i for i, label in enumerate(fact.labels) if label is not None]
+    unit = tuple(before[i] for i in rows)
+    seen = [d for d in geometry.unit_rows if d > 1]
+    if geometry.blocks or geometry.unit_rows != geometry.rows:
+        return False
+    if [d for d in unit if d > 1] != seen or any(before[i] != shape[i] for i in outs):
+        return False
+    outs.sort(key=lambda i: fact.labels[i] or 0)
+    fact.site.geometry = dataclasses.replace(
+        geometry,
+        rows=tuple(shape[i] for i in rows),
+        unit_rows=unit,
+        output_order=tuple(rows + outs),
+    )
+    scope.move_site(index, fact.site)
+    return True

@@ -36,14 +36,31 @@ def table(layers: Sequence[LayerTag]) -> str:
     elements = sum(t.factor_elements for t in layers)
     share = 100 * covered / total if total else 0.0
     lines.append(
-        f"{total:,} parameters in {len(layers)} layers, {share:.2f} % under Kronecker "
-        f"or unit-wise blocks; {elements:,} factor elements"
+        f"{total:,} parameters in {len(layers)} layers, {share:.2f} % under Kronecker, "
+        f"embedding or unit-wise blocks; {elements:,} factor elements"
     )
     notes = [f"  {t.name} ({', '.join(t.params)}): {t.note}" for t in layers if t.note]
     if any(t.kind == "diagonal" for t in layers):
         lines.append("Diagonal layers fell back to the squared gradient.")
     if notes:
         lines += ["Notes:", *notes]
+    return "\n".join(lines)
+
+
+def fingerprint(layers: Sequence[LayerTag]) -> str:
+    """One line per layer, the same on every machine and for every batch size.
+
+    Args:
+        layers: The layers.
+
+    Returns:
+        ``kind name A-shape G-shape parameters`` on each line.
+    """
+    lines = []
+    for t in layers:
+        shapes = shape_text(t.a_shape), shape_text(t.g_shape) if t.g_shape else "-"
+        kind = f"{t.kind}, tied" if t.tied else t.kind
+        lines.append(f"{kind}: {t.name} {' '.join(shapes)} {', '.join(t.params)}")
     return "\n".join(lines)
 
 

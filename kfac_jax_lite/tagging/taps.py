@@ -16,7 +16,9 @@ from jax import lax
 
 from kfac_jax_lite.types import Array
 
-Estimators = tuple[Callable[[Any, Array], Array], ...]
+Estimator = Callable[[Any, Array], Array]
+Estimators = tuple[tuple[str, Estimator], ...]
+Probes = dict[str, Array]
 
 
 class Slot(NamedTuple):
@@ -24,23 +26,24 @@ class Slot(NamedTuple):
 
     Attributes:
         due: Scalar bool, or None for always.
-        probes: Zeros, shaped like the layer's statistics.
+        probes: Zeros, shaped like what the layer's taps return, by name.
         basis: Eigenbases ``(Q_A, Q_G)`` for EKFAC, else an empty tuple.
     """
 
     due: Array | None
-    probes: tuple[Array, ...]
+    probes: Probes
     basis: tuple[Array, ...] = ()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def tap(
-    estimators: Estimators, output: Array, inputs: Any, due: Any, probes: tuple
+    estimators: Estimators, output: Array, inputs: Any, due: Any, probes: Probes
 ) -> Array:
     """Returns ``output``; see the module's docstring.
 
     Args:
-        estimators: One function ``(inputs, cotangent) -> statistic`` for every probe.
+        estimators: For every probe its name and a function ``(inputs, cotangent) ->
+            statistic``.
         output: The layer's output.
         inputs: What the estimators need from the forward pass.
         due: Scalar bool, or None for always. Where it is false the backward pass
@@ -59,10 +62,11 @@ def _forward(estimators, output, inputs, due, probes):
 
 def _backward(estimators, residuals, cotangent):
     inputs, due, probes = residuals
-    statistics = []
-    for estimate, probe in zip(estimators, probes, strict=True):
+    statistics = {}
+    for name, estimate in estimators:
+        probe = probes[name]
         if due is None:
-            statistics.append(estimate(inputs, cotangent).astype(probe.dtype))
+            statistics[name] = estimate(inputs, cotangent).astype(probe.dtype)
             continue
 
         def refresh(inputs, cotangent, probe, estimate=estimate):
@@ -72,8 +76,8 @@ def _backward(estimators, residuals, cotangent):
             del inputs, cotangent
             return untouched(probe)
 
-        statistics.append(lax.cond(due, refresh, skip, inputs, cotangent, probe))
-    return cotangent, None, None, tuple(statistics)
+        statistics[name] = lax.cond(due, refresh, skip, inputs, cotangent, probe)
+    return cotangent, None, None, statistics
 
 
 def untouched(probe: Array) -> Array:

@@ -10,17 +10,20 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
 # The rules register themselves.
-from kfac_jax_lite.likelihoods import row_shape
+from kfac_jax_lite.likelihoods import MASK, row_shape
+from kfac_jax_lite.tagging import elementwise as _elementwise
+from kfac_jax_lite.tagging import lookups as _lookups
 from kfac_jax_lite.tagging import matchers as _matchers
+from kfac_jax_lite.tagging import nesting as _nesting
 from kfac_jax_lite.tagging import structure as _structure
 from kfac_jax_lite.tagging.analysis import Walk, analyse
 from kfac_jax_lite.tagging.layers import Plan, Site
-from kfac_jax_lite.tagging.resolve import plain, resolve
+from kfac_jax_lite.tagging.resolve import Facts, plain, resolve
 from kfac_jax_lite.tree import without_value
 from kfac_jax_lite.types import LayerTag
 
 __all__ = ["Trace", "trace"]
-del _matchers, _structure
+del _elementwise, _lookups, _matchers, _nesting, _structure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,23 +49,31 @@ class Trace:
     out_tree: Any
 
 
-def trace(
-    loss_fn: Callable,
-    params: Any,
-    args: tuple,
-    has_aux: bool,
-    num_examples: int | None,
-    sampled: bool,
-) -> Trace:
+@dataclasses.dataclass(frozen=True)
+class TraceOptions:
+    """What a trace depends on beside the loss and its arguments.
+
+    Attributes:
+        has_aux: Whether the loss function returns ``(loss, aux)``.
+        num_examples: ``N`` where it cannot be read off.
+        sampled: Whether the output must be marked (MC or exact Fisher).
+        max_factor_dim: Largest Kronecker factor that is kept in full.
+    """
+
+    has_aux: bool
+    num_examples: int | None
+    sampled: bool
+    max_factor_dim: int
+
+
+def trace(loss_fn: Callable, params: Any, args: tuple, options: TraceOptions) -> Trace:
     """Traces ``loss_fn(params, *args)`` abstractly and finds its layers.
 
     Args:
         loss_fn: Returns the mean loss, a scalar, or ``(loss, aux)``.
         params: Parameters, arrays or ``ShapeDtypeStruct``.
         args: Further arguments.
-        has_aux: Whether ``loss_fn`` returns ``(loss, aux)``.
-        num_examples: ``N`` where it cannot be read off.
-        sampled: Whether the output must be marked (MC or exact Fisher).
+        options: What else matters.
 
     Returns:
         What was found.
@@ -72,6 +83,7 @@ def trace(
         ValueError: No parameters; ``N`` unknown, contradictory or zero; a parameter
             inside a ``while`` loop; no marked output where one is needed.
     """
+    has_aux = options.has_aux
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     check_params(flat)
     closed, shape = jax.make_jaxpr(loss_fn, return_shape=True)(params, *args)
@@ -79,10 +91,12 @@ def trace(
     walk, plan = analyse(closed, len(flat))
     if walk.while_leaves:
         check_while(loss_fn, params, args, has_aux, flat, walk.while_leaves)
-    n = count_examples(walk, args, num_examples)
-    check_marks(walk, sampled)
+    n = count_examples(walk, args, options.num_examples)
+    check_marks(walk, options.sampled)
     paths = [without_value(path) for path, _ in flat]
-    layers = resolve(walk, paths, [tuple(leaf.shape) for _, leaf in flat], n)
+    shapes = [tuple(leaf.shape) for _, leaf in flat]
+    facts = Facts(paths, shapes, n, leading_axes(args), options.max_factor_dim)
+    layers = resolve(walk, facts)
     sites: dict[str, list[Site]] = {}
     for site in walk.sites:
         if site.layer is not None:
@@ -140,6 +154,7 @@ def count_examples(walk: Walk, args: tuple, given: int | None) -> int:
     marked = {
         math.prod(row_shape(shape, name)) * math.prod(loops)
         for name, shape, loops in walk.marks
+        if name != MASK
     }
     if given is not None and (
         isinstance(given, bool) or given != int(given) or given < 1
@@ -162,8 +177,8 @@ def count_examples(walk: Walk, args: tuple, given: int | None) -> int:
     return n
 
 
-def leading_axis(args: tuple) -> int:
-    """The leading axis that all array arguments share (PRNG keys aside)."""
+def leading_axes(args: tuple) -> dict[int, str]:
+    """Leading axes of the array arguments (PRNG keys aside), each with an example."""
     sizes: dict[int, str] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(args)[0]:
         shape = tuple(getattr(leaf, "shape", ()))
@@ -171,6 +186,12 @@ def leading_axis(args: tuple) -> int:
         raw_key = dtype == jnp.uint32 and shape == (2,)
         if shape and not raw_key and not jnp.issubdtype(dtype, jax.dtypes.prng_key):
             sizes.setdefault(shape[0], f"args{jax.tree_util.keystr(path)} {shape}")
+    return sizes
+
+
+def leading_axis(args: tuple) -> int:
+    """The leading axis that all array arguments share."""
+    sizes = leading_axes(args)
     if len(sizes) == 1:
         return next(iter(sizes))
     seen = "; ".join(sizes.values()) or "no array arguments"

@@ -1,0 +1,201 @@
+"""How the statistics of one layer are estimated: static numbers, probes, last touches.
+
+Most statistics are the sum of what the layer's taps return. Two things need a last
+touch, after all taps have added up:
+
+* ``reduce`` over several sites or time steps: taps return sums over the positions of
+  each example, and the factors are made of those;
+* masks: how many rows count is known only at run time.
+
+References:
+    Eschenhagen et al., 2023, arXiv:2311.00636, Secs. 3.2-3.3 (expand and reduce).
+"""
+
+import collections
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from kfac_jax_lite import forms
+from kfac_jax_lite.tagging.layers import Site, positions_per_example
+from kfac_jax_lite.types import Array, LayerTag, accumulation_dtype
+from kfac_jax_lite.views import Shape
+
+# What does not depend on the labels: of a sampled Fisher, it comes from the plain pass.
+INPUT_SIDE = frozenset({"a", "a_out", "x_sum", "count"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Static facts of one layer's statistics.
+
+    Attributes:
+        layer: The layer.
+        num_examples: ``N``, terms of the mean loss.
+        num_rows: ``R``, rows over all its sites (after reduction).
+        rows_out: The same over the sites that use its weight in reverse.
+        reduce: Whether rows of one example are reduced first.
+        by_example: Whether that takes sums over several sites.
+        masked: Whether only rows count whose cotangent is not zero.
+    """
+
+    layer: LayerTag
+    num_examples: int
+    num_rows: int
+    rows_out: int = 0
+    reduce: bool = False
+    by_example: bool = False
+    masked: bool = False
+
+    def positions(self, rows: Shape) -> int:
+        """How many consecutive rows are one example's, where they are reduced."""
+        if not self.reduce:
+            return 1
+        return positions_per_example(rows, self.num_examples) or 1
+
+
+def make_recipe(
+    layer: LayerTag, sites: list[Site], num_examples: int, reduce: bool, masked: bool
+) -> Recipe:
+    """The recipe of a layer applied at these sites."""
+
+    def rows(reverse: bool, reduced: bool = reduce) -> int:
+        chosen = [s for s in sites if s.reverse == reverse]
+        return count_rows(chosen, num_examples, reduced)
+
+    grouped = all(positions_per_example(s.geometry.rows, num_examples) for s in sites)
+    several = len(sites) > 1 or any(s.repeat > 1 for s in sites) or masked
+    by_example = reduce and grouped and several and layer.kronecker and not layer.tied
+    return Recipe(
+        layer,
+        num_examples,
+        num_rows=rows(False, reduce and not by_example),
+        rows_out=rows(True),
+        reduce=reduce,
+        by_example=by_example,
+        masked=masked,
+    )
+
+
+def count_rows(sites: list[Site], num_examples: int, reduce: bool) -> int:
+    """``R``: rows over all sites and repetitions; of a ``cond``, the largest branch."""
+    total = 0
+    branches: dict[int, collections.Counter] = {}
+    for site in sites:
+        rows = math.prod(site.geometry.rows)
+        if reduce:
+            rows //= positions_per_example(site.geometry.rows, num_examples) or 1
+        if site.branch is None:
+            total += rows * site.repeat
+        else:
+            number, k = site.branch
+            counter = branches.setdefault(number, collections.Counter())
+            counter[k] += rows * site.repeat
+    return total + sum(max(c.values()) for c in branches.values())
+
+
+def zero_probes(recipe: Recipe, dtype: Any, moments: bool) -> dict[str, Array]:
+    """Zeros in the shapes of what the taps of a layer return, by name."""
+    layer = recipe.layer
+    a, g = layer.a_shape, layer.g_shape
+    if layer.kind == "scale_shift":
+        shapes = {"blocks": a}
+    else:
+        blocks = layer.stack + layer.blocks
+        n, (n_in, n_out) = recipe.num_examples, layer.sizes
+        if recipe.by_example:
+            shapes = {"x_sum": (*blocks, n, n_in), "c_sum": (*blocks, n, n_out)}
+            counts = {"count": (*blocks, n)}
+        else:
+            shapes = {"a": a, "g": g}
+            counts = {"rows": blocks}
+            if layer.tied:
+                shapes |= {"a_out": g, "g_out": a}
+                counts |= {"rows_out": blocks}
+            if moments:
+                shapes["s"] = (*blocks, *forms.widths(layer))
+        shapes |= counts if recipe.masked else {}
+    dtype = accumulation_dtype(dtype)
+    return {name: jnp.zeros(shape, dtype) for name, shape in shapes.items()}
+
+
+def finish(
+    recipe: Recipe,
+    raw: dict[str, Array],
+    basis: tuple[Any, ...],
+    terms: Array | None,
+    wanted: frozenset[str],
+) -> dict[str, Array]:
+    """Turns what the taps returned into the layer's statistics, by field.
+
+    Args:
+        recipe: The layer's recipe.
+        raw: Sums over its taps, by probe.
+        basis: Eigenbases for EKFAC, or empty.
+        terms: Number of loss terms that count, where the output is masked.
+        wanted: Fields to return.
+
+    Returns:
+        The fields that there are.
+    """
+    n = recipe.num_examples if terms is None else terms
+    if recipe.by_example:
+        found = from_examples(recipe, raw, basis, n)
+    elif not recipe.masked:
+        found = {name: lambda x=x: x for name, x in raw.items()}
+    else:
+        found = rescaled(recipe, raw, n)
+    return {name: found[name]() for name in found if name in wanted}
+
+
+def from_examples(recipe: Recipe, raw: dict, basis: tuple, terms: Any) -> dict:
+    """Factors of ``x̄_n`` (mean over positions) and ``c_n`` (sum over positions)."""
+    layer, n = recipe.layer, recipe.num_examples
+    c = raw["c_sum"]
+    if recipe.masked:
+        x = raw["x_sum"] / jnp.maximum(raw["count"], 1)[..., None]
+    else:
+        x = raw["x_sum"] * (n / recipe.num_rows)
+
+    def a():
+        return forms.second_moment(x, layer.a_form, layer.a_shape) / terms
+
+    def g():
+        return forms.second_moment(c, layer.g_form, layer.g_shape) * terms
+
+    def s():
+        turned = []
+        for rows, q, form, wide in zip(
+            (x, c),
+            basis,
+            (layer.a_form, layer.g_form),
+            forms.widths(layer),
+            strict=True,
+        ):
+            turned.append(jnp.square(forms.times(forms.widened(rows, wide), q, form)))
+        return terms * jnp.einsum("...ni,...nj->...ij", *turned)
+
+    return {"a": a, "g": g} | ({"s": s} if basis else {})
+
+
+def rescaled(recipe: Recipe, raw: dict, terms: Any) -> dict:
+    """Statistics over ``N`` and ``R`` as over the terms and rows that count."""
+    n = recipe.num_examples
+
+    def of(name: str):
+        if name in ("a", "a_out"):
+            return raw[name] * (n / terms)
+        if name in ("s", "blocks"):
+            return raw[name] * (terms / n)
+        rows, static = "rows", recipe.num_rows
+        if name == "g_out":
+            rows, static = "rows_out", recipe.rows_out
+        live = raw[rows].reshape(
+            raw[rows].shape + (1,) * (raw[name].ndim - raw[rows].ndim)
+        )
+        return raw[name] * ((terms / n) ** 2 * static / jnp.maximum(live, 1))
+
+    fields = [name for name in raw if name not in ("rows", "rows_out")]
+    return {name: lambda name=name: of(name) for name in fields}

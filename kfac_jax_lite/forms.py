@@ -1,0 +1,151 @@
+"""One Kronecker factor in one of three forms: full, block-diagonal or diagonal.
+
+========================  =======================  ==================================
+form                      shape                    stands for
+========================  =======================  ==================================
+``"full"``                ``[*blocks, d, d]``      the matrix
+``"block_diagonal"``      ``[*blocks, k, s, s]``   ``k`` blocks on its diagonal; the
+                                                   last is filled up with zeros
+``"diagonal"``            ``[*blocks, d]``         its diagonal
+========================  =======================  ==================================
+
+A vector the factor acts on has ``width`` entries: ``d``, or ``k s`` with zeros at the
+end. All functions work on rows (the last axis of ``x``).
+"""
+
+import math
+
+import jax.numpy as jnp
+
+from kfac_jax_lite.linalg import add_diagonal, newton_schulz_inverse, spd_inverse
+from kfac_jax_lite.types import Array, LayerTag, accumulation_dtype
+from kfac_jax_lite.views import Shape
+
+FULL, BLOCKS, DIAGONAL = "full", "block_diagonal", "diagonal"
+# A factor too large by more than this many times keeps its diagonal only.
+MOST_BLOCKS = 4
+
+
+def form_of(size: int, limit: int) -> str:
+    """The form of a ``size × size`` factor of which at most ``limit`` may be full."""
+    if size <= limit:
+        return FULL
+    return BLOCKS if size <= MOST_BLOCKS * limit else DIAGONAL
+
+
+def factor_shape(form: str, blocks: Shape, size: int, limit: int) -> Shape:
+    """The shape of a factor in that form."""
+    if form == DIAGONAL:
+        return (*blocks, size)
+    if form == FULL:
+        return (*blocks, size, size)
+    k = math.ceil(size / limit)
+    s = math.ceil(size / k)
+    return (*blocks, k, s, s)
+
+
+def width(form: str, shape: Shape) -> int:
+    """How many entries a vector has that a factor of that shape acts on."""
+    return shape[-1] * (shape[-3] if form == BLOCKS else 1)
+
+
+def widths(layer: LayerTag) -> tuple[int, int]:
+    """The widths of a Kronecker layer's two factors."""
+    return width(layer.a_form, layer.a_shape), width(layer.g_form, layer.g_shape)
+
+
+def widened(x: Array, entries: int) -> Array:
+    """Rows filled up with zeros to that many entries."""
+    missing = entries - x.shape[-1]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
+
+
+def second_moment(x: Array, form: str, shape: Shape) -> Array:
+    """``Σ_r x_r x_rᵀ`` of rows ``[*blocks, R, d]``, in float32 or better.
+
+    Args:
+        x: The rows.
+        form: The form wanted.
+        shape: Its shape.
+
+    Returns:
+        The factor.
+    """
+    dtype = accumulation_dtype(x.dtype)
+    if form == DIAGONAL:
+        return jnp.sum(jnp.square(x.astype(dtype)), -2)
+    if form == BLOCKS:
+        x = widened(x, width(form, shape))
+        x = x.reshape(*x.shape[:-1], *shape[-3:-1])
+        return jnp.einsum("...rki,...rkj->...kij", x, x, preferred_element_type=dtype)
+    return jnp.einsum("...ri,...rj->...ij", x, x, preferred_element_type=dtype)
+
+
+def mean_diagonal(factor: Array, form: str, size: int) -> Array:
+    """``tr M / size``, ``[*blocks]``."""
+    if form == DIAGONAL:
+        return factor.sum(-1) / size
+    trace = jnp.trace(factor, axis1=-2, axis2=-1)
+    return (trace.sum(-1) if form == BLOCKS else trace) / size
+
+
+def times(x: Array, factor: Array | tuple, form: str) -> Array:
+    """``x M`` for rows ``[*blocks, R, width]``; an empty ``M`` is the identity."""
+    if isinstance(factor, tuple):
+        return x
+    if form == DIAGONAL:
+        return x * factor[..., None, :]
+    if form == FULL:
+        return x @ factor
+    split = x.reshape(*x.shape[:-1], *factor.shape[-3:-1])
+    return jnp.einsum("...rki,...kij->...rkj", split, factor).reshape(x.shape)
+
+
+def columns(factor: Array | tuple, x: Array, form: str) -> Array:
+    """``Mᵀ x`` for columns ``[*blocks, width, C]``."""
+    if form == FULL and not isinstance(factor, tuple):
+        return jnp.swapaxes(factor, -1, -2) @ x
+    return jnp.swapaxes(times(jnp.swapaxes(x, -1, -2), factor, form), -1, -2)
+
+
+def transposed(factor: Array | tuple, form: str) -> Array | tuple:
+    """``Mᵀ``."""
+    matrix = form != DIAGONAL and not isinstance(factor, tuple)
+    return jnp.swapaxes(factor, -1, -2) if matrix else factor  # type: ignore[arg-type]
+
+
+def damped(factor: Array, form: str, value: Array) -> Array:
+    """``M + v I`` with one value ``[*blocks]`` for every factor."""
+    if form == DIAGONAL:
+        return factor + value[..., None]
+    return add_diagonal(factor, value[..., None] if form == BLOCKS else value)
+
+
+def inverse(factor: Array, form: str) -> Array:
+    """``M⁻¹`` by Cholesky; not finite where ``M`` is not positive definite."""
+    if form == DIAGONAL:
+        return jnp.where(factor > 0, 1 / factor, jnp.nan)
+    return spd_inverse(factor)
+
+
+def iterated_inverse(factor: Array, form: str, start: Array, tolerance: float) -> Array:
+    """``M⁻¹`` by Newton-Schulz iteration from ``start``."""
+    if form == DIAGONAL:
+        return inverse(factor, form)
+    return newton_schulz_inverse(factor, start, tolerance)
+
+
+def eigh(factor: Array, form: str) -> tuple[Array | tuple, Array]:
+    """``(Q, d)`` with ``M = Q diag(d) Qᵀ``, ``d [*blocks, width]``.
+
+    ``Q`` is empty for a diagonal. Rounding makes the smallest eigenvalues of a singular
+    factor slightly negative; they are returned as 0.
+
+    Returns:
+        ``(Q, d)``.
+    """
+    if form == DIAGONAL:
+        return (), factor
+    d, q = jnp.linalg.eigh(factor)
+    d = jnp.maximum(d, 0)
+    return q, d.reshape(*d.shape[:-2], -1) if form == BLOCKS else d

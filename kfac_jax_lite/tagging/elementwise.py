@@ -1,0 +1,247 @@
+"""Elementwise rules: scales and shifts, biases, and weights that are rescaled.
+
+A parameter times data is a scale; plus data, a shift, or the bias of the layer whose
+output it is added to. Arithmetic with values that depend on parameters alone (the norm
+of a weight, a learned gain) leaves the parameter what it is: the layer's derivative
+goes through it, its curvature is that of the layer it ends up in.
+"""
+
+import dataclasses
+import math
+
+from jax.extend.core import JaxprEqn, Literal
+
+from kfac_jax_lite.tagging.analysis import (
+    Beside,
+    Fact,
+    Factor,
+    Output,
+    Scaled,
+    Scope,
+    rule,
+    shape_of,
+)
+from kfac_jax_lite.tagging.layers import EmbeddingGeometry, ScaleShiftGeometry, Site
+from kfac_jax_lite.tagging.structure import axis_step, move_scaled, spread_site
+from kfac_jax_lite.views import Shape, View
+
+
+@rule("mul", "div")
+def scale(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
+    """Elementwise product with a parameter: collects factors, then emits a site."""
+    owned = [isinstance(f, View | Scaled) for f in facts]
+    if not any(owned):
+        return [None]
+    side = main_operand(facts) if all(owned) else owned.index(True)
+    divided = eqn.primitive.name == "div"
+    if side is None or (divided and side == 1):
+        return None
+    fact, other = facts[side], eqn.invars[1 - side]
+    if isinstance(fact, View):
+        fact = Scaled(fact, ())
+    shape = shape_of(eqn.outvars[0])
+    view = dataclasses.replace(fact.view, shape=shape)  # type: ignore[union-attr]
+    if len(view.axes) != len(shape):
+        return None
+    scope.mark_used([facts[1 - side]], eqn.primitive.name)
+    factor = factor_of(scope, other, divided)
+    result = Scaled(view, (*fact.factors, factor))  # type: ignore[union-attr]
+    if more_factors_follow(scope, eqn.outvars[0], result):
+        return [result]
+    atoms = [f.atom for f in result.factors]
+    if scope.dependencies(atoms) & scope.walk.data_bit:
+        return [emit(scope, index, {"scale": view}, result.factors, shape)]
+    return [result]
+
+
+def main_operand(facts: list[Fact]) -> int | None:
+    """Of two parameters that are multiplied, the one that is not broadcast."""
+    views = [f.view if isinstance(f, Scaled) else f for f in facts]
+    whole = [isinstance(v, View) and v.dense for v in views]
+    sizes = [math.prod(v.core) for v in views if isinstance(v, View)]
+    if len(sizes) < 2 or sizes[0] == sizes[1]:
+        return None
+    side = 0 if sizes[0] > sizes[1] else 1
+    return side if whole[side] else None
+
+
+def factor_of(scope: Scope, atom, divided: bool) -> Factor:
+    """A variable that multiplies a parameter, without axes it is broadcast along."""
+    shape = shape_of(atom)
+    steps: tuple = ()
+    producer = None if isinstance(atom, Literal) else scope.producers.get(atom)
+    if producer is not None and producer.primitive.name == "broadcast_in_dim":
+        name, (_, dims) = axis_step(producer)
+        del name
+        inner = producer.invars[0]
+        own = [1] * len(shape)
+        for axis, size in zip(dims, shape_of(inner), strict=True):
+            own[axis] = size
+        atom, shape, steps = inner, tuple(own), (("reshape", tuple(own)),)
+    if math.prod(shape) == 1:
+        shape, steps = (), (("reshape", ()),)
+    if divided:
+        steps = (*steps, ("reciprocal", None))
+    return Factor(atom, shape, steps)
+
+
+def more_factors_follow(scope: Scope, var, fact: Scaled) -> bool:
+    """Whether the product's only reader multiplies it by more data."""
+    if not scope.used_once(var) or scope.consumers[var][0] < 0:
+        return False
+    eqn = scope.jaxpr.eqns[scope.consumers[var][0]]
+    name = eqn.primitive.name
+    if name in ("mul", "div"):
+        if name == "div" and eqn.invars[1] is var:
+            return False
+        other = eqn.invars[1] if eqn.invars[0] is var else eqn.invars[0]
+        known = not isinstance(other, Literal) and scope.facts.get(other) is not None
+        return not known and not isinstance(other, Literal)
+    if name == "convert_element_type":
+        return more_factors_follow(scope, eqn.outvars[0], fact)
+    if name in ("reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims"):
+        moved = move_scaled(fact, axis_step(eqn))
+        return moved is not None and more_factors_follow(scope, eqn.outvars[0], moved)
+    return False
+
+
+def emit(
+    scope: Scope,
+    index: int,
+    views: dict[str, View],
+    factors: tuple[Factor, ...],
+    shape: Shape,
+) -> Output | None:
+    """Records a scale or shift site: units are the view's axes, the rest are rows."""
+    (role, view), *_ = views.items()
+    labelled = [i for i, a in enumerate(view.axes) if a is not None]
+    labelled.sort(key=lambda i: view.axes[i])  # type: ignore[arg-type,return-value]
+    core = flat_units(view)
+    if core is None:
+        scope.mark_used([view], "mul" if role == "scale" else "add")
+        return None
+    rest = [i for i in range(len(shape)) if i not in labelled]
+    geometry = ScaleShiftGeometry(
+        order=tuple(rest + labelled),
+        rows=tuple(shape[i] for i in rest),
+        units=math.prod(view.core),
+        factor_ops=tuple(f.steps for f in factors),
+    )
+    inputs = tuple(f.atom for f in factors)
+    site = Site("scale_shift", {role: core}, inputs, geometry)
+    scope.add_site(index, site)
+    labels: list[int | None] = [None] * len(shape)
+    for label, axis in enumerate(labelled):
+        labels[axis] = label
+    return Output(site, tuple(labels)) if role == "scale" else None
+
+
+def flat_units(view: View) -> View | None:
+    """The view as ``[units]`` in the order of its core; None if entries are lost."""
+    sizes = [view.core[a] for a in view.axes if a is not None]
+    units = (math.prod(view.core),)
+    if math.prod(sizes) != units[0]:
+        return None
+    whole = View.of_leaf(view.leaf, view.core)
+    whole = dataclasses.replace(whole, ops=view.ops, stack=view.stack)
+    return whole.reshape(units)
+
+
+@rule("add", "add_any", "sub")
+def shift(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
+    """A bias behind a layer joins its block; any other added parameter is a shift."""
+    owned = [isinstance(f, View | Beside) for f in facts]
+    shape = shape_of(eqn.outvars[0])
+    if not any(owned):
+        for atom, fact in zip(eqn.invars, facts, strict=True):
+            spread(scope, index, atom, fact, shape)
+        return [None]
+    side = owned.index(True)
+    own, other, atom = facts[side], facts[1 - side], eqn.invars[1 - side]
+    if all(owned) or (eqn.primitive.name == "sub" and side == 1):
+        return None
+    if isinstance(own, Beside):
+        joined = biases_beside(own, other, shape_of(atom) == shape)
+        return [other] if joined and scope.used_once(atom) else None
+    assert isinstance(own, View)
+    if len(own.axes) != len(shape):
+        return None
+    if isinstance(other, Output) and scope.used_once(atom) and not other.beside:
+        role = "shift" if other.site.kind == "scale_shift" else "bias"
+        bias = aligned(own, other.site, other.labels, shape)
+        same_size = shape_of(atom) == shape and other.site.kind != "embedding"
+        if bias is not None and same_size and role not in other.site.views:
+            other.site.views[role] = bias
+            return [other]
+    spread(scope, index, atom, other, shape)
+    if not scope.dependencies([atom]) & scope.walk.data_bit:
+        return [own] if own.shape == shape and own.dense else None
+    view = dataclasses.replace(own, shape=shape)
+    return [emit(scope, index, {"shift": view}, (), shape)]
+
+
+def spread(scope: Scope, index: int, atom, fact: Fact, shape: Shape) -> None:
+    """A lookup shared by the whole batch (positions) is tapped where it meets it.
+
+    Behind the sum every example has a row of its own, and a gradient of its own.
+    """
+    if not isinstance(fact, Output) or not scope.used_once(atom):
+        return
+    geometry, before = fact.site.geometry, shape_of(atom)
+    if not isinstance(geometry, EmbeddingGeometry) or before == shape:
+        return
+    spread_site(scope, index, fact, before, shape)
+
+
+def biases_beside(own: Beside, other: Fact, same_size: bool) -> bool:
+    """Joins biases side by side to the layers whose outputs stand side by side."""
+    if not isinstance(other, Output) or not same_size:
+        return False
+    sites = (other.site, *other.beside)
+    if len(sites) != len(own.views) or other.labels[own.axis] is None:
+        return False
+    found = []
+    for view, site in zip(own.views, sites, strict=True):
+        bias = aligned(view, site, other.labels, view.shape)
+        if bias is None or "bias" in site.views:
+            return False
+        found.append(bias)
+    for bias, site in zip(found, sites, strict=True):
+        site.views["bias"] = bias
+    return True
+
+
+def aligned(
+    view: View, site: Site, labels: tuple[int | None, ...], shape: Shape
+) -> View | None:
+    """The bias as ``[*blocks, 1, out]`` (or ``[units]``) if its axes are the outputs'.
+
+    Every output axis must carry the bias and no row axis may.
+
+    Returns:
+        The bias's view, or None where it is not one.
+    """
+    pairs = [
+        (label, axis)
+        for label, axis, size in zip(labels, view.axes, shape, strict=True)
+        if size > 1
+    ]
+    if any((label is None) != (axis is None) for label, axis in pairs):
+        return None
+    if view.stack != site.primary.stack:
+        return None
+    order = [
+        axis for label, axis in sorted((lb, a) for lb, a in pairs if a is not None)
+    ]
+    sizes = tuple(view.core[a] for a in order)
+    geometry = site.geometry
+    if isinstance(geometry, ScaleShiftGeometry):
+        target: Shape = (geometry.units,)
+    else:
+        target = geometry.blocks + (1, geometry.n_out)
+    if not math.prod(sizes) == math.prod(view.core) == math.prod(target):
+        return None
+    axes: tuple[int | None, ...] = tuple(order)
+    plain = View(view.leaf, view.core, axes, sizes, view.ops, view.stack).settle()
+    moved = plain and plain.reshape(target)
+    return moved and moved.settle()

@@ -1,0 +1,194 @@
+"""Rules for primitives that hold other programs: calls, loops, branches."""
+
+from jax.extend.core import Jaxpr, JaxprEqn, Literal
+
+from kfac_jax_lite.tagging.analysis import (
+    Beside,
+    Fact,
+    Output,
+    Scaled,
+    Scope,
+    Walk,
+    rule,
+)
+from kfac_jax_lite.tagging.layers import Plan, Ref
+from kfac_jax_lite.tagging.structure import keep
+from kfac_jax_lite.views import View
+
+# Name of the call by which ``byhand.tag_as`` marks a layer.
+BY_HAND = "kfac_jax_lite_layer"
+
+
+@rule("stop_gradient")
+def stop_gradient(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
+    """What is behind ``stop_gradient`` is data."""
+    scope.deps[eqn.outvars[0]] = scope.walk.data_bit
+    return [None]
+
+
+def inner(scope: Scope, index: int, jaxpr, facts, deps):
+    """Walks a jaxpr inside an equation under a plan of its own."""
+    plan = Plan()
+    scope.plan.children[index] = scope.plan.children.get(index, ()) + (plan,)
+    return Scope(scope.walk, plan, jaxpr).run(facts, deps)
+
+
+def enterable(scope: Scope, atoms, facts: list[Fact]) -> list[Fact]:
+    """Facts as a nested jaxpr sees them."""
+    kept: list[Fact] = []
+    for atom, fact in zip(atoms, facts, strict=True):
+        fact = keep(scope, atom, fact)
+        kept.append(fact.seen_from(scope.plan) if isinstance(fact, Scaled) else fact)
+    return kept
+
+
+def leaving(plan: Plan, fact: Fact) -> Fact:
+    """A fact as it leaves a call that runs in line."""
+    if isinstance(fact, Scaled) and not fact.constant:
+        plan.exports = True
+        return fact.seen_from(plan)
+    return fact
+
+
+@rule("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", always=True)
+def call(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
+    """Calls that run their jaxpr once."""
+    jaxpr = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    facts = enterable(scope, eqn.invars, facts)
+    if eqn.params.get("name") == BY_HAND:
+        atoms = list(eqn.invars)
+        output = stand_in(scope, index, atoms, [None, *facts[1:]], jaxpr)
+        if output is None:
+            scope.mark_used(facts[1:], "a layer tagged by hand that is not one layer")
+        else:
+            output.site.by_hand = True
+        return [output, None]
+    deps = [scope.dependencies([a]) for a in eqn.invars]
+    out, out_deps = inner(scope, index, jaxpr, facts, deps)
+    if eqn.primitive.name in ("remat2", "checkpoint"):
+        # Variables inside are recomputed: only whole parameters leave with a fact.
+        out = [f if isinstance(f, View) else None for f in out]
+    for var, bits in zip(eqn.outvars, out_deps, strict=True):
+        scope.deps[var] = bits
+    plan = scope.plan.children[index][-1]
+    return [leaving(plan, f) for f in out]
+
+
+@rule("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", always=True)
+def custom_rule(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
+    """A function with a derivative of its own: tapped from outside or not at all.
+
+    The cotangents inside it are not those its rule computes, so nothing inside is
+    tapped. Where its result *is* a layer's output (a matrix product with its own
+    derivative), the tap stands behind the call; else its parameters fall back.
+
+    Returns:
+        The facts of the results.
+    """
+    facts = enterable(scope, eqn.invars, facts)
+    if not any(isinstance(f, View) for f in facts):
+        return [None] * len(eqn.outvars)
+    key = "call_jaxpr" if "call_jaxpr" in eqn.params else "fun_jaxpr"
+    output = None
+    if len(eqn.outvars) == 1:
+        output = stand_in(scope, index, eqn.invars, facts, eqn.params[key].jaxpr)
+    if output is None:
+        scope.mark_used(facts, eqn.primitive.name.removesuffix("_call"))
+    return [output] + [None] * (len(eqn.outvars) - 1)
+
+
+def stand_in(
+    scope: Scope, index: int, atoms: list, facts: list[Fact], jaxpr: Jaxpr
+) -> Output | None:
+    """Treats an equation as the one layer that a jaxpr of its operands would be.
+
+    Args:
+        scope: Where the equation is.
+        index: Its number; its first output is tapped.
+        atoms: Operands that stand for the inputs of ``jaxpr``.
+        facts: Their facts.
+        jaxpr: What the equation computes; its last output is the layer's.
+
+    Returns:
+        The layer's output, or None if the jaxpr is not exactly one layer.
+    """
+    trial = Walk(scope.walk.data_bit.bit_length() - 1)
+    trial.scopes.update(scope.walk.scopes)
+    deps = [scope.dependencies([a]) for a in atoms]
+    (*_, out), _ = Scope(trial, Plan(), jaxpr).run(list(facts), deps)
+    outside = dict(zip(jaxpr.invars, atoms, strict=True))
+    if len(trial.sites) != 1 or trial.uses or not isinstance(out, Output):
+        return None
+    inputs = []
+    for atom in out.site.inputs:
+        if not isinstance(atom, Literal | Ref) and atom not in outside:
+            return None
+        inputs.append(atom if isinstance(atom, Literal | Ref) else outside[atom])
+    out.site.inputs = tuple(inputs)
+    scope.add_site(index, out.site)
+    return out
+
+
+@rule("scan", always=True)
+def scan(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
+    """Loop constants stay whole parameters; scanned ones become stacked layers."""
+    n_const, n_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    body = eqn.params["jaxpr"].jaxpr
+    facts = enterable(scope, eqn.invars, facts)
+    carried = body.outvars[:n_carry]
+    stacked = set()
+    inside: list[Fact] = []
+    for i, fact in enumerate(facts):
+        if isinstance(fact, Scaled | Beside) and i < n_const:
+            inside.append(fact)
+            continue
+        view = fact if isinstance(fact, View) else None
+        if isinstance(fact, Scaled | Beside):
+            scope.mark_used([fact], "scan over a computed parameter")
+        if view is not None and i >= n_const + n_carry:
+            slices = view.unstack()
+            if slices is None:
+                scope.mark_used([view], "scan over a broadcast parameter")
+            else:
+                stacked.add(view.leaf)
+            view = slices
+        elif view is not None and i >= n_const:
+            if carried[i - n_const] is not body.invars[i]:
+                scope.mark_used([view], "scan carry")
+                view = None
+        inside.append(view)
+    scope.plan.unstacked[index] = frozenset(stacked)
+    bits = scope.dependencies(eqn.invars)
+    walk, outer = scope.walk, scope.walk.loops
+    walk.loops = outer + (eqn.params["length"],)
+    out, _ = inner(scope, index, body, inside, [bits] * len(inside))
+    walk.loops = outer
+    # A carried parameter that the body hands through unchanged is still itself.
+    results = out[:n_carry] + [None] * (len(out) - n_carry)
+    return [f if isinstance(f, View) else None for f in results]
+
+
+@rule("cond", always=True)
+def cond(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
+    """Every branch is walked; only one of them runs."""
+    facts = enterable(scope, eqn.invars, facts)[1:]
+    facts = [f if isinstance(f, View | Scaled | Beside) else None for f in facts]
+    deps = [scope.dependencies([a]) for a in eqn.invars[1:]]
+    walk, outer = scope.walk, scope.walk.branch
+    walk.branches += 1
+    number = walk.branches
+    for k, branch in enumerate(eqn.params["branches"]):
+        walk.branch = (number, k)
+        inner(scope, index, branch.jaxpr, facts, deps)
+    walk.branch = outer
+    return [None] * len(eqn.outvars)
+
+
+@rule("while", always=True)
+def while_loop(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
+    """No reverse-mode derivative exists: remember which parameters got here."""
+    del index
+    scope.walk.while_leaves |= scope.dependencies(eqn.invars) & ~scope.walk.data_bit
+    scope.mark_used(facts, "while")
+    return [None] * len(eqn.outvars)
