@@ -82,7 +82,7 @@ class Counting:
 
 def shape_of(atom: Any) -> Shape:
     """Shape of a jaxpr variable or literal."""
-    return tuple(atom.aval.shape)
+    return tuple(map(int, atom.aval.shape))
 
 
 Fact = View | Scaled | Beside | Output | Counting | None

@@ -40,8 +40,8 @@ def scale(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     if isinstance(fact, View):
         fact = Scaled(fact, ())
     shape = shape_of(eqn.outvars[0])
-    view = dataclasses.replace(fact.view, shape=shape)  # type: ignore[union-attr]
-    if len(view.axes) != len(shape):
+    view = stretched(fact.view, shape)  # type: ignore[union-attr]
+    if view is None:
         return None
     scope.mark_used([facts[1 - side]], eqn.primitive.name)
     factor = factor_of(scope, other, divided)
@@ -52,6 +52,14 @@ def scale(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     if scope.dependencies(atoms) & scope.walk.data_bit:
         return [emit(scope, index, {"scale": view}, result.factors, shape)]
     return [result]
+
+
+def stretched(view: View, shape: Shape) -> View | None:
+    """The view as an operand of that shape (unit axes and scalars are repeated)."""
+    if view.shape == () and shape:
+        return view.broadcast(shape, ())
+    same_rank = len(view.axes) == len(shape)
+    return dataclasses.replace(view, shape=shape) if same_rank else None
 
 
 def main_operand(facts: list[Fact]) -> int | None:
@@ -164,20 +172,34 @@ def shift(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
         joined = biases_beside(own, other, shape_of(atom) == shape)
         return [other] if joined and scope.used_once(atom) else None
     assert isinstance(own, View)
-    if len(own.axes) != len(shape):
+    whole = own.shape == shape and own.dense
+    own = stretched(own, shape)
+    if own is None:
         return None
     if isinstance(other, Output) and scope.used_once(atom) and not other.beside:
         role = "shift" if other.site.kind == "scale_shift" else "bias"
         bias = aligned(own, other.site, other.labels, shape)
-        same_size = shape_of(atom) == shape and other.site.kind != "embedding"
-        if bias is not None and same_size and role not in other.site.views:
+        if bias is not None and shape_of(atom) == shape and takes(other.site, role):
             other.site.views[role] = bias
             return [other]
     spread(scope, index, atom, other, shape)
     if not scope.dependencies([atom]) & scope.walk.data_bit:
-        return [own] if own.shape == shape and own.dense else None
-    view = dataclasses.replace(own, shape=shape)
-    return [emit(scope, index, {"shift": view}, (), shape)]
+        return [own] if whole else None
+    return [emit(scope, index, {"shift": own}, (), shape)]
+
+
+def takes(site: Site, role: str) -> bool:
+    """Whether a bias or shift fits in the block of a site.
+
+    Lookups have no homogeneous coordinate; behind a weight whose columns are rescaled
+    the bias has other cotangents than the weight.
+
+    Returns:
+        Whether it does.
+    """
+    scales = getattr(site.geometry, "scales", ())
+    rescaled = any(scale.side == "out" for scale in scales)
+    return site.kind != "embedding" and not rescaled and role not in site.views
 
 
 def spread(scope: Scope, index: int, atom, fact: Fact, shape: Shape) -> None:
@@ -203,7 +225,7 @@ def biases_beside(own: Beside, other: Fact, same_size: bool) -> bool:
     found = []
     for view, site in zip(own.views, sites, strict=True):
         bias = aligned(view, site, other.labels, view.shape)
-        if bias is None or "bias" in site.views:
+        if bias is None or not takes(site, "bias"):
             return False
         found.append(bias)
     for bias, site in zip(found, sites, strict=True):

@@ -95,7 +95,7 @@ def group_sites(walk: Walk, facts: Facts, reasons: dict[int, str]) -> list[Group
         The groups.
     """
     groups: dict[tuple, Group] = {}
-    waiting = list(walk.sites)
+    waiting = batched_sites(walk, facts)
     for site in waiting:
         if site.kind == "scale_shift" and not place_examples(site, facts):
             for view in site.views.values():
@@ -118,6 +118,26 @@ def group_sites(walk: Walk, facts: Facts, reasons: dict[int, str]) -> list[Group
                         other.views.pop(role, None)
         group.sites.append(site)
     return list(groups.values())
+
+
+def batched_sites(walk: Walk, facts: Facts) -> list[Site]:
+    """The sites, without those that apply a weight outside the batch.
+
+    A weight may meet single vectors beside its layer, such as the singular vectors of
+    spectral normalisation: fewer rows than the batch has examples.
+
+    Returns:
+        The sites that count.
+    """
+    fewest = min([facts.num_examples, *facts.batch_sizes])
+    key = lambda site: (site.kind, site.primary.leaf)  # noqa: E731
+    rows = [math.prod(s.geometry.rows) * s.repeat for s in walk.sites]
+    seen = {key(s) for s, n in zip(walk.sites, rows, strict=True) if n >= fewest}
+    kept = []
+    for site, n in zip(walk.sites, rows, strict=True):
+        if n >= fewest or key(site) not in seen:
+            kept.append(site)
+    return kept
 
 
 def place_examples(site: Site, facts: Facts) -> bool:

@@ -81,10 +81,11 @@ def move_axes(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
 def axis_step(eqn: JaxprEqn) -> tuple:
     """An equation that moves axes as ``(name, argument)``."""
     if eqn.primitive.name == "transpose":
-        return ("transpose", tuple(eqn.params["permutation"]))
+        return ("transpose", tuple(map(int, eqn.params["permutation"])))
     out = shape_of(eqn.outvars[0])
     if eqn.primitive.name == "broadcast_in_dim":
-        return ("broadcast", (out, tuple(eqn.params["broadcast_dimensions"])))
+        dims = tuple(map(int, eqn.params["broadcast_dimensions"]))
+        return ("broadcast", (out, dims))
     return ("reshape", out)
 
 
