@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from kfac_jax_lite import forms
+from kfac_jax_lite.tree import varying_axes
 from kfac_jax_lite.types import (
     Array,
     DiagonalStatistics,
@@ -72,6 +73,8 @@ def reduce_statistics(
 
     if isinstance(statistics, DiagonalStatistics):
         gradient = mean(statistics.gradient, False)
+        if summed_already(statistics.gradient, axis_name):
+            gradient = gradient / lax.axis_size(axis_name)
         total = lax.psum(statistics.num_examples, axis_name)
         return DiagonalStatistics(gradient, total)
     means = {
@@ -80,6 +83,24 @@ def reduce_statistics(
         if x is not None
     }
     return statistics._replace(**means)
+
+
+def summed_already(gradient: Array, axis_name: Any) -> bool:
+    """Whether autodiff has summed a gradient over the devices.
+
+    Under ``shard_map`` with ``check_vma`` it does so for replicated parameters.
+
+    Args:
+        gradient: The gradient.
+        axis_name: Name(s) of the mapped axes.
+
+    Returns:
+        True where the gradient's type does not vary along these axes and the type
+        system says so.
+    """
+    names = {axis_name} if isinstance(axis_name, str) else set(axis_name)
+    checked = varying_axes(lax.axis_index(axis_name))
+    return bool(checked) and not names & varying_axes(gradient)
 
 
 def form_of(layer: LayerTag, field: str) -> str:

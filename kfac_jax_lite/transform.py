@@ -34,7 +34,7 @@ from kfac_jax_lite.refresh import (
     inverted,
     refreshed,
 )
-from kfac_jax_lite.tree import leaves_by_path, replace_leaves
+from kfac_jax_lite.tree import leaves_by_path, replace_leaves, varying_axes
 from kfac_jax_lite.types import Array, LayerTag, accumulation_dtype
 
 EVERY_STEP = every(1)
@@ -281,13 +281,18 @@ def reduced(options: Options, layers: Sequence[LayerTag], state, statistics) -> 
             break
         own = checked_statistics(layer, statistics)
         if options.axis_name is not None:
-            own = lax.cond(
-                state.clock.due[i],
-                lambda s, layer=layer: reduce_statistics(
-                    layer, s, options.axis_name, options.reduction
-                ),
-                lambda s: s,
-                own,
-            )
+
+            def reduce(own, layer=layer):
+                return reduce_statistics(
+                    layer, own, options.axis_name, options.reduction
+                )
+
+            def skip(own):
+                # Types that vary over devices do not after the reduction.
+                if not varying_axes(own):
+                    return own
+                return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), own)
+
+            own = lax.cond(state.clock.due[i], reduce, skip, own)
         fresh[layer.name] = own
     return fresh

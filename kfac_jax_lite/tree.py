@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 
 def path_key(path: tuple) -> str:
@@ -53,3 +54,24 @@ def find_states(opt_state: Any, name: str = "KFACState") -> list[Any]:
 def choose(condition: Any, new: Any, old: Any) -> Any:
     """``new`` where the condition holds, else ``old``, leaf by leaf."""
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), new, old)
+
+
+def varying_axes(tree: Any) -> frozenset:
+    """Mapped axes along which any leaf differs (``shard_map`` with ``check_vma``)."""
+    return frozenset().union(*map(_varying, jax.tree.leaves(tree)))
+
+
+def _varying(x: Any) -> frozenset:
+    kind: Any = jax.typeof(x)
+    axes = getattr(getattr(kind, "manual_axis_type", kind), "varying", None)
+    return getattr(kind, "vma", frozenset()) if axes is None else axes
+
+
+def vary(tree: Any, axes: frozenset) -> Any:
+    """The same values, of a type that varies along these mapped axes as well."""
+
+    def cast(x):
+        missing = axes - _varying(x)
+        return lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+    return jax.tree.map(cast, tree) if axes else tree

@@ -117,6 +117,14 @@ class View:
             return None
         return settled._then(_append(settled.ops, "rev", tuple(dimensions)), self.shape)
 
+    def flat(self) -> "View | None":
+        """The view as a vector in the order of its core; None if entries are lost."""
+        sizes = [self.core[a] for a in self.axes if a is not None]
+        if math.prod(sizes) != math.prod(self.core):
+            return None
+        whole = self._then(self.ops, self.core)
+        return whole.reshape((math.prod(self.core),))
+
     def unstack(self) -> "View | None":
         """The view of one slice of the leading axis, as ``scan`` hands it out."""
         settled = self.settle()

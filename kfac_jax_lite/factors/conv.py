@@ -19,6 +19,7 @@ from jax import lax
 from kfac_jax_lite.factors import dense
 from kfac_jax_lite.factors.recipe import Recipe
 from kfac_jax_lite.tagging.layers import ConvGeometry
+from kfac_jax_lite.tree import vary, varying_axes
 from kfac_jax_lite.types import Array, accumulation_dtype
 
 # Patches are never held beyond this many elements at a time (256 MiB in float32).
@@ -95,6 +96,7 @@ def conv_input_factor(
     x = x.reshape(chunks, batch // chunks, *x.shape[1:])
     live = None if live is None else live.reshape(chunks, -1)
     zero = jnp.zeros(form[1], accumulation_dtype(x.dtype))
+    zero = vary(zero, varying_axes((x, live)))
     return jax.lax.scan(add, zero, (x, live))[0]
 
 

@@ -43,7 +43,9 @@ def input_rows(geometry: DenseGeometry, inputs: list[Array]) -> Array:
         return jnp.zeros((*geometry.blocks, rows, 0), inputs[0].dtype)
     x = scalars(geometry, inputs)
     x = lax.transpose(x, geometry.input_order)
-    return along(geometry, inputs, "in", x.reshape(*geometry.blocks, rows, -1))
+    shape = (*geometry.blocks, rows, geometry.n_in)
+    x = jnp.broadcast_to(x.reshape(shape[-2:]), shape) if geometry.shared else x
+    return along(geometry, inputs, "in", x.reshape(shape))
 
 
 def output_rows(geometry: DenseGeometry, inputs: list[Array], c: Array) -> Array:

@@ -25,6 +25,7 @@ from kfac_jax_lite.tagging.interpreter import Interpreter
 from kfac_jax_lite.tagging.table import fingerprint, table
 from kfac_jax_lite.tagging.taps import Slot
 from kfac_jax_lite.tagging.trace import Trace, TraceOptions, trace
+from kfac_jax_lite.tree import vary, varying_axes
 from kfac_jax_lite.types import (
     DiagonalStatistics,
     KroneckerStatistics,
@@ -188,7 +189,8 @@ class TaggedLoss:
         run = Interpreter(on_site, {t.name: t.views[0].leaf for t in found.layers}).run
         leaves = jax.tree.leaves((params, args))
         num = len(jax.tree.leaves(params))
-        closed, probes = found.closed, {k: s.probes for k, s in slots.items()}
+        closed, axes = found.closed, varying_axes(leaves)
+        probes = {k: vary(s.probes, axes) for k, s in slots.items()}
 
         def tapped(flat, probes):
             filled = {k: s._replace(probes=probes[k]) for k, s in slots.items()}
@@ -291,13 +293,18 @@ class Finisher:
 
         if slot.due is None or not (recipe.masked or recipe.by_example):
             return touch(raw)
-        shapes = jax.eval_shape(touch, raw)
+        shapes, axes = jax.eval_shape(touch, raw), varying_axes(raw)
 
         def skip(raw):
             del raw
-            return {k: jnp.zeros(s.shape, s.dtype) for k, s in shapes.items()}
+            return vary(zeros_of(shapes), axes)
 
-        return lax.cond(slot.due, touch, skip, raw)
+        return lax.cond(slot.due, lambda raw: vary(touch(raw), axes), skip, raw)
+
+
+def zeros_of(shapes: Any) -> Any:
+    """Zeros in the shapes of a tree."""
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
 def sampled_pull(
@@ -345,7 +352,8 @@ def resampled(
     """
     dues = [s.due for s in finisher.slots.values() if s.due is not None]
     shapes = jax.eval_shape(pull, [o.value for o in outputs])[1]
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    axes = varying_axes([o.value for o in outputs])
+    zeros = vary(zeros_of(shapes), axes)
 
     def resample():
         if fisher == "exact":

@@ -3,8 +3,8 @@
 Most statistics are the sum of what the layer's taps return. Two things need a last
 touch, after all taps have added up:
 
-* ``reduce`` over several sites or time steps: taps return sums over the positions of
-  each example, and the factors are made of those;
+* ``reduce``, and scales and shifts, over several sites or time steps: taps return sums
+  over the positions of each example, and the statistics are made of those;
 * masks: how many rows count is known only at run time.
 
 References:
@@ -34,15 +34,18 @@ class Recipe:
     Attributes:
         layer: The layer.
         num_examples: ``N``, terms of the mean loss.
+        examples: Examples whose positions are added up: the terms, or (scales and
+            shifts of whole sequences) fewer.
         num_rows: ``R``, rows over all its sites (after reduction).
         rows_out: The same over the sites that use its weight in reverse.
         reduce: Whether rows of one example are reduced first.
-        by_example: Whether that takes sums over several sites.
+        by_example: Whether positions are added up over several sites.
         masked: Whether only rows count whose cotangent is not zero.
     """
 
     layer: LayerTag
     num_examples: int
+    examples: int
     num_rows: int
     rows_out: int = 0
     reduce: bool = False
@@ -65,12 +68,18 @@ def make_recipe(
         chosen = [s for s in sites if s.reverse == reverse]
         return count_rows(chosen, num_examples, reduced)
 
-    grouped = all(positions_per_example(s.geometry.rows, num_examples) for s in sites)
-    several = len(sites) > 1 or any(s.repeat > 1 for s in sites) or masked
-    by_example = reduce and grouped and several and layer.kronecker and not layer.tied
+    several = len(sites) > 1 or any(s.repeat > 1 for s in sites)
+    if layer.kind == "scale_shift":
+        groups = {s.geometry.examples for s in sites}  # type: ignore[union-attr]
+        examples, by_example = min(groups), several and len(groups) == 1
+    else:
+        every = [positions_per_example(s.geometry.rows, num_examples) for s in sites]
+        examples, by_example = num_examples, reduce and all(every) and not layer.tied
+        by_example = by_example and (several or masked)
     return Recipe(
         layer,
         num_examples,
+        examples,
         num_rows=rows(False, reduce and not by_example),
         rows_out=rows(True),
         reduce=reduce,
@@ -101,7 +110,8 @@ def zero_probes(recipe: Recipe, dtype: Any, moments: bool) -> dict[str, Array]:
     layer = recipe.layer
     a, g = layer.a_shape, layer.g_shape
     if layer.kind == "scale_shift":
-        shapes = {"blocks": a}
+        sums = (*a[:-3], recipe.examples, *a[-3:-1])
+        shapes = {"s_sum": sums} if recipe.by_example else {"blocks": a}
     else:
         blocks = layer.stack + layer.blocks
         n, (n_in, n_out) = recipe.num_examples, layer.sizes
@@ -141,7 +151,10 @@ def finish(
         The fields that there are.
     """
     n = recipe.num_examples if terms is None else terms
-    if recipe.by_example:
+    if "s_sum" in raw:
+        s = raw["s_sum"]
+        found = {"blocks": lambda: n * jnp.einsum("...nuk,...nul->...ukl", s, s)}
+    elif recipe.by_example:
         found = from_examples(recipe, raw, basis, n)
     elif not recipe.masked:
         found = {name: lambda x=x: x for name, x in raw.items()}

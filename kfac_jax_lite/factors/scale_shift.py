@@ -19,24 +19,22 @@ from kfac_jax_lite.tagging.layers import ScaleShiftGeometry
 from kfac_jax_lite.types import Array, accumulation_dtype
 
 
-def unit_blocks(
+def example_gradients(
     geometry: ScaleShiftGeometry,
     factors: list[Array],
     cotangent: Array,
     roles: tuple[str, ...],
-    num_examples: int,
 ) -> Array:
-    """Unit-wise blocks ``[units, k, k]`` of one site.
+    """``s_n`` of every unit at one site, ``[examples, units, k]``.
 
     Args:
         geometry: Axis order of the site.
         factors: Variables whose product is ``x̂``.
         cotangent: ``c`` at the site's output.
         roles: ``("scale", "shift")`` or one of them.
-        num_examples: ``N``.
 
     Returns:
-        ``F_u`` for every unit.
+        Gradients of the examples.
     """
     dtype = accumulation_dtype(cotangent.dtype)
     c = cotangent.astype(dtype)
@@ -51,5 +49,9 @@ def unit_blocks(
         return value.reshape(-1, geometry.positions, geometry.units).sum(1)
 
     parts = {"scale": lambda: per_example(c * x_hat), "shift": lambda: per_example(c)}
-    s = jnp.stack([parts[role]() for role in roles], -1)
+    return jnp.stack([parts[role]() for role in roles], -1)
+
+
+def unit_blocks(s: Array, num_examples: int) -> Array:
+    """``F_u = N Σ_n s_n s_nᵀ`` of gradients ``[examples, units, k]``."""
     return num_examples * jnp.einsum("nuk,nul->ukl", s, s)

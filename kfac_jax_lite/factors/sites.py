@@ -36,12 +36,13 @@ def estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
     geometry, layer = site.geometry, recipe.layer
     if isinstance(geometry, ScaleShiftGeometry):
 
-        def blocks(inputs, c):
-            return scale_shift.unit_blocks(
-                geometry, inputs[0], c, layer.roles, recipe.num_examples
-            )
+        def s_sum(inputs, c):
+            return scale_shift.example_gradients(geometry, inputs[0], c, layer.roles)
 
-        return {"blocks": blocks}
+        def blocks(inputs, c):
+            return scale_shift.unit_blocks(s_sum(inputs, c), recipe.num_examples)
+
+        return {"blocks": blocks, "s_sum": s_sum}
     if recipe.by_example:
         return example_estimators(recipe, site)
     a, g, rows, num_rows = "a", "g", "rows", recipe.num_rows

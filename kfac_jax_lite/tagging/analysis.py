@@ -15,7 +15,7 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from kfac_jax_lite.tagging.layers import Plan, Ref, Site, Steps
+from kfac_jax_lite.tagging.layers import Plan, Ref, ScaleShiftGeometry, Site, Steps
 from kfac_jax_lite.views import Shape, View
 
 
@@ -151,13 +151,13 @@ class Scope:
         self.facts: dict[Var, Fact] = {}
         self.deps: dict[Var, int] = {}
         self.consumers: dict[Var, list[int]] = collections.defaultdict(list)
-        self.producers: dict[Var, JaxprEqn] = {}
+        self.producers: dict[Var, int] = {}
         walk.scopes[plan] = self
         for i, eqn in enumerate(jaxpr.eqns):
             for atom in eqn.invars:
                 if not isinstance(atom, Literal):
                     self.consumers[atom].append(i)
-            self.producers.update(dict.fromkeys(eqn.outvars, eqn))
+            self.producers.update(dict.fromkeys(eqn.outvars, i))
         for atom in jaxpr.outvars:
             if not isinstance(atom, Literal):
                 self.consumers[atom].append(-1)
@@ -202,6 +202,70 @@ class Scope:
         site.place, site.output = (self.plan, index), 0
         return True
 
+    def add_units(
+        self,
+        index: int,
+        views: dict[str, View],
+        factors: tuple[Factor, ...],
+        shape: Shape,
+    ) -> Output | None:
+        """Records a scale or shift: units are the view's axes, the rest are rows.
+
+        Args:
+            index: The equation behind which it is seen.
+            views: Its role and its view, of rank ``len(shape)``.
+            factors: Variables whose product is ``x̂``.
+            shape: Shape of the equation's result.
+
+        Returns:
+            What a shift may be added to; None for shifts.
+        """
+        (role, view), *_ = views.items()
+        axis_of = {a: i for i, a in enumerate(view.axes) if a is not None}
+        labelled = [axis_of[a] for a in sorted(axis_of)]
+        core = view.flat()
+        if core is None:
+            self.mark_used([view], "mul" if role == "scale" else "add")
+            return None
+        rest = [i for i in range(len(shape)) if i not in labelled]
+        geometry = ScaleShiftGeometry(
+            order=tuple(rest + labelled),
+            rows=tuple(shape[i] for i in rest),
+            units=math.prod(view.core),
+            factor_ops=tuple(f.steps for f in factors),
+        )
+        inputs = tuple(f.atom for f in factors)
+        site = Site("scale_shift", {role: core}, inputs, geometry)
+        self.add_site(index, site)
+        labels: list[int | None] = [None] * len(shape)
+        for label, axis in enumerate(labelled):
+            labels[axis] = label
+        return Output(site, tuple(labels)) if role == "scale" else None
+
+    def unclaimed(self, eqn: JaxprEqn, facts: list[Fact]) -> list[Fact]:
+        """Facts of operands that no rule covers.
+
+        A parameter that was repeated along new axes and now meets data (a class token,
+        a mask token) is tapped where it was repeated: a shift of zeros.
+
+        Args:
+            eqn: The equation.
+            facts: Facts of its operands.
+
+        Returns:
+            The facts that are still nobody's.
+        """
+        left: list[Fact] = []
+        data = self.dependencies(eqn.invars) & self.walk.data_bit
+        for atom, fact in zip(eqn.invars, facts, strict=True):
+            at = self.producers.get(atom) if isinstance(atom, Var) else None
+            once = data and at is not None and self.used_once(atom)
+            if once and isinstance(fact, View) and not fact.dense:
+                self.add_units(at or 0, {"shift": fact}, (), shape_of(atom))
+            else:
+                left.append(fact)
+        return left
+
     def mark_used(self, facts: Iterable[Fact], primitive: str) -> None:
         """Notes that parameters are used in a way no layer rule covers."""
         for fact in facts:
@@ -237,7 +301,7 @@ class Scope:
             handler = None
         results = handler(self, index, eqn, facts) if handler else None
         if results is None:
-            self.mark_used(facts, name)
+            self.mark_used(self.unclaimed(eqn, facts), name)
             return
         for var, fact in zip(eqn.outvars, results, strict=True):
             self.facts[var] = fact
@@ -248,6 +312,7 @@ def analyse(closed: ClosedJaxpr, num_leaves: int) -> tuple[Walk, Plan]:
     jaxpr = closed.jaxpr
     walk, plan = Walk(num_leaves), Plan()
     scope = Scope(walk, plan, jaxpr)
+    scope.deps.update(dict.fromkeys(jaxpr.constvars, walk.data_bit))
     shapes = [tuple(v.aval.shape) for v in jaxpr.invars[:num_leaves]]
     facts: list[Fact] = [View.of_leaf(i, s) for i, s in enumerate(shapes)]
     facts += [None] * (len(jaxpr.invars) - num_leaves)

@@ -49,9 +49,9 @@ def scale(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     if more_factors_follow(scope, eqn.outvars[0], result):
         return [result]
     atoms = [f.atom for f in result.factors]
-    if scope.dependencies(atoms) & scope.walk.data_bit:
-        return [emit(scope, index, {"scale": view}, result.factors, shape)]
-    return [result]
+    if view.dense or not scope.dependencies(atoms) & scope.walk.data_bit:
+        return [result]  # no row has an example of its own: a weight, rescaled
+    return [scope.add_units(index, {"scale": view}, result.factors, shape)]
 
 
 def stretched(view: View, shape: Shape) -> View | None:
@@ -77,7 +77,8 @@ def factor_of(scope: Scope, atom, divided: bool) -> Factor:
     """A variable that multiplies a parameter, without axes it is broadcast along."""
     shape = shape_of(atom)
     steps: tuple = ()
-    producer = None if isinstance(atom, Literal) else scope.producers.get(atom)
+    at = None if isinstance(atom, Literal) else scope.producers.get(atom)
+    producer = None if at is None else scope.jaxpr.eqns[at]
     if producer is not None and producer.primitive.name == "broadcast_in_dim":
         name, (_, dims) = axis_step(producer)
         del name
@@ -113,48 +114,6 @@ def more_factors_follow(scope: Scope, var, fact: Scaled) -> bool:
     return False
 
 
-def emit(
-    scope: Scope,
-    index: int,
-    views: dict[str, View],
-    factors: tuple[Factor, ...],
-    shape: Shape,
-) -> Output | None:
-    """Records a scale or shift site: units are the view's axes, the rest are rows."""
-    (role, view), *_ = views.items()
-    labelled = [i for i, a in enumerate(view.axes) if a is not None]
-    labelled.sort(key=lambda i: view.axes[i])  # type: ignore[arg-type,return-value]
-    core = flat_units(view)
-    if core is None:
-        scope.mark_used([view], "mul" if role == "scale" else "add")
-        return None
-    rest = [i for i in range(len(shape)) if i not in labelled]
-    geometry = ScaleShiftGeometry(
-        order=tuple(rest + labelled),
-        rows=tuple(shape[i] for i in rest),
-        units=math.prod(view.core),
-        factor_ops=tuple(f.steps for f in factors),
-    )
-    inputs = tuple(f.atom for f in factors)
-    site = Site("scale_shift", {role: core}, inputs, geometry)
-    scope.add_site(index, site)
-    labels: list[int | None] = [None] * len(shape)
-    for label, axis in enumerate(labelled):
-        labels[axis] = label
-    return Output(site, tuple(labels)) if role == "scale" else None
-
-
-def flat_units(view: View) -> View | None:
-    """The view as ``[units]`` in the order of its core; None if entries are lost."""
-    sizes = [view.core[a] for a in view.axes if a is not None]
-    units = (math.prod(view.core),)
-    if math.prod(sizes) != units[0]:
-        return None
-    whole = View.of_leaf(view.leaf, view.core)
-    whole = dataclasses.replace(whole, ops=view.ops, stack=view.stack)
-    return whole.reshape(units)
-
-
 @rule("add", "add_any", "sub")
 def shift(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     """A bias behind a layer joins its block; any other added parameter is a shift."""
@@ -185,7 +144,7 @@ def shift(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     spread(scope, index, atom, other, shape)
     if not scope.dependencies([atom]) & scope.walk.data_bit:
         return [own] if whole else None
-    return [emit(scope, index, {"shift": own}, (), shape)]
+    return [scope.add_units(index, {"shift": own}, (), shape)]
 
 
 def takes(site: Site, role: str) -> bool:

@@ -33,7 +33,8 @@ class DenseGeometry:
     """Axis orders that bring a ``dot_general`` to ``[*blocks, *rows, in|out]``.
 
     ``span`` is the part of the flattened output axes that belongs to this weight, where
-    several stand side by side.
+    several stand side by side. With ``shared`` all blocks have the same input, which
+    lacks their axes.
     """
 
     input_order: Shape
@@ -44,7 +45,7 @@ class DenseGeometry:
     n_out: int
     scales: tuple[Scale, ...] = ()
     span: tuple[int, int] | None = None
-    one_hot: bool = False
+    shared: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +113,11 @@ class ScaleShiftGeometry:
     def blocks(self) -> Shape:
         """Unit-wise blocks have no leading axis of their own."""
         return ()
+
+    @property
+    def examples(self) -> int:
+        """How many examples the rows belong to."""
+        return math.prod(self.rows) // self.positions
 
 
 Geometry = DenseGeometry | ConvGeometry | EmbeddingGeometry | ScaleShiftGeometry

@@ -95,6 +95,13 @@ def dense(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     pieces = fact.views if isinstance(fact, Beside) else (fact,)
     if isinstance(fact, Beside) and (o != 1 or fact.axis in axes[0] + axes[1]):
         return None
+    lead = leading_block(pieces[0], *axes) if len(pieces) == 1 and not b else None
+    outs_in_order = outs
+    if lead is not None:
+        first = [i for i in range(o + len(x_in)) if i not in axes[0]].index(lead)
+        outs_in_order = (outs[first], *outs[:first], *outs[first + 1 :])
+        axes = (axes[0], (lead,))
+    blocks_first = outs_in_order[:1] if lead is not None else tuple(range(b))
     sites, start = [], 0
     for piece in pieces:
         found = matrix_of(piece, *axes)
@@ -104,13 +111,14 @@ def dense(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
         blocks, (n_in, n_out) = weight.core[:-2], weight.core[-2:]
         geometry = DenseGeometry(
             input_order=x_batch + x_rows + x_in,
-            output_order=tuple(range(b)) + rows + outs,
+            output_order=blocks_first + rows + outs_in_order[lead is not None :],
             blocks=blocks,
             rows=tuple(x_shape[i] for i in x_rows),
             n_in=n_in,
             n_out=n_out,
             scales=scales,
             span=(start, start + n_out) if len(pieces) > 1 else None,
+            shared=lead is not None,
         )
         start += n_out
         kind = "embedding" if one_hot else "dense"
@@ -119,9 +127,26 @@ def dense(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     for site in sites:
         scope.add_site(index, site)
     labels: list[int | None] = [None] * (b + r + o)
-    for label, axis in enumerate(tuple(range(b)) + outs):
+    for label, axis in enumerate(tuple(range(b)) + outs_in_order):
         labels[axis] = label
     return [Output(sites[0], tuple(labels), tuple(sites[1:]))]
+
+
+def leading_block(fact: Fact, contracted: Shape, batch: Shape) -> int | None:
+    """The axis that numbers experts, members or heads that share one input.
+
+    A weight ``[experts, in, out]`` (or ``[experts, out, in]``) is one matrix for every
+    index of its first axis; ``[in, heads, width]`` is one matrix.
+
+    Returns:
+        The axis of the operand that is the parameter's first, if that is an output axis
+        beside another one.
+    """
+    view, _ = weight_of(fact)
+    outs = [i for i in range(len(view.shape)) if i not in contracted + batch]
+    wide = [i for i in outs if view.shape[i] > 1]
+    first = [i for i in wide if view.axes[i] == 0]
+    return first[0] if len(wide) > 1 and first else None
 
 
 def matrix_of(

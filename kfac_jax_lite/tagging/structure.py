@@ -229,6 +229,17 @@ def rev_rule(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     return None if view is None else [view]
 
 
+@rule("tile")
+def tile_rule(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
+    """A parameter repeated along axes of length one."""
+    view, reps = facts[0], tuple(map(int, eqn.params["reps"]))
+    if not isinstance(view, View):
+        return [None]
+    if any(r > 1 and d > 1 for r, d in zip(reps, view.shape, strict=True)):
+        return None
+    return [view.broadcast(shape_of(eqn.outvars[0]), tuple(range(len(reps))))]
+
+
 @rule("concatenate")
 def concatenate_rule(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     """Whole parameters side by side: several layers in one matrix product."""

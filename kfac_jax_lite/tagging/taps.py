@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kfac_jax_lite.tree import vary, varying_axes
 from kfac_jax_lite.types import Array
 
 Estimator = Callable[[Any, Array], Array]
@@ -65,17 +66,18 @@ def _backward(estimators, residuals, cotangent):
     statistics = {}
     for name, estimate in estimators:
         probe = probes[name]
-        if due is None:
-            statistics[name] = estimate(inputs, cotangent).astype(probe.dtype)
-            continue
 
         def refresh(inputs, cotangent, probe, estimate=estimate):
-            return estimate(inputs, cotangent).astype(probe.dtype)
+            statistic = estimate(inputs, cotangent).astype(probe.dtype)
+            return vary(statistic, varying_axes(probe))
 
         def skip(inputs, cotangent, probe):
             del inputs, cotangent
             return untouched(probe)
 
+        if due is None:
+            statistics[name] = refresh(inputs, cotangent, probe)
+            continue
         statistics[name] = lax.cond(due, refresh, skip, inputs, cotangent, probe)
     return cotangent, None, None, statistics
 
@@ -89,7 +91,7 @@ def untouched(probe: Array) -> Array:
     Returns:
         Zeros, shaped like the probe.
     """
-    return probe if getattr(jax.typeof(probe), "vma", None) else jnp.zeros_like(probe)
+    return probe if varying_axes(probe) else jnp.zeros_like(probe)
 
 
 tap.defvjp(_forward, _backward)

@@ -82,11 +82,21 @@ def trace(loss_fn: Callable, params: Any, args: tuple, options: TraceOptions) ->
         TypeError: Integer or complex parameters; a loss that is no real scalar.
         ValueError: No parameters; ``N`` unknown, contradictory or zero; a parameter
             inside a ``while`` loop; no marked output where one is needed.
+        NameError: The loss uses a mapped axis that is not bound here.
     """
     has_aux = options.has_aux
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     check_params(flat)
-    closed, shape = jax.make_jaxpr(loss_fn, return_shape=True)(params, *args)
+    try:
+        closed, shape = jax.make_jaxpr(loss_fn, return_shape=True)(params, *args)
+    except NameError as error:
+        if "axis name" not in str(error):
+            raise
+        raise NameError(
+            f"{error} The loss uses a mapped axis: call kfac.tag where that axis is "
+            "bound, inside the function given to jax.pmap or jax.shard_map "
+            "(jax.eval_shape of it suffices)."
+        ) from error
     check_loss(shape, has_aux)
     walk, plan = analyse(closed, len(flat))
     if walk.while_leaves:
