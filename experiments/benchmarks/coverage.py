@@ -26,7 +26,7 @@ from rich.table import Table
 import kfac_jax_lite as kfac
 from experiments.benchmarks.architectures import ARCHITECTURES, Problem
 from experiments.benchmarks.common import OUT, machine, quartiles, write_json
-from experiments.benchmarks.covered import coverage, percent, reasons
+from experiments.benchmarks.covered import coverage, percent, show_fallbacks
 
 PROGRAM = "python -m experiments.benchmarks.coverage"
 WIDTH_OF_FILES = 110
@@ -168,14 +168,6 @@ def show(rows: dict[str, dict[str, Any]]) -> Table:
             f"× {compiled['ratio']:.2f}" if compiled else "-",
         )
     return table
-
-
-def show_fallbacks(rows: dict[str, dict[str, Any]], console: Console) -> None:
-    """Prints which parameters are in no block, and why."""
-    for row in rows.values():
-        for line in reasons(row["fallback"]):
-            text = f"{row['title']}: {line}"
-            console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 def benchmark(config: Config, console: Console) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from rich.console import Console
+
 from kfac_jax_lite.types import LayerTag
 
 FALLBACK = "diagonal"
@@ -74,3 +76,11 @@ def reasons(records: Sequence[dict[str, Any]]) -> list[str]:
 def percent(share: float) -> str:
     """A share with two decimals, never rounded up to 100 %."""
     return "100 %" if share == 1 else f"{min(100 * share, 99.99):.2f} %"
+
+
+def show_fallbacks(rows: dict[str, dict[str, Any]], console: Console) -> None:
+    """Prints which parameters are in no block, and why."""
+    for row in rows.values():
+        for line in reasons(row["fallback"]):
+            text = f"{row['title']}: {line}"
+            console.print(text, soft_wrap=True, highlight=False, markup=False)
