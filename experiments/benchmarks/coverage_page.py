@@ -35,8 +35,9 @@ ARCHITECTURES = """\
 Full size, definitions in `experiments/benchmarks/architectures`. "Trace" is
 `jax.make_jaxpr` of the loss from empty caches, "tag" what `kfac.tag` takes beyond it;
 medians of {runs} runs. "Compile" is lowering and compiling
-`tagged.value_and_grad` with all layers due, as a ratio to `jax.value_and_grad`
-(seconds of both behind it; medians of {compile_runs} runs in turn, on {machine}).
+`tagged.value_and_grad` with all layers due, as a ratio to `jax.value_and_grad`, with
+the seconds of both (medians of {compile_runs} runs in turn) and the ratio of processor
+time. Measured on {machine}.
 
 ```sh
 python -m experiments.benchmarks.coverage --out experiments/benchmarks/results \\
@@ -48,7 +49,8 @@ CLIENTS = """\
 
 Models and losses imported from the repositories at the given commits, unmodified except
 for what the table says; packages for data and logging are replaced by stubs. These
-losses mark no output: `num_examples` is given.
+losses mark no output: `num_examples` is given. "Local loss caught" means that the loss
+is local to the training step, which runs until it hands it to `jax.value_and_grad`.
 
 ```sh
 python -m experiments.benchmarks.clients --checkouts <folder> \\
@@ -78,16 +80,33 @@ def escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("*", "\\*")
 
 
-def fallbacks(rows: Iterable[dict[str, Any]]) -> str:
-    """A list of what has no block, and why."""
-    lines = [
+def listed(rows: Iterable[dict[str, Any]], field: str) -> list[str]:
+    """Lines on a field of each network's coverage."""
+    return [
         f"- {row['title']}: {escaped(line)}"
         for row in rows
-        for line in reasons(row.get("fallback", []))
+        for line in reasons(row.get(field, []))
     ]
-    if not lines:
-        return "Every parameter is in a block.\n"
-    return "In no block:\n\n" + "\n".join(lines) + "\n"
+
+
+def remarks(rows: Iterable[dict[str, Any]]) -> str:
+    """What has no block, and why; which blocks do not see all uses."""
+    rows = list(rows)
+    lost, partly = listed(rows, "fallback"), listed(rows, "notes")
+    parts = ["In no block:", "\n".join(lost)] if lost else []
+    if partly:
+        parts += [
+            "In a block that does not see every use of the parameters:",
+            "\n".join(partly),
+        ]
+    return "\n\n".join(parts or ["Every parameter is in a block."]) + "\n"
+
+
+def machine_of(facts: dict[str, Any]) -> str:
+    """The machine, and how busy it was."""
+    load = f", load average {facts['load'][0]:.0f}" if facts["load"] else ""
+    text = f"{facts['cores']} cores of {facts['processor']}, jax {facts['jax']}"
+    return text + load
 
 
 def kinds(row: dict[str, Any]) -> str:
@@ -104,7 +123,7 @@ def architectures(result: dict[str, Any]) -> str:
         runs=settings["runs"],
         compile_runs=settings["compile_runs"],
         compile=" ".join(settings["compile"]),
-        machine=f"{facts['cores']} cores of {facts['processor']}, jax {facts['jax']}",
+        machine=machine_of(facts),
     )
     header = ["network", "parameters", "in blocks", "layers", "trace s", "tag s"]
     cells = []
@@ -114,6 +133,7 @@ def architectures(result: dict[str, Any]) -> str:
         if compiled:
             both = f"{compiled['tagged_seconds']:.1f} / {compiled['plain_seconds']:.1f}"
             ratio = f"{compiled['ratio']:.2f} ({both})"
+            ratio += f", {compiled['processor_ratio']:.2f}"
         cells.append(
             [
                 row["title"],
@@ -126,7 +146,7 @@ def architectures(result: dict[str, Any]) -> str:
             ]
         )
     body = table([*header, "compile"], cells)
-    return "\n".join([head, body, fallbacks(rows.values())])
+    return "\n".join([head, body, remarks(rows.values())])
 
 
 def client_row(row: dict[str, Any]) -> list[str]:
@@ -148,7 +168,7 @@ def clients(result: dict[str, Any]) -> str:
     rows = result["clients"].values()
     header = ["example", "commit", "parameters", "in blocks", "layers", "adapted"]
     body = table(header, [client_row(row) for row in rows])
-    return "\n".join([CLIENTS, body, fallbacks(rows)])
+    return "\n".join([CLIENTS, body, remarks(rows)])
 
 
 def page(results: Path) -> str:

@@ -25,8 +25,8 @@ from experiments.benchmarks.clients import stubs
 # Imported before any stub: they keep what they find of TensorFlow.
 del flax.io, flax.training.checkpoints, orbax.checkpoint
 
-CAUGHT = "loss_fn, local to the training step, caught on its way to jax.value_and_grad"
-AXIS = "the step's device axis bound by a vmap of size 1"
+CAUGHT = "local loss caught"
+AXIS = "axis of devices bound to one"
 KEY = jax.ShapeDtypeStruct((2,), "uint32")
 
 

@@ -240,7 +240,7 @@ def gemma(folder: Path) -> Case:
 
 
 EXAMPLES = {
-    "mnist": (mnist, "model split and merged with nnx; nnx.Rngs made in the loss"),
+    "mnist": (mnist, "parameters split off with nnx; nnx.Rngs made in the loss"),
     "vae": (vae, CAUGHT),
     "seq2seq": (seq2seq, CAUGHT),
     "lm1b": (lm1b, CAUGHT),
@@ -248,7 +248,7 @@ EXAMPLES = {
     "nlp_seq": (nlp_seq, f"{CAUGHT}; 20,000 words and 50 tags"),
     "sst2": (sst2, f"{CAUGHT}; 12,000 words"),
     "imagenet": (imagenet, f"{CAUGHT}; dynamic_scale off; {AXIS}"),
-    "gemma": (gemma, f"{CAUGHT}; model merged with nnx"),
+    "gemma": (gemma, f"{CAUGHT}; parameters split off with nnx"),
     "ppo": (ppo, "apply_fn and coefficients closed over"),
 }
 CLIENTS = {

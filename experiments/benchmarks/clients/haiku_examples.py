@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from experiments.benchmarks.clients.checkout import (
+    CAUGHT,
     KEY,
     Case,
     Client,
@@ -20,7 +21,7 @@ from experiments.benchmarks.clients.checkout import (
 )
 
 REPOSITORY = "google-deepmind/dm-haiku"
-MAIN = "main run on zeros up to the first gradient, for its local loss"
+MAIN = f"{CAUGHT}, of main on zeros"
 
 
 def mnist(folder: Path) -> Case:

@@ -55,7 +55,7 @@ def diffusion(folder: Path) -> Case:
     del folder
     train, states = load("train_diffusion"), load("utils.train_state")
     schedule = load("schedulers").GaussianDiffusion(500)
-    sizes = {"patch_size": 2, "hidden_size": 768, "depth": 12, "num_heads": 12}
+    sizes = {"patch_size": 2, "hidden_size": 768, "depth": 12, "num_heads": 16}
     model = train.DiT(
         **sizes,
         mlp_ratio=4,
@@ -128,7 +128,6 @@ def vision(name: str, kind: str) -> Any:
     def make(folder: Path) -> Case:
         del folder
         train, configs = load("vit_jax.train"), load("vit_jax.configs.models")
-        # What the training loop does with a configuration.
         config = configs.MODEL_CONFIGS[name]
         model = getattr(load("vit_jax.models"), kind)(num_classes=1000, **config)
         update = train.make_update_fn(
@@ -164,10 +163,10 @@ CLIENTS = {
         "kvfrans/jax-diffusion-transformer",
         ".",
         diffusion,
-        f"{CAUGHT}; the sizes of DiT-B/2",
+        f"{CAUGHT}; the sizes of its DiT-B",
     ),
     "gpt_jax": Client("gpt-jax", "jenkspt/gpt-jax", ".", gpt_jax, CAUGHT),
-    "nanodo": Client("nanodo", "google-deepmind/nanodo", ".", nanodo, ""),
+    "nanodo": Client("nanodo", "google-deepmind/nanodo", ".", nanodo, "32,101 words"),
     "vit_b16": Client(
         "ViT-B/16",
         VIT,
