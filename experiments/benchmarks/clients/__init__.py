@@ -1,0 +1,1 @@
+"""Public example repositories whose losses are tagged as they are."""
