@@ -1,0 +1,112 @@
+"""Every architecture in every framework: what is found, factors, gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import oracles, zoo
+from tests.helpers import close, leaves
+from tests.zoo import oracle
+from tests.zoo.nets import by_path, canonical
+
+EXAMPLES = 4
+
+
+def expected_kinds(net):
+    """Layer name to kind."""
+    kinds = {name: spec.kind for name, spec in net.layers.items()}
+    return kinds | dict.fromkeys(net.diagonal, "diagonal")
+
+
+@functools.cache
+def arguments(net):
+    """Parameters and a batch."""
+    return (net.params(), *net.batch(EXAMPLES))
+
+
+@functools.cache
+def reference(net):
+    """The oracle's pass."""
+    params, x, _ = arguments(net)
+    return oracles.Pass(net, params, x)
+
+
+@functools.cache
+def tagged(net, **options):
+    """The tagged loss."""
+    return net.tag(EXAMPLES, **options)
+
+
+@functools.cache
+def results(net):
+    """Tagged and plain values and gradients, and exact statistics, in one program."""
+
+    def run(*args):
+        plain = jax.value_and_grad(net.plain_loss, has_aux=net.aux)(*args)
+        seen = tagged(net).value_and_grad(*args)
+        return plain, seen, tagged(net, fisher="exact").value_and_grad(*args)[-1]
+
+    return jax.jit(run)(*arguments(net))
+
+
+@pytest.mark.parametrize("net", zoo.NETS, ids=str)
+def test_reference_computes_the_same(net):
+    params, x, _ = arguments(net)
+    output = jax.jit(net.traced)(params, x)
+    output = output[0] if net.aux else output
+    assert output.dtype == jnp.float64
+    close(output, jax.jit(functools.partial(net.forward, hook=oracles.no_hook))(params, x))
+
+
+@pytest.mark.parametrize("net", zoo.NETS, ids=str)
+def test_reference_rows_give_the_gradient(net):
+    params, x, y = arguments(net)
+
+    def loss(params):
+        output = net.forward(params, x, oracles.no_hook)
+        return oracles.mean_loss(net.likelihood, output, y)
+
+    grads = jax.jit(jax.grad(loss))(params)
+    for name in net.layers:
+        close(oracle.gradient(reference(net), name, y), canonical(net, name, grads))
+
+
+@pytest.mark.parametrize("net", zoo.NETS, ids=str)
+def test_coverage(net):
+    layers = tagged(net).layers
+    assert {layer.name: layer.kind for layer in layers} == expected_kinds(net)
+    params = net.params()
+    owned = {path for layer in layers for path in layer.params}
+    assert owned == {path.removesuffix(".value") for path in leaves(params)}
+    total = sum(layer.elements for layer in layers)
+    covered = sum(layer.elements for layer in layers if layer.kind != "diagonal")
+    wanted = oracle.covered_share(params, net.diagonal, by_path)
+    assert covered / total == wanted
+    assert all(layer.note for layer in layers if layer.kind == "diagonal")
+
+
+@pytest.mark.parametrize("net", zoo.NETS, ids=str)
+def test_gradients(net):
+    wanted, (value, grads, _), _ = results(net)
+    close((value, grads), wanted, 1e-10)
+
+
+def check(net, statistics, **options):
+    """Every field of every layer's statistics, and the diagonals' gradients."""
+    for name in net.layers:
+        wanted = oracle.statistics(reference(net), name, **options)
+        seen = {field: getattr(statistics[name], field) for field in wanted}
+        close(seen, wanted, 1e-9)
+
+
+@pytest.mark.parametrize("net", zoo.NETS, ids=str)
+def test_empirical_factors(net):
+    check(net, results(net)[1][-1], y=arguments(net)[-1])
+
+
+@pytest.mark.parametrize("net", zoo.NETS, ids=str)
+def test_exact_factors(net):
+    check(net, results(net)[2], fisher="exact")
