@@ -1,6 +1,7 @@
 """Architectures written in plain JAX, Flax (Linen and NNX), Equinox and Haiku."""
 
-from tests.zoo import attention, embeddings, stacked
+from tests.zoo import attention, embeddings, recurrent, stacked
 
-NETS = [*embeddings.nets(), *attention.nets(), *stacked.nets()]
+FAMILIES = [embeddings, attention, stacked, recurrent]
+NETS = [net for family in FAMILIES for net in family.nets()]
 BY_NAME = {net.name: net for net in NETS}

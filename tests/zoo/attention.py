@@ -140,7 +140,11 @@ class Attention(Part):
         return nn.MultiHeadDotProductAttention(HEADS, name=name)
 
     def nnx(self, rngs):
-        return nnx.MultiHeadAttention(HEADS, WIDTH, WIDTH, decode=False, rngs=rngs)
+        # NNX's own attention function takes its softmax in float32.
+        return nnx.MultiHeadAttention(
+            HEADS, WIDTH, WIDTH, decode=False, rngs=rngs,
+            attention_fn=lambda q, k, v, **_: mix(q, k, v),
+        )  # fmt: skip
 
     def equinox(self, key):
         biases = ("query", "key", "value", "output")

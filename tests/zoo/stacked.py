@@ -179,7 +179,7 @@ class Ensemble(Part):
         return lifted(name=name)
 
     def nnx(self, rngs):
-        return nnx.vmap(NNXMember)(rngs.fork(split=MEMBERS))
+        return nnx.vmap(NNXMember)(rngs.split(MEMBERS))
 
     def equinox(self, key):
         return eqx.filter_vmap(EquinoxMember)(jax.random.split(key, MEMBERS))
@@ -276,7 +276,7 @@ class Stack(Part):
             def __call__(self, x):
                 return part.step({n: getattr(self, n) for n in part.inner}, x)
 
-        return nnx.vmap(Layer)(rngs.fork(split=LAYERS))
+        return nnx.vmap(Layer)(rngs.split(LAYERS))
 
     def equinox(self, key):
         def layer(key):
@@ -308,30 +308,19 @@ class Stack(Part):
             return lambda x: jax.lax.scan(step, x, stacked)[0]
         return module
 
-    def path(self, framework, name):
-        """Where the layers' parameters are."""
-        if framework == "haiku":
-            return f"{name}/__layer_stack_no_per_layer"
-        return name
-
     def specs(self, framework, name):
-        at = self.path(framework, name)
-        return {
-            f"{at}/{n}": oracle.Stacked(part.spec()) for n, part in self.inner.items()
-        }
+        del framework
+        parts = self.inner.items()
+        return {f"{name}/{n}": oracle.Stacked(part.spec()) for n, part in parts}
 
     def reference(self, r, name, x):
-        at = next(
-            self.path(f, name) for f in ("haiku", "jax")
-            if r.kernel(f"{self.path(f, name)}/dense") is not None
-        )  # fmt: skip
         whole, hook = r.leaves, r.hook
         for i in range(LAYERS):
-            chosen = {k: v[i] if k.startswith(at) else v for k, v in whole.items()}
+            chosen = {k: v[i] if k.startswith(f"{name}/") else v for k, v in whole.items()}
             made = {}
             for n, part in self.inner.items():
                 r.leaves = chosen
-                made[n] = lambda x, n=n, p=part: p.reference(r, f"{at}/{n}", x)
+                made[n] = lambda x, n=n, p=part: p.reference(r, f"{name}/{n}", x)
             x = self.step(made, x)
         r.leaves, r.hook = whole, hook
         return x
