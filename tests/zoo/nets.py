@@ -86,16 +86,13 @@ class Net(Model):
         aux: ``traced`` returns ``(output, aux)``.
         canonical: By layer, its part of a parameter-like tree as ``oracle.gradient``
             gives it, where that cannot be told from the names.
-        held: Layers whose gradient has a second term, through a scale that the oracle
-            holds constant.
-        whole: Whether every layer's parameters enter it alone.
+        names: The library's name of a part where it is not the part's own.
     """
 
     vocab: int = 0
     keyed: bool = False
     aux: bool = False
     canonical: Any = None
-    held: tuple[str, ...] = ()
     names: Any = None
 
     __eq__ = object.__eq__  # tests cache by network
@@ -171,7 +168,7 @@ def in_linen(parts, body, x):
 
     module = Body()
     variables = module.init(jax.random.key(0), x)
-    rest = {k: v for k, v in variables.items() if k != "params"}
+    rest = {k: ones(v) for k, v in variables.items() if k != "params"}
     run = functools.partial(module.apply, mutable=list(rest)) if rest else module.apply
 
     def apply(p, x):
@@ -194,8 +191,10 @@ def in_nnx(parts, body, x, param=nnx.Param):
             made = {n: part.bind("nnx", getattr(self, n)) for n, part in parts.items()}
             return body(made, x)
 
-    graph, params, rest = nnx.split(Body(nnx.Rngs(0)), param, ...)
-    return params, lambda p, x: nnx.merge(graph, p, rest)(x)
+    split = nnx.split(Body(nnx.Rngs(0)), param, nnx.BatchStat, ...)
+    graph, params, stats, rest = split
+    stats = ones(stats)
+    return params, lambda p, x: nnx.merge(graph, p, stats, rest, copy=True)(x)
 
 
 def in_equinox(parts, body, x):
@@ -223,7 +222,12 @@ def in_haiku(parts, body, x):
 
     transformed = hk.without_apply_rng(hk.transform_with_state(run))
     params, state = transformed.init(jax.random.key(0), x)
-    return params, lambda p, x: transformed.apply(p, state, x)[0]
+    return params, lambda p, x: transformed.apply(p, ones(state), x)[0]
+
+
+def ones(state):
+    """States of layers, of no random value."""
+    return jax.tree.map(jnp.ones_like, state)
 
 
 MAKERS = {

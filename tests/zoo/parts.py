@@ -251,6 +251,8 @@ class Convolution(Part):
 
     def reference(self, r, name, x):
         w, b, spec = r.kernel(name), r.bias(name), self.spec()
+        if self.transposed and r.find(name, "w") is not None:
+            w = jnp.swapaxes(w, -1, -2)  # Haiku's
         z = jax.lax.conv_general_dilated(
             x, w, spec.strides, spec.padding, lhs_dilation=spec.lhs_dilation,
             dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=self.groups,
