@@ -49,16 +49,27 @@ def results(net):
         seen = tagged(net).value_and_grad(*args)
         return plain, seen, tagged(net, fisher="exact").value_and_grad(*args)[-1]
 
-    return jax.jit(run)(*arguments(net))
+    return compiled(run)(*arguments(net))
+
+
+def compiled(run):
+    """Compiled in a hurry: every program runs once."""
+    options = {
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    }
+    return jax.jit(run, compiler_options=options)
 
 
 @pytest.mark.parametrize("net", zoo.NETS, ids=str)
 def test_reference_computes_the_same(net):
     params, x, _ = arguments(net)
-    output = jax.jit(net.traced)(params, x)
+    reference = functools.partial(net.forward, hook=oracles.no_hook)
+    run = compiled(lambda *args: (net.traced(*args), reference(*args)))
+    output, wanted = run(params, x)
     output = output[0] if net.aux else output
     assert output.dtype == jnp.float64
-    close(output, jax.jit(functools.partial(net.forward, hook=oracles.no_hook))(params, x))
+    close(output, wanted)
 
 
 @pytest.mark.parametrize("net", zoo.NETS, ids=str)
@@ -69,7 +80,7 @@ def test_reference_rows_give_the_gradient(net):
         output = net.forward(params, x, oracles.no_hook)
         return oracles.mean_loss(net.likelihood, output, y)
 
-    grads = jax.jit(jax.grad(loss))(params)
+    grads = compiled(jax.grad(loss))(params)
     for name in net.layers:
         close(oracle.gradient(reference(net), name, y), canonical(net, name, grads))
 
@@ -110,3 +121,28 @@ def test_empirical_factors(net):
 @pytest.mark.parametrize("net", zoo.NETS, ids=str)
 def test_exact_factors(net):
     check(net, results(net)[2], fisher="exact")
+
+
+@pytest.mark.parametrize("net", zoo.HALF_NETS, ids=str)
+def test_half_precision(net):
+    """Gradients of the network's own precision, factors in float32."""
+    args = (net.params(jnp.float32), *net.batch(EXAMPLES, jnp.float32))
+    tagged_loss = net.tag(EXAMPLES, jnp.float32)
+    assert {t.name: t.kind for t in tagged_loss.layers} == expected_kinds(net)
+    _, grads, statistics = jax.jit(tagged_loss.value_and_grad)(*args)
+    close(grads, jax.jit(jax.grad(net.plain_loss))(*args), 0.02)
+    run = oracles.Pass(net, *arguments(net)[:2])
+    for name in net.layers:
+        wanted = oracle.statistics(run, name, arguments(net)[-1])
+        seen = statistics[name]
+        assert seen.a.dtype == seen.g.dtype == jnp.float32
+        close({"a": seen.a, "g": seen.g}, wanted, 0.05)
+
+
+HIDDEN = [net for net in zoo.NETS if net.name.startswith("custom_vjp_hidden")]
+
+
+@pytest.mark.parametrize("net", HIDDEN, ids=str)
+def test_hidden_weight_says_why(net):
+    notes = {layer.name: layer.note for layer in tagged(net).layers}
+    assert all("custom_vjp" in notes[name] for name in net.diagonal)

@@ -244,10 +244,12 @@ def zoo_net(name, framework, parts, body, x_shape=(4,), layers=None, **more):
             layers |= part.specs(framework, n)
     names = {n: part.layer_name(framework, n, parts) for n, part in parts.items()}
     layers = {names.get(k, k): v for k, v in layers.items()}
+    more["diagonal"] = tuple(names.get(k, k) for k in more.get("diagonal", ()))
 
     def example():
         shape = (2, *x_shape)
-        return jnp.zeros(shape, int if more.get("vocab") else float)
+        x = jnp.zeros(shape, int if more.get("vocab") else float)
+        return (x, jax.random.key(0)) if more.get("keyed") else x
 
     def forward(r, x):
         hook = r.hook

@@ -209,5 +209,5 @@ def site_gradient(spec, inputs, cotangents):
 def covered_share(params, diagonal, paths):
     """Share of the parameters whose path is not in ``diagonal``."""
     sizes = {path: int(jnp.size(leaf)) for path, leaf in paths(params).items()}
-    fallen = sum(sizes[path] for path in diagonal)
+    fallen = sum(sizes[path.removeprefix("~/")] for path in diagonal)
     return 1 - fallen / sum(sizes.values())
