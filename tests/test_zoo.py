@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from tests import oracles, zoo
@@ -13,6 +12,7 @@ from tests.zoo import oracle
 from tests.zoo.nets import by_path, canonical
 
 EXAMPLES = 4
+FISHERS = ("empirical", "exact")
 
 
 def expected_kinds(net):
@@ -121,6 +121,22 @@ def test_empirical_factors(net):
 @pytest.mark.parametrize("net", zoo.NETS, ids=str)
 def test_exact_factors(net):
     check(net, results(net)[2], fisher="exact")
+
+
+SHARING = ["positions_mlp", "twice", "twice_pooled", "conv_twice", "time_major"]
+SHARING += ["time_major_then_not", "simple", "gru", "gru_lm", "lstm", "optimized_lstm"]
+SHARING += ["fused_qkv", "layers_scan", "experts", "separable", "conv_transpose"]
+SHARED = [net for net in zoo.NETS if net.name.split("-")[0] in SHARING]
+
+
+@pytest.mark.parametrize("net", SHARED, ids=str)
+def test_reduced_factors(net):
+    """One row per example, over all positions, sites and time steps."""
+    *_, y = args = arguments(net)
+    losses = [tagged(net, fisher=f, weight_sharing="reduce") for f in FISHERS]
+    run = compiled(lambda *args: [t.value_and_grad(*args)[-1] for t in losses])
+    for fisher, seen in zip(FISHERS, run(*args), strict=True):
+        check(net, seen, y=y, fisher=fisher, sharing="reduce")
 
 
 @pytest.mark.parametrize("net", zoo.HALF_NETS, ids=str)

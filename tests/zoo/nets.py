@@ -7,7 +7,6 @@ turns every part into its own module; the reference turns it into a few lines of
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -307,7 +306,9 @@ def canonical(net, name, tree):
 
 def scale_shift_leaves(r, name, spec, stacked):
     """Scale and shift as ``[units, k]``."""
-    ends = [("scale", "weight")] * spec.scale + [("bias", "offset", "shift")] * spec.shift
+    ends = [("scale", "weight")] * spec.scale + [
+        ("bias", "offset", "shift")
+    ] * spec.shift
     found = [r.find(name, *e) for e in ends]
     if found == [None]:
         found = [r.leaves[name]]

@@ -121,10 +121,10 @@ def reduced(spec, inputs, cotangents, terms):
     reduced.
     """
     pairs = expanded(spec, inputs, cotangents)
-    if any(x.shape[1] * x.shape[2] % terms or x.shape[1] > terms for x, _ in pairs):
-        return pairs
-    if any(x.shape[1] != terms and x.shape[1] * x.shape[2] != terms for x, _ in pairs):
-        return pairs
+    for a, (x, _) in zip(inputs, pairs, strict=True):
+        examples = a.shape[1] if isinstance(spec, Blocks) else a.shape[0]
+        if terms not in (examples, x.shape[1] * x.shape[2]):
+            return pairs
     rows, sums = [], []
     for x, c in pairs:
         rows.append(x.reshape(x.shape[0], terms, -1, x.shape[-1]))

@@ -243,7 +243,9 @@ def fused_leaves(framework, cell):
 
         def both(p):
             rows = [p["rnn/weight_ih"].T]
-            return jnp.concatenate([*rows, p["rnn/bias"][None]] if cell == "gru" else rows)
+            return jnp.concatenate(
+                [*rows, p["rnn/bias"][None]] if cell == "gru" else rows
+            )
 
         return {
             "rnn/weight_ih": lambda p: both(p)[None],

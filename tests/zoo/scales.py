@@ -183,6 +183,13 @@ def log_temperature(parts, x):
     return parts["temperature"](lambda t, z: z * jnp.exp(t), parts["head"](x))
 
 
+def kernel_of(path, framework):
+    """Reads a bare kernel."""
+    if framework == "equinox":
+        return lambda p: p[path].T[None]
+    return lambda p: p[path][None]
+
+
 def weight_norms():
     """Weight norm in the frameworks that have it."""
     found = []
@@ -191,15 +198,12 @@ def weight_norms():
             part = WeightNorm(framework, bias)
             kernel, _, scale = part.paths("layer")
             first = next(iter(part.specs(framework, "layer")))
-            turned = framework == "equinox"
             found.append(
                 zoo_net(
                     "weight_norm_bias" if bias else "weight_norm", framework,
                     {"layer": part, **head(3)}, normalised,
                     diagonal=(scale,) if scale else (),
-                    canonical={
-                        first: lambda p, k=kernel, t=turned: (p[k].T if t else p[k])[None]
-                    },
+                    canonical={first: kernel_of(kernel, framework)},
                 )
             )  # fmt: skip
     return found
@@ -216,7 +220,9 @@ def nets():
             )
             for f in FRAMEWORKS
         ],
-        *everywhere("temperature", {"temperature": scalar, **head(4)}, linear_temperature),
+        *everywhere(
+            "temperature", {"temperature": scalar, **head(4)}, linear_temperature
+        ),
         *everywhere(
             "log_temperature", {"temperature": logged, **head(4)}, log_temperature,
             diagonal=("temperature",),

@@ -245,5 +245,7 @@ def nets():
             "custom_vjp_hidden", {"kernel": hidden, **head(3)}, by_rule(quantised),
             diagonal=("kernel",),
         ),
-        *everywhere("custom_vjp_product", {"kernel": shown, **head(3)}, by_rule(product)),
+        *everywhere(
+            "custom_vjp_product", {"kernel": shown, **head(3)}, by_rule(product)
+        ),
     ]  # fmt: skip

@@ -105,9 +105,7 @@ class Experts(Part):
     def reference(self, r, name, x):
         w, b = r.kernel(name), r.bias(name)
         a = [x] * MEMBERS if x.ndim == 2 else list(x)
-        z = [
-            a[e] @ w[e] + (b[e] if b is not None else 0.0) for e in range(MEMBERS)
-        ]
+        z = [a[e] @ w[e] + (b[e] if b is not None else 0.0) for e in range(MEMBERS)]
         return r.hook(name, jnp.stack(a), jnp.stack(z))
 
 
@@ -316,7 +314,9 @@ class Stack(Part):
     def reference(self, r, name, x):
         whole, hook = r.leaves, r.hook
         for i in range(LAYERS):
-            chosen = {k: v[i] if k.startswith(f"{name}/") else v for k, v in whole.items()}
+            chosen = {
+                k: v[i] if k.startswith(f"{name}/") else v for k, v in whole.items()
+            }
             made = {}
             for n, part in self.inner.items():
                 r.leaves = chosen
