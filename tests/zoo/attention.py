@@ -12,8 +12,9 @@ from flax import nnx
 
 from tests.networks import weight
 from tests.zoo import oracle
+from tests.zoo.embeddings import SHIFT, TiedTable
 from tests.zoo.nets import everywhere, in_nnx, net
-from tests.zoo.parts import Linear, Part, head, mean_pool
+from tests.zoo.parts import Linear, Norm, Part, head, mean_pool
 
 LENGTH, WIDTH, HEADS = 3, 4, 2
 SEQUENCE = {"x_shape": (LENGTH, WIDTH)}
@@ -59,15 +60,40 @@ def grouped(parts, x):
 FROZEN = np.linspace(-1.0, 1.0, 12).reshape(4, 3)
 
 
-def adapted(parts, x):
-    """A frozen matrix and two small ones beside it."""
-    return jnp.asarray(FROZEN, x.dtype).T @ x[..., None], parts["b"](parts["a"](x))
-
-
 def adapter(parts, x):
-    """The sum, with a dense layer behind it."""
-    frozen, low_rank = adapted(parts, x)
-    return parts["head"](jnp.tanh(frozen[..., 0] + low_rank))
+    """A frozen matrix and two small ones beside it, then a dense layer."""
+    low_rank = parts["b"](parts["a"](x))
+    return parts["head"](jnp.tanh(x @ jnp.asarray(FROZEN, x.dtype) + low_rank))
+
+
+def causal(q, k, v):
+    """Attention to what came before."""
+    scores = jnp.einsum("bqd,bkd->bqk", q, k)
+    past = np.tril(np.ones(scores.shape[1:], bool))
+    return jax.nn.softmax(jnp.where(past, scores, -1e9)) @ v
+
+
+def transformer(parts, ids):
+    """One block in front of which is a norm, positions, one table at both ends."""
+    x = parts["positions"](lambda p, x: x + p, parts["embed"](ids))
+    q, k, v = jnp.split(parts["qkv"](parts["norm"](x)), 3, -1)
+    x = x + parts["out"](causal(q, k, v))
+    x = x + parts["down"](jax.nn.gelu(parts["up"](parts["norm_up"](x))))
+    return parts["embed"](parts["norm_out"](x), out=True)
+
+
+def transformers():
+    """A small language model, all layer kinds in one."""
+    parts = {
+        "embed": TiedTable(5, WIDTH), "positions": SHIFT,
+        "norm": Norm(WIDTH), "qkv": Linear(WIDTH, 3 * WIDTH),
+        "out": Linear(WIDTH, WIDTH), "norm_up": Norm(WIDTH),
+        "up": Linear(WIDTH, 6), "down": Linear(6, WIDTH), "norm_out": Norm(WIDTH),
+    }  # fmt: skip
+    return everywhere(
+        "transformer", parts, transformer, frameworks=("jax", "linen", "equinox"),
+        x_shape=(LENGTH,), vocab=5, outputs=5, terms=(LENGTH,),
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- parts
@@ -267,6 +293,7 @@ def nets():
         *everywhere(
             "dense_general", general, pooled, frameworks=three, x_shape=(3, 2, 2)
         ),
+        *transformers(),
         *everywhere("adapter", small, adapter),
         nnx_adapter(),
         equinox_adapter(),

@@ -23,8 +23,8 @@ def language_model(parts, ids):
 class TiedTable(Table):
     """A table that is the output layer's weight too."""
 
-    def apply(self, p, x, out=False):
-        return x @ p["table"].T if out else self.take(p["table"], x)
+    def apply(self, p, ids, out=False):
+        return ids @ p["table"].T if out else self.take(p["table"], ids)
 
     def bind(self, framework, module):
         found = super().bind(framework, module)
@@ -33,11 +33,12 @@ class TiedTable(Table):
     def spec(self):
         return oracle.Tied(self.vocab)
 
-    def reference(self, r, name, x, out=False):
+    def reference(self, r, name, ids, out=False):
         if not out:
-            return super().reference(r, name, x)
+            return super().reference(r, name, ids)
         table = r.find(name, "table", "embedding", "embeddings", "weight")
-        return r.hook(name + oracle.OUT, x, jnp.einsum("...d,vd->...v", x, table))
+        h = ids
+        return r.hook(name + oracle.OUT, h, jnp.einsum("...d,vd->...v", h, table))
 
 
 def tied(parts, ids):
@@ -73,12 +74,12 @@ def position_table(parts, x):
 class PositionTable(Table):
     """A table looked up once, its rows broadcast to every example."""
 
-    def apply(self, p, number):
-        return self.take(p["table"], number[0])
+    def apply(self, p, ids):
+        return self.take(p["table"], ids[0])
 
     def bind(self, framework, module):
         found = super().bind(framework, module)
-        return lambda number: found(number[0])
+        return lambda ids: found(ids[0])
 
 
 SHIFT = Bare((LENGTH, 4), oracle.ScaleShift(scale=False, axes=2))

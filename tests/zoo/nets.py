@@ -94,8 +94,7 @@ class Net(Model):
     canonical: Any = None
     names: Any = None
 
-    __eq__ = object.__eq__  # tests cache by network
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # tests cache by network
 
     def params(self, dtype=np.float64, seed=0):
         """The framework's parameters, no zeros and no equal ones among them."""
@@ -107,7 +106,7 @@ class Net(Model):
 
         return jax.tree.map(moved, self.init(rng))
 
-    def batch(self, examples, dtype=np.float64, seed=1):
+    def batch(self, examples, dtype=np.float64, seed=1) -> tuple[Any, Any]:
         """Tokens, reals, or either with a key."""
         x, y = super().batch(examples, dtype, seed)
         if self.vocab:

@@ -210,4 +210,5 @@ def covered_share(params, diagonal, paths):
     """Share of the parameters whose path is not in ``diagonal``."""
     sizes = {path: int(jnp.size(leaf)) for path, leaf in paths(params).items()}
     fallen = sum(sizes[path.removeprefix("~/")] for path in diagonal)
-    return 1 - fallen / sum(sizes.values())
+    total = sum(sizes.values())
+    return (total - fallen) / total

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from haiku.experimental import layer_stack
 
 from tests.networks import weight
 from tests.zoo import oracle
@@ -286,7 +287,7 @@ class Stack(Part):
         def layer(x):
             return self.step({n: p.haiku(n) for n, p in self.inner.items()}, x)
 
-        return hk.experimental.layer_stack(LAYERS, name=name)(layer)
+        return layer_stack(LAYERS, name=name)(layer)
 
     def bind(self, framework, module):
         if framework == "linen":

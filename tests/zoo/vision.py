@@ -161,7 +161,8 @@ def normed(r: Reference, x):
     z = CONV.reference(r, "conv", x)
     x_hat = (z - z.mean((0, 1, 2))) / jnp.sqrt(z.var((0, 1, 2)) + EPSILON)
     scale, shift = r.find("norm", "scale", "weight"), r.find("norm", "bias", "offset")
-    z = r.hook("norm", x_hat, x_hat * scale.reshape(-1) + shift.reshape(-1))
+    z = x_hat * jnp.reshape(scale, -1) + jnp.reshape(shift, -1)
+    z = r.hook("norm", x_hat, z)
     return HEAD.reference(r, "head", last(z))
 
 
