@@ -64,8 +64,8 @@ def compiled(run):
 @pytest.mark.parametrize("net", zoo.NETS, ids=str)
 def test_reference_computes_the_same(net):
     params, x, _ = arguments(net)
-    reference = functools.partial(net.forward, hook=oracles.no_hook)
-    run = compiled(lambda *args: (net.traced(*args), reference(*args)))
+    rewrite = functools.partial(net.forward, hook=oracles.no_hook)
+    run = compiled(lambda *args: (net.traced(*args), rewrite(*args)))
     output, wanted = run(params, x)
     output = output[0] if net.aux else output
     assert output.dtype == jnp.float64
@@ -83,6 +83,24 @@ def test_reference_rows_give_the_gradient(net):
     grads = compiled(jax.grad(loss))(params)
     for name in net.layers:
         close(oracle.gradient(reference(net), name, y), canonical(net, name, grads))
+
+
+AGREED = ["fused_qkv-jax", "positions_mlp-jax", "conv_transpose-jax", "separable-jax"]
+
+
+@pytest.mark.parametrize("name", [*AGREED, "conv_batch_norm-jax"])
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("fisher", FISHERS)
+def test_oracles_agree(name, sharing, fisher):
+    """Where both know a layer, and it is called once."""
+    net = zoo.BY_NAME[name]
+    run, (*_, y) = reference(net), arguments(net)
+    for layer, spec in net.layers.items():
+        seen = oracle.statistics(run, layer, y, fisher, sharing)
+        if spec.kind == "scale_shift":
+            close(seen["blocks"], run.blocks(layer, y, fisher))
+        else:
+            close((seen["a"], seen["g"]), run.factors(layer, y, fisher, sharing))
 
 
 @pytest.mark.parametrize("net", zoo.NETS, ids=str)
