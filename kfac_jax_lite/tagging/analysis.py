@@ -189,6 +189,12 @@ class Scope:
         self.plan.sites.setdefault(index, []).append(site)
         self.walk.sites.append(site)
 
+    def drop_site(self, site: Site) -> None:
+        """Takes a candidate back."""
+        plan, index = site.place or (self.plan, 0)
+        plan.sites[index].remove(site)
+        self.walk.sites.remove(site)
+
     def move_site(self, index: int, site: Site) -> bool:
         """Lets a site stand behind a later equation; whether that is possible."""
         plan, old = site.place or (self.plan, index)

@@ -57,13 +57,7 @@ def call(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     facts = enterable(scope, eqn.invars, facts)
     if eqn.params.get("name") == BY_HAND:
-        atoms = list(eqn.invars)
-        output = stand_in(scope, index, atoms, [None, *facts[1:]], jaxpr)
-        if output is None:
-            scope.mark_used(facts[1:], "a layer tagged by hand that is not one layer")
-        else:
-            output.site.by_hand = True
-        return [output, None]
+        return [by_hand(scope, index, list(eqn.invars), facts, jaxpr), None]
     deps = [scope.dependencies([a]) for a in eqn.invars]
     out, out_deps = inner(scope, index, jaxpr, facts, deps)
     if eqn.primitive.name in ("remat2", "checkpoint"):
@@ -73,6 +67,21 @@ def call(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
         scope.deps[var] = bits
     plan = scope.plan.children[index][-1]
     return [leaving(plan, f) for f in out]
+
+
+def by_hand(
+    scope: Scope, index: int, atoms: list, facts: list[Fact], jaxpr: Jaxpr
+) -> Output | None:
+    """A layer that the user named; it replaces what the rules made of its output."""
+    if isinstance(facts[0], Output):
+        for site in (facts[0].site, *facts[0].beside):
+            scope.drop_site(site)
+    output = stand_in(scope, index, atoms, [None, *facts[1:]], jaxpr)
+    if output is None:
+        scope.mark_used(facts[1:], "a layer tagged by hand that is not one layer")
+    else:
+        output.site.by_hand = True
+    return output
 
 
 @rule("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", always=True)

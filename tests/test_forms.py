@@ -1,0 +1,152 @@
+"""Diagonal and block-diagonal factors act as the dense matrices they stand for."""
+
+import functools
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+
+import kfac_jax_lite as kfac
+from kfac_jax_lite import forms
+from tests import models, oracles
+from tests.helpers import INVERSES, close, first_pass, kfac_state, leaves, spd
+
+
+def restricted(matrix, form, shape):
+    """The dense matrix that a factor of that form and shape keeps."""
+    size = len(matrix)
+    if form == "diagonal":
+        return np.diag(np.diag(matrix))
+    if form == "full":
+        return matrix
+    block = np.arange(size) // shape[-1]
+    return np.where(block[:, None] == block, matrix, 0)
+
+
+def stored(matrix, form, shape):
+    """A dense matrix as the library stores it."""
+    if form == "diagonal":
+        return np.diag(matrix)
+    if form == "full":
+        return matrix
+    k, s, _ = shape
+    wide = np.zeros((k * s, k * s))
+    wide[: len(matrix), : len(matrix)] = matrix
+    return np.stack([wide[i * s : (i + 1) * s, i * s : (i + 1) * s] for i in range(k)])
+
+
+CASES = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(0, 99))
+
+
+@given(CASES)
+def test_the_form_fits(case):
+    size, limit, _ = case
+    form = forms.form_of(size, limit)
+    shape = forms.factor_shape(form, (2,), size, limit)
+    assert (form == "full") == (size <= limit)
+    assert (form == "diagonal") == (size > 4 * limit)
+    if form == "block_diagonal":
+        _, k, s, _ = shape
+        assert s <= limit and (k - 1) * s < size <= k * s
+
+
+@given(CASES)
+def test_second_moment(case):
+    size, limit, seed = case
+    form = forms.form_of(size, limit)
+    shape = forms.factor_shape(form, (), size, limit)
+    x = np.random.default_rng(seed).normal(size=(4, size))
+    seen = forms.second_moment(jnp.asarray(x), form, shape)
+    close(seen, stored(x.T @ x, form, shape))
+    mean = forms.mean_diagonal(seen, form, size)
+    close(mean, np.trace(x.T @ x) / size)
+
+
+@given(CASES)
+def test_products_and_inverses(case):
+    size, limit, seed = case
+    rng = np.random.default_rng(seed)
+    form = forms.form_of(size, limit)
+    shape = forms.factor_shape(form, (), size, limit)
+    whole = spd(rng, size)
+    factor, dense = stored(whole, form, shape), restricted(whole, form, shape)
+    factor, wide = jnp.asarray(factor), forms.width(form, shape)
+    x = rng.normal(size=(3, size))
+    rows = forms.widened(jnp.asarray(x), wide)
+    close(forms.times(rows, factor, form)[:, :size], x @ dense)
+    close(forms.columns(factor, rows.T, form)[:size], dense @ x.T)
+    damped = forms.damped(factor, form, jnp.asarray(0.3))
+    inverse = forms.inverse(damped, form)
+    wanted = np.linalg.inv(dense + 0.3 * np.eye(size))
+    close(forms.times(rows, inverse, form)[:, :size], x @ wanted)
+    q, d = forms.eigh(factor, form)
+    back = forms.transposed(q, form)
+    again = forms.times(forms.times(rows, q, form) * d, back, form)
+    close(again[:, :size], x @ dense)
+
+
+def dense_factor(matrix, form, shape):
+    """A stored factor as one dense matrix."""
+    matrix = np.asarray(matrix)
+    if form == "diagonal":
+        return np.diag(matrix)
+    if form == "full":
+        return matrix
+    k, s, _ = shape
+    wide = np.zeros((k * s, k * s))
+    for i in range(k):
+        wide[i * s : (i + 1) * s, i * s : (i + 1) * s] = matrix[i]
+    return wide
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+@pytest.mark.parametrize("inverse", INVERSES)
+def test_layers_with_a_bound_on_their_factors(limit, inverse):
+    """``[5, 5] ⊗ [5, 5]`` with blocks of 3 (3 + 2), and with diagonals."""
+    name, damping = "mlp", 0.05
+    model = models.BY_NAME[name]
+    args = (model.params(), *model.batch(4))
+    tagged = model.tag(4, max_factor_dim=limit)
+    tx = kfac.scale_by_kfac(tagged.layers, damping=damping, inverse=inverse)
+    state = tx.init(model.params())
+    _, grads, statistics = jax.jit(tagged.value_and_grad)(*args, opt_state=state)
+    updates, state = tx.update(grads, state, args[0], statistics=statistics)
+    whole = first_pass(name)[-1]
+    for layer in tagged.layers:
+        assert layer.note and layer.a_form != "full"
+        kinds = (layer.a_form, layer.a_shape), (layer.g_form, layer.g_shape)
+        kept = []
+        for seen, full, kind in zip(
+            statistics[layer.name][:2], whole[layer.name][:2], kinds, strict=True
+        ):
+            close(seen, stored(np.asarray(full), *kind), 1e-9)
+            kept.append(restricted(np.asarray(full), *kind))
+        v, u = (block_of(layer, tree) for tree in (grads, updates))
+        solve = oracles.solve_exact
+        if inverse in ("cholesky", "newton_schulz"):
+            solve = oracles.solve_split
+        close(u, solve(*kept, v, damping), 1e-6)
+    assert kfac_state(state).count == 1
+
+
+def block_of(layer, tree):
+    """A layer's parameters as ``[in + 1, out]``."""
+    found = leaves(tree)
+    return np.concatenate([np.atleast_2d(found[path]) for path in layer.params])
+
+
+@pytest.mark.parametrize("size", [0, -3, True])
+def test_the_bound_is_checked(size):
+    with pytest.raises(ValueError, match="max_factor_dim"):
+        models.BY_NAME["mlp"].tag(4, max_factor_dim=size)
+
+
+def test_a_bound_only_changes_what_is_too_large():
+    small = models.BY_NAME["mlp"].tag(4, max_factor_dim=5)
+    assert [t.a_form for t in small.layers] == ["full", "block_diagonal"]
+    assert "block-diagonal (6 > 5)" in str(small)
+    wanted = functools.partial(models.BY_NAME["mlp"].tag, 4)
+    assert small.layers[0] == wanted().layers[0]
