@@ -7,6 +7,7 @@ jaxprs that hold sites are rebuilt from the public function that made them.
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
@@ -60,7 +61,7 @@ class Interpreter:
             for site in plan.sites.get(index, ()):
                 if site.layer is not None:
                     var = eqn.outvars[site.output]
-                    inputs = [value(a) for a in site.inputs]
+                    inputs = [jnp.asarray(value(a)) for a in site.inputs]
                     env[var] = self.on_site(site, env[var], inputs, slots[site.layer])
         return [value(a) for a in jaxpr.outvars], marked
 
