@@ -164,7 +164,9 @@ def bias_alone(site: Site, walk: Walk) -> Site:
     """A site for the bias of a dense layer or convolution, taken out of its block."""
     views = {"bias": site.views["bias"]}
     geometry = dataclasses.replace(site.geometry, n_in=0)
-    alone = dataclasses.replace(site, kind="dense", views=views, geometry=geometry)
+    alone = dataclasses.replace(
+        site, kind="dense", views=views, geometry=geometry, reverse=False
+    )
     plan, index = alone.place  # type: ignore[misc]
     plan.sites[index].append(alone)
     walk.sites.append(alone)
