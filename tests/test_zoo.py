@@ -62,48 +62,6 @@ def compiled(run):
 
 
 @pytest.mark.parametrize("net", zoo.NETS, ids=str)
-def test_reference_computes_the_same(net):
-    params, x, _ = arguments(net)
-    rewrite = functools.partial(net.forward, hook=oracles.no_hook)
-    run = compiled(lambda *args: (net.traced(*args), rewrite(*args)))
-    output, wanted = run(params, x)
-    output = output[0] if net.aux else output
-    assert output.dtype == jnp.float64
-    close(output, wanted)
-
-
-@pytest.mark.parametrize("net", zoo.NETS, ids=str)
-def test_reference_rows_give_the_gradient(net):
-    params, x, y = arguments(net)
-
-    def loss(params):
-        output = net.forward(params, x, oracles.no_hook)
-        return oracles.mean_loss(net.likelihood, output, y)
-
-    grads = compiled(jax.grad(loss))(params)
-    for name in net.layers:
-        close(oracle.gradient(reference(net), name, y), canonical(net, name, grads))
-
-
-AGREED = ["fused_qkv-jax", "positions_mlp-jax", "conv_transpose-jax", "separable-jax"]
-
-
-@pytest.mark.parametrize("name", [*AGREED, "conv_batch_norm-jax"])
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
-@pytest.mark.parametrize("fisher", FISHERS)
-def test_oracles_agree(name, sharing, fisher):
-    """Where both know a layer, and it is called once."""
-    net = zoo.BY_NAME[name]
-    run, (*_, y) = reference(net), arguments(net)
-    for layer, spec in net.layers.items():
-        seen = oracle.statistics(run, layer, y, fisher, sharing)
-        if spec.kind == "scale_shift":
-            close(seen["blocks"], run.blocks(layer, y, fisher))
-        else:
-            close((seen["a"], seen["g"]), run.factors(layer, y, fisher, sharing))
-
-
-@pytest.mark.parametrize("net", zoo.NETS, ids=str)
 def test_coverage(net):
     layers = tagged(net).layers
     assert {layer.name: layer.kind for layer in layers} == expected_kinds(net)
@@ -118,27 +76,44 @@ def test_coverage(net):
 
 
 @pytest.mark.parametrize("net", zoo.NETS, ids=str)
-def test_gradients(net):
-    wanted, (value, grads, _), _ = results(net)
+def test_gradients_and_factors(net):
+    """The framework's network, its gradient, and the statistics of every layer.
+
+    In one test, because its programs are the same: the reference first, then what the
+    library makes of the framework's own.
+    """
+    check_reference(net)
+    wanted, (value, grads, empirical), exact = results(net)
     close((value, grads), wanted, 1e-10)
+    check(net, empirical, y=arguments(net)[-1])
+    check(net, exact, fisher="exact")
+
+
+def check_reference(net):
+    """It computes the same, and its rows and cotangents give back the gradient."""
+    params, x, y = arguments(net)
+    forward = functools.partial(net.forward, hook=oracles.no_hook)
+
+    def run(params, x):
+        def loss(params):
+            return oracles.mean_loss(net.likelihood, forward(params, x), y)
+
+        return net.traced(params, x), forward(params, x), jax.grad(loss)(params)
+
+    output, again, grads = compiled(run)(params, x)
+    output = output[0] if net.aux else output
+    assert output.dtype == jnp.float64
+    close(output, again)
+    for name in net.layers:
+        close(oracle.gradient(reference(net), name, y), canonical(net, name, grads))
 
 
 def check(net, statistics, **options):
-    """Every field of every layer's statistics, and the diagonals' gradients."""
+    """Every field of every layer's statistics."""
     for name in net.layers:
         wanted = oracle.statistics(reference(net), name, **options)
         seen = {field: getattr(statistics[name], field) for field in wanted}
         close(seen, wanted, 1e-9)
-
-
-@pytest.mark.parametrize("net", zoo.NETS, ids=str)
-def test_empirical_factors(net):
-    check(net, results(net)[1][-1], y=arguments(net)[-1])
-
-
-@pytest.mark.parametrize("net", zoo.NETS, ids=str)
-def test_exact_factors(net):
-    check(net, results(net)[2], fisher="exact")
 
 
 SHARING = ["positions_mlp", "twice", "twice_pooled", "conv_twice", "time_major"]
