@@ -19,6 +19,18 @@ LENGTH: dict[str, dict[str, Any]] = {
     "mnist": {"epochs": 10, "batch_size": 512},
     "fashion_mnist": {"epochs": 10, "batch_size": 512},
     "cifar10": {"epochs": 10, "batch_size": 128},
+    "tinyshakespeare": {
+        "epochs": 1,
+        "batch_size": 32,
+        "eval_examples": 512,
+        "evals_per_epoch": 10,
+    },
+    "pydoc": {
+        "epochs": 2,
+        "batch_size": 32,
+        "eval_examples": 512,
+        "evals_per_epoch": 5,
+    },
 }
 
 OPTIMISERS: dict[str, dict[str, Any]] = {
@@ -45,6 +57,12 @@ OPTIMISERS: dict[str, dict[str, Any]] = {
         "sgd": SGDConfig(learning_rate=0.01),
         "adam": AdamConfig(learning_rate=1e-3),
         "adamw": AdamWConfig(learning_rate=1e-3),
+    },
+    "lm": {
+        "kfac": KFACConfig(),
+        "sgd": SGDConfig(learning_rate=0.1),
+        "adam": AdamConfig(learning_rate=4e-3),
+        "adamw": AdamWConfig(learning_rate=4e-3),
     },
 }
 OPTIMISERS["mlp_nnx"] = OPTIMISERS["mlp"]
