@@ -1,6 +1,6 @@
 """Steps to tuned AdamW's best validation loss, for a small language model.
 
-    python -m experiments.benchmarks.lm_target --trials 6
+    python -m experiments.benchmarks.lm_target --trials 8
 
 AdamW and this package are tuned with the same number of trials by the tree-structured
 Parzen estimator, for the lowest validation loss of a character that a run has anywhere;
@@ -54,12 +54,12 @@ BETAS = (0.95, 0.98, 0.99, 0.999)
 STARTUP_TRIALS = 3
 # The trial with which every search starts.
 USUAL = {
-    "adamw": {"learning_rate": 4e-3, "weight_decay": 0.1, "beta2": 0.99, "warmup": 40},
+    "adamw": {"learning_rate": 0.02, "weight_decay": 0.1, "beta2": 0.99, "warmup": 80},
     "ours": {
         "learning_rate": 0.02,
         "weight_decay": 1e-2,
-        "damping": 2e-5,
-        "kl_clip": 4e-3,
+        "damping": 4e-5,
+        "kl_clip": 3e-3,
     },
 }
 
@@ -75,10 +75,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--context", type=positive_int, default=64)
     add("--batch-size", type=positive_int, default=32)
     add("--steps", type=positive_int, default=400, help="of AdamW")
-    add("--our-steps", type=positive_int, default=300, help="ours")
-    add("--eval-every", type=positive_int, default=25, help="steps")
+    add("--our-steps", type=positive_int, default=200, help="ours")
+    add("--eval-every", type=positive_int, default=20, help="steps")
     add("--eval-windows", type=positive_int, default=640, help="of the validation set")
-    add("--trials", type=positive_int, default=6, help="of each optimiser")
+    add("--trials", type=positive_int, default=8, help="of each optimiser")
     add("--seed", type=int, default=0)
     add("--fisher", choices=("empirical", "mc", "exact"), default="mc", help="ours")
     add("--inverse", default="cholesky", help="ours")
@@ -135,10 +135,10 @@ def suggest(name: str, trial: Any) -> dict[str, Any]:
 
     if name == "adamw":
         return {
-            "learning_rate": log("learning_rate", 1e-3, 2e-2),
+            "learning_rate": log("learning_rate", 3e-3, 6e-2),
             "weight_decay": log("weight_decay", 1e-3, 1.0),
             "beta2": trial.suggest_categorical("beta2", BETAS),
-            "warmup": trial.suggest_int("warmup", 0, 100, step=10),
+            "warmup": trial.suggest_int("warmup", 20, 160, step=20),
         }
     return {
         "learning_rate": log("learning_rate", 5e-3, 0.1),

@@ -8,6 +8,7 @@ from experiments.configs.optimizers import (
     AdamConfig,
     AdamWConfig,
     KFACConfig,
+    ScheduleConfig,
     SGDConfig,
 )
 from experiments.configs.train import DATASETS, MODELS, NetConfig, TrainConfig
@@ -32,6 +33,8 @@ LENGTH: dict[str, dict[str, Any]] = {
         "evals_per_epoch": 5,
     },
 }
+
+COSINE = ScheduleConfig("cosine", warmup_steps=50, final_scale=0.01)
 
 OPTIMISERS: dict[str, dict[str, Any]] = {
     "mlp": {
@@ -59,10 +62,23 @@ OPTIMISERS: dict[str, dict[str, Any]] = {
         "adamw": AdamWConfig(learning_rate=1e-3),
     },
     "lm": {
-        "kfac": KFACConfig(),
-        "sgd": SGDConfig(learning_rate=0.1),
-        "adam": AdamConfig(learning_rate=4e-3),
-        "adamw": AdamWConfig(learning_rate=4e-3),
+        # The curvature of the inner layers is small and changes fast at the start:
+        # little damping, no momentum, and a warm-up beside the trust region.
+        "kfac": KFACConfig(
+            learning_rate=0.02,
+            schedule=COSINE,
+            damping=2e-5,
+            momentum=0.0,
+            kl_clip=4e-3,
+            factor_decay=0.9,
+            fisher="mc",
+            inverse_interval=5,
+        ),
+        "sgd": SGDConfig(learning_rate=0.1, schedule=COSINE),
+        "adam": AdamConfig(learning_rate=4e-3, b2=0.99, schedule=COSINE),
+        "adamw": AdamWConfig(
+            learning_rate=4e-3, b2=0.99, weight_decay=0.1, schedule=COSINE
+        ),
     },
 }
 OPTIMISERS["mlp_nnx"] = OPTIMISERS["mlp"]

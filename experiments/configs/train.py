@@ -49,7 +49,7 @@ class NetConfig:
     """Blocks of lm."""
     heads: int = 4
     """Attention heads per block of lm."""
-    features: int = 128
+    features: int = 96
     """Width of lm; a multiple of the number of heads."""
 
     def __post_init__(self) -> None:
