@@ -8,7 +8,8 @@ it is measured every few steps. Learning rates fall to 0 on a cosine after a lin
 warm-up. The first trial of either is given. Then: at which step does the best K-FAC run
 first have the loss that the best AdamW run reaches anywhere?
 
-Finished trials are kept in ``lm_target.jsonl``; the same command goes on after them.
+Finished trials are kept in ``lm_target.jsonl``; the same command goes on after them,
+and one with more trials adds to them.
 
 References:
     Bergstra et al., 2011, "Algorithms for hyper-parameter optimization", NeurIPS.
@@ -276,7 +277,7 @@ def tune(study: Study, name: str) -> dict[str, Any]:
         trial = search.ask()
         values, start = suggest(name, trial), time.perf_counter()
         result = study.finished.get((name, number))
-        if result is None:
+        if result is None or result["values"] != values:
             result = {"optimizer": name, "number": number, "values": values}
             result |= run_trial(study, name, values)
             study.file.append("trial", result["curve"][-1]["step"], **result)
@@ -341,10 +342,12 @@ def finished_trials(
         Records by optimiser and number.
 
     Raises:
-        RunFolderError: if they were made with other settings.
+        RunFolderError: if they were made with other settings; only the number of
+            trials may differ.
     """
     records = metrics.read_records(path)
-    if records and records[0]["settings"] != metrics.to_json(facts["settings"]):
+    wanted = metrics.to_json(facts["settings"])
+    if records and records[0]["settings"] | {"trials": wanted["trials"]} != wanted:
         raise RunFolderError(
             f"{path} holds trials with other settings. Choose another --out, or "
             "delete it."
@@ -365,7 +368,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = arguments(argv)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     lines = args.out / "lm_target.jsonl"
-    facts = {"machine": machine(), "settings": settings(args)}
+    facts: dict[str, Any] = {"machine": machine(), "settings": settings(args)}
     finished = finished_trials(lines, facts)
     data = load_text(args.dataset, args.data_dir, args.context)
     sizes = {name: getattr(args, name) for name in ("layers", "heads", "features")}

@@ -161,9 +161,8 @@ def test_examples_are_the_characters(start):
     assert kinds["block_1/attention/query"] == kinds["logits"] == "dense"
     assert kinds["block_0/norm_1"] == kinds["norm"] == "scale_shift"
     opt_state = kfac.scale_by_kfac(tagged.layers).init(params)
-    *_, statistics = tagged.value_and_grad(
-        params, {}, tokens, following, opt_state=opt_state
-    )
+    value_and_grad = jax.jit(tagged.value_and_grad)
+    *_, statistics = value_and_grad(params, {}, tokens, following, opt_state=opt_state)
     # The last entry of the homogeneous axis is 1 for every character.
     np.testing.assert_allclose(statistics["logits"].a[-1, -1], 1, rtol=1e-6)
 
