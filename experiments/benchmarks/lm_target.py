@@ -352,8 +352,12 @@ def finished_trials(
             f"{path} holds trials with other settings. Choose another --out, or "
             "delete it."
         )
-    trials = [record for record in records if record["kind"] == "trial"]
-    return {(trial["optimizer"], trial["number"]): trial for trial in trials}
+    found = {}
+    for record in records:
+        if record.pop("kind") == "trial":
+            del record["step"]
+            found[record["optimizer"], record["number"]] = record
+    return found
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
