@@ -76,7 +76,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--context", type=positive_int, default=64)
     add("--batch-size", type=positive_int, default=32)
     add("--steps", type=positive_int, default=400, help="of AdamW")
-    add("--our-steps", type=positive_int, default=200, help="ours")
+    add("--our-steps", type=positive_int, default=300, help="ours")
     add("--eval-every", type=positive_int, default=20, help="steps")
     add("--eval-windows", type=positive_int, default=640, help="of the validation set")
     add("--trials", type=positive_int, default=8, help="of each optimiser")
