@@ -35,6 +35,7 @@ LENGTH: dict[str, dict[str, Any]] = {
 }
 
 COSINE = ScheduleConfig("cosine", warmup_steps=50, final_scale=0.01)
+LONG_WARMUP = ScheduleConfig("cosine", warmup_steps=150, final_scale=0.01)
 
 OPTIMISERS: dict[str, dict[str, Any]] = {
     "mlp": {
@@ -67,18 +68,16 @@ OPTIMISERS: dict[str, dict[str, Any]] = {
         "kfac": KFACConfig(
             learning_rate=0.02,
             schedule=COSINE,
-            damping=2e-5,
+            damping=4e-5,
             momentum=0.0,
-            kl_clip=4e-3,
+            kl_clip=2.5e-3,
             factor_decay=0.9,
             fisher="mc",
             inverse_interval=5,
         ),
         "sgd": SGDConfig(learning_rate=0.1, schedule=COSINE),
-        "adam": AdamConfig(learning_rate=4e-3, b2=0.99, schedule=COSINE),
-        "adamw": AdamWConfig(
-            learning_rate=4e-3, b2=0.99, weight_decay=0.1, schedule=COSINE
-        ),
+        "adam": AdamConfig(learning_rate=8e-3, b2=0.98, schedule=LONG_WARMUP),
+        "adamw": AdamWConfig(learning_rate=8e-3, b2=0.98, schedule=LONG_WARMUP),
     },
 }
 OPTIMISERS["mlp_nnx"] = OPTIMISERS["mlp"]
