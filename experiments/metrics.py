@@ -169,8 +169,8 @@ def make_evaluate(
 
     Args:
         task: the network and its loss.
-        images: images ``[n, h, w, c]``.
-        labels: labels ``[n]``.
+        images: images ``[n, h, w, c]``, or other inputs ``[n, ...]``.
+        labels: labels ``[n]``, or whatever is to be predicted of the inputs.
 
     Returns:
         A function of parameters and model state to the means over the examples.

@@ -88,6 +88,9 @@ class RunProgress:
             self.texts["score"] = f"test accuracy {values['test_accuracy']:.2%}"
         elif values.get("test_squared_error") is not None:
             self.texts["score"] = f"test error {values['test_squared_error']:.4g}"
+        elif values.get("test_bits_per_character") is not None:
+            bits = values["test_bits_per_character"]
+            self.texts["score"] = f"test bits per character {bits:.4g}"
         if "mean_interval" in values:
             saved = values["bytes_if_every_step"] - values["bytes_reduced"]
             self.texts["kfac"] = (

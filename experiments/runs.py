@@ -14,7 +14,7 @@ from flax.training import train_state
 
 from experiments import checkpoints, metrics
 from experiments.configs import TrainConfig
-from experiments.datasets import Dataset
+from experiments.datasets import Examples
 from experiments.models import Task
 from experiments.optimizers import TITLES, Optimizer, make_optimizer
 
@@ -74,7 +74,7 @@ class Run:
     config: TrainConfig
     name: str
     task: Task
-    data: Dataset
+    data: Examples
     optimizer: Optimizer
     folder: Path
     state: State
@@ -111,7 +111,7 @@ class Run:
         }
 
 
-def make_run(config: TrainConfig, name: str, task: Task, data: Dataset) -> Run:
+def make_run(config: TrainConfig, name: str, task: Task, data: Examples) -> Run:
     """Builds the first state of a run.
 
     Args:
@@ -124,12 +124,12 @@ def make_run(config: TrainConfig, name: str, task: Task, data: Dataset) -> Run:
         The run before its first step.
     """
     params, model_state = jax.jit(task.init)(jax.random.key(config.seed))
-    images = jax.ShapeDtypeStruct(
-        (config.batch_size, *data.image_shape), data.x_train.dtype
-    )
-    labels = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
+    batch = [
+        jax.ShapeDtypeStruct((config.batch_size, *array.shape[1:]), array.dtype)
+        for array in (data.x_train, data.y_train)
+    ]
     total_steps = len(data.x_train) // config.batch_size * config.epochs
-    example = (params, model_state, images, labels)
+    example = (params, model_state, *batch)
     optimizer = make_optimizer(name, config, task, example, total_steps)
     state = State(
         step=jnp.zeros((), jnp.int32),
@@ -175,7 +175,7 @@ def stopping_points(run: Run) -> list[int]:
     return sorted(regular | evaluation_points(run))
 
 
-def identity(config: TrainConfig, name: str, data: Dataset) -> dict[str, Any]:
+def identity(config: TrainConfig, name: str, data: Examples) -> dict[str, Any]:
     """Returns what decides the curve of one optimiser's run.
 
     Args:

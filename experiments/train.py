@@ -18,7 +18,8 @@ from rich.console import Console
 import kfac_jax_lite as kfac
 from experiments import checkpoints, datasets, metrics
 from experiments.configs import TrainConfig
-from experiments.datasets import Dataset
+from experiments.configs.train import TEXTS
+from experiments.datasets import Examples
 from experiments.errors import CheckpointError, ConfigError, MetricsError
 from experiments.models import Task, make_task
 from experiments.optimizers import TITLES
@@ -49,9 +50,13 @@ def train(config: TrainConfig, console: Console) -> tuple[Path, list[str]]:
     Raises:
         ConfigError: if the batch is larger than the training set.
     """
-    data = datasets.load(config.dataset, config.data_dir).first(config.train_examples)
+    if config.dataset in TEXTS:
+        data = datasets.load_text(config.dataset, config.data_dir, config.net.context)
+    else:
+        data = datasets.load(config.dataset, config.data_dir)
+    data = data.first(config.train_examples)
     console.print(
-        f"Data: {data.title}, {len(data.x_train)} + {len(data.x_test)} images, "
+        f"Data: {data.title}, {len(data.x_train)} + {len(data.x_test)} {data.noun}, "
         f"{data.source}",
         soft_wrap=True,
         highlight=False,
@@ -72,7 +77,7 @@ def train(config: TrainConfig, console: Console) -> tuple[Path, list[str]]:
 
 
 def run_optimizer(
-    config: TrainConfig, name: str, task: Task, data: Dataset, console: Console
+    config: TrainConfig, name: str, task: Task, data: Examples, console: Console
 ) -> list[str]:
     """Starts, continues or skips one optimiser's run.
 
@@ -125,7 +130,7 @@ def make_step(run: Run) -> Callable[[State, Any, Any], tuple[State, jax.Array]]:
         run: the run; its `compile_seconds` grow.
 
     Returns:
-        A function of state (donated), images and labels to the next state and the loss.
+        A function of state (donated) and batch to the next state and the loss.
     """
     key = jax.random.key(run.config.seed + 1)
     optimizer = run.optimizer

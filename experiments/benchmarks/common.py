@@ -30,12 +30,14 @@ PEER = "kfac_jax"
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 TITLES = {
     "adam": "Adam",
+    "adamw": "AdamW",
     "kfac_jax": "kfac-jax",
     "ours": "kfac_jax_lite",
     "ours_averaged": "kfac_jax_lite, averaged",
 }
 COLOURS = {
     "adam": "#0072b2",
+    "adamw": "#0072b2",
     "kfac_jax": "#009e73",
     "ours": "#d55e00",
     "ours_averaged": "#cc79a7",
@@ -352,14 +354,18 @@ def cell(value: Any) -> str:
 
 
 def save_curves(
-    path: Path, title: str, curves: Mapping[str, Sequence[Mapping[str, Any]]]
+    path: Path,
+    title: str,
+    curves: Mapping[str, Sequence[Mapping[str, Any]]],
+    loss: str = "training loss",
 ) -> None:
-    """Plots the training loss against steps and against seconds.
+    """Plots a loss against steps and against seconds.
 
     Args:
         path: the PNG file; its folder is made.
         title: title of the figure.
         curves: evaluations by optimiser, each with step, seconds and loss.
+        loss: what the loss is called.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(10, 4), layout="constrained", dpi=120)
@@ -379,6 +385,6 @@ def save_curves(
         axis.set_yscale("log")
         axis.set_xlabel(label)
         axis.grid(True, which="both", alpha=0.3)
-    axes[0].set_ylabel("training loss")
+    axes[0].set_ylabel(loss)
     axes[0].legend()
     FigureCanvasAgg(figure).print_png(path)

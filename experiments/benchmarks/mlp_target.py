@@ -43,7 +43,8 @@ from experiments.benchmarks.common import (
     timed,
     write_json,
 )
-from experiments.configs import DATASETS, NetConfig
+from experiments.configs import NetConfig
+from experiments.configs.train import IMAGES
 from experiments.datasets import Dataset, batches, load
 from experiments.models import Task, make_task
 
@@ -60,7 +61,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--datasets", type=comma_list(DATASETS), default="mnist,fashion_mnist")
+    add("--datasets", type=comma_list(IMAGES), default="mnist,fashion_mnist")
     add("--hidden", type=positive_int, nargs="+", default=[256, 256])
     add("--batch-size", type=positive_int, default=500)
     add("--epochs", type=positive_int, default=10, help="of Adam")

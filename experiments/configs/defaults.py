@@ -8,6 +8,7 @@ from experiments.configs.optimizers import (
     AdamConfig,
     AdamWConfig,
     KFACConfig,
+    ScheduleConfig,
     SGDConfig,
 )
 from experiments.configs.train import DATASETS, MODELS, NetConfig, TrainConfig
@@ -19,7 +20,22 @@ LENGTH: dict[str, dict[str, Any]] = {
     "mnist": {"epochs": 10, "batch_size": 512},
     "fashion_mnist": {"epochs": 10, "batch_size": 512},
     "cifar10": {"epochs": 10, "batch_size": 128},
+    "tinyshakespeare": {
+        "epochs": 1,
+        "batch_size": 32,
+        "eval_examples": 512,
+        "evals_per_epoch": 10,
+    },
+    "pydoc": {
+        "epochs": 2,
+        "batch_size": 32,
+        "eval_examples": 512,
+        "evals_per_epoch": 5,
+    },
 }
+
+COSINE = ScheduleConfig("cosine", warmup_steps=50, final_scale=0.01)
+LONG_WARMUP = ScheduleConfig("cosine", warmup_steps=150, final_scale=0.01)
 
 OPTIMISERS: dict[str, dict[str, Any]] = {
     "mlp": {
@@ -45,6 +61,23 @@ OPTIMISERS: dict[str, dict[str, Any]] = {
         "sgd": SGDConfig(learning_rate=0.01),
         "adam": AdamConfig(learning_rate=1e-3),
         "adamw": AdamWConfig(learning_rate=1e-3),
+    },
+    "lm": {
+        # The curvature of the inner layers is small and changes fast at the start:
+        # little damping, no momentum, and a warm-up beside the trust region.
+        "kfac": KFACConfig(
+            learning_rate=0.02,
+            schedule=COSINE,
+            damping=4e-5,
+            momentum=0.0,
+            kl_clip=2.5e-3,
+            factor_decay=0.9,
+            fisher="mc",
+            inverse_interval=5,
+        ),
+        "sgd": SGDConfig(learning_rate=0.1, schedule=COSINE),
+        "adam": AdamConfig(learning_rate=8e-3, b2=0.98, schedule=LONG_WARMUP),
+        "adamw": AdamWConfig(learning_rate=8e-3, b2=0.98, schedule=LONG_WARMUP),
     },
 }
 OPTIMISERS["mlp_nnx"] = OPTIMISERS["mlp"]

@@ -15,12 +15,16 @@ from experiments.configs.optimizers import (
 )
 from experiments.errors import ConfigError
 
-DATASETS = ("digits", "mnist5k", "mnist", "fashion_mnist", "cifar10")
-MODELS = ("mlp", "mlp_nnx", "lenet5", "resnet", "autoencoder")
+IMAGES = ("digits", "mnist5k", "mnist", "fashion_mnist", "cifar10")
+TEXTS = ("tinyshakespeare", "pydoc")
+DATASETS = IMAGES + TEXTS
+MODELS = ("mlp", "mlp_nnx", "lenet5", "resnet", "autoencoder", "lm")
 OPTIMIZERS = ("kfac", "sgd", "adam", "adamw")
 
-DatasetName = Literal["digits", "mnist5k", "mnist", "fashion_mnist", "cifar10"]
-ModelName = Literal["mlp", "mlp_nnx", "lenet5", "resnet", "autoencoder"]
+DatasetName = Literal[
+    "digits", "mnist5k", "mnist", "fashion_mnist", "cifar10", "tinyshakespeare", "pydoc"
+]
+ModelName = Literal["mlp", "mlp_nnx", "lenet5", "resnet", "autoencoder", "lm"]
 OptimizerName = Literal["kfac", "sgd", "adam", "adamw"]
 
 # Where the data lies and how runs are kept decides nothing about the curve.
@@ -39,6 +43,14 @@ class NetConfig:
     """Channels of the first stage of resnet; doubled at every stage."""
     code: tuple[int, ...] = (1000, 500, 250, 30)
     """Widths of the autoencoder from the image down to its code."""
+    context: int = 64
+    """Characters that lm sees: the length of a text's windows."""
+    layers: int = 2
+    """Blocks of lm."""
+    heads: int = 4
+    """Attention heads per block of lm."""
+    features: int = 96
+    """Width of lm; a multiple of the number of heads."""
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -47,7 +59,13 @@ class NetConfig:
                 check_integer(f"net.{name}", width, at_least=1)
         if not self.blocks or not self.code:
             raise ConfigError("net.blocks and net.code need at least one number.")
-        check_integer("net.width", self.width, at_least=1)
+        for name in ("width", "context", "layers", "heads", "features"):
+            check_integer(f"net.{name}", getattr(self, name), at_least=1)
+        if self.features % self.heads:
+            raise ConfigError(
+                f"net.features is {self.features}; wanted a multiple of net.heads, "
+                f"{self.heads}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +73,9 @@ class TrainConfig:
     """One comparison: every listed optimiser from the same start on the same data."""
 
     dataset: DatasetName = "mnist5k"
-    """Data set; digits and mnist5k come inside packages and need no network."""
+    """Data set; digits, mnist5k and pydoc come with packages and need no network."""
     model: ModelName = "mlp"
-    """Network; mlp_nnx is the mlp written with flax.nnx."""
+    """Network; mlp_nnx is the mlp written with flax.nnx; lm wants a text."""
     optimizers: tuple[OptimizerName, ...] = OPTIMIZERS
     """Optimisers to run, one after the other."""
     baseline: OptimizerName = "adam"

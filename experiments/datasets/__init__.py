@@ -1,6 +1,6 @@
-"""Image data sets as arrays in memory.
+"""Data sets of images and of text as arrays in memory.
 
-`load` looks in this order and says which source it took:
+`load` (images) and `load_text` look in this order and say which source they took:
 
 1. the folder given by ``--data-dir`` or ``KFAC_DATA_DIR``;
 2. a directory prepared by TensorFlow Datasets (TFDS);
@@ -8,7 +8,9 @@
 4. the small real sets that come inside a package.
 """
 
-from experiments.datasets.arrays import Dataset, batches
+from experiments.datasets.arrays import Dataset, Examples, batches
 from experiments.datasets.lookup import load
+from experiments.datasets.text import TextDataset
+from experiments.datasets.textsources import load_text
 
-__all__ = ["Dataset", "batches", "load"]
+__all__ = ["Dataset", "Examples", "TextDataset", "batches", "load", "load_text"]

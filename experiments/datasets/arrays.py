@@ -1,7 +1,8 @@
-"""The data set in memory, its checks, and seeded batches."""
+"""Data sets in memory, the checks of images, and seeded batches."""
 
 import dataclasses
 from collections.abc import Iterator
+from typing import ClassVar, Self
 
 import numpy as np
 
@@ -9,20 +10,21 @@ from experiments.errors import ConfigError, DataError
 
 
 @dataclasses.dataclass(frozen=True)
-class Dataset:
-    """Images and labels, loaded once.
+class Examples:
+    """What data sets of every type have; the rows of an array are the examples.
 
     Attributes:
+        noun: what an example is called, in the plural.
         name: name on the command line.
         title: name in tables and plots.
         source: where the data was found.
-        x_train: training images, ``[n, height, width, channels]``.
-        y_train: training labels, ``[n]``, int32.
-        x_test: test images.
-        y_test: test labels.
-        maximum: the value of the brightest pixel.
-        num_classes: number of labels.
+        x_train: training inputs, ``[n, ...]``.
+        y_train: what is to be predicted, ``[n, ...]``, int32.
+        x_test: test inputs.
+        y_test: the same for them.
     """
+
+    noun: ClassVar[str] = "examples"
 
     name: str
     title: str
@@ -31,15 +33,8 @@ class Dataset:
     y_train: np.ndarray
     x_test: np.ndarray
     y_test: np.ndarray
-    maximum: float = 255.0
-    num_classes: int = 10
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of one image."""
-        return self.x_train.shape[1:]
-
-    def first(self, train: int | None) -> "Dataset":
+    def first(self, train: int | None) -> Self:
         """Returns the data set with only its first `train` training examples.
 
         Args:
@@ -60,6 +55,26 @@ class Dataset:
         return dataclasses.replace(
             self, x_train=self.x_train[:train], y_train=self.y_train[:train]
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset(Examples):
+    """Images ``[n, height, width, channels]`` and labels ``[n]``, loaded once.
+
+    Attributes:
+        maximum: the value of the brightest pixel.
+        num_classes: number of labels.
+    """
+
+    noun: ClassVar[str] = "images"
+
+    maximum: float = 255.0
+    num_classes: int = 10
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of one image."""
+        return self.x_train.shape[1:]
 
 
 def make_dataset(
@@ -137,7 +152,7 @@ def check_split(
 
 
 def batches(
-    data: Dataset, batch_size: int, seed: int, start: int, stop: int
+    data: Examples, batch_size: int, seed: int, start: int, stop: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields the batches of the steps from `start` to `stop`.
 
@@ -152,7 +167,7 @@ def batches(
         stop: number of steps after the last batch.
 
     Yields:
-        Images ``[batch, h, w, c]`` and labels ``[batch]``.
+        Inputs and what is to be predicted, such as images and labels.
     """
     per_epoch = len(data.x_train) // batch_size
     epoch, order = -1, np.arange(0)

@@ -35,6 +35,26 @@ UNREADABLE = (
 )
 
 
+def not_found(title: str, tried: list[str], packaged: tuple[str, ...]) -> str:
+    """What to say of data that is nowhere.
+
+    Args:
+        title: title of the data set.
+        tried: where it was looked for.
+        packaged: names of data sets that come inside a package, to use instead.
+
+    Returns:
+        The message of an error.
+    """
+    places = "\n  ".join(tried)
+    instead = " or ".join(f"--dataset {name}" for name in packaged)
+    return (
+        f"{title} was not found. Looked at:\n  {places}\n"
+        "Give a folder that holds it with --data-dir or KFAC_DATA_DIR, or use a "
+        f"packaged data set: {instead}."
+    )
+
+
 def load_local(name: str, folder: Path) -> tuple[Dataset | None, list[str]]:
     """Looks for a data set in a folder.
 

@@ -1,11 +1,11 @@
-"""Decides where a data set is taken from."""
+"""Decides where images are taken from."""
 
 import dataclasses
 import os
 from pathlib import Path
 
 from experiments.configs.checks import check_choice
-from experiments.configs.train import DATASETS
+from experiments.configs.train import IMAGES
 from experiments.datasets import local, packaged, prepared
 from experiments.datasets.arrays import Dataset, make_dataset
 from experiments.errors import DataError
@@ -15,10 +15,10 @@ SYSTEM_FOLDERS = {"fashion_mnist": Path("/usr/share/datasets/fashion-mnist")}
 
 
 def load(name: str, data_dir: Path | str | None = None) -> Dataset:
-    """Loads a data set from the first source that has it.
+    """Loads images from the first source that has them.
 
     Args:
-        name: one of `DATASETS`.
+        name: one of `IMAGES`.
         data_dir: folder to look in first; KFAC_DATA_DIR if None.
 
     Returns:
@@ -27,7 +27,7 @@ def load(name: str, data_dir: Path | str | None = None) -> Dataset:
     Raises:
         DataError: listing the places that were looked at, if none has it.
     """
-    check_choice("dataset", name, DATASETS)
+    check_choice("dataset", name, IMAGES)
     if name == "digits":
         return packaged.load_digits()
     if name == "mnist5k":
@@ -37,12 +37,7 @@ def load(name: str, data_dir: Path | str | None = None) -> Dataset:
         found = finder(name, data_dir, tried)
         if found is not None:
             return found
-    places = "\n  ".join(tried)
-    raise DataError(
-        f"{local.TITLES[name]} was not found. Looked at:\n  {places}\n"
-        "Give a folder that holds it with --data-dir or KFAC_DATA_DIR, or use a "
-        "packaged data set: --dataset mnist5k or --dataset digits."
-    )
+    raise DataError(local.not_found(local.TITLES[name], tried, ("mnist5k", "digits")))
 
 
 def find_in_folder(
@@ -72,9 +67,7 @@ def find_prepared(
     del data_dir
     path = prepared.default_directory() / name
     tried.append(f"{path} (prepared by TFDS)")
-    # An interrupted preparation leaves a directory without versions.
-    complete = path.is_dir() and any(path.glob("*.*.*/dataset_info.json"))
-    return local.read_tfds(name, path) if complete else None
+    return local.read_tfds(name, path) if prepared.is_complete(path) else None
 
 
 def find_download(

@@ -6,7 +6,9 @@ import os
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,6 +18,7 @@ PROBE_URL = "https://storage.googleapis.com/"
 PROBE_SECONDS = 5.0
 
 Split = tuple[np.ndarray, np.ndarray]
+T = TypeVar("T")
 
 
 def default_directory() -> Path:
@@ -23,8 +26,20 @@ def default_directory() -> Path:
     return Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
 
 
+def is_complete(path: Path) -> bool:
+    """Tells whether a directory holds a version that was prepared to the end.
+
+    Args:
+        path: the directory of a data set.
+
+    Returns:
+        False if it does not exist, or has only what an interrupted preparation leaves.
+    """
+    return path.is_dir() and any(path.glob("*.*.*/dataset_info.json"))
+
+
 def read(name: str, directory: Path) -> tuple[Split, Split]:
-    """Reads both splits of a prepared data set; works without TensorFlow.
+    """Reads both splits of prepared images; works without TensorFlow.
 
     Args:
         name: name of the data set in TFDS.
@@ -32,6 +47,42 @@ def read(name: str, directory: Path) -> tuple[Split, Split]:
 
     Returns:
         Training and test split, each images ``[n, h, w, c]`` and labels ``[n]``.
+    """
+    train, test = read_parts(name, directory, ("train", "test"), read_split)
+    return train, test
+
+
+def read_text(name: str, directory: Path) -> str:
+    """Reads a prepared text, its splits one after the other.
+
+    Args:
+        name: name of the text in TFDS.
+        directory: the directory that holds the folder of the text.
+
+    Returns:
+        The text.
+    """
+
+    def join(source) -> str:
+        texts = (source[index]["text"] for index in range(len(source)))
+        return "".join(t if isinstance(t, str) else t.decode() for t in texts)
+
+    return "".join(read_parts(name, directory, ("train", "validation", "test"), join))
+
+
+def read_parts(
+    name: str, directory: Path, parts: tuple[str, ...], read_part: Callable[..., T]
+) -> list[T]:
+    """Reads splits of a prepared data set.
+
+    Args:
+        name: name of the data set in TFDS.
+        directory: the directory that holds the folder of the data set.
+        parts: names of the splits.
+        read_part: from a random-access data source of TFDS to what is wanted.
+
+    Returns:
+        What is wanted of every split.
 
     Raises:
         DataError: if TFDS is missing or cannot read the directory.
@@ -46,11 +97,11 @@ def read(name: str, directory: Path) -> tuple[Split, Split]:
     # TFDS recommends OpenCV on every start; Pillow decodes these sets in seconds.
     logging.getLogger("absl").addFilter(lambda r: "OpenCV" not in r.getMessage())
     try:
-        train, test = (
+        sources = [
             tfds.data_source(name, split=part, data_dir=str(directory), download=False)
-            for part in ("train", "test")
-        )
-        return read_split(train), read_split(test)
+            for part in parts
+        ]
+        return [read_part(source) for source in sources]
     except Exception as error:  # TFDS has no common error class
         raise DataError(
             f"{directory / name} is not a data set that TFDS can read: "

@@ -7,17 +7,18 @@ import jax
 
 from experiments.configs import NetConfig
 from experiments.configs.checks import check_choice
-from experiments.configs.train import MODELS
-from experiments.datasets import Dataset
+from experiments.configs.train import MODELS, TEXTS
+from experiments.datasets import Dataset, TextDataset
 from experiments.errors import ConfigError
 from experiments.models import networks
 from experiments.models.nnxmlp import nnx_task
-from experiments.models.task import Task, classifier, reconstruction
+from experiments.models.task import Task, classifier, language_model, reconstruction
+from experiments.models.transformer import Transformer
 
 LENET_SMALLEST = 12
 
 
-def make_task(model: str, net: NetConfig, data: Dataset) -> Task:
+def make_task(model: str, net: NetConfig, data: Dataset | TextDataset) -> Task:
     """Builds the task of a model on a data set.
 
     Args:
@@ -29,9 +30,20 @@ def make_task(model: str, net: NetConfig, data: Dataset) -> Task:
         The task.
 
     Raises:
-        ConfigError: if the model cannot take images of this size.
+        ConfigError: if the model cannot take this data.
     """
     check_choice("model", model, MODELS)
+    if isinstance(data, TextDataset):
+        if model != "lm":
+            raise ConfigError(
+                f"{model} wants images; {data.title} is a text. Use --model lm."
+            )
+        return language_model(*linen_functions(transformer(net, data)), data)
+    if model == "lm":
+        raise ConfigError(
+            f"lm wants a text; {data.title} has images. Use --dataset "
+            f"{' or '.join(TEXTS)}."
+        )
     if model == "lenet5" and min(data.image_shape[:2]) < LENET_SMALLEST:
         height, width, _ = data.image_shape
         raise ConfigError(
@@ -48,6 +60,17 @@ def make_task(model: str, net: NetConfig, data: Dataset) -> Task:
         "resnet": networks.ResNet(net.blocks, net.width, data.num_classes),
     }
     return classifier(*linen_functions(modules[model]), data)
+
+
+def transformer(net: NetConfig, data: TextDataset) -> Transformer:
+    """Returns the language model of the given sizes for a text."""
+    return Transformer(
+        vocabulary=len(data.vocabulary),
+        context=data.context,
+        layers=net.layers,
+        heads=net.heads,
+        width=net.features,
+    )
 
 
 def linen_functions(module: nn.Module):

@@ -1,8 +1,8 @@
 """What the training loop needs to know of a network: a task.
 
 A task is a few pure functions of parameters and model state, so that Linen, NNX and
-anything else train in the same loop. Images enter as the data set stores them; scaling
-them is part of the loss, on the device.
+anything else train in the same loop. Images and texts enter as the data set stores
+them; scaling images is part of the loss, on the device.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 import kfac_jax_lite as kfac
-from experiments.datasets import Dataset
+from experiments.datasets import Dataset, TextDataset
 
 PyTree = Any
 
@@ -28,7 +28,8 @@ class Task:
         init: ``key -> (params, model_state)``; the state is empty unless the network
             has batch statistics.
         loss: ``(params, model_state, images, labels) -> (mean loss, new model_state)``
-            in training mode, with the output marked for K-FAC.
+            in training mode, with the output marked for K-FAC; a language model takes
+            tokens and the tokens that follow.
         evaluate: the same arguments to a dict of sums over the examples, in
             evaluation mode; ``loss`` is one of them.
     """
@@ -129,3 +130,36 @@ def reconstruction(
         return {"loss": terms.sum(), "squared_error": error.sum()}
 
     return Task(lambda key: init(key, flat(sample)), loss, evaluate)
+
+
+def language_model(
+    init: Callable[[jax.Array, jax.Array], tuple[PyTree, PyTree]],
+    apply: Callable[..., tuple[jax.Array, PyTree]],
+    data: TextDataset,
+) -> Task:
+    """Builds the task of predicting every next token; the loss is that of a token.
+
+    Args:
+        init: ``(key, tokens) -> (params, model_state)``; tokens are ``[1, time]``.
+        apply: ``(params, model_state, tokens, train) -> (logits, new model_state)``
+            with logits ``[batch, time, vocabulary]``.
+        data: the data set.
+
+    Returns:
+        The task; it evaluates nats and bits per token, means over a window.
+    """
+    sample = np.zeros((1, data.context), data.x_train.dtype)
+
+    def loss(params, model_state, tokens, following):
+        logits, model_state = apply(params, model_state, tokens, True)
+        logits = kfac.categorical(logits)
+        terms = optax.softmax_cross_entropy_with_integer_labels(logits, following)
+        return terms.mean(), model_state
+
+    def evaluate(params, model_state, tokens, following):
+        logits, _ = apply(params, model_state, tokens, False)
+        terms = optax.softmax_cross_entropy_with_integer_labels(logits, following)
+        nats = terms.mean(-1).sum()
+        return {"loss": nats, "bits_per_character": nats / np.log(2)}
+
+    return Task(lambda key: init(key, jnp.asarray(sample)), loss, evaluate)

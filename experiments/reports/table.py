@@ -8,6 +8,8 @@ from rich.table import Table
 
 from experiments.reports.reading import RunRecords
 
+SCORES = ("accuracy", "squared_error", "bits_per_character")
+
 
 def make_table(runs: Sequence[RunRecords], baseline: str = "adam") -> Table:
     """Builds the table of a comparison.
@@ -26,11 +28,11 @@ def make_table(runs: Sequence[RunRecords], baseline: str = "adam") -> Table:
     title = f"{first['data']['title']}, {first['config']['model']}"
     table = Table(title=title, caption=caption(reference, goal), box=box.SIMPLE_HEAD)
     table.add_column("optimiser", no_wrap=True)
-    last = "accuracy" if has_accuracy(runs) else "squared error"
+    score = score_of(runs)
     for name in (
         "train loss",
         "test loss",
-        f"test {last}",
+        f"test {score.replace('_', ' ')}",
         "steps",
         "seconds",
         "compile s",
@@ -39,26 +41,22 @@ def make_table(runs: Sequence[RunRecords], baseline: str = "adam") -> Table:
     ):
         table.add_column(name, justify="right", min_width=7)
     for run in runs:
-        table.add_row(*row(run, goal))
+        table.add_row(*row(run, goal, score))
     return table
 
 
-def row(run: RunRecords, goal: float | None) -> list[str]:
+def row(run: RunRecords, goal: float | None, score: str) -> list[str]:
     """Returns the cells of one run."""
     title = run.title if run.status == "finished" else f"{run.title} ({run.status})"
     final: dict[str, Any] = run.evals[-1] if run.evals else {}
-    accuracy = final.get("test_accuracy")
-    score = (
-        number(final.get("test_squared_error"))
-        if accuracy is None
-        else f"{accuracy:.2%}"
-    )
+    last = final.get(f"test_{score}")
+    percent = score == "accuracy" and last is not None
     reached = None if goal is None else run.first_at(goal)
     return [
         title,
         number(final.get("train_loss")),
         number(final.get("test_loss")),
-        score,
+        f"{last:.2%}" if percent else number(last),
         str(final.get("step", "-")),
         seconds(final.get("seconds")),
         seconds(run.end["compile_seconds"] if run.end else None),
@@ -77,9 +75,10 @@ def caption(reference: RunRecords, goal: float | None) -> str:
     )
 
 
-def has_accuracy(runs: Sequence[RunRecords]) -> bool:
-    """Tells whether the runs are of a classifier."""
-    return any("test_accuracy" in record for run in runs for record in run.evals)
+def score_of(runs: Sequence[RunRecords]) -> str:
+    """Returns which measure besides the loss the evaluations of the runs have."""
+    seen = {name for run in runs for record in run.evals for name in record}
+    return next((name for name in SCORES if f"test_{name}" in seen), SCORES[0])
 
 
 def number(value: float | None) -> str:

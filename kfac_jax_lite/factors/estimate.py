@@ -8,22 +8,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from kfac_jax_lite.factors.recipe import INPUT_SIDE, Recipe, finish, make_recipe
+from kfac_jax_lite.factors.passes import Finisher, resampled, sampled_pull
+from kfac_jax_lite.factors.recipe import INPUT_SIDE, Recipe, make_recipe
 from kfac_jax_lite.factors.sites import tap_site
 from kfac_jax_lite.factors.slots import make_slots, read_state
 from kfac_jax_lite.likelihoods import (
     MASK,
     count_terms,
-    masked_rows,
     outputs_of,
-    sampled_cotangent,
-    square_root_column,
 )
 from kfac_jax_lite.tagging.interpreter import Interpreter
 from kfac_jax_lite.tagging.table import fingerprint, table
-from kfac_jax_lite.tagging.taps import Slot
 from kfac_jax_lite.tagging.trace import Trace, TraceOptions, trace
 from kfac_jax_lite.tree import vary, varying_axes
 from kfac_jax_lite.types import (
@@ -36,7 +32,6 @@ from kfac_jax_lite.types import (
     accumulation_dtype,
 )
 
-ALL_FIELDS = frozenset({"a", "g", "a_out", "g_out", "s", "blocks"})
 FISHERS = ("empirical", "mc", "exact")
 WEIGHT_SHARING = ("expand", "reduce")
 
@@ -265,123 +260,6 @@ class TaggedLoss:
 def without_numbers(note: str) -> str:
     """A note without what may depend on the size of the batch."""
     return "".join(c for c in note if not c.isdigit())
-
-
-@dataclasses.dataclass(frozen=True)
-class Finisher:
-    """Gives what the taps returned its last touch, inside the gates of the layers.
-
-    Attributes:
-        recipes: Recipe of every tapped layer.
-        slots: Slot of every tapped layer.
-        terms: How many loss terms count, where the output is masked.
-    """
-
-    recipes: dict[str, Recipe]
-    slots: dict[str, Slot]
-    terms: jax.Array | None
-
-    def __call__(self, raw: dict, wanted: frozenset[str] = ALL_FIELDS) -> dict:
-        """Statistics by layer and field."""
-        return {k: self._finish(k, raw[k], wanted) for k in raw if raw[k]}
-
-    def _finish(self, name: str, raw: dict, wanted: frozenset[str]) -> dict:
-        recipe, slot = self.recipes[name], self.slots[name]
-
-        def touch(raw):
-            return finish(recipe, raw, slot.basis, self.terms, wanted)
-
-        if slot.due is None or not (recipe.masked or recipe.by_example):
-            return touch(raw)
-        shapes, axes = jax.eval_shape(touch, raw), varying_axes(raw)
-
-        def skip(raw):
-            del raw
-            return vary(zeros_of(shapes), axes)
-
-        return lax.cond(slot.due, lambda raw: vary(touch(raw), axes), skip, raw)
-
-
-def zeros_of(shapes: Any) -> Any:
-    """Zeros in the shapes of a tree."""
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-
-def sampled_pull(
-    outputs: list, pullback: Callable, n: Any, finisher: Finisher, cotangents: list
-) -> tuple[list, dict]:
-    """Pulls cotangents of the outputs back: gradients and statistics but ``A``.
-
-    Args:
-        outputs: The marked outputs.
-        pullback: Of the loss and everything marked.
-        n: Number of loss terms.
-        finisher: Of the statistics.
-        cotangents: One for every output, of the sum of the terms.
-
-    Returns:
-        The gradients and the statistics.
-    """
-    marks = []
-    for output, c in zip(outputs, cotangents, strict=True):
-        if output.mask is not None:
-            marks.append(jnp.zeros_like(output.mask))
-        marks.append((c / n).astype(c.dtype))
-    grads, raw = pullback(marks)
-    return grads, finisher(raw, ALL_FIELDS - INPUT_SIDE)
-
-
-def resampled(
-    fisher: str, outputs: list, pull: Callable, key: Any, grads: list, finisher: Any
-) -> tuple[list, dict]:
-    """The MC or exact Fisher's statistics, computed when any layer is due.
-
-    Input factors come from the plain backward pass: XLA drops the other statistics of
-    that pass.
-
-    Args:
-        fisher: ``"mc"`` or ``"exact"``.
-        outputs: The marked outputs.
-        pull: Cotangents of the outputs to gradients and statistics.
-        key: PRNG key.
-        grads: The plain gradients.
-        finisher: Of the statistics.
-
-    Returns:
-        Gradients for the diagonals, and statistics.
-    """
-    dues = [s.due for s in finisher.slots.values() if s.due is not None]
-    shapes = jax.eval_shape(pull, [o.value for o in outputs])[1]
-    axes = varying_axes([o.value for o in outputs])
-    zeros = vary(zeros_of(shapes), axes)
-
-    def resample():
-        if fisher == "exact":
-            return grads, exact_statistics(outputs, pull, zeros)
-        keys = jax.random.split(key, len(outputs))
-        pairs = zip(outputs, keys, strict=True)
-        draws = [(o, sampled_cotangent(o.likelihood, o.value, k)) for o, k in pairs]
-        return pull([masked_rows(output, draw) for output, draw in draws])
-
-    if len(dues) < len(finisher.slots) or not dues:
-        return resample()
-    any_due = jnp.any(jnp.stack(dues))
-    return lax.cond(any_due, resample, lambda: (grads, zeros))
-
-
-def exact_statistics(outputs: list, pull: Callable, total: dict) -> dict:
-    """Adds the statistics of each column of the output Hessian's square root."""
-    for number, output in enumerate(outputs):
-        columns, column = square_root_column(output.likelihood, output.value)
-
-        def add(total, j, number=number, output=output, column=column):
-            zeros = [jnp.zeros_like(other.value) for other in outputs]
-            zeros[number] = masked_rows(output, column(j))
-            _, statistics = pull(zeros)
-            return jax.tree.map(jnp.add, total, statistics), None
-
-        total, _ = lax.scan(add, total, jnp.arange(columns))
-    return total
 
 
 def pack_statistics(

@@ -35,7 +35,16 @@ def tiny(tmp_path):
             "log_every": 1,
             "checkpoint_every": 2,
             "workdir": tmp_path / "run",
-            "net": NetConfig(hidden=(8,), blocks=(1,), width=4, code=(8, 4)),
+            "net": NetConfig(
+                hidden=(8,),
+                blocks=(1,),
+                width=4,
+                code=(8, 4),
+                context=8,
+                layers=1,
+                heads=2,
+                features=8,
+            ),
         }
         return dataclasses.replace(default_config(dataset, model), **(small | values))
 

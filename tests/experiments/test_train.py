@@ -50,7 +50,8 @@ def test_one_step(tiny, console):
 
 @pytest.mark.parametrize("model", [m for m in MODELS if m not in ("mlp", "lenet5")])
 def test_one_step_of_every_model(tiny, console, model):
-    config = tiny(model=model, optimizers=("kfac",), **ONE_STEP)
+    dataset = "pydoc" if model == "lm" else "digits"
+    config = tiny(dataset, model, optimizers=("kfac",), **ONE_STEP)
     folder, problems = train(config, console)
     assert problems == []
     for run in read_runs(folder):
