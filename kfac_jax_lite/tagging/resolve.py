@@ -129,7 +129,10 @@ def batched_sites(walk: Walk, facts: Facts) -> list[Site]:
     Returns:
         The sites that count.
     """
-    fewest = min([facts.num_examples, *facts.batch_sizes])
+    n = facts.num_examples
+    fewest = min(
+        [n, *(size for size in facts.batch_sizes if size > 1 and n % size == 0)]
+    )
     key = lambda site: (site.kind, site.primary.leaf)  # noqa: E731
     rows = [math.prod(s.geometry.rows) * s.repeat for s in walk.sites]
     seen = {key(s) for s, n in zip(walk.sites, rows, strict=True) if n >= fewest}
