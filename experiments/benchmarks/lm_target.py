@@ -8,8 +8,7 @@ it is measured every few steps. Learning rates fall to 0 on a cosine after a lin
 warm-up. The first trial of either is given. Then: at which step does the best K-FAC run
 first have the loss that the best AdamW run reaches anywhere?
 
-Finished trials are kept in ``lm_target.jsonl``; the same command goes on after them,
-and one with more trials adds to them.
+Finished trials are kept in ``lm_target.jsonl``; the same command goes on after them.
 
 References:
     Bergstra et al., 2011, "Algorithms for hyper-parameter optimization", NeurIPS.
@@ -342,8 +341,7 @@ def finished_trials(
         Records by optimiser and number.
 
     Raises:
-        RunFolderError: if they were made with other settings; only the number of
-            trials may differ.
+        RunFolderError: if settings other than the number of trials differ.
     """
     records = metrics.read_records(path)
     wanted = metrics.to_json(facts["settings"])
