@@ -60,7 +60,8 @@ def kfac(
         damping: ``λ``; see ``scale_by_kfac``, as for the arguments not listed here.
         momentum: Decay of the accumulated update (heavy ball), or None.
         weight_decay: Decoupled weight decay, multiplied by the learning rate.
-        kl_clip: ``κ``, or None for no trust region.
+        kl_clip: ``κ``, or None for no trust region. It bounds the step before momentum
+            ``m``, which may lengthen a lasting direction up to ``1 / (1 − m)`` times.
         factor_decay: Weight of the *old* statistics.
         interval: Refresh rule.
         inverse: Inversion method.

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import kfac_jax_lite as kfac
+from kfac_jax_lite.factors import conv
 from tests import models, oracles
 from tests.helpers import close, first_pass, homogeneous
 
@@ -373,3 +374,17 @@ def test_diagonal_statistics(rng):
     _, grads, statistics = tagged.value_and_grad(params, x)
     close(statistics["odd"].gradient, grads["odd"], 1e-12)
     assert float(statistics["odd"].num_examples) == 5
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("name", ["strides", "groups", "conv1d"])
+def test_large_patches_are_taken_in_chunks(name, sharing, monkeypatch):
+    """A bound that two examples of four exceed: the factor is the same."""
+    model = models.BY_NAME[name]
+    args = (model.params(), *model.batch(4))
+    whole = model.tag(4, weight_sharing=sharing).value_and_grad(*args)[-1]
+    monkeypatch.setattr(conv, "MAX_PATCH_ELEMENTS", 1)
+    tagged = model.tag(4, weight_sharing=sharing)
+    text = jax.jit(tagged.value_and_grad).lower(*args).as_text()
+    assert "while" in text
+    close(jax.jit(tagged.value_and_grad)(*args)[-1], whole, 1e-10)

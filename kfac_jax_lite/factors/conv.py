@@ -57,7 +57,7 @@ def patches(geometry: ConvGeometry, x: Array) -> Array:
             for k in range(geometry.kernel[axis])
         ]
         x = jnp.concatenate(columns, -2)
-    rows = math.prod(geometry.rows)
+    rows = x.shape[0] * math.prod(geometry.rows[1:])
     if groups == 1:
         return x.reshape(rows, geometry.n_in)
     return jnp.moveaxis(x.reshape(rows, groups, geometry.n_in), 1, 0)
