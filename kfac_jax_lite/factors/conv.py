@@ -83,9 +83,8 @@ def conv_input_factor(
 
     def factor(x, live):
         rows = dense.along(geometry, inputs, "in", patches(geometry, x))
-        shape = (x.shape[0], *space)
         live = None if live is None else live.reshape(-1)
-        rows = dense.homogeneous(rows, recipe, shape, live)
+        rows = dense.homogeneous(rows, recipe, geometry.rows, live)
         return dense.input_factor(rows, recipe, form)
 
     if chunks == 1 or recipe.positions(geometry.rows) not in (1, math.prod(space)):
