@@ -39,15 +39,15 @@ def value_at(damping: Damping, count: Array) -> Array:
     return jnp.asarray(value, jnp.promote_types(jnp.result_type(value), jnp.float32))
 
 
-def split(trace_a: Array, trace_g: Array, damping: Array) -> tuple[Array, Array]:
+def split(mean_a: Array, mean_g: Array, damping: Array) -> tuple[Array, Array]:
     """Splits Tikhonov damping over both Kronecker factors.
 
     ``π = √((tr A / dim A) / (tr G / dim G))``; ``A`` gets ``π √λ`` and ``G`` gets
     ``√λ / π``, so that ``(A + π√λ I) ⊗ (G + √λ/π I) ≈ A ⊗ G + λ I``.
 
     Args:
-        trace_a: ``tr A / dim A``, ``[*blocks]``.
-        trace_g: ``tr G / dim G``, ``[*blocks]``.
+        mean_a: ``tr A / dim A``, ``[*blocks]``.
+        mean_g: ``tr G / dim G``, ``[*blocks]``.
         damping: ``λ``, a scalar.
 
     Returns:
@@ -56,9 +56,9 @@ def split(trace_a: Array, trace_g: Array, damping: Array) -> tuple[Array, Array]
     References:
         Martens & Grosse, 2015, arXiv:1503.05671, Sec. 6.3.
     """
-    proper = (trace_a > 0) & (trace_g > 0)
-    ratio = jnp.where(proper, trace_a, 1) / jnp.where(proper, trace_g, 1)
-    pi, root = jnp.sqrt(ratio), jnp.sqrt(damping).astype(trace_a.dtype)
+    proper = (mean_a > 0) & (mean_g > 0)
+    ratio = jnp.where(proper, mean_a, 1) / jnp.where(proper, mean_g, 1)
+    pi, root = jnp.sqrt(ratio), jnp.sqrt(damping).astype(mean_a.dtype)
     return pi * root, root / pi
 
 

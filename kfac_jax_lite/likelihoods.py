@@ -33,9 +33,9 @@ def categorical(logits: Array, mask: Array | None = None) -> Array:
         logits: Unnormalised log-probabilities, ``[..., classes]``.
         mask: Which rows the loss averages over, bool ``[...]``; None: all. With a mask
             ``N`` is the number of true entries, and in every layer only rows count that
-            the loss depends on: padded tokens do not enter the factors. (Where padding
-            is inside the network only, as in a classifier of token sequences, pass a
-            mask of ones.)
+            the loss depends on: padded tokens do not enter the factors, nor do rows at
+            which all units of a layer are off. (Where padding is inside the network
+            only, as in a classifier of token sequences, pass a mask of ones.)
 
     Returns:
         ``logits``, unchanged.

@@ -78,7 +78,7 @@ def reduce_statistics(
         total = lax.psum(statistics.num_examples, axis_name)
         return DiagonalStatistics(gradient, total)
     means = {
-        name: mean(x, name != "s" and form_of(layer, name) != forms.DIAGONAL)
+        name: mean(x, name != "s" and field_form(layer, name) != forms.DIAGONAL)
         for name, x in statistics._asdict().items()
         if x is not None
     }
@@ -103,7 +103,7 @@ def summed_already(gradient: Array, axis_name: Any) -> bool:
     return bool(checked) and not names & varying_axes(gradient)
 
 
-def form_of(layer: LayerTag, field: str) -> str:
+def field_form(layer: LayerTag, field: str) -> str:
     """The form of a statistic: ``a`` and ``g_out`` are of the input side."""
     if field == "blocks":
         return forms.FULL

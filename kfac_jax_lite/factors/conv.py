@@ -46,12 +46,15 @@ def patches(geometry: ConvGeometry, x: Array) -> Array:
         The rows.
     """
     dilated = [(lo, hi, d - 1) for (lo, hi), d in _pads(geometry)]
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *dilated, (0, 0, 0)])
+    if any(any(config) for config in dilated):
+        x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *dilated, (0, 0, 0)])
     groups, channels = geometry.groups, x.shape[-1] // geometry.groups
     x = x.reshape(*x.shape[:-1], groups, 1, channels)
     for axis in reversed(range(len(geometry.kernel))):
         steps = geometry.window_strides[axis], geometry.rhs_dilation[axis]
         reach = (geometry.rows[1 + axis] - 1) * steps[0] + 1
+        if reach == x.shape[1 + axis] and steps[0] == geometry.kernel[axis] == 1:
+            continue
         columns = [
             lax.slice_in_dim(x, k * steps[1], k * steps[1] + reach, steps[0], 1 + axis)
             for k in range(geometry.kernel[axis])

@@ -39,8 +39,6 @@ def input_rows(geometry: DenseGeometry, inputs: list[Array]) -> Array:
         Rows in the order of the output's rows.
     """
     rows = math.prod(geometry.rows)
-    if not geometry.n_in:  # a bias alone: homogeneous coordinates without the rest
-        return jnp.zeros((*geometry.blocks, rows, 0), inputs[0].dtype)
     x = scalars(geometry, inputs)
     x = lax.transpose(x, geometry.input_order)
     shape = (*geometry.blocks, rows, geometry.n_in)

@@ -207,7 +207,7 @@ class TaggedLoss:
 
             def pull(cotangents):
                 back = lambda marks: pullback((zero, marks))  # noqa: E731
-                return sampled_pull(outputs, back, n, finisher, cotangents)
+                return sampled_pull(outputs, back, raw, n, finisher, cotangents)
 
             fresh = resampled(self.fisher, outputs, pull, key, flat_grads, finisher)
             curvature_grads, by_field = fresh

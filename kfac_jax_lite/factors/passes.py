@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kfac_jax_lite.factors.recipe import INPUT_SIDE, Recipe, finish
+from kfac_jax_lite.factors.recipe import COUNTS, INPUT_SIDE, Recipe, finish
 from kfac_jax_lite.likelihoods import (
     masked_rows,
     sampled_cotangent,
@@ -66,13 +66,19 @@ def zeros_of(shapes: Any) -> Any:
 
 
 def sampled_pull(
-    outputs: list, pullback: Callable, n: Any, finisher: Finisher, cotangents: list
+    outputs: list,
+    pullback: Callable,
+    plain: dict,
+    n: Any,
+    finisher: Finisher,
+    cotangents: list,
 ) -> tuple[list, dict]:
     """Pulls cotangents of the outputs back: gradients and statistics but ``A``.
 
     Args:
         outputs: The marked outputs.
         pullback: Of the loss and everything marked.
+        plain: What the taps returned in the plain backward pass.
         n: Number of loss terms.
         finisher: Of the statistics.
         cotangents: One for every output, of the sum of the terms.
@@ -86,6 +92,9 @@ def sampled_pull(
             marks.append(jnp.zeros_like(output.mask))
         marks.append((c / n).astype(c.dtype))
     grads, raw = pullback(marks)
+    for name, values in raw.items():
+        counts = {k: plain[name][k] for k in values if k in COUNTS}
+        raw[name] = values | counts
     return grads, finisher(raw, ALL_FIELDS - INPUT_SIDE)
 
 

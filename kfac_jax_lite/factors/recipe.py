@@ -11,7 +11,6 @@ References:
     Eschenhagen et al., 2023, arXiv:2311.00636, Secs. 3.2-3.3 (expand and reduce).
 """
 
-import collections
 import dataclasses
 import math
 from typing import Any
@@ -24,7 +23,9 @@ from kfac_jax_lite.types import Array, LayerTag, accumulation_dtype
 from kfac_jax_lite.views import Shape
 
 # What does not depend on the labels: of a sampled Fisher, it comes from the plain pass.
-INPUT_SIDE = frozenset({"a", "a_out", "x_sum", "count"})
+INPUT_SIDE = frozenset({"a", "a_out"})
+# Likewise the numbers of rows that the loss sees.
+COUNTS = frozenset({"rows", "rows_out", "count"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +35,6 @@ class Recipe:
     Attributes:
         layer: The layer.
         num_examples: ``N``, terms of the mean loss.
-        examples: Examples whose positions are added up: the terms, or (scales and
-            shifts of whole sequences) fewer.
         num_rows: ``R``, rows over all its sites (after reduction).
         rows_out: The same over the sites that use its weight in reverse.
         reduce: Whether rows of one example are reduced first.
@@ -45,7 +44,6 @@ class Recipe:
 
     layer: LayerTag
     num_examples: int
-    examples: int
     num_rows: int
     rows_out: int = 0
     reduce: bool = False
@@ -71,15 +69,14 @@ def make_recipe(
     several = len(sites) > 1 or any(s.repeat > 1 for s in sites)
     if layer.kind == "scale_shift":
         groups = {s.geometry.examples for s in sites}  # type: ignore[union-attr]
-        examples, by_example = min(groups), several and len(groups) == 1
+        by_example = several and groups == {num_examples}
     else:
         every = [positions_per_example(s.geometry.rows, num_examples) for s in sites]
-        examples, by_example = num_examples, reduce and all(every) and not layer.tied
+        by_example = reduce and all(every) and not layer.tied
         by_example = by_example and (several or masked)
     return Recipe(
         layer,
         num_examples,
-        examples,
         num_rows=rows(False, reduce and not by_example),
         rows_out=rows(True),
         reduce=reduce,
@@ -90,19 +87,24 @@ def make_recipe(
 
 def count_rows(sites: list[Site], num_examples: int, reduce: bool) -> int:
     """``R``: rows over all sites and repetitions; of a ``cond``, the largest branch."""
-    total = 0
-    branches: dict[int, collections.Counter] = {}
-    for site in sites:
+
+    def rows_of(site: Site) -> int:
         rows = math.prod(site.geometry.rows)
         if reduce:
             rows //= positions_per_example(site.geometry.rows, num_examples) or 1
-        if site.branch is None:
-            total += rows * site.repeat
-        else:
-            number, k = site.branch
-            counter = branches.setdefault(number, collections.Counter())
-            counter[k] += rows * site.repeat
-    return total + sum(max(c.values()) for c in branches.values())
+        return rows * site.repeat
+
+    def total(sites: list[Site], depth: int) -> int:
+        here = sum(rows_of(s) for s in sites if len(s.branch) == depth)
+        branches: dict[int, dict[int, list[Site]]] = {}
+        for site in sites:
+            if len(site.branch) > depth:
+                number, k = site.branch[depth]
+                branches.setdefault(number, {}).setdefault(k, []).append(site)
+        inside = [[total(s, depth + 1) for s in b.values()] for b in branches.values()]
+        return here + sum(map(max, inside))
+
+    return total(sites, 0)
 
 
 def zero_probes(recipe: Recipe, dtype: Any, moments: bool) -> dict[str, Array]:
@@ -110,7 +112,7 @@ def zero_probes(recipe: Recipe, dtype: Any, moments: bool) -> dict[str, Array]:
     layer = recipe.layer
     a, g = layer.a_shape, layer.g_shape
     if layer.kind == "scale_shift":
-        sums = (*a[:-3], recipe.examples, *a[-3:-1])
+        sums = (*a[:-3], recipe.num_examples, *a[-3:-1])
         shapes = {"s_sum": sums} if recipe.by_example else {"blocks": a}
     else:
         blocks = layer.stack + layer.blocks

@@ -1,5 +1,6 @@
 """Which estimators a site is tapped with: one for every probe that the site feeds."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +57,7 @@ def estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
     def input_factor(inputs, c):
         if isinstance(geometry, EmbeddingGeometry):
             return embedding.input_factor(geometry, inputs[0], recipe, live(inputs, c))
-        if isinstance(geometry, ConvGeometry):
+        if isinstance(geometry, ConvGeometry) and geometry.n_in:
             return conv.conv_input_factor(geometry, inputs[0], recipe, live(inputs, c))
         x = input_rows(recipe, site, inputs, c)
         return dense.input_factor(x, recipe, form_a)
@@ -101,6 +102,10 @@ def eigenbasis_moment(recipe: Recipe, site: Site, inputs: Any, c: Array) -> Arra
     if isinstance(geometry, EmbeddingGeometry):
         rows = dense.turned(rows, q_g, layer.g_form, wide_g)
         live = live_of(recipe, site)(inputs, c)
+        k = recipe.positions(geometry.rows)
+        if k > 1:
+            x = embedding.example_sums(geometry, inputs[0], recipe, live) / k
+            return dense.eigenbasis_moment(jnp.square(x), rows, recipe)
         return embedding.eigenbasis_moment(geometry, inputs[0], rows, recipe, live)
     x = input_rows(recipe, site, inputs, c)
     if site.reverse:
@@ -113,7 +118,11 @@ def eigenbasis_moment(recipe: Recipe, site: Site, inputs: Any, c: Array) -> Arra
 def input_rows(recipe: Recipe, site: Site, inputs: Any, c: Array) -> Array:
     """Homogeneous rows ``[*blocks, R, in(+1)]`` of a dense layer or convolution."""
     geometry = site.geometry
-    if isinstance(geometry, ConvGeometry):
+    if not geometry.n_in:  # type: ignore[union-attr]
+        # A bias alone: homogeneous coordinates without the rest.
+        rows = (*geometry.blocks, math.prod(geometry.rows), 0)
+        x = jnp.zeros(rows, c.dtype)
+    elif isinstance(geometry, ConvGeometry):
         x = conv.patches(geometry, conv.channels_last(geometry, inputs[0]))
         x = dense.along(geometry, inputs[0], "in", x)
     else:

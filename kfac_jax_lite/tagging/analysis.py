@@ -1,10 +1,11 @@
 """Abstract walk over a jaxpr: which variable reads which parameter, and how.
 
 Every variable carries a *fact*: it is a ``View`` of a parameter, a ``Scaled`` view (a
-view times other variables), the ``Output`` of a layer to which a bias may still be
-added, or nothing known. ``RULES`` holds one small handler per primitive; a handler
-returns the facts of the outputs, or None where it does not apply, in which case every
-parameter among the operands counts as used outside a layer.
+view times other variables), several views ``Beside`` each other, the ``Output`` of a
+layer to which a bias may still be added, ``Counting`` numbers or one-hot vectors, or
+nothing known. ``RULES`` holds one small handler per primitive; a handler returns the
+facts of the outputs, or None where it does not apply. A parameter whose fact is lost on
+the way, in either case, counts as used outside a layer.
 """
 
 import collections
@@ -15,7 +16,14 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from kfac_jax_lite.tagging.layers import Plan, Ref, ScaleShiftGeometry, Site, Steps
+from kfac_jax_lite.tagging.layers import (
+    Branch,
+    Plan,
+    Ref,
+    ScaleShiftGeometry,
+    Site,
+    Steps,
+)
 from kfac_jax_lite.views import Shape, View
 
 
@@ -80,6 +88,18 @@ class Counting:
     one_hot: bool = False
 
 
+def leaves_of(fact: "Fact") -> list[int]:
+    """The leaves that a fact reads, once for every view."""
+    views = fact.views if isinstance(fact, Beside) else (fact,)
+    views = [v.view if isinstance(v, Scaled) else v for v in views]
+    return [v.leaf for v in views if isinstance(v, View)]
+
+
+def count_leaves(facts: "Iterable[Fact]") -> collections.Counter[int]:
+    """How many views of every leaf some facts hold."""
+    return collections.Counter(leaf for fact in facts for leaf in leaves_of(fact))
+
+
 def shape_of(atom: Any) -> Shape:
     """Shape of a jaxpr variable or literal."""
     return tuple(map(int, atom.aval.shape))
@@ -122,7 +142,8 @@ class Walk:
         uses: Leaf number to the primitives that use it outside candidate layers.
         marks: ``(likelihood, shape, loop lengths)`` of each marked output.
         loops: Lengths of the loops around the current equation.
-        branch: The ``cond`` branch around the current equation.
+        branch: The ``cond`` branches around the current equation, outermost first.
+        touched: Leaves that a site or a use has accounted for at the current equation.
         while_leaves: Leaves that reach a ``while`` loop, as bits.
         nested_marks: Whether an output is marked inside a loop or branch.
         reached: Leaves that the loss depends on, as bits.
@@ -134,7 +155,8 @@ class Walk:
         self.uses: dict[int, list[str]] = collections.defaultdict(list)
         self.marks: list[tuple[str, Shape, Shape]] = []
         self.loops: Shape = ()
-        self.branch: tuple[int, int] | None = None
+        self.branch: Branch = ()
+        self.touched: collections.Counter[int] = collections.Counter()
         self.data_bit = 1 << num_leaves
         self.while_leaves = 0
         self.branches = 0
@@ -188,6 +210,12 @@ class Scope:
         site.repeat = math.prod(self.walk.loops) // stacked
         self.plan.sites.setdefault(index, []).append(site)
         self.walk.sites.append(site)
+        self.walk.touched.update(v.leaf for v in site.views.values())
+
+    def join(self, site: Site, role: str, view: View) -> None:
+        """Adds a parameter to a site."""
+        site.views[role] = view
+        self.walk.touched[view.leaf] += 1
 
     def drop_site(self, site: Site) -> None:
         """Takes a candidate back."""
@@ -195,8 +223,8 @@ class Scope:
         plan.sites[index].remove(site)
         self.walk.sites.remove(site)
 
-    def move_site(self, index: int, site: Site) -> bool:
-        """Lets a site stand behind a later equation; whether that is possible."""
+    def move_site(self, index: int, site: Site) -> None:
+        """Lets a site stand behind a later equation."""
         plan, old = site.place or (self.plan, index)
         if plan is not self.plan:
             site.inputs = tuple(
@@ -206,7 +234,6 @@ class Scope:
         plan.sites[old].remove(site)
         self.plan.sites.setdefault(index, []).append(site)
         site.place, site.output = (self.plan, index), 0
-        return True
 
     def add_units(
         self,
@@ -251,8 +278,8 @@ class Scope:
     def unclaimed(self, eqn: JaxprEqn, facts: list[Fact]) -> list[Fact]:
         """Facts of operands that no rule covers.
 
-        A parameter that was repeated along new axes and now meets data (a class token,
-        a mask token) is tapped where it was repeated: a shift of zeros.
+        A parameter that was repeated along new axes (a class token, a mask token) is
+        tapped where it was repeated: a shift of zeros.
 
         Args:
             eqn: The equation.
@@ -262,12 +289,13 @@ class Scope:
             The facts that are still nobody's.
         """
         left: list[Fact] = []
-        data = self.dependencies(eqn.invars) & self.walk.data_bit
         for atom, fact in zip(eqn.invars, facts, strict=True):
             at = self.producers.get(atom) if isinstance(atom, Var) else None
-            once = data and at is not None and self.used_once(atom)
+            once = at is not None and self.used_once(atom)
             if once and isinstance(fact, View) and not fact.dense:
                 self.add_units(at or 0, {"shift": fact}, (), shape_of(atom))
+                outs: list = list(self.jaxpr.eqns[at or 0].outvars)
+                self.walk.sites[-1].output = outs.index(atom)
             else:
                 left.append(fact)
         return left
@@ -275,11 +303,9 @@ class Scope:
     def mark_used(self, facts: Iterable[Fact], primitive: str) -> None:
         """Notes that parameters are used in a way no layer rule covers."""
         for fact in facts:
-            views = fact.views if isinstance(fact, Beside) else (fact,)
-            for view in views:
-                view = view.view if isinstance(view, Scaled) else view
-                if isinstance(view, View):
-                    self.walk.uses[view.leaf].append(primitive)
+            for leaf in leaves_of(fact):
+                self.walk.uses[leaf].append(primitive)
+                self.walk.touched[leaf] += 1
 
     def run(self, facts: list[Fact], deps: list[int]) -> tuple[list[Fact], list[int]]:
         """Walks the jaxpr; returns facts and dependencies of its outputs."""
@@ -303,12 +329,17 @@ class Scope:
         facts = [self.fact(a) for a in eqn.invars]
         name = eqn.primitive.name
         handler = RULES.get(name)
+        outer, self.walk.touched = self.walk.touched, collections.Counter()
         if name not in ALWAYS and not any(f is not None for f in facts):
             handler = None
         results = handler(self, index, eqn, facts) if handler else None
         if results is None:
             self.mark_used(self.unclaimed(eqn, facts), name)
-            return
+            results = [None] * len(eqn.outvars)
+        lost = count_leaves(facts) - count_leaves(results) - self.walk.touched
+        for leaf in lost:
+            self.walk.uses[leaf].append(name)
+        self.walk.touched = outer + self.walk.touched + lost
         for var, fact in zip(eqn.outvars, results, strict=True):
             self.facts[var] = fact
 

@@ -49,7 +49,8 @@ def scale(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     if more_factors_follow(scope, eqn.outvars[0], result):
         return [result]
     atoms = [f.atom for f in result.factors]
-    if view.dense or not scope.dependencies(atoms) & scope.walk.data_bit:
+    rows = not view.dense or len(view.axes) > len(view.core)
+    if not rows or not scope.dependencies(atoms) & scope.walk.data_bit:
         return [result]  # no row has an example of its own: a weight, rescaled
     return [scope.add_units(index, {"scale": view}, result.factors, shape)]
 
@@ -80,8 +81,7 @@ def factor_of(scope: Scope, atom, divided: bool) -> Factor:
     at = None if isinstance(atom, Literal) else scope.producers.get(atom)
     producer = None if at is None else scope.jaxpr.eqns[at]
     if producer is not None and producer.primitive.name == "broadcast_in_dim":
-        name, (_, dims) = axis_step(producer)
-        del name
+        _, (_, dims) = axis_step(producer)
         inner = producer.invars[0]
         own = [1] * len(shape)
         for axis, size in zip(dims, shape_of(inner), strict=True):
@@ -128,18 +128,21 @@ def shift(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     if all(owned) or (eqn.primitive.name == "sub" and side == 1):
         return None
     if isinstance(own, Beside):
-        joined = biases_beside(own, other, shape_of(atom) == shape)
-        return [other] if joined and scope.used_once(atom) else None
+        if eqn.primitive.name == "sub" or shape_of(atom) != shape:
+            return None
+        joined = scope.used_once(atom) and biases_beside(scope, own, other)
+        return [other] if joined else None
     assert isinstance(own, View)
     whole = own.shape == shape and own.dense
     own = stretched(own, shape)
     if own is None:
         return None
-    if isinstance(other, Output) and scope.used_once(atom) and not other.beside:
+    joins = eqn.primitive.name != "sub" and scope.used_once(atom)
+    if joins and isinstance(other, Output) and not other.beside:
         role = "shift" if other.site.kind == "scale_shift" else "bias"
         bias = aligned(own, other.site, other.labels, shape)
         if bias is not None and shape_of(atom) == shape and takes(other.site, role):
-            other.site.views[role] = bias
+            scope.join(other.site, role, bias)
             return [other]
     spread(scope, index, atom, other, shape)
     if not scope.dependencies([atom]) & scope.walk.data_bit:
@@ -174,9 +177,9 @@ def spread(scope: Scope, index: int, atom, fact: Fact, shape: Shape) -> None:
     spread_site(scope, index, fact, before, shape)
 
 
-def biases_beside(own: Beside, other: Fact, same_size: bool) -> bool:
+def biases_beside(scope: Scope, own: Beside, other: Fact) -> bool:
     """Joins biases side by side to the layers whose outputs stand side by side."""
-    if not isinstance(other, Output) or not same_size:
+    if not isinstance(other, Output):
         return False
     sites = (other.site, *other.beside)
     if len(sites) != len(own.views) or other.labels[own.axis] is None:
@@ -188,7 +191,7 @@ def biases_beside(own: Beside, other: Fact, same_size: bool) -> bool:
             return False
         found.append(bias)
     for bias, site in zip(found, sites, strict=True):
-        site.views["bias"] = bias
+        scope.join(site, "bias", bias)
     return True
 
 

@@ -12,6 +12,8 @@ from kfac_jax_lite.types import Shape
 from kfac_jax_lite.views import View
 
 Steps = tuple[tuple[str, Any], ...]
+# ``(cond, branch)`` of every conditional around an equation, outermost first.
+Branch = tuple[tuple[int, int], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +137,7 @@ class Site:
         geometry: Static shape facts.
         output: Number of the equation's output that is tapped.
         repeat: How often enclosing loops apply the site to the same parameters.
-        branch: ``(cond, branch)`` it stands in, or None.
+        branch: The branches of ``cond`` it stands in.
         layer: Name of the layer, set when the walk is resolved; None: not tapped.
         reverse: Whether the weight is used in the direction opposite to its layer's.
         place: The plan and the number of the equation it stands behind.
@@ -148,7 +150,7 @@ class Site:
     geometry: Geometry
     output: int = 0
     repeat: int = 1
-    branch: tuple[int, int] | None = None
+    branch: Branch = ()
     layer: str | None = None
     reverse: bool = False
     place: tuple["Plan", int] | None = None

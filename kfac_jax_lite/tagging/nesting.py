@@ -1,6 +1,6 @@
 """Rules for primitives that hold other programs: calls, loops, branches."""
 
-from jax.extend.core import Jaxpr, JaxprEqn, Literal
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from kfac_jax_lite.tagging.analysis import (
     Beside,
@@ -131,9 +131,10 @@ def stand_in(
         return None
     inputs = []
     for atom in out.site.inputs:
-        if not isinstance(atom, Literal | Ref) and atom not in outside:
+        known = isinstance(atom, Ref) and atom.plan in scope.walk.scopes
+        if not known and not isinstance(atom, Literal) and atom not in outside:
             return None
-        inputs.append(atom if isinstance(atom, Literal | Ref) else outside[atom])
+        inputs.append(outside[atom] if isinstance(atom, Var) else atom)
     out.site.inputs = tuple(inputs)
     scope.add_site(index, out.site)
     return out
@@ -175,7 +176,7 @@ def scan(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     walk.loops = outer
     # A carried parameter that the body hands through unchanged is still itself.
     results = out[:n_carry] + [None] * (len(out) - n_carry)
-    return [f if isinstance(f, View) else None for f in results]
+    return [f if isinstance(f, View) and f in facts else None for f in results]
 
 
 @rule("cond", always=True)
@@ -188,7 +189,7 @@ def cond(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     walk.branches += 1
     number = walk.branches
     for k, branch in enumerate(eqn.params["branches"]):
-        walk.branch = (number, k)
+        walk.branch = (*outer, (number, k))
         inner(scope, index, branch.jaxpr, facts, deps)
     walk.branch = outer
     return [None] * len(eqn.outvars)

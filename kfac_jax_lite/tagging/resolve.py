@@ -2,52 +2,28 @@
 
 import dataclasses
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfac_jax_lite import forms
 from kfac_jax_lite.tagging.analysis import Walk
 from kfac_jax_lite.tagging.layers import (
-    ScaleShiftGeometry,
     Site,
     positions_per_example,
 )
+from kfac_jax_lite.tagging.tags import (
+    Facts,
+    Group,
+    diagonal_tag,
+    fallback_reason,
+    layer_tag,
+    name_groups,
+    with_unused,
+)
 from kfac_jax_lite.types import LayerTag
 from kfac_jax_lite.views import Shape, View
-
-ROLES = ("weight", "bias", "scale", "shift")
-
-
-@dataclasses.dataclass(frozen=True)
-class Facts:
-    """What is known of the loss beside its jaxpr.
-
-    Attributes:
-        paths: Key path of every parameter leaf.
-        shapes: Shape of every parameter leaf.
-        num_examples: ``N``, the number of terms of the mean loss.
-        batch_sizes: Leading axes of the arguments.
-        max_factor_dim: Largest Kronecker factor that is kept in full.
-    """
-
-    paths: Sequence[tuple]
-    shapes: Sequence[Shape]
-    num_examples: int
-    batch_sizes: Collection[int]
-    max_factor_dim: int
-
-
-@dataclasses.dataclass
-class Group:
-    """Sites that apply the same parameters: one layer in the making."""
-
-    kind: str
-    views: dict[str, View]
-    sites: list[Site]
-    tied: bool = False
 
 
 def resolve(walk: Walk, facts: Facts) -> tuple[LayerTag, ...]:
@@ -99,9 +75,8 @@ def group_sites(walk: Walk, facts: Facts, reasons: dict[int, str]) -> list[Group
     for site in waiting:
         if site.kind == "scale_shift" and not place_examples(site, facts):
             for view in site.views.values():
-                reasons[view.leaf] = (
-                    "scale or shift without a leading axis of "
-                    f"{facts.num_examples} examples"
+                walk.uses[view.leaf].append(
+                    f"a scale or shift without an axis of {facts.num_examples} examples"
                 )
             continue
         key = (site.kind, site.primary)
@@ -133,13 +108,16 @@ def batched_sites(walk: Walk, facts: Facts) -> list[Site]:
     fewest = min(
         [n, *(size for size in facts.batch_sizes if size > 1 and n % size == 0)]
     )
-    key = lambda site: (site.kind, site.primary.leaf)  # noqa: E731
+    key = lambda site: (site.kind, site.primary)  # noqa: E731
     rows = [math.prod(s.geometry.rows) * s.repeat for s in walk.sites]
     seen = {key(s) for s, n in zip(walk.sites, rows, strict=True) if n >= fewest}
     kept = []
     for site, n in zip(walk.sites, rows, strict=True):
         if n >= fewest or key(site) not in seen:
             kept.append(site)
+        else:
+            for view in site.views.values():
+                walk.uses[view.leaf].append("products outside the batch")
     return kept
 
 
@@ -186,7 +164,7 @@ def tie(groups: list[Group], walk: Walk) -> list[Group]:
             joined.append(group)
             continue
         forward = found.get(swapped(weight))
-        if forward is None:
+        if forward is None or group.kind == "embedding":
             found.setdefault(weight, group)
             joined.append(group)
             continue
@@ -275,122 +253,3 @@ def covered(claims: list[tuple[Group, str]], shape: Shape, part: bool) -> bool:
         for view in views:
             seen[np.asarray(view.read(index)).ravel()] += 1
     return bool((seen <= 1).all())
-
-
-def layer_tag(group: Group, name: str, facts: Facts, walk: Walk) -> LayerTag:
-    """The tag of a layer that is not a fallback."""
-    roles = tuple(r for r in ROLES if r in group.views)
-    views = tuple(group.views[r] for r in roles)
-    geometry = group.sites[0].geometry
-    notes = []
-    form_a = form_g = forms.FULL
-    if isinstance(geometry, ScaleShiftGeometry):
-        a_shape = (*views[0].stack, geometry.units, len(roles), len(roles))
-        g_shape: Shape = ()
-    else:
-        blocks, limit = views[0].stack + geometry.blocks, facts.max_factor_dim
-        n_in, n_out = geometry.n_in + ("bias" in roles), geometry.n_out
-        one_hot = group.kind == "embedding"
-        form_a = forms.DIAGONAL if one_hot else forms.form_of(n_in, limit)
-        form_g = forms.form_of(n_out, limit)
-        a_shape = forms.factor_shape(form_a, blocks, n_in, limit)
-        g_shape = forms.factor_shape(form_g, blocks, n_out, limit)
-        for side, form, size in (("A", form_a, n_in), ("G", form_g, n_out)):
-            if form != forms.FULL and not (one_hot and side == "A"):
-                form = form.replace("_", "-")
-                notes.append(f"factor {side} is {form} ({size:,} > {limit:,})")
-    elements = sum(math.prod(v.stack + v.core) for v in views)
-    if group.tied:
-        notes.append("also used in the opposite direction")
-    elsewhere = [p for v in views for p in walk.uses.get(v.leaf, [])]
-    if elsewhere and not any(site.by_hand for site in group.sites):
-        notes.append(f"also used by {', '.join(sorted(set(elsewhere)))}")
-    return LayerTag(
-        name=name,
-        kind=group.kind,
-        params=tuple(jax.tree_util.keystr(facts.paths[v.leaf]) for v in views),
-        a_shape=a_shape,
-        g_shape=g_shape,
-        views=views,
-        roles=roles,
-        elements=elements,
-        note="; ".join(notes),
-        a_form=form_a,
-        g_form=form_g,
-        tied=group.tied,
-    )
-
-
-def with_unused(
-    tag: LayerTag, before: list[LayerTag], tags: list[LayerTag], facts: Facts
-) -> LayerTag:
-    """Counts entries of its leaves that reach no layer to the first that owns them."""
-    unused = 0
-    for leaf in {v.leaf for v in tag.views} - {v.leaf for t in before for v in t.views}:
-        views = [v for t in tags for v in t.views if v.leaf == leaf]
-        used = sum(math.prod(v.stack + v.core) for v in views)
-        unused += math.prod(facts.shapes[leaf]) - used
-    if not unused:
-        return tag
-    notes = [tag.note] if tag.note else []
-    note = "; ".join([*notes, f"{unused:,} entries do not reach the loss"])
-    return dataclasses.replace(tag, elements=tag.elements + unused, note=note)
-
-
-def diagonal_tag(
-    leaf: int, shape: Shape, path: tuple, used: set[str], reason: str
-) -> LayerTag:
-    """The tag of a parameter that no rule recognised."""
-    name = unique(plain(path) or "params", used)
-    return LayerTag(
-        name=name,
-        kind="diagonal",
-        params=(jax.tree_util.keystr(path),),
-        a_shape=shape,
-        g_shape=(),
-        views=(View.of_leaf(leaf, shape),),
-        roles=("leaf",),
-        elements=math.prod(shape),
-        note=reason,
-    )
-
-
-def fallback_reason(walk: Walk, leaf: int, reasons: dict[int, str]) -> str:
-    """Why a leaf is in no layer, in words."""
-    if not walk.reached >> leaf & 1:
-        return "does not reach the loss"
-    if leaf in reasons:
-        return reasons[leaf]
-    uses = sorted(set(walk.uses.get(leaf, [])))
-    return f"no rule for {', '.join(uses)}" if uses else "used in no layer"
-
-
-def plain(path: tuple) -> str:
-    """A key path as ``a/b/0``."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def name_groups(groups: list[list[int]], paths: Sequence[tuple]) -> list[str]:
-    """Names every group by its parameters' path: the parent if that is unambiguous."""
-    owners: dict[tuple, set[int]] = {}
-    for number, leaves in enumerate(groups):
-        for leaf in leaves:
-            owners.setdefault(paths[leaf][:-1], set()).add(number)
-    names: list[str] = []
-    used: set[str] = set()
-    for number, leaves in enumerate(groups):
-        parent = paths[leaves[0]][:-1]
-        together = all(paths[leaf][:-1] == parent for leaf in leaves)
-        alone = parent and together and owners[parent] == {number}
-        names.append(unique(plain(parent if alone else paths[leaves[0]]), used))
-    return names
-
-
-def unique(name: str, used: set[str]) -> str:
-    """``name``, or ``name.1``, ``name.2`` … if taken; records the choice."""
-    base, k, name = name or "params", 0, name or "params"
-    while name in used:
-        k += 1
-        name = f"{base}.{k}"
-    used.add(name)
-    return name

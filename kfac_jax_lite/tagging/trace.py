@@ -18,7 +18,8 @@ from kfac_jax_lite.tagging import nesting as _nesting
 from kfac_jax_lite.tagging import structure as _structure
 from kfac_jax_lite.tagging.analysis import Walk, analyse
 from kfac_jax_lite.tagging.layers import Plan, Site
-from kfac_jax_lite.tagging.resolve import Facts, plain, resolve
+from kfac_jax_lite.tagging.resolve import resolve
+from kfac_jax_lite.tagging.tags import Facts, plain
 from kfac_jax_lite.tree import without_value
 from kfac_jax_lite.types import LayerTag
 
@@ -103,6 +104,7 @@ def trace(loss_fn: Callable, params: Any, args: tuple, options: TraceOptions) ->
         check_while(loss_fn, params, args, has_aux, flat, walk.while_leaves)
     n = count_examples(walk, args, options.num_examples)
     check_marks(walk, options.sampled)
+    check_masks(walk)
     paths = [without_value(path) for path, _ in flat]
     shapes = [tuple(leaf.shape) for _, leaf in flat]
     facts = Facts(paths, shapes, n, leading_axes(args), options.max_factor_dim)
@@ -111,7 +113,7 @@ def trace(loss_fn: Callable, params: Any, args: tuple, options: TraceOptions) ->
     for site in walk.sites:
         if site.layer is not None:
             sites.setdefault(site.layer, []).append(site)
-    marks = tuple(name for name, _, _ in walk.marks)
+    marks = () if walk.nested_marks else tuple(name for name, _, _ in walk.marks)
     out_tree = jax.tree_util.tree_structure(shape)
     return Trace(closed, plan, layers, sites, n, marks, out_tree)
 
@@ -210,6 +212,17 @@ def leading_axis(args: tuple) -> int:
         "network's output with kfac.categorical, kfac.bernoulli or kfac.normal, or "
         "pass num_examples."
     )
+
+
+def check_masks(walk: Walk) -> None:
+    """One mask, of the only marked output, outside loops and branches."""
+    names = [name for name, _, _ in walk.marks]
+    if MASK in names and (walk.nested_marks or len(names) > 2):
+        raise ValueError(
+            "a mask says how many terms the loss has: mark one output with it, outside "
+            f"scan and cond. This loss marks {len(names) - names.count(MASK)}"
+            + (", inside a loop or branch." if walk.nested_marks else ".")
+        )
 
 
 def check_marks(walk: Walk, sampled: bool) -> None:
