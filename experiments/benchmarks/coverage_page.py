@@ -90,13 +90,13 @@ def listed(rows: Iterable[dict[str, Any]], field: str) -> list[str]:
 
 
 def remarks(rows: Iterable[dict[str, Any]]) -> str:
-    """What has no block, and why; which blocks do not see all uses."""
+    """What has no block, and why; what is noted of those that have one."""
     rows = list(rows)
     lost, partly = listed(rows, "fallback"), listed(rows, "notes")
     parts = ["In no block:", "\n".join(lost)] if lost else []
     if partly:
         parts += [
-            "In a block that does not see every use of the parameters:",
+            "What the table notes of parameters in a block:",
             "\n".join(partly),
         ]
     return "\n\n".join(parts or ["Every parameter is in a block."]) + "\n"

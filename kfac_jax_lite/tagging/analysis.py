@@ -328,10 +328,10 @@ class Scope:
             self.deps[var] = bits
         facts = [self.fact(a) for a in eqn.invars]
         name = eqn.primitive.name
+        if name not in ALWAYS and not any(f is not None for f in facts):
+            return
         handler = RULES.get(name)
         outer, self.walk.touched = self.walk.touched, collections.Counter()
-        if name not in ALWAYS and not any(f is not None for f in facts):
-            handler = None
         results = handler(self, index, eqn, facts) if handler else None
         if results is None:
             self.mark_used(self.unclaimed(eqn, facts), name)
@@ -339,7 +339,9 @@ class Scope:
         lost = count_leaves(facts) - count_leaves(results) - self.walk.touched
         for leaf in lost:
             self.walk.uses[leaf].append(name)
-        self.walk.touched = outer + self.walk.touched + lost
+        outer.update(self.walk.touched)
+        outer.update(lost)
+        self.walk.touched = outer
         for var, fact in zip(eqn.outvars, results, strict=True):
             self.facts[var] = fact
 
