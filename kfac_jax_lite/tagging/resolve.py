@@ -108,12 +108,16 @@ def batched_sites(walk: Walk, facts: Facts) -> list[Site]:
     fewest = min(
         [n, *(size for size in facts.batch_sizes if size > 1 and n % size == 0)]
     )
-    key = lambda site: (site.kind, site.primary)  # noqa: E731
     rows = [math.prod(s.geometry.rows) * s.repeat for s in walk.sites]
-    seen = {key(s) for s, n in zip(walk.sites, rows, strict=True) if n >= fewest}
+    seen: set[tuple[str, View]] = set()
+    for site, count in zip(walk.sites, rows, strict=True):
+        if count >= fewest:
+            seen.add((site.kind, site.primary))
+            if "weight" in site.views:  # in either direction
+                seen.add((site.kind, swapped(site.primary)))
     kept = []
-    for site, n in zip(walk.sites, rows, strict=True):
-        if n >= fewest or key(site) not in seen:
+    for site, count in zip(walk.sites, rows, strict=True):
+        if count >= fewest or (site.kind, site.primary) not in seen:
             kept.append(site)
         else:
             for view in site.views.values():

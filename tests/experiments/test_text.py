@@ -188,6 +188,7 @@ def test_heads_divide_the_width():
         NetConfig(features=9)
 
 
+@pytest.mark.slow
 def test_command(tmp_path, capsys):
     """Every optimiser takes a step; table and plots are made."""
     (tmp_path / "tinyshakespeare.txt").write_text(TEXT)
