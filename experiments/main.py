@@ -13,10 +13,9 @@ from rich.console import Console
 from experiments.configs import DATASETS, MODELS, TrainConfig, default_config
 from experiments.configs.train import OptimizerName
 from experiments.errors import ExperimentError
+from experiments.progress import open_console
 
 PROGRAM = "python -m experiments.main"
-# Without a terminal the table would be cut at 80 columns.
-WIDTH_OF_FILES = 110
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 1 if something could not be kept, or 2 after an error.
     """
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH_OF_FILES)
+    console = open_console()
     errors = Console(stderr=True)
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments)

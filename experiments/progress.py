@@ -12,6 +12,9 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+# Without a terminal the table would be cut at 80 columns.
+WIDTH_OF_FILES = 110
+
 
 def format_bytes(count: float) -> str:
     """Formats a number of bytes with three digits and a unit."""
@@ -116,3 +119,9 @@ class RunProgress:
         """Moves the bar."""
         text = self.text("loss", "score", "speed", "kfac")
         self.progress.update(self.task, completed=step, text=text)
+
+
+def open_console() -> Console:
+    """The terminal, or a file wide enough for the tables."""
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH_OF_FILES)

@@ -101,6 +101,13 @@ def times(x: Array, factor: Array | tuple, form: str) -> Array:
     return jnp.einsum("...rki,...kij->...rkj", split, factor).reshape(x.shape)
 
 
+def turned(x: Array, basis: Array | tuple, form: str, entries: int) -> Array:
+    """``(Qᵀ x)²`` of rows, widened, in the dtype of the basis."""
+    if not isinstance(basis, tuple):
+        x = x.astype(basis.dtype)
+    return jnp.square(times(widened(x, entries), basis, form))
+
+
 def columns(factor: Array | tuple, x: Array, form: str) -> Array:
     """``Mᵀ x`` for columns ``[*blocks, width, C]``."""
     if form == FULL and not isinstance(factor, tuple):

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from kfac_jax_lite.linalg import expanded
 from kfac_jax_lite.types import Array
 from kfac_jax_lite.views import Shape
 
@@ -146,9 +147,7 @@ def masked_rows(output: Output, rows: Array) -> Array:
     """Zeros in the rows that do not count."""
     if output.mask is None:
         return rows
-    missing = rows.ndim - output.mask.ndim
-    mask = output.mask.reshape(output.mask.shape + (1,) * missing)
-    return rows * mask.astype(rows.dtype)
+    return rows * expanded(output.mask, rows.ndim).astype(rows.dtype)
 
 
 def sampled_cotangent(likelihood: str, output: Array, key: Array) -> Array:

@@ -13,6 +13,11 @@ def add_diagonal(matrix: Array, value: Array) -> Array:
     return matrix + value[..., None, None] * eye
 
 
+def expanded(value: Array, rank: int) -> Array:
+    """``[*blocks]`` with unit axes at the end, to multiply arrays of that rank."""
+    return value.reshape(value.shape + (1,) * (rank - value.ndim))
+
+
 def spd_inverse(matrix: Array, leaf: int = 512) -> Array:
     """Inverse of positive definite matrices; NaN where a Cholesky factorisation fails.
 

@@ -25,11 +25,11 @@ from rich.table import Table
 
 import kfac_jax_lite as kfac
 from experiments.benchmarks.architectures import ARCHITECTURES, Problem
-from experiments.benchmarks.common import OUT, machine, quartiles, write_json
-from experiments.benchmarks.covered import coverage, percent, show_fallbacks
+from experiments.benchmarks.common import OUT, machine, quartiles
+from experiments.benchmarks.covered import coverage, percent, save, show_fallbacks
+from experiments.progress import open_console
 
 PROGRAM = "python -m experiments.benchmarks.coverage"
-WIDTH_OF_FILES = 110
 if TYPE_CHECKING:
     Name = str
 else:
@@ -198,8 +198,7 @@ def benchmark(config: Config, console: Console) -> dict[str, Any]:
     del settings["out"]
     result = {"machine": machine(), "settings": settings, "models": rows}
     path = config.out / "coverage.json"
-    write_json(path, result)
-    console.print(f"Result: {path}", soft_wrap=True, highlight=False)
+    save(path, result, console)
     return result
 
 
@@ -212,9 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH_OF_FILES)
+    console = open_console()
     doc = (__doc__ or "").split("\n")[0]
     benchmark(tyro.cli(Config, prog=PROGRAM, description=doc, args=arguments), console)
     return 0

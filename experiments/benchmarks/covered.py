@@ -1,10 +1,12 @@
 """What a tagged loss covers, as JSON values: counted in parameters, not in layers."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from experiments.benchmarks.common import write_json
 from kfac_jax_lite.types import LayerTag
 
 FALLBACK = "diagonal"
@@ -37,6 +39,12 @@ def coverage(layers: Sequence[LayerTag]) -> dict[str, Any]:
         "fallback": [record(layer) for layer in lost],
         "notes": [record(layer) for layer in noted],
     }
+
+
+def save(path: Path, result: dict[str, Any], console: Console) -> None:
+    """Writes a result and says where it is."""
+    write_json(path, result)
+    console.print(f"Result: {path}", soft_wrap=True, highlight=False)
 
 
 def record(layer: LayerTag) -> dict[str, Any]:

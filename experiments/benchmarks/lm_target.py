@@ -16,6 +16,7 @@ References:
 
 import argparse
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,6 @@ from experiments.benchmarks.common import (
     TITLES,
     CompileCounter,
     compile_seconds,
-    first_reach,
     machine,
     make_parser,
     positive_int,
@@ -43,6 +43,7 @@ from experiments.benchmarks.common import (
     timed,
     write_json,
 )
+from experiments.benchmarks.target import compare_with
 from experiments.configs import NetConfig
 from experiments.configs.train import TEXTS
 from experiments.datasets import TextDataset, batches, load_text
@@ -50,6 +51,7 @@ from experiments.errors import RunFolderError
 from experiments.models import Task, make_task
 
 OPTIMIZERS = ("adamw", "ours")
+compare = functools.partial(compare_with, "adamw")
 BETAS = (0.95, 0.98, 0.99, 0.999)
 STARTUP_TRIALS = 3
 # The trial with which every search starts.
@@ -290,26 +292,6 @@ def tune(study: Study, name: str) -> dict[str, Any]:
             flush=True,
         )
     return trials[search.best_trial.number]
-
-
-def compare(best: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Compares the best trials.
-
-    Args:
-        best: best trial of ``adamw`` and of ``ours``.
-
-    Returns:
-        The target, when either reaches it, and ours over AdamW's in steps and seconds
-        (None where it is not reached).
-    """
-    target = best["adamw"]["best_loss"]
-    when = {name: first_reach(best[name]["curve"], target) for name in OPTIMIZERS}
-    adamw, ours = when["adamw"], when["ours"]
-    ratios = {
-        f"{field}_ratio": ours[field] / adamw[field] if adamw and ours else None
-        for field in ("step", "seconds")
-    }
-    return {"target": target, **when, **ratios}
 
 
 def show(best: dict[str, dict[str, Any]], found: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ References:
 
 import argparse
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,6 @@ from experiments.benchmarks.common import (
     CompileCounter,
     comma_list,
     compile_seconds,
-    first_reach,
     machine,
     make_parser,
     positive_int,
@@ -43,12 +43,14 @@ from experiments.benchmarks.common import (
     timed,
     write_json,
 )
+from experiments.benchmarks.target import compare_with
 from experiments.configs import NetConfig
 from experiments.configs.train import IMAGES
 from experiments.datasets import Dataset, batches, load
 from experiments.models import Task, make_task
 
 OPTIMIZERS = ("adam", "ours")
+compare = functools.partial(compare_with, "adam")
 SCHEDULES = ("constant", "cosine")
 # The trial with which every search starts.
 USUAL = {
@@ -278,26 +280,6 @@ def tune(study: Study, name: str) -> dict[str, Any]:
 
     search.optimize(objective, n_trials=args.trials)
     return trials[search.best_trial.number]
-
-
-def compare(best: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Compares the best trials.
-
-    Args:
-        best: best trial of ``adam`` and of ``ours``.
-
-    Returns:
-        The target, when either reaches it, and ours over Adam's in steps and seconds
-        (None where it is not reached).
-    """
-    target = best["adam"]["best_loss"]
-    when = {name: first_reach(best[name]["curve"], target) for name in OPTIMIZERS}
-    adam, ours = when["adam"], when["ours"]
-    ratios = {
-        f"{field}_ratio": ours[field] / adam[field] if adam and ours else None
-        for field in ("step", "seconds")
-    }
-    return {"target": target, **when, **ratios}
 
 
 def show(results: dict[str, dict[str, Any]]) -> str:

@@ -65,9 +65,8 @@ def find_prepared(
 ) -> Dataset | None:
     """Looks in the directory of TFDS."""
     del data_dir
-    path = prepared.default_directory() / name
-    tried.append(f"{path} (prepared by TFDS)")
-    return local.read_tfds(name, path) if prepared.is_complete(path) else None
+    path = prepared.find(name, tried)
+    return None if path is None else local.read_tfds(name, path)
 
 
 def find_download(
@@ -75,12 +74,9 @@ def find_download(
 ) -> Dataset | None:
     """Lets TFDS download, if nothing stands in the way."""
     del data_dir
-    obstacle = prepared.obstacle_to_download()
-    if obstacle is not None:
-        tried.append(f"TFDS download: {obstacle}")
+    directory = prepared.find_download(name, tried)
+    if directory is None:
         return None
-    directory = prepared.default_directory()
-    prepared.download(name, directory)
     train, test = prepared.read(name, directory)
     return make_dataset(name, local.TITLES[name], "TFDS download", train, test)
 

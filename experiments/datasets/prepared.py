@@ -201,3 +201,37 @@ def download(name: str, directory: Path) -> None:
             f"TFDS could not prepare {name}: {type(error).__name__}: "
             f"{str(error).strip()[:500]}"
         ) from error
+
+
+def find(name: str, tried: list[str]) -> Path | None:
+    """Looks for a data set in the directory of TFDS.
+
+    Args:
+        name: the data set, as TFDS calls it.
+        tried: where was looked; this place is added.
+
+    Returns:
+        The data set's directory, or None if it is not there in full.
+    """
+    path = default_directory() / name
+    tried.append(f"{path} (prepared by TFDS)")
+    return path if is_complete(path) else None
+
+
+def find_download(name: str, tried: list[str]) -> Path | None:
+    """Lets TFDS download a data set, if nothing stands in the way.
+
+    Args:
+        name: the data set, as TFDS calls it.
+        tried: where was looked; what stands in the way is added.
+
+    Returns:
+        The directory of TFDS, or None.
+    """
+    obstacle = obstacle_to_download()
+    if obstacle is not None:
+        tried.append(f"TFDS download: {obstacle}")
+        return None
+    directory = default_directory()
+    download(name, directory)
+    return directory

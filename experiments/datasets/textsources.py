@@ -91,9 +91,8 @@ def find_prepared(
 ) -> Found | None:
     """Looks in the directory of TFDS."""
     del data_dir
-    path = prepared.default_directory() / TFDS_NAMES[name]
-    tried.append(f"{path} (prepared by TFDS)")
-    return read_tfds(path) if prepared.is_complete(path) else None
+    path = prepared.find(TFDS_NAMES[name], tried)
+    return None if path is None else read_tfds(path)
 
 
 def find_download(
@@ -101,12 +100,9 @@ def find_download(
 ) -> Found | None:
     """Lets TFDS download, if nothing stands in the way."""
     del data_dir
-    obstacle = prepared.obstacle_to_download()
-    if obstacle is not None:
-        tried.append(f"TFDS download: {obstacle}")
+    directory = prepared.find_download(TFDS_NAMES[name], tried)
+    if directory is None:
         return None
-    directory = prepared.default_directory()
-    prepared.download(TFDS_NAMES[name], directory)
     return prepared.read_text(TFDS_NAMES[name], directory), "TFDS download"
 
 

@@ -123,13 +123,6 @@ def example_sums(x: Array, recipe: Recipe) -> Array:
     return x.sum(-2, dtype=accumulation_dtype(x.dtype))
 
 
-def turned(rows: Array, basis: Array | tuple, form: str, entries: int) -> Array:
-    """``(Qᵀ x)²`` of rows, in the dtype of the basis."""
-    if not isinstance(basis, tuple):
-        rows = rows.astype(basis.dtype)
-    return jnp.square(forms.times(forms.widened(rows, entries), basis, form))
-
-
 def eigenbasis_moment(x: Array, c: Array, recipe: Recipe) -> Array:
     """``S = N Σ_r (Q_Aᵀ ā)² ⊗ (Q_Gᵀ c)²`` of rows that are turned and squared."""
     return recipe.num_examples * jnp.einsum("...ri,...rj->...ij", x, c)

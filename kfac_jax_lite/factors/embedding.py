@@ -107,8 +107,7 @@ def scattered(token: Array, value: Array, geometry: EmbeddingGeometry) -> Array:
     return add(token, value)
 
 
-def output_rows(geometry: EmbeddingGeometry, inputs: list[Array], c: Array) -> Array:
+def output_rows(geometry: EmbeddingGeometry, c: Array) -> Array:
     """The cotangent as ``[*blocks, R, out]``."""
-    del inputs
     c = lax.transpose(c, geometry.output_order)
     return c.reshape(*geometry.blocks, math.prod(geometry.rows), geometry.n_out)

@@ -18,6 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from kfac_jax_lite import forms
+from kfac_jax_lite.linalg import expanded
 from kfac_jax_lite.tagging.layers import Site, positions_per_example
 from kfac_jax_lite.types import Array, LayerTag, accumulation_dtype
 from kfac_jax_lite.views import Shape
@@ -154,8 +155,7 @@ def finish(
     """
     n = recipe.num_examples if terms is None else terms
     if "s_sum" in raw:
-        s = raw["s_sum"]
-        found = {"blocks": lambda: n * jnp.einsum("...nuk,...nul->...ukl", s, s)}
+        found = {"blocks": lambda: unit_blocks(raw["s_sum"], n)}
     elif recipe.by_example:
         found = from_examples(recipe, raw, basis, n)
     elif not recipe.masked:
@@ -163,6 +163,11 @@ def finish(
     else:
         found = rescaled(recipe, raw, n)
     return {name: found[name]() for name in found if name in wanted}
+
+
+def unit_blocks(s: Array, num_examples: Any) -> Array:
+    """``F_u = N Σ_n s_n s_nᵀ`` of gradients ``[*stack, examples, units, k]``."""
+    return num_examples * jnp.einsum("...nuk,...nul->...ukl", s, s)
 
 
 def from_examples(recipe: Recipe, raw: dict, basis: tuple, terms: Any) -> dict:
@@ -181,16 +186,10 @@ def from_examples(recipe: Recipe, raw: dict, basis: tuple, terms: Any) -> dict:
         return forms.second_moment(c, layer.g_form, layer.g_shape) * terms
 
     def s():
-        turned = []
-        for rows, q, form, wide in zip(
-            (x, c),
-            basis,
-            (layer.a_form, layer.g_form),
-            forms.widths(layer),
-            strict=True,
-        ):
-            turned.append(jnp.square(forms.times(forms.widened(rows, wide), q, form)))
-        return terms * jnp.einsum("...ni,...nj->...ij", *turned)
+        (q_a, q_g), (wide_a, wide_g) = basis, forms.widths(layer)
+        inputs = forms.turned(x, q_a, layer.a_form, wide_a)
+        cotangents = forms.turned(c, q_g, layer.g_form, wide_g)
+        return terms * jnp.einsum("...ni,...nj->...ij", inputs, cotangents)
 
     return {"a": a, "g": g} | ({"s": s} if basis else {})
 
@@ -207,10 +206,8 @@ def rescaled(recipe: Recipe, raw: dict, terms: Any) -> dict:
         rows, static = "rows", recipe.num_rows
         if name == "g_out":
             rows, static = "rows_out", recipe.rows_out
-        live = raw[rows].reshape(
-            raw[rows].shape + (1,) * (raw[name].ndim - raw[rows].ndim)
-        )
-        return raw[name] * ((terms / n) ** 2 * static / jnp.maximum(live, 1))
+        live = expanded(jnp.maximum(raw[rows], 1), raw[name].ndim)
+        return raw[name] * ((terms / n) ** 2 * static / live)
 
     fields = [name for name in raw if name not in ("rows", "rows_out")]
     return {name: lambda name=name: of(name) for name in fields}

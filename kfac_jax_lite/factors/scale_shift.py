@@ -50,8 +50,3 @@ def example_gradients(
 
     parts = {"scale": lambda: per_example(c * x_hat), "shift": lambda: per_example(c)}
     return jnp.stack([parts[role]() for role in roles], -1)
-
-
-def unit_blocks(s: Array, num_examples: int) -> Array:
-    """``F_u = N Σ_n s_n s_nᵀ`` of gradients ``[examples, units, k]``."""
-    return num_examples * jnp.einsum("nuk,nul->ukl", s, s)

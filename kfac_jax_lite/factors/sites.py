@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from kfac_jax_lite import forms
 from kfac_jax_lite.factors import conv, dense, embedding, scale_shift
-from kfac_jax_lite.factors.recipe import Recipe
+from kfac_jax_lite.factors.recipe import Recipe, unit_blocks
 from kfac_jax_lite.tagging.layers import (
     ConvGeometry,
     EmbeddingGeometry,
@@ -41,7 +41,7 @@ def estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
             return scale_shift.example_gradients(geometry, inputs[0], c, layer.roles)
 
         def blocks(inputs, c):
-            return scale_shift.unit_blocks(s_sum(inputs, c), recipe.num_examples)
+            return unit_blocks(s_sum(inputs, c), recipe.num_examples)
 
         return {"blocks": blocks, "s_sum": s_sum}
     if recipe.by_example:
@@ -100,7 +100,7 @@ def eigenbasis_moment(recipe: Recipe, site: Site, inputs: Any, c: Array) -> Arra
     q_a, q_g = inputs[1]
     rows = summed_rows(recipe, site, inputs, c)
     if isinstance(geometry, EmbeddingGeometry):
-        rows = dense.turned(rows, q_g, layer.g_form, wide_g)
+        rows = forms.turned(rows, q_g, layer.g_form, wide_g)
         live = live_of(recipe, site)(inputs, c)
         k = recipe.positions(geometry.rows)
         if k > 1:
@@ -110,8 +110,8 @@ def eigenbasis_moment(recipe: Recipe, site: Site, inputs: Any, c: Array) -> Arra
     x = input_rows(recipe, site, inputs, c)
     if site.reverse:
         x, rows = rows, x
-    x = dense.turned(x, q_a, layer.a_form, wide_a)
-    rows = dense.turned(rows, q_g, layer.g_form, wide_g)
+    x = forms.turned(x, q_a, layer.a_form, wide_a)
+    rows = forms.turned(rows, q_g, layer.g_form, wide_g)
     return dense.eigenbasis_moment(x, rows, recipe)
 
 
@@ -136,7 +136,7 @@ def output_rows(site: Site, inputs: Any, c: Array) -> Array:
     if isinstance(geometry, ConvGeometry):
         return conv.conv_output_rows(geometry, inputs[0], c)
     if isinstance(geometry, EmbeddingGeometry):
-        return embedding.output_rows(geometry, inputs[0], c)
+        return embedding.output_rows(geometry, c)
     return dense.output_rows(geometry, inputs[0], c)  # type: ignore[arg-type]
 
 

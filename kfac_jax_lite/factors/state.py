@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kfac_jax_lite import forms
+from kfac_jax_lite.linalg import expanded
 from kfac_jax_lite.types import (
     Array,
     DiagonalStatistics,
@@ -127,11 +128,9 @@ def merged(layer: LayerTag, statistics: TiedStatistics) -> KroneckerStatistics:
     of_g, of_h = (forms.mean_diagonal(x, layer.g_form, size_g) for x in (g, h))
     proper = (of_a * of_h > 0) & (of_b * of_g > 0)
     pi = jnp.sqrt(jnp.where(proper, of_a * of_h, 1) / jnp.where(proper, of_b * of_g, 1))
-
-    def like(value, matrix):
-        return value.reshape(value.shape + (1,) * (matrix.ndim - value.ndim))
-
-    return KroneckerStatistics(a + like(pi, b) * b, g + h / like(pi, h), s)
+    return KroneckerStatistics(
+        a + expanded(pi, b.ndim) * b, g + h / expanded(pi, h.ndim), s
+    )
 
 
 def moving_average(

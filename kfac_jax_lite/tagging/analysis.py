@@ -241,6 +241,7 @@ class Scope:
         views: dict[str, View],
         factors: tuple[Factor, ...],
         shape: Shape,
+        output: int = 0,
     ) -> Output | None:
         """Records a scale or shift: units are the view's axes, the rest are rows.
 
@@ -249,6 +250,7 @@ class Scope:
             views: Its role and its view, of rank ``len(shape)``.
             factors: Variables whose product is ``x̂``.
             shape: Shape of the equation's result.
+            output: Which of its results that is.
 
         Returns:
             What a shift may be added to; None for shifts.
@@ -268,7 +270,7 @@ class Scope:
             factor_ops=tuple(f.steps for f in factors),
         )
         inputs = tuple(f.atom for f in factors)
-        site = Site("scale_shift", {role: core}, inputs, geometry)
+        site = Site("scale_shift", {role: core}, inputs, geometry, output)
         self.add_site(index, site)
         labels: list[int | None] = [None] * len(shape)
         for label, axis in enumerate(labelled):
@@ -290,14 +292,14 @@ class Scope:
         """
         left: list[Fact] = []
         for atom, fact in zip(eqn.invars, facts, strict=True):
+            repeated = isinstance(fact, View) and not fact.dense
             at = self.producers.get(atom) if isinstance(atom, Var) else None
-            once = at is not None and self.used_once(atom)
-            if once and isinstance(fact, View) and not fact.dense:
-                self.add_units(at or 0, {"shift": fact}, (), shape_of(atom))
-                outs: list = list(self.jaxpr.eqns[at or 0].outvars)
-                self.walk.sites[-1].output = outs.index(atom)
-            else:
+            if not repeated or at is None or not self.used_once(atom):
                 left.append(fact)
+                continue
+            results: list = list(self.jaxpr.eqns[at].outvars)
+            views: dict = {"shift": fact}
+            self.add_units(at, views, (), shape_of(atom), results.index(atom))
         return left
 
     def mark_used(self, facts: Iterable[Fact], primitive: str) -> None:

@@ -33,11 +33,11 @@ from experiments.benchmarks.clients import (
     transformers,
 )
 from experiments.benchmarks.clients.checkout import Client, commit_of, importing
-from experiments.benchmarks.common import OUT, machine, without_paths, write_json
-from experiments.benchmarks.covered import coverage, percent, show_fallbacks
+from experiments.benchmarks.common import OUT, machine, without_paths
+from experiments.benchmarks.covered import coverage, percent, save, show_fallbacks
+from experiments.progress import open_console
 
 PROGRAM = "python -m experiments.benchmarks.clients"
-WIDTH_OF_FILES = 110
 CLIENTS: dict[str, Client] = {
     **flax_examples.CLIENTS,
     **haiku_examples.CLIENTS,
@@ -175,8 +175,7 @@ def benchmark(config: Config, console: Console) -> dict[str, Any]:
     show_troubles(rows, console)
     result = {"machine": machine(), "clients": rows}
     path = config.out / "clients.json"
-    write_json(path, result)
-    console.print(f"Result: {path}", soft_wrap=True, highlight=False)
+    save(path, result, console)
     return result
 
 
@@ -189,9 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 1 if an example failed.
     """
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH_OF_FILES)
+    console = open_console()
     doc = (__doc__ or "").split("\n")[0]
     config = tyro.cli(Config, prog=PROGRAM, description=doc, args=arguments)
     result = benchmark(config, console)
