@@ -31,8 +31,16 @@ from kfac_jax_lite.flops import (
 )
 from kfac_jax_lite.intervals import Interval, every, whole
 from kfac_jax_lite.inverse import Method, initial_inverse, method_named
-from kfac_jax_lite.reduce import Reduction, wire_elements
-from kfac_jax_lite.traffic import Collective, traffic
+from kfac_jax_lite.ownership import (
+    Plan,
+    held_rows,
+    larger_side,
+    make_plan,
+    slice_sizes,
+    wire_size,
+)
+from kfac_jax_lite.reduce import Reduction
+from kfac_jax_lite.traffic import REFRESH, STEP, Collective, traffic
 from kfac_jax_lite.types import LayerTag
 
 BATCH_NORMS = ("unit", "full")
@@ -290,47 +298,86 @@ def cost_model(
     if batch_norm == "full":
         layers = [with_full_norm(layer) for layer in layers]
     layers = tuple(layers)
-    found = traffic(layers, reduction, devices, inverse, inverse_interval)
+    if reduction.mode != "all":
+        reduction = dataclasses.replace(reduction, devices=devices)
+    common = layers, reduction, devices, inverse, inverse_interval
+    plan = make_plan(*common)
     records = tuple(
         layer_cost(
-            layer, None if rows is None else rows[layer.name], method, interval.memory
+            layer,
+            None if rows is None else rows[layer.name],
+            method,
+            plan,
+            reduction,
+            interval.memory,
         )
         for layer in layers
     )
+    found = traffic(*common, memory=interval.memory)
     return CostModel(records, found, devices, reduction, inverse, inverse_interval)
 
 
 def layer_cost(
-    layer: LayerTag, rows: Rows | None, method: Method, memory: int
+    layer: LayerTag,
+    rows: Rows | None,
+    method: Method,
+    plan: Plan,
+    reduction: Reduction,
+    memory: int,
 ) -> LayerCost:
-    """The record of one layer, all of whose factors are on every device."""
+    """The record of one layer."""
+    part = 1.0
+    if plan.sliced(layer.name):
+        part = held_rows(layer, plan)[1] / max(layer.sizes)
     return LayerCost(
         layer,
         rows,
         None if rows is None else statistics_flops(layer, rows, method.moments),
         None if rows is None else gradient_flops(layer, rows),
         inversion_flops(layer, method),
-        precondition_flops(layer, method),
-        None,
-        memory_of(layer, method, memory),
-        wire_elements(layer, ALL_REDUCE, method.moments),
+        part * precondition_flops(layer, method),
+        plan.owners.get(layer.name),
+        memory_of(layer, method, plan, memory),
+        wire_size(layer, reduction, method.moments),
     )
 
 
-def memory_of(layer: LayerTag, method: Method, memory: int) -> Memory:
-    """Bytes of a layer's state on a device that keeps all of it."""
+def memory_of(layer: LayerTag, method: Method, plan: Plan, memory: int) -> Memory:
+    """Bytes of a layer's state on one device.
 
-    def size(tree: Any) -> int:
-        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    Of an owned layer a device keeps ``1/D`` of the packed factors and, if rows are
+    divided, its rows of the larger inverse and all of the smaller.
+
+    Args:
+        layer: The layer.
+        method: How factors are inverted.
+        plan: Who does what.
+        memory: How many past statistics the interval rule compares with.
+
+    Returns:
+        Bytes, padding included.
+    """
 
     def state():
         zeros = zero_statistics(layer, jnp.float32, method.moments)
         return zeros, initial_inverse(layer, method, jnp.float32)
 
     zeros, inverse = jax.eval_shape(state)
-    factors = size(zeros)
-    inverses = factors if full_norm(layer) else size(inverse)
+    factors, inverses = size(zeros), size(inverse)
+    if full_norm(layer):
+        inverses = factors
+    if layer.name in plan.owners:
+        factors = 4 * sum(slice_sizes(layer, plan)) + size(getattr(zeros, "s", None))
+    if plan.sliced(layer.name):
+        larger = inverse.a if larger_side(layer) == "a" else inverse.g
+        kept = held_rows(layer, plan)[1] / larger.shape[-1]
+        inverses += round((kept - 1) * size(larger))
     return Memory(factors, memory * factors, inverses)
+
+
+def size(tree: Any) -> int:
+    """Bytes of a tree of shapes."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def with_full_norm(layer: LayerTag) -> LayerTag:
@@ -354,10 +401,10 @@ def inversions(layer: LayerTag, rate: Rate) -> float:
 
 def happens(collective: Collective, rates: Mapping[str, Rate]) -> float:
     """How often a collective takes place, per step."""
-    if collective.event == "step":
+    if collective.event == STEP:
         return 1.0
     rate = rates[collective.layer]
-    return rate.refresh if collective.event == "refresh" else rate.inversion
+    return rate.refresh if collective.event == REFRESH else rate.inversion
 
 
 def limit_of(collective: Collective) -> float:
@@ -404,7 +451,7 @@ def table(cost: CostModel) -> str:
     lines.append(lines[1])
     count = "1 device" if cost.devices == 1 else f"{cost.devices:,} devices"
     lines.append(
-        f'{cost.elements:,} elements per refresh of {len(cost.layers)} layers; mode '
+        f"{cost.elements:,} elements per refresh of {len(cost.layers)} layers; mode "
         f'"{cost.reduction.mode}", {count}: {number(cost.bytes_per_step())}B sent per '
         f"step and {number(cost.memory.total)}B kept by each"
     )
@@ -417,7 +464,9 @@ def number(value: float | None) -> str:
         return "-"
     for prefix in ("", "k", "M", "G", "T"):
         if value < 999.5 or prefix == "T":
-            digits = f"{value:.0f}" if prefix == "" or value >= 99.95 else f"{value:.3g}"
+            digits = (
+                f"{value:.0f}" if prefix == "" or value >= 99.95 else f"{value:.3g}"
+            )
             return f"{digits} {prefix}"
         value /= 1000
     raise AssertionError("the last prefix has no limit")

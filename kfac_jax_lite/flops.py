@@ -4,9 +4,9 @@ Counted are matrix products (``2 m k n`` for ``[m, k] @ [k, n]``) and factorisat
 Elementwise work, such as moving averages, unit-wise and diagonal solves, activations
 and the counting of tokens, is not: it is bound by memory, not by arithmetic.
 
-Notation: ``R`` rows, a factor of shape ``[*blocks, d, d]``; ``A`` is ``a × a`` and ``G``
-is ``g × g``. A factor kept as diagonal blocks costs what its blocks cost, one kept as
-its diagonal costs nothing here.
+Notation: ``R`` rows, factors of shape ``[*blocks, d, d]``; ``A`` is ``a × a`` and ``G``
+``g × g``. A factor kept as diagonal blocks costs what its blocks cost, one kept as its
+diagonal nothing.
 """
 
 import math
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from kfac_jax_lite import forms
 from kfac_jax_lite.factors.estimate import TaggedLoss
 from kfac_jax_lite.factors.recipe import count_rows, make_recipe
-from kfac_jax_lite.inverse import METHODS, Method
+from kfac_jax_lite.inverse import Method
 from kfac_jax_lite.tagging.layers import Site
 from kfac_jax_lite.types import LayerTag
 from kfac_jax_lite.views import Shape
@@ -102,8 +102,8 @@ def statistics_flops(layer: LayerTag, rows: Rows, moments: bool = False) -> int:
     """``2 R a² + 2 R g²``: ``A = Σ ā āᵀ`` and ``G = Σ c cᵀ`` as full products.
 
     A tied weight has both for its reverse use as well; a scale_shift layer has
-    ``2 R k²`` for each of its ``k × k`` blocks. EKFAC turns the rows into the eigenbasis
-    and multiplies their squares: ``2 R a² + 2 R g² + 2 R a g`` more.
+    ``2 R k²`` for each of its ``k × k`` blocks. EKFAC turns the rows into the
+    eigenbasis and multiplies their squares: ``2 R a² + 2 R g² + 2 R a g`` more.
 
     Args:
         layer: The layer.
@@ -149,8 +149,8 @@ def inversion_flops(layer: LayerTag, method: Method) -> int:
         Floating-point operations; 0 for kinds that are solved directly.
 
     References:
-        Golub & Van Loan, 2013, "Matrix Computations", Secs. 4.2, 8.3 (Cholesky
-        ``d³/3``, triangular solve ``d²`` per column, symmetric QR with vectors ``9 d³``).
+        Golub & Van Loan, 2013, "Matrix Computations", Secs. 3.1, 4.2, 8.3 (triangular
+        solve ``d²`` per column, Cholesky ``d³/3``, symmetric QR with vectors ``9 d³``).
     """
     if full_norm(layer):
         return round(matrices(layer.a_shape) * spd_inverse_flops(layer.a_shape[-1]))
@@ -165,7 +165,7 @@ def inversion_flops(layer: LayerTag, method: Method) -> int:
             each = 11 * cube
         elif not method.damped:
             each = 9 * cube
-        elif method is METHODS["newton_schulz"]:
+        elif method.name == "newton_schulz":
             each = (4 + 4 * NEWTON_SCHULZ_STEPS) * cube
         else:
             each = spd_inverse_flops(shape[-1])
@@ -177,9 +177,14 @@ def spd_inverse_flops(size: int) -> float:
     """Operations of ``linalg.spd_inverse``.
 
     Up to ``LEAF``: Cholesky ``d³/3``, a triangular solve with the identity ``d³`` and
-    the product ``L⁻ᵀ L⁻¹`` ``2 d³``: ``10/3 d³``. LAPACK's ``potrf`` and ``potri`` need
-    ``d³`` for the same, without products. Above, two halves and four products of
-    halves, which tends to ``4/3 d³``.
+    the product ``L⁻ᵀ L⁻¹`` ``2 d³``: ``10/3 d³``. Above, two halves and four products
+    of halves, which tends to ``4/3 d³``. (The least that LAPACK needs is ``d³``.)
+
+    Args:
+        size: ``d``.
+
+    Returns:
+        Floating-point operations.
     """
     if size <= LEAF:
         return 10 / 3 * size**3
@@ -222,7 +227,7 @@ def moments_size(layer: LayerTag) -> int:
 
 
 def full_norm(layer: LayerTag) -> bool:
-    """Whether it is a normalisation layer with one full block (``batch_norm="full"``)."""
+    """Whether it is a scale_shift layer with one full block, as in some papers."""
     return layer.kind == "scale_shift" and layer.a_shape[-1] > 2
 
 

@@ -120,7 +120,7 @@ def collective_time(collective: Collective, machine: Machine) -> float:
             in_rounds = rounds * (alpha + size * beta / 2)
             return min((devices - 1) * alpha + part, in_rounds)
         case "permute":
-            return alpha + size * beta
+            return alpha + collective.elements * collective.itemsize * beta
     raise ValueError(f"there is no formula for the collective {collective.kind!r}.")
 
 
@@ -136,9 +136,7 @@ def step_time(cost: CostModel, machine: Machine, trace: Trace = 1.0) -> StepTime
         Its parts.
     """
     flops, rates = cost.flops_per_step(trace), cost.rates(trace)
-    gradient = Collective(
-        "", "step", "all_reduce", cost.parameters, 4, cost.devices
-    )
+    gradient = Collective("", "step", "all_reduce", cost.parameters, 4, cost.devices)
     return StepTime(
         flops.gradient / machine.flops,
         flops.statistics / machine.flops,

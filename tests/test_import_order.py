@@ -28,6 +28,9 @@ ORDER = [
     {"quadratic"},
     {"guided"},
     {"alias"},
+    {"flops"},
+    {"cost"},
+    {"simulate"},
     {"__init__"},
     {"curvature", "ntk", "bayes"},
 ]
