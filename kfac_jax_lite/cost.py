@@ -66,12 +66,12 @@ class Memory(NamedTuple):
         inverses: What preconditioning reads.
     """
 
-    factors: float
-    previous: float
-    inverses: float
+    factors: int
+    previous: int
+    inverses: int
 
     @property
-    def total(self) -> float:
+    def total(self) -> int:
         """All of it."""
         return sum(self)
 
@@ -411,7 +411,7 @@ def limit_of(collective: Collective) -> float:
     """Bytes that a device sends by a ring of very many devices."""
     if collective.kind == "permute":
         return collective.sent
-    return collective.payload * (2 if collective.kind == "all_reduce" else 1)
+    return collective.payload * (2.0 if collective.kind == "all_reduce" else 1.0)
 
 
 def table(cost: CostModel) -> str:

@@ -173,25 +173,26 @@ def inversion_flops(layer: LayerTag, method: Method) -> int:
     return round(total + (apply_flops(layer) if method.moments else 0))
 
 
-def spd_inverse_flops(size: int) -> float:
+def spd_inverse_flops(size: int, leaf: int = LEAF) -> float:
     """Operations of ``linalg.spd_inverse``.
 
-    Up to ``LEAF``: Cholesky ``d³/3``, a triangular solve with the identity ``d³`` and
+    Up to ``leaf``: Cholesky ``d³/3``, a triangular solve with the identity ``d³`` and
     the product ``L⁻ᵀ L⁻¹`` ``2 d³``: ``10/3 d³``. Above, two halves and four products
     of halves, which tends to ``4/3 d³``. (The least that LAPACK needs is ``d³``.)
 
     Args:
         size: ``d``.
+        leaf: Largest size that is factorised at once.
 
     Returns:
         Floating-point operations.
     """
-    if size <= LEAF:
+    if size <= leaf:
         return 10 / 3 * size**3
     k = size // 2
     m = size - k
     products = 2 * k * k * m + 2 * k * m * m + 2 * k * m * m + 2 * k * m * k
-    return spd_inverse_flops(k) + spd_inverse_flops(m) + products
+    return spd_inverse_flops(k, leaf) + spd_inverse_flops(m, leaf) + products
 
 
 def precondition_flops(layer: LayerTag, method: Method) -> int:

@@ -1,0 +1,353 @@
+"""The cost model against the paper's figures, and against brute-force counts."""
+
+import math
+
+import flax.linen as nn
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import kfac_jax_lite as kfac
+from experiments.benchmarks.architectures import ARCHITECTURES
+from kfac_jax_lite.flops import spd_inverse_flops
+from kfac_jax_lite.linalg import spd_inverse
+
+STEPS = 2814
+
+
+@pytest.fixture(scope="module")
+def resnet50():
+    problem = ARCHITECTURES["resnet50"].make()
+    return kfac.tag(problem.loss, problem.params, *problem.args, has_aux=True).layers
+
+
+def shapes(*sizes):
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+
+def mlp(widths, batch, norm=False):
+    """A tagged loss of ``x W tanh W …``, its parameters and its batch, as shapes."""
+
+    def loss(params, x, y):
+        for number, layer in enumerate(params):
+            if number:
+                x = jnp.tanh(x)
+                if norm:
+                    x = x * layer["scale"] + layer["shift"]
+            x = x @ layer["w"] + layer["b"]
+        return jnp.mean(jnp.sum((kfac.normal(x) - y) ** 2, -1))
+
+    params = []
+    for a, g in zip(widths, widths[1:], strict=False):
+        params.append({"w": shapes(a, g), "b": shapes(g)})
+        if norm and len(params) > 1:
+            params[-1] |= {"scale": shapes(a), "shift": shapes(a)}
+    batch = shapes(batch, widths[0]), shapes(batch, widths[-1])
+    return kfac.tag(loss, params, *batch), params, batch
+
+
+def products(jaxpr):
+    """Operations of the products and factorisations of a program, one by one.
+
+    Of a conditional the branch with the most.
+    """
+    total = 0
+    for eqn in jaxpr.eqns:
+        out = eqn.outvars[0].aval.shape
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            shape = eqn.invars[0].aval.shape
+            total += 2 * math.prod(out) * math.prod(shape[i] for i in contracted)
+        elif eqn.primitive.name == "cholesky":
+            total += math.prod(out[:-2]) * out[-1] ** 3 / 3
+        elif eqn.primitive.name == "triangular_solve":
+            total += math.prod(out) * eqn.invars[0].aval.shape[-1]
+        elif eqn.primitive.name == "eigh":
+            matrix = eqn.invars[0].aval.shape
+            total += 9 * math.prod(matrix) * matrix[-1]
+        elif eqn.primitive.name == "cond":
+            total += max(products(branch.jaxpr) for branch in eqn.params["branches"])
+        else:
+            total += sum(products(getattr(j, "jaxpr", j)) for j in inner(eqn))
+    return total
+
+
+def inner(eqn):
+    """Programs inside an equation, each once."""
+    found = [v for v in eqn.params.values() if hasattr(getattr(v, "jaxpr", v), "eqns")]
+    assert len(found) < 2 or eqn.primitive.name == "custom_vjp_call", eqn.primitive
+    return found[:1]
+
+
+def test_the_elements_of_resnet50(resnet50):
+    """Packed factors and full batch-norm blocks, 107 layers."""
+    cost = kfac.cost_model(resnet50, devices=128, batch_norm="full")
+    assert len(cost.layers) == 107
+    assert cost.parameters == 25_557_032
+    assert cost.elements == 133_411_891
+
+
+def test_three_terabytes(resnet50):
+    """3.0 TB in 2,814 steps of float32, all-reduced in a ring of many devices."""
+    full = kfac.cost_model(resnet50, devices=128, batch_norm="full")
+    limit = STEPS * full.bytes_per_step(event="refresh", limit=True)
+    assert limit == 133_411_891 * 4 * 2 * STEPS
+    assert round(limit / 1e12, 3) == 3.003
+    exact = STEPS * full.bytes_per_step(event="refresh")
+    assert exact == pytest.approx(limit * 127 / 128, rel=1e-12)
+    unit = kfac.cost_model(resnet50, devices=128)
+    assert round(100 * unit.elements / full.elements, 1) == 57.8
+
+
+@pytest.mark.parametrize("rate, gigabytes", [(0.169, 507), (0.119, 357), (0.109, 327)])
+def test_gigabytes_at_adaptive_intervals(resnet50, rate, gigabytes):
+    """Table 1 of the same paper: its ratios and its bytes agree with the model."""
+    cost = kfac.cost_model(resnet50, devices=128, batch_norm="full")
+    sent = STEPS * cost.bytes_per_step(rate, event="refresh", limit=True)
+    assert sent / 1e9 == pytest.approx(gigabytes, abs=1)
+
+
+def test_reduce_scatter_and_bfloat16_halve(resnet50):
+    def sent(devices=128, **options):
+        reduction = kfac.Reduction(**options)
+        cost = kfac.cost_model(resnet50, reduction, devices)
+        return cost.bytes_per_step(event="refresh", limit=True)
+
+    whole, owner = sent(), sent(mode="owner", devices=128)
+    # Unit-wise blocks are all-reduced in either mode, and slices are padded.
+    assert 0.5 < owner / whole < 0.502
+    narrow = sent(mode="owner", devices=128, dtype=jnp.bfloat16)
+    assert narrow == pytest.approx(owner / 2, rel=2e-3)
+    assert sent(dtype=jnp.bfloat16) == pytest.approx(whole / 2, rel=2e-3)
+
+
+@hypothesis.given(
+    st.lists(st.integers(1, 9), min_size=2, max_size=4),
+    st.integers(1, 12),
+    st.booleans(),
+    st.sampled_from(["cholesky", "eigh", "ekfac"]),
+)
+def test_operations_are_those_of_the_program(widths, batch, norm, inverse):
+    """Every product of gradient, statistics, inversion and preconditioning."""
+    tagged, params, args = mlp(widths, batch, norm)
+    cost = kfac.cost_model(
+        tagged.layers, rows=kfac.layer_rows(tagged, params, *args), inverse=inverse
+    )
+    tx = kfac.scale_by_kfac(tagged.layers, inverse=inverse)
+    state = jax.eval_shape(tx.init, params)
+    step = jax.make_jaxpr(
+        lambda p, s, *a: tagged.value_and_grad(p, *a, opt_state=s), return_shape=True
+    )
+    program, (_, grads, statistics) = step(params, state, *args)
+    flops = cost.flops_per_step()
+    # Nobody wants the gradient of the first layer's input.
+    spared = 2 * batch * widths[0] * widths[1]
+    assert products(program.jaxpr) == flops.gradient + flops.statistics - spared
+
+    def update(grads, state, statistics):
+        return tx.update(grads, state, statistics=statistics)
+
+    program = jax.make_jaxpr(update)(grads, state, statistics)
+    wanted = flops.inversion + flops.precondition
+    assert products(program.jaxpr) == pytest.approx(wanted, abs=len(cost.layers))
+
+
+@hypothesis.given(
+    st.integers(1, 4), st.integers(3, 7), st.integers(1, 3), st.integers(1, 2)
+)
+def test_rows_of_a_convolution(batch, side, kernel, stride):
+    """One row for every place where the kernel fits, counted by hand."""
+    model = nn.Conv(3, (kernel, kernel), (stride, stride), padding="VALID")
+    x = shapes(batch, side, side, 2)
+    params = jax.eval_shape(model.init, jax.random.key(0), x)
+
+    def loss(params, x):
+        return jnp.mean(jnp.sum(kfac.normal(model.apply(params, x).sum((1, 2))), -1))
+
+    tagged = kfac.tag(loss, params, x)
+    rows = kfac.layer_rows(tagged, params, x)
+    places = [i for i in range(0, side, stride) if i + kernel <= side]
+    count = batch * len(places) ** 2
+    (layer,) = tagged.layers
+    assert rows[layer.name] == (count, 0, count)
+    (record,) = kfac.cost_model(tagged.layers, rows=rows).layers
+    a, g = kernel * kernel * 2 + 1, 3
+    assert record.statistics == 2 * count * (a * a + g * g)
+    assert record.gradient == 6 * count * (a - 1) * g
+    assert record.precondition == 2 * a * a * g + 2 * a * g * g
+
+
+def test_rows_after_reduce():
+    """Positions of an example are one row of statistics, but many of the products."""
+
+    def loss(params, x):
+        return jnp.mean(jnp.sum(kfac.normal((x @ params["w"]).mean(1)), -1))
+
+    x, params = shapes(5, 7, 2), {"w": shapes(2, 3)}
+    for sharing, rows in (("expand", 35), ("reduce", 5)):
+        tagged = kfac.tag(loss, params, x, weight_sharing=sharing)
+        assert kfac.layer_rows(tagged, params, x) == {"w": (35, 0, rows)}
+
+
+@pytest.mark.parametrize("size", [1, 5, 64, 100, 129])
+def test_inversion_by_halves(size):
+    """The recursion has the products that its formula counts."""
+    matrix = shapes(size, size)
+    program = jax.make_jaxpr(lambda m: spd_inverse(m, 16))(matrix)
+    assert products(program.jaxpr) == pytest.approx(spd_inverse_flops(size, 16))
+
+
+def test_products_are_what_xla_counts():
+    """The oracle above agrees with XLA's own count of a product."""
+
+    def factor(x):
+        return jnp.einsum("ri,rj->ij", x, x)
+
+    x = jnp.ones((64, 24), jnp.float32)
+    seen = jax.jit(factor).lower(x).compile().cost_analysis()["flops"]
+    assert seen == products(jax.make_jaxpr(factor)(x).jaxpr) == 2 * 64 * 24**2
+
+
+@pytest.mark.parametrize("inverse", ["cholesky", "eigh", "ekfac", "newton_schulz"])
+@pytest.mark.parametrize(
+    "interval",
+    [kfac.intervals.every(2), kfac.intervals.adaptive(0.1), kfac.intervals.staleness()],
+    ids=lambda interval: interval.kind,
+)
+def test_memory_is_that_of_the_state(inverse, interval):
+    tagged, params, _ = mlp([6, 5, 4, 3], 8, norm=True)
+    tx = kfac.scale_by_kfac(tagged.layers, inverse=inverse, interval=interval)
+    state = tx.init(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), params))
+    cost = kfac.cost_model(tagged.layers, inverse=inverse, interval=interval)
+    for kept, bytes_kept in zip(
+        (state.factors, state.previous, state.inverses), cost.memory, strict=True
+    ):
+        assert sum(x.nbytes for x in jax.tree.leaves(kept)) == bytes_kept
+
+
+@pytest.mark.parametrize("share", ["inverses", "gradients"])
+@pytest.mark.parametrize("mode, fraction", [("owner", None), ("grid", 0.5)])
+def test_memory_of_a_device_that_owns(mode, fraction, share):
+    """Parts of the state, one for each of the eight devices."""
+    tagged, params, _ = mlp([70, 65, 33], 8, norm=True)
+    reduction = kfac.Reduction(
+        mode, fraction=fraction, devices=8, bucket=0, share=share
+    )
+    tx = kfac.scale_by_kfac(
+        tagged.layers,
+        interval=kfac.intervals.adaptive(0.1),
+        axis_name="batch",
+        reduction=reduction,
+    )
+    state = jax.eval_shape(tx.init, params)
+    cost = kfac.cost_model(
+        tagged.layers, reduction, 8, interval=kfac.intervals.adaptive(0.1)
+    )
+    specs = kfac.state_specs(tx, state, "batch")
+
+    def on_a_device(kept, spec):
+        sizes = jax.tree.map(
+            lambda x, s: x.size * x.dtype.itemsize // (8 if s and s[0] else 1),
+            kept,
+            spec,
+        )
+        return sum(jax.tree.leaves(sizes))
+
+    assert cost.memory == (
+        on_a_device(state.factors, specs.factors),
+        on_a_device(state.previous, specs.previous),
+        on_a_device(state.inverses, specs.inverses),
+    )
+
+
+def test_a_recorded_trace(rng):
+    """Bytes of a run are its refreshes times the bytes of one."""
+    tagged, params, args = mlp([4, 3, 2], 8)
+    tx = kfac.scale_by_kfac(tagged.layers, interval=kfac.intervals.every(3))
+    params, args = jax.tree.map(
+        lambda s: jnp.asarray(rng.normal(size=s.shape), s.dtype), (params, args)
+    )
+    state = tx.init(params)
+    for _ in range(7):
+        _, grads, statistics = tagged.value_and_grad(params, *args, opt_state=state)
+        updates, state = tx.update(grads, state, statistics=statistics)
+        params = optax.apply_updates(params, updates)
+    report = kfac.report(state)
+    assert [record["refreshes"] for record in report] == [3, 3]
+    cost = kfac.cost_model(tagged.layers, devices=4)
+    sent = cost.bytes_per_step(report, event="refresh")
+    reduced = sum(record["bytes_reduced"] for record in report)
+    assert 7 * sent == pytest.approx(reduced * 2 * 3 / 4)
+    assert cost.rates(report)["0"].refresh == pytest.approx(3 / 7)
+    assert 7 * sent == pytest.approx(3 * cost.bytes_per_step(event="refresh"))
+
+
+def test_kinds_and_events_add_up(resnet50):
+    reduction = kfac.Reduction("owner", devices=16)
+    cost = kfac.cost_model(resnet50, reduction, 16)
+    whole = cost.bytes_per_step(0.5)
+    kinds = {c.kind for c in cost.collectives}
+    assert {"all_reduce", "reduce_scatter", "permute", "all_gather"} <= kinds
+    events = ("refresh", "inversion", "step")
+    for parts in (
+        [cost.bytes_per_step(0.5, kind=kind) for kind in kinds],
+        [cost.bytes_per_step(0.5, event=event) for event in events],
+    ):
+        assert sum(parts) == pytest.approx(whole)
+
+
+def test_inverse_interval_limits_inversions(resnet50):
+    reduction = kfac.Reduction("owner", devices=16)
+
+    def inversions(rate, interval):
+        cost = kfac.cost_model(resnet50, reduction, 16, inverse_interval=interval)
+        return cost.rates(rate)["head"].inversion
+
+    assert inversions(1.0, 1) == 1
+    assert inversions(1.0, 5) == 0.2
+    assert inversions(0.1, 5) == 0.1
+
+
+def test_the_table(resnet50):
+    text = str(kfac.cost_model(resnet50, devices=128, batch_norm="full"))
+    lines = text.splitlines()
+    assert len(lines) == 107 + 4
+    assert len({len(line) for line in lines[:-1]}) == 1
+    assert "133,411,891 elements" in lines[-1]
+    assert "1.06 GB sent per step" in lines[-1]
+
+
+def test_wrong_arguments():
+    tagged, params, args = mlp([4, 3], 2)
+    rows = kfac.layer_rows(tagged, params, *args)
+    for options, error in (
+        ({"batch_norm": "none"}, "batch_norm must be one of"),
+        ({"devices": 0}, "devices wants a whole number"),
+        ({"inverse_interval": 0.5}, "inverse_interval wants a whole number"),
+        ({"inverse": "lu"}, "inverse must be one of"),
+        ({"rows": {}}, "rows has no entry for layer"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            kfac.cost_model(tagged.layers, **options)
+    cost = kfac.cost_model(tagged.layers, rows=rows)
+    for trace, error in (
+        (1.5, "from 0 to 1"),
+        ([], "no record of layer"),
+        ([{"name": "0", "steps": 0, "refreshes": 0, "inversions": 0}], "no steps yet"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            cost.bytes_per_step(trace)
+    with pytest.raises(ValueError, match="rows=kfac.layer_rows"):
+        kfac.cost_model(tagged.layers).flops_per_step()
+
+
+def test_rows_of_another_batch():
+    """Rows follow the arguments, not those of ``tag``."""
+    tagged, params, _ = mlp([4, 3], 2)
+    rows = kfac.layer_rows(tagged, params, shapes(6, 4), shapes(6, 3))
+    assert rows == {"0": (6, 0, 6)}
+    assert np.shape(rows["0"]) == (3,)
