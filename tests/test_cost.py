@@ -8,13 +8,13 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import kfac_jax_lite as kfac
 from experiments.benchmarks.architectures import ARCHITECTURES
 from kfac_jax_lite.flops import spd_inverse_flops
 from kfac_jax_lite.linalg import spd_inverse
+from tests.helpers import train
 
 STEPS = 2814
 
@@ -125,8 +125,9 @@ def test_reduce_scatter_and_bfloat16_halve(resnet50):
     assert sent(dtype=jnp.bfloat16) == pytest.approx(whole / 2, rel=2e-3)
 
 
+@hypothesis.settings(max_examples=6)
 @hypothesis.given(
-    st.lists(st.integers(1, 9), min_size=2, max_size=4),
+    st.lists(st.integers(1, 9), min_size=2, max_size=3),
     st.integers(1, 12),
     st.booleans(),
     st.sampled_from(["cholesky", "eigh", "ekfac"]),
@@ -156,6 +157,7 @@ def test_operations_are_those_of_the_program(widths, batch, norm, inverse):
     assert products(program.jaxpr) == pytest.approx(wanted, abs=len(cost.layers))
 
 
+@hypothesis.settings(max_examples=6)
 @hypothesis.given(
     st.integers(1, 4), st.integers(3, 7), st.integers(1, 3), st.integers(1, 2)
 )
@@ -247,7 +249,7 @@ def test_memory_of_a_device_that_owns(mode, fraction, share):
     cost = kfac.cost_model(
         tagged.layers, reduction, 8, interval=kfac.intervals.adaptive(0.1)
     )
-    specs = kfac.state_specs(tx, state, "batch")
+    specs = kfac.state_specs(state, "batch")
 
     def on_a_device(kept, spec):
         sizes = jax.tree.map(
@@ -271,11 +273,7 @@ def test_a_recorded_trace(rng):
     params, args = jax.tree.map(
         lambda s: jnp.asarray(rng.normal(size=s.shape), s.dtype), (params, args)
     )
-    state = tx.init(params)
-    for _ in range(7):
-        _, grads, statistics = tagged.value_and_grad(params, *args, opt_state=state)
-        updates, state = tx.update(grads, state, statistics=statistics)
-        params = optax.apply_updates(params, updates)
+    _, state, _ = train(tagged, tx, params, [args] * 7)
     report = kfac.report(state)
     assert [record["refreshes"] for record in report] == [3, 3]
     cost = kfac.cost_model(tagged.layers, devices=4)
