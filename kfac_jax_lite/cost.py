@@ -13,14 +13,9 @@ References:
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-
-from kfac_jax_lite.factors.state import zero_statistics
 from kfac_jax_lite.flops import (
     Rows,
     full_norm,
@@ -30,15 +25,9 @@ from kfac_jax_lite.flops import (
     statistics_flops,
 )
 from kfac_jax_lite.intervals import Interval, every, whole
-from kfac_jax_lite.inverse import Method, initial_inverse, method_named
-from kfac_jax_lite.ownership import (
-    Plan,
-    held_rows,
-    larger_side,
-    make_plan,
-    slice_sizes,
-    wire_size,
-)
+from kfac_jax_lite.inverse import Method, method_named
+from kfac_jax_lite.memory import Memory, memory_of
+from kfac_jax_lite.ownership import Plan, held_rows, make_plan, wire_size
 from kfac_jax_lite.reduce import Reduction
 from kfac_jax_lite.traffic import REFRESH, STEP, Collective, traffic
 from kfac_jax_lite.types import LayerTag
@@ -55,25 +44,6 @@ class Rate(NamedTuple):
 
     refresh: float
     inversion: float
-
-
-class Memory(NamedTuple):
-    """Bytes that one device keeps between steps.
-
-    Attributes:
-        factors: Moving averages.
-        previous: Past statistics that the interval rule compares with.
-        inverses: What preconditioning reads.
-    """
-
-    factors: int
-    previous: int
-    inverses: int
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return sum(self)
 
 
 class Flops(NamedTuple):
@@ -208,11 +178,12 @@ class CostModel:
             Bytes, the mean over the steps of the trace and over the devices.
         """
         rates = self.rates(trace)
-        return sum(
+        sent = [
             (limit_of(c) if limit else c.sent) * happens(c, rates)
             for c in self.collectives
             if kind in (None, c.kind) and event in (None, c.event)
-        )
+        ]
+        return sum(sent, start=0.0)
 
     def flops_per_step(self, trace: Trace = 1.0) -> Flops:
         """Operations of one step on the busiest device.
@@ -265,6 +236,7 @@ def cost_model(
     inverse: str = "cholesky",
     inverse_interval: int = 1,
     batch_norm: str = "unit",
+    mapped: bool = True,
 ) -> CostModel:
     """Elements, bytes, operations and memory of K-FAC, from shapes alone.
 
@@ -280,6 +252,8 @@ def cost_model(
         batch_norm: ``"unit"``: a ``2 × 2`` block per unit of a layer with scale and
             shift, as this library has it; ``"full"``: one ``2C × 2C`` block, as some
             papers have it, inverted and applied like a factor.
+        mapped: Under ``pmap`` or ``shard_map``. False: under ``jit`` with a sharded
+            batch, where XLA reduces whole matrices in their own precision.
 
     Returns:
         The model.
@@ -308,12 +282,12 @@ def cost_model(
             None if rows is None else rows[layer.name],
             method,
             plan,
-            reduction,
             interval.memory,
+            reduction.pack and mapped,
         )
         for layer in layers
     )
-    found = traffic(*common, memory=interval.memory)
+    found = traffic(*common, mapped=mapped, memory=interval.memory)
     return CostModel(records, found, devices, reduction, inverse, inverse_interval)
 
 
@@ -322,8 +296,8 @@ def layer_cost(
     rows: Rows | None,
     method: Method,
     plan: Plan,
-    reduction: Reduction,
     memory: int,
+    packed: bool,
 ) -> LayerCost:
     """The record of one layer."""
     part = 1.0
@@ -338,46 +312,8 @@ def layer_cost(
         part * precondition_flops(layer, method),
         plan.owners.get(layer.name),
         memory_of(layer, method, plan, memory),
-        wire_size(layer, reduction, method.moments),
+        wire_size(layer, Reduction(pack=packed), method.moments),
     )
-
-
-def memory_of(layer: LayerTag, method: Method, plan: Plan, memory: int) -> Memory:
-    """Bytes of a layer's state on one device.
-
-    Of an owned layer a device keeps ``1/D`` of the packed factors and, if rows are
-    divided, its rows of the larger inverse and all of the smaller.
-
-    Args:
-        layer: The layer.
-        method: How factors are inverted.
-        plan: Who does what.
-        memory: How many past statistics the interval rule compares with.
-
-    Returns:
-        Bytes, padding included.
-    """
-
-    def state():
-        zeros = zero_statistics(layer, jnp.float32, method.moments)
-        return zeros, initial_inverse(layer, method, jnp.float32)
-
-    zeros, inverse = jax.eval_shape(state)
-    factors, inverses = size(zeros), size(inverse)
-    if full_norm(layer):
-        inverses = factors
-    if layer.name in plan.owners:
-        factors = 4 * sum(slice_sizes(layer, plan)) + size(getattr(zeros, "s", None))
-    if plan.sliced(layer.name):
-        larger = inverse.a if larger_side(layer) == "a" else inverse.g
-        kept = held_rows(layer, plan)[1] / larger.shape[-1]
-        inverses += round((kept - 1) * size(larger))
-    return Memory(factors, memory * factors, inverses)
-
-
-def size(tree: Any) -> int:
-    """Bytes of a tree of shapes."""
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def with_full_norm(layer: LayerTag) -> LayerTag:
@@ -458,7 +394,7 @@ def table(cost: CostModel) -> str:
     return "\n".join(lines)
 
 
-def number(value: float | None) -> str:
+def number(value: int | float | None) -> str:
     """Three digits and a decimal prefix: ``2.05 G``; a dash where it is unknown."""
     if value is None:
         return "-"

@@ -153,7 +153,7 @@ def inverse_sizes(layer: LayerTag, packed: bool) -> dict[str, int]:
     }
 
 
-def inverse_cost(layer: LayerTag) -> float:
+def inverse_cost(layer: LayerTag) -> int:
     """Multiplications of an inversion, ``a³ + g³`` for every block."""
 
     def cubes(shape: Shape, form: str) -> int:

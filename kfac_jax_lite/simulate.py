@@ -137,12 +137,13 @@ def step_time(cost: CostModel, machine: Machine, trace: Trace = 1.0) -> StepTime
     """
     flops, rates = cost.flops_per_step(trace), cost.rates(trace)
     gradient = Collective("", "step", "all_reduce", cost.parameters, 4, cost.devices)
+    times = [collective_time(c, machine) * happens(c, rates) for c in cost.collectives]
     return StepTime(
         flops.gradient / machine.flops,
         flops.statistics / machine.flops,
         flops.inversion / machine.flops,
         flops.precondition / machine.flops,
-        sum(collective_time(c, machine) * happens(c, rates) for c in cost.collectives),
+        sum(times, start=0.0),
         collective_time(gradient, machine),
     )
 

@@ -29,6 +29,7 @@ ORDER = [
     {"guided"},
     {"alias"},
     {"flops"},
+    {"memory"},
     {"cost"},
     {"simulate"},
     {"__init__"},

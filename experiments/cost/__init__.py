@@ -25,19 +25,20 @@ def run(config: CostConfig, console: Console) -> None:
         ConfigError: if the trace is of another network.
     """
     net, trace = figures.network(config), figures.read_trace(config)
+    costs = net.cost(config)
     try:
         result = {
             "computed_on": machine(),
             "settings": settings(config),
             "model": net.title,
-            "parameters": net.cost(config).parameters,
-            "elements": net.cost(config).elements,
+            "parameters": costs.parameters,
+            "elements": costs.elements,
             "variants": figures.variants(net, config, trace),
             "modes": figures.modes(net, config, trace),
         }
     except ValueError as error:
         raise ConfigError(f"{config.model}: {error}") from error
-    show(net, config, result, console)
+    show(net, costs, config, result, console)
     if config.plot is None and config.result is None:
         return
     curves = figures.curves(net, config)

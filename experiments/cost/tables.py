@@ -64,10 +64,13 @@ def kinds_table(cost: CostModel) -> Table:
 
 
 def show(
-    net: Network, config: CostConfig, result: dict[str, Any], console: Console
+    net: Network,
+    cost: CostModel,
+    config: CostConfig,
+    result: dict[str, Any],
+    console: Console,
 ) -> None:
     """Prints the tables."""
-    cost = net.cost(config)
     console.print(
         f"{net.title}: {len(cost.layers)} layers, {cost.parameters:,} parameters; "
         f"{net.batch} examples on each device",
@@ -77,7 +80,7 @@ def show(
     plural = "s" if config.steps != 1 else ""
     often = f", refreshed in {100 * config.rate:.3g} % of them"
     if config.trace is not None:
-        often = f", refreshed as in {config.trace}"
+        often = f", refreshed as in {config.trace.name}"
     total = new_table(
         f"Statistics sent by a device in {config.steps:,} step{plural}{often}",
         "variant",
