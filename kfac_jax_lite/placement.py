@@ -126,17 +126,20 @@ def relayout(opt_state: Any, like: Any, layers: Sequence[LayerTag]) -> Any:
     """An optimiser state in the layout of another number of devices or ``Reduction``.
 
     Args:
-        opt_state: Any optax state with a ``KFACState``; whole arrays, not one device's.
+        opt_state: Any optax state with a ``KFACState``, whole arrays (of several
+            processes, gather it first).
         like: A state of the layout wanted: ``new_tx.init(params)``.
         layers: ``tagged.layers``.
 
     Returns:
-        The state, with the numbers of ``opt_state`` and the shapes of ``like``.
+        The state on the host, with the numbers of ``opt_state`` and the shapes of
+        ``like``.
 
     Raises:
         ValueError: The states are of different models.
     """
     tags = {layer.name: layer for layer in layers}
+    opt_state, like = jax.device_get((opt_state, like))
     wanted = iter(find_states(like))
 
     def is_state(node):
@@ -145,7 +148,7 @@ def relayout(opt_state: Any, like: Any, layers: Sequence[LayerTag]) -> Any:
     def convert(node):
         return moved(node, next(wanted), tags) if is_state(node) else node
 
-    return jax.tree.map(convert, opt_state, is_leaf=is_state)
+    return jax.device_get(jax.tree.map(convert, opt_state, is_leaf=is_state))
 
 
 def moved(state: KFACState, like: KFACState, tags: dict[str, LayerTag]) -> KFACState:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -35,6 +35,12 @@ from kfac_jax_lite.refresh import (
     inversion_gates,
     inverted,
     refreshed,
+)
+from kfac_jax_lite.sharding import (
+    automatic,
+    explicit_mesh,
+    replicated,
+    specs_of,
 )
 from kfac_jax_lite.slices import divided, sliced_statistics
 from kfac_jax_lite.traffic import INVERSION, REFRESH, STEP, traffic
@@ -217,21 +223,34 @@ def wire_counts(options: Options, layers: Sequence[LayerTag], dtypes: dict) -> d
     return counts
 
 
+def typed(run: Callable, grads: Any, state: KFACState, statistics: Any):
+    """``run``; on an explicit mesh updates are typed like gradients."""
+    if explicit_mesh((grads, state, statistics)) is None:
+        return run(grads, state, statistics)
+    specs = (specs_of(grads), specs_of(state))
+    return automatic(run, grads, state, statistics, out_specs=specs)
+
+
 def placed_step(options: Options, grads: Any, state: KFACState, statistics: Any):
     """``step``, under ``jit`` on every device of ``Reduction.mesh``."""
     mesh = options.reduction.mesh
+    run = functools.partial(step, options)
     if mesh is None or options.reduction.mode == "all":
-        return step(options, grads, state, statistics)
+        return typed(run, grads, state, statistics)
     names = options.axis_name
     specs, whole = state_specs(state, names), PartitionSpec()
-    run = jax.shard_map(
-        functools.partial(step, options),
+    manual = jax.shard_map(
+        functools.partial(typed, run),
         mesh=mesh,
         in_specs=(whole, specs, whole),
         out_specs=(whole, specs),
         axis_names={names} if isinstance(names, str) else set(names),
     )
-    return run(grads, state, statistics)
+    if explicit_mesh((grads, state, statistics)) is None:
+        return manual(grads, state, statistics)
+    gathered, averaged = replicated((grads, statistics))
+    updates, state = manual(gathered, state, averaged)
+    return jax.sharding.reshard(updates, specs_of(grads)), state
 
 
 def step(options: Options, grads: Any, state: KFACState, statistics: Any):
