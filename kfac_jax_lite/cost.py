@@ -37,6 +37,10 @@ ALL_REDUCE = Reduction()
 EVERY_STEP = every(1)
 # Steps at which a layer is refreshed, as a share of all, or ``kfac.report``'s records.
 Trace = float | Sequence[Mapping[str, Any]]
+HEAD = (
+    *("layer", "kind", "elements"),
+    *("statistics", "inversion", "precondition", "memory"),
+)
 
 
 class Rate(NamedTuple):
@@ -352,38 +356,17 @@ def limit_of(collective: Collective) -> float:
 
 def table(cost: CostModel) -> str:
     """A line per layer and a line of totals, numbers to the right."""
-    rows = [
-        (
-            "layer",
-            "kind",
-            "elements",
-            "statistics",
-            "inversion",
-            "precondition",
-            "memory",
-        )
-    ]
-    rows += [
-        (
-            r.layer.name,
-            r.layer.kind,
-            f"{r.elements:,}",
-            number(r.statistics),
-            number(r.inversion),
-            number(r.precondition),
-            number(r.memory.total),
-        )
-        for r in cost.layers
-    ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i < 2 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    lines.insert(1, "  ".join("─" * w for w in widths))
+    rows = [HEAD]
+    for r in cost.layers:
+        sizes = (r.statistics, r.inversion, r.precondition, r.memory.total)
+        texts = [number(size) for size in sizes]
+        rows.append((r.layer.name, r.layer.kind, f"{r.elements:,}", *texts))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, "<<>>>>>", strict=True)
+        lines.append("  ".join(f"{cell:{side}{width}}" for cell, width, side in cells))
+    lines.insert(1, "  ".join("─" * width for width in widths))
     lines.append(lines[1])
     count = "1 device" if cost.devices == 1 else f"{cost.devices:,} devices"
     lines.append(
@@ -398,11 +381,9 @@ def number(value: int | float | None) -> str:
     """Three digits and a decimal prefix: ``2.05 G``; a dash where it is unknown."""
     if value is None:
         return "-"
-    for prefix in ("", "k", "M", "G", "T"):
-        if value < 999.5 or prefix == "T":
-            digits = (
-                f"{value:.0f}" if prefix == "" or value >= 99.95 else f"{value:.3g}"
-            )
-            return f"{digits} {prefix}"
+    prefixes = ["", "k", "M", "G", "T"]
+    while value >= 999.5 and len(prefixes) > 1:
         value /= 1000
-    raise AssertionError("the last prefix has no limit")
+        del prefixes[0]
+    digits = f"{value:.0f}" if value >= 99.95 or value == int(value) else f"{value:.3g}"
+    return f"{digits} {prefixes[0]}"

@@ -78,7 +78,9 @@ def show(
     )
     console.print(kinds_table(cost))
     plural = "s" if config.steps != 1 else ""
-    often = f", refreshed in {100 * config.rate:.3g} % of them"
+    often = ""
+    if config.rate < 1:
+        often = f", refreshed in {100 * config.rate:.3g} % of them"
     if config.trace is not None:
         often = f", refreshed as in {config.trace.name}"
     total = new_table(
