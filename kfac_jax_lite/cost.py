@@ -244,6 +244,9 @@ def cost_model(
 ) -> CostModel:
     """Elements, bytes, operations and memory of K-FAC, from shapes alone.
 
+    Operations are those of ``fisher="empirical"``: a sampled or exact Fisher also pulls
+    further cotangents back when a layer is due.
+
     Args:
         layers: ``tagged.layers``.
         reduction: How statistics travel; its ``devices`` are those given here.
@@ -356,7 +359,7 @@ def limit_of(collective: Collective) -> float:
 
 def table(cost: CostModel) -> str:
     """A line per layer and a line of totals, numbers to the right."""
-    rows = [HEAD]
+    rows: list[tuple[str, ...]] = [HEAD]
     for r in cost.layers:
         sizes = (r.statistics, r.inversion, r.precondition, r.memory.total)
         texts = [number(size) for size in sizes]

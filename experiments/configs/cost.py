@@ -28,9 +28,9 @@ CostModelName = Literal[
 class MachineConfig:
     """The simulated machine; by default a cluster like that of the papers.
 
-    V100 (15.7 TFLOP/s in single precision: NVIDIA, "Tesla V100 GPU accelerator" data
-    sheet, 2018) of which half is taken to be reached, and a link of 100 Gb/s for each
-    device (InfiniBand EDR). The half and the latency are assumptions.
+    V100 SXM2 (15.7 TFLOP/s in single precision: NVIDIA, "Tesla V100 GPU accelerator",
+    data sheet, 2018) of which half is taken to be reached, and a link of 100 Gb/s for
+    each device (InfiniBand EDR). The half and the latency are assumptions.
     """
 
     bandwidth: float = 12.5e9

@@ -35,7 +35,7 @@ class Published:
 # 1,760 steps that the authors' code lists for that batch (tyohei/chainerkfac, README).
 PUBLISHED = {
     "resnet50": (
-        Published(1024, 32, 5.5 * 60 / 1760, "5.5 min / 1,760 steps, arXiv:2002.06015"),
+        Published(1024, 32, 5.5 * 60 / 1760, "5.5 min (2002.06015) / 1,760 steps"),
     )
 }
 
