@@ -1,20 +1,13 @@
-"""The cost model against the paper's figures, and against brute-force counts."""
+"""The cost model against the paper's figures, and the state and counters of a run."""
 
-import math
-
-import flax.linen as nn
-import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import kfac_jax_lite as kfac
 from experiments.benchmarks.architectures import ARCHITECTURES
-from kfac_jax_lite.flops import spd_inverse_flops
-from kfac_jax_lite.linalg import spd_inverse
 from tests.helpers import train
+from tests.programs import mlp
 
 STEPS = 2814
 
@@ -23,64 +16,6 @@ STEPS = 2814
 def resnet50():
     problem = ARCHITECTURES["resnet50"].make()
     return kfac.tag(problem.loss, problem.params, *problem.args, has_aux=True).layers
-
-
-def shapes(*sizes):
-    return jax.ShapeDtypeStruct(sizes, jnp.float32)
-
-
-def mlp(widths, batch, norm=False):
-    """A tagged loss of ``x W tanh W …``, its parameters and its batch, as shapes."""
-
-    def loss(params, x, y):
-        for number, layer in enumerate(params):
-            if number:
-                x = jnp.tanh(x)
-                if norm:
-                    x = x * layer["scale"] + layer["shift"]
-            x = x @ layer["w"] + layer["b"]
-        return jnp.mean(jnp.sum((kfac.normal(x) - y) ** 2, -1))
-
-    params = []
-    for a, g in zip(widths, widths[1:], strict=False):
-        params.append({"w": shapes(a, g), "b": shapes(g)})
-        if norm and len(params) > 1:
-            params[-1] |= {"scale": shapes(a), "shift": shapes(a)}
-    batch = shapes(batch, widths[0]), shapes(batch, widths[-1])
-    return kfac.tag(loss, params, *batch), params, batch
-
-
-def products(jaxpr):
-    """Operations of the products and factorisations of a program, one by one.
-
-    Of a conditional the branch with the most.
-    """
-    total = 0
-    for eqn in jaxpr.eqns:
-        out = eqn.outvars[0].aval.shape
-        if eqn.primitive.name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            shape = eqn.invars[0].aval.shape
-            total += 2 * math.prod(out) * math.prod(shape[i] for i in contracted)
-        elif eqn.primitive.name == "cholesky":
-            total += math.prod(out[:-2]) * out[-1] ** 3 / 3
-        elif eqn.primitive.name == "triangular_solve":
-            total += math.prod(out) * eqn.invars[0].aval.shape[-1]
-        elif eqn.primitive.name == "eigh":
-            matrix = eqn.invars[0].aval.shape
-            total += 9 * math.prod(matrix) * matrix[-1]
-        elif eqn.primitive.name == "cond":
-            total += max(products(branch.jaxpr) for branch in eqn.params["branches"])
-        else:
-            total += sum(products(getattr(j, "jaxpr", j)) for j in inner(eqn))
-    return total
-
-
-def inner(eqn):
-    """Programs inside an equation, each once."""
-    found = [v for v in eqn.params.values() if hasattr(getattr(v, "jaxpr", v), "eqns")]
-    assert len(found) < 2 or eqn.primitive.name == "while", eqn.primitive
-    return found
 
 
 def test_the_elements_of_resnet50(resnet50):
@@ -123,94 +58,6 @@ def test_reduce_scatter_and_bfloat16_halve(resnet50):
     narrow = sent(mode="owner", dtype=jnp.bfloat16)
     assert narrow == pytest.approx(owner / 2, rel=2e-3)
     assert sent(dtype=jnp.bfloat16) == pytest.approx(whole / 2, rel=2e-3)
-
-
-@hypothesis.given(
-    st.lists(st.integers(1, 9), min_size=2, max_size=3),
-    st.integers(1, 12),
-    st.booleans(),
-    st.sampled_from(["cholesky", "eigh", "ekfac"]),
-)
-def test_operations_are_those_of_the_program(widths, batch, norm, inverse):
-    """Every product of gradient, statistics, inversion and preconditioning."""
-    tagged, params, args = mlp(widths, batch, norm)
-    cost = kfac.cost_model(
-        tagged.layers, rows=kfac.layer_rows(tagged, params, *args), inverse=inverse
-    )
-    tx = kfac.scale_by_kfac(tagged.layers, inverse=inverse)
-    state = jax.eval_shape(tx.init, params)
-    step = jax.make_jaxpr(
-        lambda p, s, *a: tagged.value_and_grad(p, *a, opt_state=s), return_shape=True
-    )
-    program, (_, grads, statistics) = step(params, state, *args)
-    flops = cost.flops_per_step()
-    # Nobody wants the gradient of the first layer's input.
-    spared = 2 * batch * widths[0] * widths[1]
-    assert products(program.jaxpr) == flops.gradient + flops.statistics - spared
-
-    def update(grads, state, statistics):
-        return tx.update(grads, state, statistics=statistics)
-
-    program = jax.make_jaxpr(update)(grads, state, statistics)
-    wanted = flops.inversion + flops.precondition
-    assert products(program.jaxpr) == pytest.approx(wanted, abs=len(cost.layers))
-
-
-@hypothesis.settings(max_examples=6)
-@hypothesis.given(
-    st.integers(1, 4), st.integers(3, 7), st.integers(1, 3), st.integers(1, 2)
-)
-def test_rows_of_a_convolution(batch, side, kernel, stride):
-    """One row for every place where the kernel fits, counted by hand."""
-    model = nn.Conv(3, (kernel, kernel), (stride, stride), padding="VALID")
-    x = shapes(batch, side, side, 2)
-    params = jax.eval_shape(model.init, jax.random.key(0), x)
-
-    def loss(params, x):
-        return jnp.mean(jnp.sum(kfac.normal(model.apply(params, x).sum((1, 2))), -1))
-
-    tagged = kfac.tag(loss, params, x)
-    rows = kfac.layer_rows(tagged, params, x)
-    places = [i for i in range(0, side, stride) if i + kernel <= side]
-    count = batch * len(places) ** 2
-    (layer,) = tagged.layers
-    assert rows[layer.name] == (count, 0, count)
-    (record,) = kfac.cost_model(tagged.layers, rows=rows).layers
-    a, g = kernel * kernel * 2 + 1, 3
-    assert record.statistics == 2 * count * (a * a + g * g)
-    assert record.gradient == 6 * count * (a - 1) * g
-    assert record.precondition == 2 * a * a * g + 2 * a * g * g
-
-
-def test_rows_after_reduce():
-    """Positions of an example are one row of statistics, but many of the products."""
-
-    def loss(params, x):
-        return jnp.mean(jnp.sum(kfac.normal((x @ params["w"]).mean(1)), -1))
-
-    x, params = shapes(5, 7, 2), {"w": shapes(2, 3)}
-    for sharing, rows in (("expand", 35), ("reduce", 5)):
-        tagged = kfac.tag(loss, params, x, weight_sharing=sharing)
-        assert kfac.layer_rows(tagged, params, x) == {"w": (35, 0, rows)}
-
-
-@pytest.mark.parametrize("size", [1, 5, 64, 100, 129])
-def test_inversion_by_halves(size):
-    """The recursion has the products that its formula counts."""
-    matrix = shapes(size, size)
-    program = jax.make_jaxpr(lambda m: spd_inverse(m, 16))(matrix)
-    assert products(program.jaxpr) == pytest.approx(spd_inverse_flops(size, 16))
-
-
-def test_products_are_what_xla_counts():
-    """The oracle above agrees with XLA's own count of a product."""
-
-    def factor(x):
-        return jnp.einsum("ri,rj->ij", x, x)
-
-    x = jnp.ones((64, 24), jnp.float32)
-    seen = jax.jit(factor).lower(x).compile().cost_analysis()["flops"]
-    assert seen == products(jax.make_jaxpr(factor)(x).jaxpr) == 2 * 64 * 24**2
 
 
 @pytest.mark.parametrize("inverse", ["cholesky", "eigh", "ekfac", "newton_schulz"])
@@ -373,11 +220,3 @@ def test_wrong_arguments():
             cost.bytes_per_step(trace)
     with pytest.raises(ValueError, match="rows=kfac.layer_rows"):
         kfac.cost_model(tagged.layers).flops_per_step()
-
-
-def test_rows_of_another_batch():
-    """Rows follow the arguments, not those of ``tag``."""
-    tagged, params, _ = mlp([4, 3], 2)
-    rows = kfac.layer_rows(tagged, params, shapes(6, 4), shapes(6, 3))
-    assert rows == {"0": (6, 0, 6)}
-    assert np.shape(rows["0"]) == (3,)
