@@ -186,7 +186,7 @@ def balanced(layers: Sequence[LayerTag], devices: int) -> dict[str, int]:
         size = math.ceil(len(alike) / devices)
         chunks += [alike[i : i + size] for i in range(0, len(alike), size)]
     chunks.sort(key=lambda chunk: -len(chunk) * inverse_cost(chunk[0]))
-    load, owners = [0.0] * devices, {}
+    load, owners = [0] * devices, {}
     for chunk in chunks:
         device = load.index(min(load))
         load[device] += len(chunk) * inverse_cost(chunk[0])

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from kfac_jax_lite.factors.state import KFACState, Slices
@@ -139,7 +140,8 @@ def relayout(opt_state: Any, like: Any, layers: Sequence[LayerTag]) -> Any:
         ValueError: The states are of different models.
     """
     tags = {layer.name: layer for layer in layers}
-    opt_state, like = jax.device_get((opt_state, like))
+    host = jax.device_get((opt_state, like))
+    opt_state, like = jax.tree.map(jnp.asarray, host)
     wanted = iter(find_states(like))
 
     def is_state(node):

@@ -27,9 +27,10 @@ def specs_of(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, tree)
 
 
-def replicated(tree: Any) -> Any:
-    """The tree with every leaf whole on every device of its explicit mesh."""
-    return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, REPLICATED), tree)
+def resharded(tree: Any, mesh: Any, specs: Any = REPLICATED) -> Any:
+    """The tree on an explicit mesh, sharded as ``specs`` say; by default replicated."""
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.sharding.reshard(tree, specs)
 
 
 def automatic(

@@ -39,7 +39,7 @@ from kfac_jax_lite.refresh import (
 from kfac_jax_lite.sharding import (
     automatic,
     explicit_mesh,
-    replicated,
+    resharded,
     specs_of,
 )
 from kfac_jax_lite.slices import divided, sliced_statistics
@@ -246,11 +246,12 @@ def placed_step(options: Options, grads: Any, state: KFACState, statistics: Any)
         out_specs=(whole, specs),
         axis_names={names} if isinstance(names, str) else set(names),
     )
-    if explicit_mesh((grads, state, statistics)) is None:
+    typed_mesh = explicit_mesh((grads, state, statistics))
+    if typed_mesh is None:
         return manual(grads, state, statistics)
-    gathered, averaged = replicated((grads, statistics))
+    gathered, averaged = resharded((grads, statistics), typed_mesh)
     updates, state = manual(gathered, state, averaged)
-    return jax.sharding.reshard(updates, specs_of(grads)), state
+    return resharded(updates, typed_mesh, specs_of(grads)), state
 
 
 def step(options: Options, grads: Any, state: KFACState, statistics: Any):
