@@ -28,6 +28,10 @@ ORDER = [
     {"quadratic"},
     {"guided"},
     {"alias"},
+    {"flops"},
+    {"memory"},
+    {"cost"},
+    {"simulate"},
     {"__init__"},
     {"curvature", "ntk", "bayes"},
 ]
