@@ -68,7 +68,7 @@ def group_size(line):
     if tiled:  # [groups,devices]<=[…]
         return int(tiled[1])
     # mesh['a'=4,'b'=2] {'a'}
-    sizes, names = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line).groups()
+    ((sizes, names),) = re.findall(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line)
     size = dict(re.findall(r"'(\w+)'=(\d+)", sizes))
     return prod(int(size[name]) for name in re.findall(r"'(\w+)'", names))
 
