@@ -1,0 +1,259 @@
+"""Time per step on 1, 2, 4, 8 devices, by mode of `kfac.Reduction`.
+
+    python -m experiments.benchmarks.scaling --devices 1,2,4,8 --rounds 15
+
+The batch is the same for every number of devices (strong scaling). Where JAX has no
+accelerators, the devices are host devices that share this machine's cores: work that
+every device repeats then shows as time, and what is divided does not. All rows are
+measured in one process, one step of each kind per round, in an order that rotates.
+"""
+
+import argparse
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+FLAG = "--xla_force_host_platform_device_count"
+if FLAG not in os.environ.get("XLA_FLAGS", ""):  # before JAX starts
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}=8".strip()
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import optax  # noqa: E402
+from jax.sharding import AxisType, PartitionSpec  # noqa: E402
+
+import kfac_jax_lite as kfac  # noqa: E402
+from experiments.benchmarks.common import (  # noqa: E402
+    OUT,
+    kind_medians,
+    machine,
+    make_parser,
+    positive_int,
+    quartiles,
+    settings,
+    text_table,
+    timed,
+    write_json,
+)
+from experiments.benchmarks.networks import Problem, Spec, make_problem  # noqa: E402
+from experiments.models.networks import MLP  # noqa: E402
+
+AXIS = "batch"
+KINDS = {
+    "refresh+invert": (True, True),
+    "refresh": (True, False),
+    "nothing": (False,) * 2,
+}
+FACTORS, INVERSES = 10, 100
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--devices", type=numbers, default="1,2,4,8", help="numbers of devices")
+    add("--rounds", type=positive_int, default=15, help="timed steps of each kind")
+    add("--batch", type=positive_int, default=512, help="examples of all devices")
+    add("--width", type=positive_int, default=512, help="of the hidden layers")
+    add("--layers", type=positive_int, default=6, help="hidden layers")
+    add("--out", type=Path, default=OUT, help="folder of the result")
+    return parser.parse_args(argv)
+
+
+def numbers(text: str) -> list[int]:
+    """The argparse type of whole numbers separated by commas."""
+    return [positive_int(part) for part in text.split(",")]
+
+
+def reductions(devices: int) -> dict[str, kfac.Reduction]:
+    """The modes compared."""
+    spread = {"devices": devices}
+    found = {"all": kfac.Reduction(), "owner": kfac.Reduction("owner", **spread)}
+    if devices > 2:
+        found["grid, 1/2"] = kfac.Reduction(
+            "grid", fraction=0.5, share="gradients", **spread
+        )
+    found["owner, rows"] = kfac.Reduction("owner", share="gradients", **spread)
+    return found
+
+
+class Runner:
+    """One optimiser on some devices, ready to take steps of a kind.
+
+    Args:
+        name: of the row.
+        problem: the network and its batches.
+        devices: number of devices.
+        reduction: None for SGD.
+    """
+
+    def __init__(
+        self, name: str, problem: Problem, devices: int, reduction: Any
+    ) -> None:
+        self.name, self.kinds = name, list(KINDS) if reduction else ["step"]
+        loss, params = problem.marked_loss(), problem.params
+        self.tagged = None
+        if reduction:
+            shapes = jax.eval_shape(lambda b: share_of(b, devices), problem.batches[0])
+            self.tagged = kfac.tag(loss, params, shapes)
+            self.tx: Any = kfac.kfac(
+                self.tagged.layers, 1e-3, axis_name=AXIS, reduction=reduction,
+                interval=kfac.intervals.every(FACTORS), inverse_interval=INVERSES,
+            )  # fmt: skip
+        else:
+            sgd = optax.sgd(1e-3, momentum=0.9)
+            self.tx = optax.with_extra_args_support(sgd)
+        self.params, self.state = params, self.tx.init(params)
+        specs = kfac.state_specs(self.state, AXIS)
+        whole, split = PartitionSpec(), PartitionSpec(AXIS)
+        mesh = jax.make_mesh(
+            (devices,), (AXIS,), axis_types=(AxisType.Auto,),
+            devices=jax.devices()[:devices],
+        )  # fmt: skip
+        mapped = jax.shard_map(
+            functools.partial(self.step, loss), mesh=mesh, check_vma=False,
+            in_specs=(whole, specs, split), out_specs=(whole, specs, whole),
+        )  # fmt: skip
+        self.run = jax.jit(mapped)
+        self.batch = problem.batches[0]
+        for kind in self.kinds:
+            self.take(kind)
+
+    def step(self, loss: Callable, params: Any, state: Any, batch: Any) -> Any:
+        """One step of one device."""
+        if self.tagged is None:
+            value, grads = jax.value_and_grad(loss)(params, batch)
+            statistics = None
+        else:
+            value, grads, statistics = self.tagged.value_and_grad(
+                params, batch, opt_state=state
+            )
+        value, grads = jax.lax.pmean((value, grads), AXIS)
+        updates, state = self.tx.update(grads, state, params, statistics=statistics)
+        return optax.apply_updates(params, updates), state, value
+
+    def take(self, kind: str) -> float:
+        """Takes a step of a kind and returns its seconds."""
+        if kind in KINDS:
+            self.state = with_due(self.state, *KINDS[kind])
+        seconds, result = timed(self.run, self.params, self.state, self.batch)
+        self.params, self.state, _ = result
+        return seconds
+
+
+def share_of(batch: Any, devices: int) -> Any:
+    """The first device's part of a batch."""
+    return jax.tree.map(lambda x: x[: len(x) // devices], batch)
+
+
+def with_due(state: Any, refresh: bool, invert: bool) -> Any:
+    """The state with every layer due, or none, for statistics and for inversions."""
+    clock = state.kfac.clock
+    due = jnp.full_like(clock.due, refresh)
+    last = jnp.zeros_like(clock.last_inverse) + (0 if invert else state.kfac.count + 1)
+    clock = clock._replace(due=due, last_inverse=last)
+    return state._replace(kfac=state.kfac._replace(clock=clock))
+
+
+def sent_megabytes(runner: Runner, reduction: Any, devices: int) -> dict[str, float]:
+    """Megabytes that a device sends, by event."""
+    assert runner.tagged is not None
+    found = kfac.traffic(
+        runner.tagged.layers, reduction, devices, inverse_interval=INVERSES
+    )
+    events = ("refresh", "inversion", "step")
+    return {e: sum(c.sent for c in found if c.event == e) / 1e6 for e in events}
+
+
+def measure(problem: Problem, devices: int, rounds: int) -> dict[str, Any]:
+    """Measures all rows on some devices.
+
+    Args:
+        problem: the network and its batches.
+        devices: number of devices.
+        rounds: how many rounds count; one more goes first.
+
+    Returns:
+        Rows by name: milliseconds by kind with quartiles, ratios to SGD, megabytes.
+    """
+    modes: dict[str, Any] = {"SGD": None} | reductions(devices)
+    runners = [Runner(name, problem, devices, r) for name, r in modes.items()]
+    samples: dict[str, list[tuple[str, float]]] = {name: [] for name in modes}
+    for number in range(rounds + 1):
+        shift = number % len(runners)
+        for runner in runners[shift:] + runners[:shift]:
+            seen = [(kind, runner.take(kind)) for kind in runner.kinds]
+            samples[runner.name] += seen if number else []
+    sgd = kind_medians(samples["SGD"])["step"]
+    rows = {}
+    for runner in runners:
+        medians, reduction = kind_medians(samples[runner.name]), modes[runner.name]
+        spread = {
+            kind: [
+                1e3 * q
+                for q in quartiles([s for k, s in samples[runner.name] if k == kind])
+            ]
+            for kind in medians
+        }
+        rows[runner.name] = {
+            "ms": {kind: 1e3 * s for kind, s in medians.items()},
+            "quartiles_ms": spread,
+            "ratio_to_sgd": {kind: s / sgd for kind, s in medians.items()},
+        }
+        if reduction:
+            rows[runner.name]["sent_megabytes"] = sent_megabytes(
+                runner, reduction, devices
+            )
+    return rows
+
+
+def show(devices: int, rows: dict[str, Any]) -> str:
+    """The table of one number of devices."""
+    header = ("mode", *KINDS, "of SGD", "", "", "MB refresh", "inversion", "step")
+    table = []
+    for name, row in rows.items():
+        kinds = KINDS if len(row["ms"]) > 1 else ["step"]
+        times = [row["ms"][kind] for kind in kinds]
+        ratios = [row["ratio_to_sgd"][kind] for kind in kinds]
+        sent = list(row.get("sent_megabytes", {}).values()) or [None] * 3
+        gap = [None] * (len(KINDS) - len(times))
+        table.append((name, *gap, *times, *gap, *ratios, *sent))
+    return f"\n{devices} devices, milliseconds\n{text_table(header, table)}"
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Measures and writes ``scaling.json``.
+
+    Args:
+        argv: the command line; that of the process by default.
+
+    Returns:
+        The result.
+
+    Raises:
+        SystemExit: if there are fewer devices, or they do not divide the batch.
+    """
+    args = arguments(argv)
+    too_many = [n for n in args.devices if n > jax.device_count() or args.batch % n]
+    if too_many:
+        raise SystemExit(
+            f"--devices {too_many[0]}: there are {jax.device_count()}, and they must "
+            f"divide the batch of {args.batch}."
+        )
+    result: dict[str, Any] = {"machine": machine(), "settings": settings(args)}
+    spec = Spec(lambda: MLP((args.width,) * args.layers, 10), (args.batch, 784))
+    problem, result["rows"] = make_problem("mlp", spec), {}
+    for devices in args.devices:
+        rows = measure(problem, devices, args.rounds)
+        print(show(devices, rows), flush=True)
+        result["rows"][str(devices)] = rows
+        write_json(args.out / "scaling.json", result)
+        jax.clear_caches()
+    print(f"\nWritten to {args.out / 'scaling.json'}.")
+    return result
+
+
+if __name__ == "__main__":
+    main()
