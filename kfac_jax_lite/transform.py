@@ -80,8 +80,9 @@ def scale_by_kfac(
         inverse_interval: Least number of steps between inversions of a layer; it is
             skipped while neither its factors nor its damping have changed.
         axis_name: Mapped axes to average statistics over (``pmap``, ``shard_map``).
-            None under ``jit``, whatever the sharding.
-        reduction: How statistics travel between devices.
+            None under ``jit``, whatever the sharding; with ``Reduction.mesh``, the axes
+            of that mesh over which inversions are spread.
+        reduction: How statistics travel between devices, and who inverts.
 
     Returns:
         An optax transformation. ``update(grads, state, params,

@@ -69,13 +69,11 @@ def numbers(text: str) -> list[int]:
 
 def reductions(devices: int) -> dict[str, kfac.Reduction]:
     """The modes compared."""
-    spread = {"devices": devices}
-    found = {"all": kfac.Reduction(), "owner": kfac.Reduction("owner", **spread)}
+    make, rows = kfac.Reduction, "gradients"
+    found = {"all": make(), "owner": make("owner", devices=devices)}
     if devices > 2:
-        found["grid, 1/2"] = kfac.Reduction(
-            "grid", fraction=0.5, share="gradients", **spread
-        )
-    found["owner, rows"] = kfac.Reduction("owner", share="gradients", **spread)
+        found["grid, 1/2"] = make("grid", fraction=0.5, share=rows, devices=devices)
+    found["owner, rows"] = make("owner", share=rows, devices=devices)
     return found
 
 
