@@ -12,22 +12,9 @@ from experiments.errors import ConfigError, RunFolderError
 from experiments.reports import read_runs
 from experiments.runfolder import locked
 from experiments.train import train
+from tests.experiments.curves import curve, records_of
 
 ONE_STEP = {"train_examples": 16, "checkpoint_every": 1}
-
-
-def records_of(config, optimizer, kind):
-    path = config.folder() / optimizer / metrics.FILE_NAME
-    return [r for r in metrics.read_records(path) if r["kind"] == kind]
-
-
-def curve(config, optimizer):
-    """Everything recorded of the losses, without the times."""
-    return [
-        {name: value for name, value in record.items() if name != "seconds"}
-        for kind in ("train", "eval")
-        for record in records_of(config, optimizer, kind)
-    ]
 
 
 def test_one_step(tiny, console):
