@@ -91,7 +91,7 @@ def test_four_devices_of_several_processes(command, console, processes, devices)
 
 def test_killed_process(command, console, tmp_path):
     """The others end with an error, and the run continues to the same numbers."""
-    options = ["--epochs", "30"]
+    options = ["--epochs", "20"]
     arguments, config = command("killed", *options)
     with started(2, arguments, tmp_path) as children:
         wait_for_step(config, 10, children)
@@ -111,7 +111,7 @@ def test_killed_process(command, console, tmp_path):
 @pytest.mark.parametrize("killed", [0, 1])
 def test_launcher_stops_the_others(command, console, tmp_path, killed):
     """And the same command continues, whichever process was killed."""
-    options = ["--epochs", "30"]
+    options = ["--epochs", "20"]
     arguments, config = command("killed", *options)
     call = [sys.executable, "-m", "experiments.launch", "--processes", "2", "--"]
     with open(tmp_path / "output.txt", "w+") as output:
