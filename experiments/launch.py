@@ -36,6 +36,7 @@ BIND_ADDRESS = "JAX_COORDINATOR_BIND_ADDRESS"
 GRACE = 5.0
 
 Children = Mapping[int, subprocess.Popen[str]]
+Ended = queue.SimpleQueue[tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     cut = given.index("--") if "--" in given else len(given)
     own, command = given[:cut], given[cut + 1 :]
-    try:
-        config = tyro.cli(LaunchConfig, prog=PROGRAM, args=own)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = tyro.cli(LaunchConfig, prog=PROGRAM, args=own)
     if not command:
         print("error: there is no command; wanted one as in -- train", file=sys.stderr)
         return 2
@@ -156,9 +153,11 @@ def run(command: Sequence[str], variables: Mapping[int, Mapping[str, str]]) -> i
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     children: dict[int, subprocess.Popen[str]] = {}
+    ended: Ended = queue.SimpleQueue()
+    readers: list[threading.Thread] = []
     try:
         for number, added in variables.items():
-            children[number] = subprocess.Popen(
+            child = subprocess.Popen(
                 command,
                 env={**os.environ, **added},
                 stdin=subprocess.DEVNULL,
@@ -167,16 +166,20 @@ def run(command: Sequence[str], variables: Mapping[int, Mapping[str, str]]) -> i
                 text=True,
                 errors="replace",
             )
-            say(f"process {number} has the id {children[number].pid}")
-        failed = first_failure(children)
+            children[number] = child
+            say(f"process {number} has the id {child.pid}")
+            readers.append(threading.Thread(target=follow, args=(number, child, ended)))
+            readers[-1].start()
+        number, status = first_failure(len(children), ended)
     except KeyboardInterrupt:
-        say("interrupted; the same command continues from the last checkpoint.")
+        say("interrupted; a run continues from its last checkpoint.")
         return 128 + signal.SIGINT
     finally:
         stop(children)
-    if failed is None:
+        for reader in readers:
+            reader.join()
+    if status == 0:
         return 0
-    number, status = failed
     say(
         f"process {number} {cause(status)}; the others were stopped. A run continues "
         "from its last checkpoint by the same command."
@@ -184,29 +187,31 @@ def run(command: Sequence[str], variables: Mapping[int, Mapping[str, str]]) -> i
     return status if status > 0 else 128 - status
 
 
-def first_failure(children: Children) -> tuple[int, int] | None:
-    """Passes the output on until all processes have ended or one has failed.
+def follow(number: int, child: subprocess.Popen[str], ended: Ended) -> None:
+    """Passes a process's output on, and tells when and how it has ended."""
+    assert child.stdout is not None
+    with child.stdout as lines:
+        for line in lines:
+            print(f"[{number}] {line.rstrip()}", flush=True)
+    ended.put((number, child.wait()))
+
+
+def first_failure(count: int, ended: Ended) -> tuple[int, int]:
+    """Waits until all processes have ended or one has failed.
 
     Args:
-        children: the processes by their numbers.
+        count: how many there are.
+        ended: numbers and statuses, in the order in which the processes end.
 
     Returns:
-        The number and the status of the first that failed, or None.
+        The number and the status of the first that failed; status 0 if none did.
     """
-    ended: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
-
-    def follow(number: int, child: subprocess.Popen[str]) -> None:
-        for line in child.stdout or ():
-            print(f"[{number}] {line.rstrip()}", flush=True)
-        ended.put((number, child.wait()))
-
-    for item in children.items():
-        threading.Thread(target=follow, args=item, daemon=True).start()
-    for _ in children:
+    number, status = 0, 0
+    for _ in range(count):
         number, status = ended.get()
         if status:
-            return number, status
-    return None
+            break
+    return number, status
 
 
 def stop(children: Children) -> None:

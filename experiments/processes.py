@@ -68,23 +68,23 @@ def join() -> None:
     """
     heartbeat = whole(HEARTBEAT, str(DEFAULT_HEARTBEAT), 1)
     slurm = all(name in os.environ for name in SLURM_TASK)
-    if COUNT not in os.environ and not (slurm and whole(SLURM_COUNT, "1", 1) > 1):
+    named: dict[str, Any] = {}
+    if COUNT in os.environ:
+        if ADDRESS not in os.environ:
+            raise ConfigError(f"{COUNT} is set; wanted {ADDRESS} too, as host:port.")
+        named = {
+            "coordinator_address": os.environ[ADDRESS],
+            "num_processes": whole(COUNT, None, 1),
+            "process_id": whole(NUMBER, None, 0),
+        }
+    elif not (slurm and whole(SLURM_COUNT, "1", 1) > 1):
         return
     # The service catches the signal that asks a process to end, and nobody reads it.
     jax.config.update("jax_enable_preemption_service", False)
-    if COUNT not in os.environ:
-        jax.distributed.initialize(
-            cluster_detection_method="slurm", heartbeat_timeout_seconds=heartbeat
-        )
-        return
-    if ADDRESS not in os.environ:
-        raise ConfigError(f"{COUNT} is set; wanted {ADDRESS} too, as host:port.")
     jax.distributed.initialize(
-        os.environ[ADDRESS],
-        whole(COUNT, None, 1),
-        whole(NUMBER, None, 0),
-        cluster_detection_method="deactivate",
+        cluster_detection_method="deactivate" if named else "slurm",
         heartbeat_timeout_seconds=heartbeat,
+        **named,
     )
 
 

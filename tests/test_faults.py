@@ -168,11 +168,11 @@ def pmapped(place):
 def mapped(place, check_vma):
     """By ``jax.shard_map``."""
     tagged, tx = make(AXIS, EXAMPLES // DEVICES)
-    average = functools.partial(lax.pmean, axis_name=AXIS)
-    if check_vma:  # autodiff has summed already
 
-        def average(grads):
+    def average(grads):
+        if check_vma:  # autodiff has summed already
             return jax.tree.map(lambda g: g / DEVICES, grads)
+        return lax.pmean(grads, AXIS)
 
     whole, part = PartitionSpec(), PartitionSpec(AXIS)
     run = jax.shard_map(

@@ -40,14 +40,18 @@ def launch(*options, command=(), timeout=PATIENCE):
 
 
 @contextlib.contextmanager
-def started(count, command, folder, **options):
-    """Processes without the launcher, each with its output in a file; killed after."""
+def started(count, command, folder, extra=(), **options):
+    """Processes without the launcher, each with its output in a file; killed after.
+
+    All but the first get the arguments in ``extra`` too.
+    """
     config = LaunchConfig(processes=count, **options)
     found = {}
     with contextlib.ExitStack() as stack:
         for number, variables in environments(config).items():
             found[number] = subprocess.Popen(
-                [sys.executable, "-m", "experiments.main", *command],
+                [sys.executable, "-m", "experiments.main", *command]
+                + (list(extra) if number else []),
                 cwd=ROOT,
                 env={**os.environ, **variables},
                 stdin=subprocess.DEVNULL,

@@ -12,7 +12,7 @@ import pytest
 
 from experiments.launch import DEVICE_FLAG
 from experiments.train import train
-from tests.experiments.curves import close_curves, curve, records_of
+from tests.experiments.curves import close_curves, curve, interrupted, records_of
 from tests.experiments.processes import (
     PATIENCE,
     ROOT,
@@ -142,6 +142,29 @@ def test_process_that_freezes(command, tmp_path, frozen):
         os.kill(children[frozen].pid, signal.SIGSTOP)
         assert children[1 - frozen].wait(90) not in (0, None)
     assert records_of(config, "kfac", "end") == []
+
+
+@pytest.mark.slow
+def test_processes_that_disagree(command, tmp_path):
+    """Another seed in one of them is an error in both, not a wrong result."""
+    arguments, config = command("seeds")
+    with started(2, arguments, tmp_path, extra=["--seed", "1"]) as children:
+        assert all(child.wait(PATIENCE) for child in children.values())
+    for number in range(2):
+        assert "Process 1 has another" in output_of(tmp_path, number).read_text()
+    assert not (config.folder() / "kfac").exists()
+
+
+@pytest.mark.slow
+def test_process_that_sees_another_folder(command, console, tmp_path, monkeypatch):
+    """It would start anew where the first continues."""
+    arguments, config = command("shared", "--epochs", "2")
+    interrupted(config, console, monkeypatch, after=15)
+    other = ["--workdir", str(tmp_path / "other")]
+    with started(2, arguments, tmp_path, extra=other) as children:
+        assert all(child.wait(PATIENCE) for child in children.values())
+    wanted = "Process 0 continues from step 10; process 1 sees no such checkpoint"
+    assert wanted in output_of(tmp_path, 1).read_text()
 
 
 @pytest.mark.slow
