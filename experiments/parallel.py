@@ -58,7 +58,7 @@ class Placement:
                 f"{self.count} devices."
             )
 
-    def rows(self, *arrays: np.ndarray) -> tuple[jax.Array, ...]:
+    def rows(self, *arrays: np.ndarray) -> tuple[Any, ...]:
         """Places arrays of examples: split if the devices get equally many.
 
         Args:
@@ -66,8 +66,11 @@ class Placement:
                 what its own devices need.
 
         Returns:
-            The arrays over all devices.
+            The arrays over all devices; unchanged for one device, because a compiled
+            function copies them faster itself.
         """
+        if self.count == 1:
+            return arrays
         even = len(arrays[0]) % self.count == 0
         sharding = self.split if even else self.replicated
         index, processes = jax.process_index(), jax.process_count()
