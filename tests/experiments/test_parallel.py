@@ -1,16 +1,20 @@
 """Data-parallel runs in one process: eight host devices, and what is refused."""
 
 import dataclasses
+import re
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import metrics
+from experiments import datasets, metrics
 from experiments.configs import KFACConfig, TrainConfig
 from experiments.errors import ConfigError
+from experiments.models import make_task
 from experiments.parallel import place_on
-from experiments.train import train
+from experiments.runs import make_run
+from experiments.train import make_step, train
 from tests.experiments.curves import close_curves, curve, interrupted, records_of
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
@@ -87,6 +91,18 @@ def test_state_is_on_every_device_and_the_batch_is_split():
     assert state["name"] == "w"
     assert state["w"].is_fully_replicated
     assert state["w"].sharding.device_set == set(placement.mesh.devices.flat)
+
+
+def test_the_step_communicates_by_all_reduces_only(tiny):
+    """Between CPU processes, gloo's reduce-scatter gives up on one that is slow."""
+    config = tiny(devices=8, kfac=ADAPTIVE)
+    data = datasets.load("digits", None)
+    task = make_task(config.model, config.net, data)
+    run = make_run(config, "kfac", task, data, place_on(8))
+    compiled: Any = make_step(run)
+    names = "all-reduce|reduce-scatter|all-gather|all-to-all|collective-\\w+"
+    seen = set(re.findall(rf" ({names})(?:-start)?\(", compiled.as_text()))
+    assert seen == {"all-reduce"}
 
 
 def test_evaluation_counts_every_example_once(tiny, console):
