@@ -12,7 +12,7 @@ from experiments.errors import ConfigError, RunFolderError
 from experiments.reports import read_runs
 from experiments.runfolder import locked
 from experiments.train import train
-from tests.experiments.curves import curve, records_of
+from tests.experiments.curves import curve, interrupted, records_of
 
 ONE_STEP = {"train_examples": 16, "checkpoint_every": 1}
 
@@ -102,17 +102,7 @@ def test_resume(tiny, console, tmp_path, monkeypatch, optimizer, killed_after):
     train(whole, console)
 
     killed = dataclasses.replace(whole, workdir=tmp_path / "killed")
-    append = metrics.MetricsFile.append
-
-    def kill(self, kind, step, **values):
-        append(self, kind, step, **values)
-        if kind in ("train", "eval") and step >= killed_after:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(metrics.MetricsFile, "append", kill)
-        with pytest.raises(KeyboardInterrupt):
-            train(killed, console)
+    interrupted(killed, console, monkeypatch, after=killed_after)
     assert len(records_of(killed, optimizer, "end")) == 0
     train(killed, console)
     assert curve(killed, optimizer) == curve(whole, optimizer)
