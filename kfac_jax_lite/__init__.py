@@ -12,6 +12,7 @@ from kfac_jax_lite.factors.estimate import TaggedLoss, tag
 from kfac_jax_lite.factors.state import Clock, KFACState
 from kfac_jax_lite.guided import GuidedState
 from kfac_jax_lite.likelihoods import bernoulli, categorical, normal
+from kfac_jax_lite.placement import relayout, state_axes, state_specs
 from kfac_jax_lite.quadratic import QuadraticModel, quadratic_model
 from kfac_jax_lite.reduce import Reduction
 from kfac_jax_lite.tagging.byhand import (
@@ -21,6 +22,7 @@ from kfac_jax_lite.tagging.byhand import (
     tag_dense,
 )
 from kfac_jax_lite.telemetry import report
+from kfac_jax_lite.traffic import Collective, traffic
 from kfac_jax_lite.transform import scale_by_kfac
 from kfac_jax_lite.types import (
     DiagonalStatistics,
@@ -34,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Clock",
+    "Collective",
     "DiagonalStatistics",
     "GuidedState",
     "KFACChainState",
@@ -53,10 +56,14 @@ __all__ = [
     "normal",
     "quadratic_model",
     "register_rule",
+    "relayout",
     "report",
     "scale_by_kfac",
+    "state_axes",
+    "state_specs",
     "tag",
     "tag_as",
     "tag_conv",
     "tag_dense",
+    "traffic",
 ]

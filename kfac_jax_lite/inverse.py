@@ -37,12 +37,14 @@ class Method(NamedTuple):
     """One way to invert Kronecker factors.
 
     Attributes:
+        name: What the user calls it.
         refresh: ``(layer, statistics, cached, damping, first) -> (cached,
             statistics)``.
         damped: Whether the damping is inside the cache (a new damping needs a refresh).
         moments: Whether statistics carry second moments in the eigenbasis.
     """
 
+    name: str
     refresh: Callable[..., tuple[Any, KroneckerStatistics]]
     damped: bool
     moments: bool
@@ -138,10 +140,13 @@ def turn(old: Array | tuple, new: Array | tuple) -> Array | tuple:
 
 
 METHODS = {
-    "cholesky": Method(cholesky, damped=True, moments=False),
-    "newton_schulz": Method(newton_schulz, damped=True, moments=False),
-    "eigh": Method(eigh, damped=False, moments=False),
-    "ekfac": Method(ekfac, damped=False, moments=True),
+    method.name: method
+    for method in (
+        Method("cholesky", cholesky, damped=True, moments=False),
+        Method("newton_schulz", newton_schulz, damped=True, moments=False),
+        Method("eigh", eigh, damped=False, moments=False),
+        Method("ekfac", ekfac, damped=False, moments=True),
+    )
 }
 
 

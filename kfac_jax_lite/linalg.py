@@ -112,8 +112,13 @@ def newton_schulz_inverse(
 
 def relative_change(new: Array, old: Array) -> Array:
     """``‖X − Y‖_F / ‖Y‖_F``; 0 where both vanish, infinite where only ``Y`` does."""
-    change = jnp.linalg.norm((new - old).ravel())
-    scale = jnp.linalg.norm(old.ravel())
+    return safe_ratio(
+        jnp.linalg.norm((new - old).ravel()), jnp.linalg.norm(old.ravel())
+    )
+
+
+def safe_ratio(change: Array, scale: Array) -> Array:
+    """``change / scale``; 0 where both vanish, infinite where only the scale does."""
     ratio = change / jnp.where(scale > 0, scale, 1)
     return jnp.where(scale > 0, ratio, jnp.where(change > 0, jnp.inf, 0.0))
 

@@ -1,11 +1,13 @@
 """The validated arguments of ``scale_by_kfac``."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from kfac_jax_lite import damping as damping_lib
 from kfac_jax_lite.intervals import Interval
 from kfac_jax_lite.inverse import Method
+from kfac_jax_lite.ownership import NOBODY, Plan, make_plan
 from kfac_jax_lite.reduce import Reduction
 from kfac_jax_lite.types import LayerTag
 
@@ -40,7 +42,22 @@ class Options:
             raise ValueError(
                 f"inverse_interval must be a whole number >= 1, got {n!r}."
             )
+        self.plan(self.layers)
         if not isinstance(self.interval, Interval):
             raise TypeError(
                 f"interval must come from kfac.intervals, got {self.interval!r}."
             )
+
+    def plan(self, layers: Sequence[LayerTag]) -> Plan:
+        """Who inverts which of the layers present."""
+        reduction = self.reduction
+        if reduction.mode == "all":
+            return NOBODY
+        if self.axis_name is None:
+            raise ValueError(
+                f'Reduction(mode="{reduction.mode}") wants axis_name=…: the mapped '
+                "axis, or axes of Reduction.mesh."
+            )
+        devices = reduction.num_devices(self.axis_name)
+        chosen = (self.method.name, self.inverse_interval)
+        return make_plan(layers, reduction, devices, *chosen)

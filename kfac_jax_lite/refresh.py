@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kfac_jax_lite.factors.state import Clock, curvature, moving_average
+from kfac_jax_lite.factors.state import Clock, Slices, curvature, moving_average
 from kfac_jax_lite.linalg import all_finite, relative_change
 from kfac_jax_lite.options import Options
+from kfac_jax_lite.slices import sliced_change
 from kfac_jax_lite.tree import choose
 from kfac_jax_lite.types import Array, LayerTag
 
@@ -78,7 +79,8 @@ def refreshed(
         new = curvature(layer, fresh)
         if getattr(average, "s", 0) is None:
             new = new._replace(s=None)
-        changes = [largest_change(new, old) for old in past]
+        axis_name = options.axis_name
+        changes = [largest_change(new, old, axis_name) for old in past]
         new = jax.tree.map(lambda x, y: x.astype(y.dtype), new, average)
         average = moving_average(average, new, weight, options.factor_decay)
         kept = (new, *past)[: len(past)]
@@ -89,8 +91,10 @@ def refreshed(
     return gated(gate, refresh, (average, past, no_changes))
 
 
-def largest_change(new: Any, old: Any) -> Array:
+def largest_change(new: Any, old: Any, axis_name: Any) -> Array:
     """The largest relative change over a layer's factors."""
+    if isinstance(new[0], Slices):
+        return sliced_change(new, old, axis_name)
     change = relative_change(new[0], old[0])
     if hasattr(new, "g"):
         change = jnp.maximum(change, relative_change(new.g, old.g))
@@ -172,19 +176,42 @@ def inverted(
         ``(statistics, cached, good)``; a factorisation that fails changes nothing and
         ``good`` is false.
     """
-    # Only what a method changes goes through the loop: EKFAC also turns its moments.
     turns = options.method.moments
 
-    def refresh(carry):
-        moments, cached, _ = carry
+    def invert(moments, cached):
         whole = statistics._replace(s=moments) if turns else statistics
         new, whole = options.method.refresh(layer, whole, cached, shift, first)
         good = all_finite(new)
         kept = choose(good, whole.s, moments) if turns else ()
         return kept, choose(good, new, cached), good
 
+    return after_inversion(options, statistics, cached, gate, invert)
+
+
+def after_inversion(
+    options: Options,
+    statistics: Any,
+    cached: Any,
+    gate: Array,
+    invert: Callable[[Any, Any], tuple[Any, Any, Array]],
+) -> tuple[Any, Any, Array]:
+    """``invert`` where ``gate`` is true.
+
+    Args:
+        options: The optimiser's options.
+        statistics: Averaged statistics.
+        cached: What preconditioning reads.
+        gate: Whether to.
+        invert: ``(moments, cached) -> (moments, cached, good)``; ``moments`` are those
+            of EKFAC, or empty.
+
+    Returns:
+        ``(statistics, cached, good)``.
+    """
+    # Only what a method changes goes through the loop: EKFAC also turns its moments.
+    turns = options.method.moments
     carry = (statistics.s if turns else (), cached, jnp.zeros_like(gate))
-    moments, cached, good = gated(gate, refresh, carry)
+    moments, cached, good = gated(gate, lambda kept: invert(*kept[:2]), carry)
     statistics = statistics._replace(s=moments) if turns else statistics
     return statistics, cached, good
 

@@ -18,8 +18,10 @@ def report(opt_state: Any) -> list[dict[str, Any]]:
         One record per layer: ``name``, ``interval`` (steps), ``next_due``,
         ``refreshes``, ``inversions``, ``failures``, ``diff`` (relative change at the
         last refresh, None before there is one), ``elements`` (one refresh),
-        ``elements_reduced``, ``bytes_reduced``, ``bytes_if_every_step``, and of the
-        whole: ``damping``, ``steps``, ``skipped``.
+        ``elements_reduced``, ``bytes_reduced``, ``bytes_if_every_step`` (statistics),
+        ``bytes_inverses`` and ``bytes_updates`` (what follows with owners), and of the
+        whole: ``damping``, ``steps``, ``skipped``. Bytes are those of the arrays that
+        collectives work on; see ``kfac.traffic`` for what a device sends.
 
     Raises:
         ValueError: There is no ``KFACState`` in ``opt_state``.
@@ -36,6 +38,7 @@ def report(opt_state: Any) -> list[dict[str, Any]]:
         for i, name in enumerate(sorted(state.factors)):
             refreshes, elements = int(clock.refreshes[i]), int(clock.elements[i])
             size, diff = int(clock.bytes[i]), float(clock.diff[i])
+            inverted = int(clock.inversions[i]) + int(clock.failures[i])
             records.append(
                 {
                     "name": name,
@@ -49,6 +52,8 @@ def report(opt_state: Any) -> list[dict[str, Any]]:
                     "elements_reduced": refreshes * elements,
                     "bytes_reduced": refreshes * size,
                     "bytes_if_every_step": int(count) * size,
+                    "bytes_inverses": inverted * int(clock.inversion_bytes[i]),
+                    "bytes_updates": int(count) * int(clock.step_bytes[i]),
                     "damping": float(damping),
                     "steps": int(count),
                     "skipped": int(skipped),

@@ -1,40 +1,50 @@
 """``scale_by_kfac``: gated statistics and inverses as an optax transformation."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
+from jax.sharding import PartitionSpec
 
 from kfac_jax_lite import damping as damping_lib
-from kfac_jax_lite.factors.checks import (
-    check_nothing_due,
-    check_state,
-    checked_statistics,
-)
+from kfac_jax_lite.exchange import exchanged, is_accepted
+from kfac_jax_lite.factors.checks import check_nothing_due, check_state
 from kfac_jax_lite.factors.restrict import present_layers
-from kfac_jax_lite.factors.state import (
-    Clock,
-    KFACState,
-    zero_statistics,
-)
+from kfac_jax_lite.factors.state import Clock, KFACState, zero_statistics
 from kfac_jax_lite.intervals import Interval, every
 from kfac_jax_lite.inverse import initial_inverse, method_named
-from kfac_jax_lite.linalg import all_finite
 from kfac_jax_lite.options import Options
+from kfac_jax_lite.owned import (
+    gather_rows,
+    inverted_by_owners,
+    precondition_rows,
+    spread,
+)
+from kfac_jax_lite.ownership import Plan
+from kfac_jax_lite.placement import own_part, state_specs
 from kfac_jax_lite.precondition import gather, precondition, scatter
-from kfac_jax_lite.reduce import Reduction, reduce_statistics, wire_elements
+from kfac_jax_lite.reduce import Reduction
 from kfac_jax_lite.refresh import (
+    after_inversion,
     clock_after_inversion,
     clock_after_refresh,
     inversion_gates,
     inverted,
     refreshed,
 )
-from kfac_jax_lite.tree import leaves_by_path, replace_leaves, varying_axes
+from kfac_jax_lite.sharding import (
+    automatic,
+    explicit_mesh,
+    resharded,
+    specs_of,
+)
+from kfac_jax_lite.slices import divided, sliced_statistics
+from kfac_jax_lite.traffic import INVERSION, REFRESH, STEP, traffic
+from kfac_jax_lite.tree import leaves_by_path, replace_leaves
 from kfac_jax_lite.types import Array, LayerTag, accumulation_dtype
 
 EVERY_STEP = every(1)
@@ -111,7 +121,7 @@ def scale_by_kfac(
             if damping is None
             else dataclasses.replace(options, damping=damping)
         )
-        return step(now, updates, state, statistics)
+        return placed_step(now, updates, state, statistics)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -127,14 +137,18 @@ def init_state(options: Options, params: Any) -> KFACState:
         raise ValueError(
             'inverse="ekfac" needs whole layers: mask weight and bias together.'
         )
-    zeros, inverses, sizes = {}, {}, []
+    plan = options.plan(layers)
+    zeros, inverses, kinds = {}, {}, {}
     for layer in layers:
         dtype = accumulation_dtype(dtypes[layer.params[0]])
+        kinds[layer.name] = dtype
         zeros[layer.name] = zero_statistics(layer, dtype, moments)
         inverses[layer.name] = initial_inverse(layer, options.method, dtype)
-        wire = options.reduction.dtype or dtype
-        elements = wire_elements(layer, options.reduction, moments)
-        sizes.append((elements, elements * jnp.dtype(wire).itemsize))
+        if layer.name in plan.owners:
+            zeros[layer.name] = sliced_statistics(layer, zeros[layer.name], plan)
+        if plan.sliced(layer.name):
+            inverses[layer.name] = divided(layer, inverses[layer.name], plan)
+    counts = wire_counts(options, layers, kinds)
     n = len(layers)
 
     def ints(value):
@@ -155,8 +169,7 @@ def init_state(options: Options, params: Any) -> KFACState:
         weight=jnp.zeros((n,), widest(zeros)),
         diff=floats(jnp.inf),
         inverse_damping=floats(0),
-        elements=jnp.array([s[0] for s in sizes], jnp.int32),
-        bytes=jnp.array([s[1] for s in sizes], jnp.int32),
+        **{name: jnp.array(row, jnp.int32) for name, row in counts.items()},
     )
     return KFACState(
         count=jnp.zeros((), jnp.int32),
@@ -188,14 +201,70 @@ def pairs(options: Options, layers: Sequence[LayerTag]):
     return [(layer, whole[layer.name]) for layer in layers]
 
 
+def wire_counts(options: Options, layers: Sequence[LayerTag], dtypes: dict) -> dict:
+    """What collectives move per layer: the clock's constants."""
+    reduction = options.reduction
+    mapped = options.axis_name is not None and reduction.mesh is None
+    devices = options.plan(layers).devices
+    counts: dict[str, list[int]] = {
+        "elements": [], "bytes": [], "inversion_bytes": [], "step_bytes": []
+    }  # fmt: skip
+    events = {REFRESH: "bytes", INVERSION: "inversion_bytes", STEP: "step_bytes"}
+    chosen = (options.method.name, options.inverse_interval, mapped)
+    for layer in layers:
+        size = jnp.dtype(dtypes[layer.name]).itemsize
+        record = (*chosen, size, memory(options))
+        found = traffic((layer,), reduction, devices, *record)
+        found = [c for c in found if c.layer]
+        for event, name in events.items():
+            counts[name].append(sum(c.payload for c in found if c.event == event))
+        elements = [c.elements * c.count for c in found if c.event == REFRESH]
+        counts["elements"].append(sum(elements))
+    return counts
+
+
+def typed(run: Callable, grads: Any, state: KFACState, statistics: Any):
+    """``run``; on an explicit mesh updates are typed like gradients."""
+    if explicit_mesh((grads, state, statistics)) is None:
+        return run(grads, state, statistics)
+    specs = (specs_of(grads), specs_of(state))
+    return automatic(run, grads, state, statistics, out_specs=specs)
+
+
+def placed_step(options: Options, grads: Any, state: KFACState, statistics: Any):
+    """``step``, under ``jit`` on every device of ``Reduction.mesh``."""
+    mesh = options.reduction.mesh
+    run = functools.partial(step, options)
+    if mesh is None or options.reduction.mode == "all":
+        return typed(run, grads, state, statistics)
+    names = options.axis_name
+    specs, whole = state_specs(state, names), PartitionSpec()
+    manual = jax.shard_map(
+        functools.partial(typed, run),
+        mesh=mesh,
+        in_specs=(whole, specs, whole),
+        out_specs=(whole, specs),
+        axis_names={names} if isinstance(names, str) else set(names),
+    )
+    typed_mesh = explicit_mesh((grads, state, statistics))
+    if typed_mesh is None:
+        return manual(grads, state, statistics)
+    gathered, averaged = resharded((grads, statistics), typed_mesh)
+    updates, state = manual(gathered, state, averaged)
+    return resharded(updates, typed_mesh, specs_of(grads)), state
+
+
 def step(options: Options, grads: Any, state: KFACState, statistics: Any):
     """One update: reduce, average, invert, precondition."""
     layers = present_layers(options.layers, grads)
+    plan = options.plan(layers)
     check_state(layers, state)
     if statistics is None:
         check_nothing_due(state)
-    fresh = reduced(options, layers, state, statistics)
-    accepted = is_accepted(options, layers, state, grads, fresh)
+    before = state
+    state = own_part(layers, state, plan)
+    fresh = exchanged(options, plan, layers, state.clock.due, statistics)
+    accepted = is_accepted(options, layers, state.clock.due, grads, fresh)
     shift = damping_lib.value_at(options.damping, state.count)
     number, clock = state.count + 1, state.clock
     factors, previous = dict(state.factors), dict(state.previous)
@@ -214,14 +283,9 @@ def step(options: Options, grads: Any, state: KFACState, statistics: Any):
         )
     gates = inversion_gates(options, clock, shift, number, accepted)
     gates &= jnp.array([layer.kronecker for layer in layers])
-    inverses, good = dict(state.inverses), []
-    for i, layer in enumerate(layers):
-        name, done = layer.name, jnp.asarray(True)
-        if layer.kronecker:
-            first = clock.last_inverse[i] == 0
-            record = (layer, factors[name], inverses[name], shift, gates[i], first)
-            factors[name], inverses[name], done = inverted(options, *record)
-        good.append(done)
+    first = clock.last_inverse == 0
+    record = (factors, dict(state.inverses), shift, gates, first)
+    factors, inverses, good = inversions(options, plan, layers, *record)
     clock = clock_after_inversion(clock, gates, jnp.stack(good), shift, number)
     due = options.interval.is_due(number + 1, clock.interval, clock.last_refresh)
     new_state = KFACState(
@@ -233,66 +297,77 @@ def step(options: Options, grads: Any, state: KFACState, statistics: Any):
         previous=previous,
         inverses=inverses,
     )
-    return directions(layers, grads, new_state, shift, accepted), new_state
+    updates = directions(options, plan, layers, grads, new_state, shift, accepted)
+    new_state = jax.tree.map(lambda x, y: x.reshape(y.shape), new_state, before)
+    return updates, new_state
+
+
+def inversions(options, plan, layers, factors, inverses, shift, gates, first):
+    """Inverts the layers whose gates are true, here or on their owners.
+
+    Returns:
+        ``(factors, inverses, good)``, ``good`` a flag for every layer.
+    """
+    owned = [layer for layer in layers if layer.name in plan.owners]
+    parcels = {}
+    if owned:
+        index = {layer.name: i for i, layer in enumerate(layers)}
+        records = {
+            k: (factors[k], inverses[k], gates[index[k]], first[index[k]])
+            for k in (layer.name for layer in owned)
+        }
+        shared = (options.method, options.axis_name, records, shift)
+        parcels = inverted_by_owners(owned, plan, *shared)
+    good = []
+    for i, layer in enumerate(layers):
+        name, done = layer.name, jnp.asarray(True)
+        if name in parcels:
+            take = functools.partial(
+                spread,
+                *(layer, options.method, plan, options.axis_name, parcels[name]),
+            )
+            new = after_inversion(
+                options, factors[name], inverses[name], gates[i], take
+            )
+            factors[name], inverses[name], done = new
+        elif layer.kronecker:
+            record = (layer, factors[name], inverses[name], shift, gates[i], first[i])
+            factors[name], inverses[name], done = inverted(options, *record)
+        good.append(done)
+    return factors, inverses, good
 
 
 def directions(
-    layers: Sequence[LayerTag], grads: Any, state: KFACState, shift: Array, accepted
+    options: Options,
+    plan: Plan,
+    layers: Sequence[LayerTag],
+    grads: Any,
+    state: KFACState,
+    shift: Array,
+    accepted: Array,
 ) -> Any:
     """Preconditioned gradients; zeros where the batch was rejected."""
     leaves = leaves_by_path(grads)
     outputs: dict[str, Array] = {}
+    blocks, rows = {}, {}
     for layer in layers:
-        factors, inverse = state.factors[layer.name], state.inverses[layer.name]
-        v = gather(layer, leaves).astype(factors[0].dtype)
-        u = precondition(layer, v, factors, inverse, shift)
-        for path, part in scatter(layer, u, leaves).items():
+        name, factors = layer.name, state.factors[layer.name]
+        inverse = state.inverses[name]
+        v = gather(layer, leaves).astype(jax.tree.leaves(factors)[0].dtype)
+        if plan.sliced(name):
+            rows[name] = precondition_rows(layer, inverse, v)
+            blocks[name] = v
+        else:
+            blocks[name] = precondition(layer, v, factors, inverse, shift)
+    divided = [layer for layer in layers if layer.name in rows]
+    if divided:
+        shapes = {name: blocks[name].shape for name in rows}
+        blocks |= gather_rows(divided, plan, options.axis_name, rows, shapes)
+    for layer in layers:
+        for path, part in scatter(layer, blocks[layer.name], leaves).items():
             outputs[path] = outputs[path] + part if path in outputs else part
     updates = {
         path: jnp.where(accepted, u, 0).astype(leaves[path].dtype)
         for path, u in outputs.items()
     }
     return replace_leaves(grads, updates)
-
-
-def is_accepted(options, layers, state: KFACState, grads: Any, fresh: dict) -> Array:
-    """Whether gradients and wanted statistics are finite, on every device."""
-    accepted = all_finite(grads)
-    for i, layer in enumerate(layers):
-        if fresh:
-            due = state.clock.due[i]
-            accepted &= lax.cond(due, all_finite, always, fresh[layer.name])
-    if options.axis_name is not None:
-        accepted = lax.pmin(accepted.astype(jnp.int32), options.axis_name) > 0
-    return accepted
-
-
-def always(statistics: Any) -> Array:
-    """Statistics that nobody asked for are not looked at."""
-    del statistics
-    return jnp.asarray(True)
-
-
-def reduced(options: Options, layers: Sequence[LayerTag], state, statistics) -> dict:
-    """Each layer's statistics averaged over devices, inside its gate."""
-    fresh = {}
-    for i, layer in enumerate(layers):
-        if statistics is None:
-            break
-        own = checked_statistics(layer, statistics)
-        if options.axis_name is not None:
-
-            def reduce(own, layer=layer):
-                return reduce_statistics(
-                    layer, own, options.axis_name, options.reduction
-                )
-
-            def skip(own):
-                # Types that vary over devices do not after the reduction.
-                if not varying_axes(own):
-                    return own
-                return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), own)
-
-            own = lax.cond(state.clock.due[i], reduce, skip, own)
-        fresh[layer.name] = own
-    return fresh

@@ -6,6 +6,7 @@ marked outputs back.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +16,12 @@ from jax import lax
 
 from kfac_jax_lite.factors.recipe import COUNTS, INPUT_SIDE, Recipe, finish
 from kfac_jax_lite.likelihoods import (
+    Output,
     masked_rows,
     sampled_cotangent,
     square_root_column,
 )
+from kfac_jax_lite.sharding import automatic, explicit_mesh, specs_of
 from kfac_jax_lite.tagging.taps import Slot
 from kfac_jax_lite.tree import vary, varying_axes
 
@@ -127,7 +130,7 @@ def resampled(
             return grads, exact_statistics(outputs, pull, zeros)
         keys = jax.random.split(key, len(outputs))
         pairs = zip(outputs, keys, strict=True)
-        draws = [(o, sampled_cotangent(o.likelihood, o.value, k)) for o, k in pairs]
+        draws = [(o, typed_like(o, sampled_cotangent, k)) for o, k in pairs]
         return pull([masked_rows(output, draw) for output, draw in draws])
 
     if len(dues) < len(finisher.slots) or not dues:
@@ -136,14 +139,28 @@ def resampled(
     return lax.cond(any_due, resample, lambda: (grads, zeros))
 
 
+def typed_like(output: Output, function: Callable, argument: Any) -> jax.Array:
+    """``function(likelihood, value, argument)``, typed like a marked output's value."""
+    run = functools.partial(function, output.likelihood)
+    if explicit_mesh(output.value) is None:
+        return run(output.value, argument)
+    specs = specs_of(output.value)
+    return automatic(run, output.value, argument, out_specs=specs)
+
+
+def hessian_column(likelihood: str, value: jax.Array, j: jax.Array) -> jax.Array:
+    """Column ``j`` of the square root of the output's Hessian."""
+    return square_root_column(likelihood, value)[1](j)
+
+
 def exact_statistics(outputs: list, pull: Callable, total: dict) -> dict:
     """Adds the statistics of each column of the output Hessian's square root."""
     for number, output in enumerate(outputs):
-        columns, column = square_root_column(output.likelihood, output.value)
+        columns, _ = square_root_column(output.likelihood, output.value)
 
-        def add(total, j, number=number, output=output, column=column):
+        def add(total, j, number=number, output=output):
             zeros = [jnp.zeros_like(other.value) for other in outputs]
-            zeros[number] = masked_rows(output, column(j))
+            zeros[number] = masked_rows(output, typed_like(output, hessian_column, j))
             _, statistics = pull(zeros)
             return jax.tree.map(jnp.add, total, statistics), None
 

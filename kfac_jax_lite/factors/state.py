@@ -19,6 +19,17 @@ from kfac_jax_lite.types import (
 )
 
 
+class Slices(NamedTuple):
+    """An array of which every device holds a part.
+
+    Attributes:
+        values: ``[devices, …]``, row ``i`` on device ``i`` of the mapped axis: a device
+            sees its own row.
+    """
+
+    values: Array
+
+
 class Clock(NamedTuple):
     """When each layer was and will be refreshed; vectors over layers sorted by name.
 
@@ -35,7 +46,9 @@ class Clock(NamedTuple):
         diff: Relative change of the statistics seen at the last refresh.
         inverse_damping: Damping that the cached inverse holds.
         elements: Elements that one refresh reduces over devices (a constant).
-        bytes: The same in bytes on the wire.
+        bytes: Bytes that one refresh hands to collectives (a constant).
+        inversion_bytes: The same of one inversion.
+        step_bytes: The same of every step.
     """
 
     due: Array
@@ -51,6 +64,8 @@ class Clock(NamedTuple):
     inverse_damping: Array
     elements: Array
     bytes: Array
+    inversion_bytes: Array
+    step_bytes: Array
 
 
 class KFACState(NamedTuple):

@@ -27,6 +27,7 @@ from kfac_jax_lite.views import Shape, View, remap_unit_axes
     "copy_p",
     "optimization_barrier",
     "sharding_constraint",
+    "reshard",
     "reduce_precision",
     "pvary",
     "pcast",

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kfac_jax_lite.sharding import automatic
 from kfac_jax_lite.tree import vary, varying_axes
 from kfac_jax_lite.types import Array
 
@@ -68,7 +69,7 @@ def _backward(estimators, residuals, cotangent):
         probe = probes[name]
 
         def refresh(inputs, cotangent, probe, estimate=estimate):
-            statistic = estimate(inputs, cotangent).astype(probe.dtype)
+            statistic = automatic(estimate, inputs, cotangent).astype(probe.dtype)
             return vary(statistic, varying_axes(probe))
 
         def skip(inputs, cotangent, probe):

@@ -1,0 +1,148 @@
+"""Statistics of all layers over all devices, each inside the gate of its layer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kfac_jax_lite.collectives import checked_axes, varied
+from kfac_jax_lite.factors.checks import checked_statistics
+from kfac_jax_lite.linalg import all_finite
+from kfac_jax_lite.options import Options
+from kfac_jax_lite.ownership import Plan, is_small
+from kfac_jax_lite.reduce import reduce_statistics
+from kfac_jax_lite.slices import own_slices, scattered
+from kfac_jax_lite.tree import vary, varying_axes
+from kfac_jax_lite.types import Array, LayerTag
+
+
+def exchanged(
+    options: Options, plan: Plan, layers: Sequence[LayerTag], due: Array, statistics
+) -> dict[str, Any]:
+    """Each layer's statistics averaged over devices; slices of owned layers.
+
+    Small layers travel together where all of them are due, and one by one otherwise.
+
+    Args:
+        options: The optimiser's options.
+        plan: Who does what.
+        layers: The layers present.
+        due: Which are due, ``[layers]``.
+        statistics: This device's, by layer name; or None.
+
+    Returns:
+        Layer name to statistics; what was not due means nothing.
+    """
+    if statistics is None:
+        return {}
+    own = {t.name: checked_statistics(t, statistics) for t in layers}
+    flags = {t.name: due[i] for i, t in enumerate(layers)}
+    fresh = {}
+    for layer in layers:
+        if layer.name in plan.owners:
+            record = (layer, own[layer.name], flags[layer.name])
+            fresh[layer.name] = sliced(options, plan, *record)
+    rest = [t for t in layers if t.name not in plan.owners]
+    if options.axis_name is None or options.reduction.mesh is not None:
+        return fresh | {t.name: own[t.name] for t in rest}
+    moments = options.method.moments
+    small = [t for t in rest if is_small(t, options.reduction, moments)]
+    if len(small) > 1:
+        names = [t.name for t in small]
+        fresh |= bucket(options, small, *([d[k] for k in names] for d in (own, flags)))
+    for layer in rest:
+        if layer.name not in fresh:
+            record = (layer, own[layer.name], flags[layer.name])
+            fresh[layer.name] = alone(options, *record)
+    return fresh
+
+
+def sliced(options: Options, plan: Plan, layer: LayerTag, own: Any, flag: Array) -> Any:
+    """This device's slices of an owned layer's statistics, where the layer is due."""
+    axis_name = options.axis_name
+
+    def share(own):
+        if options.reduction.mesh is not None:
+            return own_slices(layer, own, plan, axis_name)
+        return scattered(layer, own, plan, axis_name, options.reduction.dtype)
+
+    shapes = jax.eval_shape(share, own)
+
+    def skip(own):
+        del own
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        axes = checked_axes(axis_name)
+        return zeros._replace(a=vary(zeros.a, axes), g=vary(zeros.g, axes))
+
+    return lax.cond(flag, share, skip, own)
+
+
+def alone(options: Options, layer: LayerTag, own: Any, flag: Array) -> Any:
+    """A layer's statistics averaged in a collective of its own, where it is due."""
+
+    def reduce(own):
+        (mean,) = reduce_statistics(
+            (layer,), (own,), options.axis_name, options.reduction
+        )
+        return mean
+
+    return lax.cond(flag, reduce, unreduced, own)
+
+
+def unreduced(own: Any) -> Any:
+    """What stands for statistics that are not due.
+
+    Types that vary over devices do not after a reduction; fresh zeros do not either.
+
+    Returns:
+        The statistics, or zeros.
+    """
+    if not varying_axes(own):
+        return own
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), own)
+
+
+def bucket(
+    options: Options, layers: list[LayerTag], own: list, flags: list[Array]
+) -> dict[str, Any]:
+    """Small layers' statistics: one collective if all are due, else one each."""
+
+    def together(own):
+        return reduce_statistics(
+            tuple(layers), tuple(own), options.axis_name, options.reduction
+        )
+
+    def apart(own):
+        records = zip(layers, own, flags, strict=True)
+        return tuple(alone(options, *record) for record in records)
+
+    everyone = jnp.all(jnp.stack(flags))
+    means = lax.cond(everyone, together, apart, tuple(own))
+    return dict(zip((t.name for t in layers), means, strict=True))
+
+
+def is_accepted(
+    options: Options, layers: Sequence[LayerTag], due: Array, grads: Any, fresh: dict
+) -> Array:
+    """Whether gradients and wanted statistics are finite, on every device."""
+    accepted = all_finite(grads)
+    axis_name = options.axis_name
+
+    def finite(statistics):
+        good = all_finite(statistics)
+        return good if axis_name is None else varied(good, axis_name)
+
+    def always(statistics):
+        # Statistics that nobody asked for are not looked at.
+        del statistics
+        good = jnp.asarray(True)
+        return good if axis_name is None else varied(good, axis_name)
+
+    for i, layer in enumerate(layers):
+        if fresh:
+            accepted &= lax.cond(due[i], finite, always, fresh[layer.name])
+    if axis_name is not None:
+        accepted = lax.pmin(accepted.astype(jnp.int32), axis_name) > 0
+    return accepted

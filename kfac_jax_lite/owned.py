@@ -1,0 +1,346 @@
+"""Layers inverted by one device: slices of factors, parcels of inverses, rows.
+
+Runs on all devices of a mapped axis at once; ``ownership`` says who does what.
+
+A refresh leaves every device with ``1/D`` of the layer's packed factors. For an
+inversion the slices travel to the owner, which inverts and packs a *parcel* for each
+device: a piece of what everyone needs (all-gathered afterwards) and, where the rows of
+the larger inverse are divided, the device's rows.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kfac_jax_lite import forms
+from kfac_jax_lite.collectives import (
+    checked_axes,
+    from_root,
+    gathered,
+    split_in,
+    to_root,
+    varied,
+)
+from kfac_jax_lite.factors.state import Slices
+from kfac_jax_lite.inverse import FactorInverses, Method
+from kfac_jax_lite.linalg import all_finite
+from kfac_jax_lite.ownership import (
+    Plan,
+    cached_arrays,
+    inverse_symmetric,
+    larger_side,
+    parcel_sizes,
+    shape_class,
+    slice_sizes,
+)
+from kfac_jax_lite.packing import from_vector, packed_size, to_vector
+from kfac_jax_lite.slices import joined_rows, sent_rows, whole_statistics
+from kfac_jax_lite.tree import choose, vary, varying_axes
+from kfac_jax_lite.types import Array, LayerTag
+
+
+def parcels(
+    layer: LayerTag, method: Method, plan: Plan, cached: Any, moments: Any
+) -> Array:
+    """What the owner sends after an inversion, ``[devices, n]``.
+
+    Args:
+        layer: The layer.
+        method: Inversion method.
+        plan: Who does what.
+        cached: What it computed.
+        moments: Second moments in the new basis, or None.
+
+    Returns:
+        A row for each device; not finite where the inversion failed.
+    """
+    good = all_finite(cached)
+    if plan.sliced(layer.name):
+        large = larger_side(layer)
+        small = "g" if large == "a" else "a"
+        sent = {small: getattr(cached, small)}
+        rows = [sent_rows(getattr(cached, large), plan).reshape(plan.devices, -1)]
+    else:
+        sent, rows = cached_arrays(cached), []
+    if moments is not None:
+        sent["s"] = moments
+    vectors = [
+        to_vector(x, inverse_symmetric(layer, k, x.shape, plan.packed))
+        for k, x in sent.items()
+    ]
+    for_all = jnp.where(good, jnp.concatenate(vectors), jnp.nan)
+    return jnp.concatenate([split_in(for_all, plan.devices), *rows], axis=1)
+
+
+def opened(
+    layer: LayerTag, method: Method, plan: Plan, own: Array, cached: Any, axis_name: Any
+) -> tuple[Any, Any, Array]:
+    """The new cached inverse, from this device's parcel.
+
+    Args:
+        layer: The layer.
+        method: Inversion method.
+        plan: Who does what.
+        own: The parcel ``[n]``.
+        cached: The cached inverse before; gives shapes.
+        axis_name: Mapped axes.
+
+    Returns:
+        ``(cached, moments, good)``; ``moments`` is empty without EKFAC.
+    """
+    size = parcel_sizes(layer, plan, method)[0]
+    vector = gathered(own[:size], axis_name).ravel()
+    good, new, start = all_finite(vector), {}, 0
+    for name, x in cached_arrays(cached).items():
+        if isinstance(x, Slices):
+            new[name] = Slices(own_rows(own[size:], x.values, plan, axis_name))
+            continue
+        symmetric = inverse_symmetric(layer, name, x.shape, plan.packed)
+        new[name] = from_vector(vector[start:], x.shape, symmetric)
+        start += packed_size(x.shape, symmetric)
+    cached = cached._replace(**new)
+    if not method.moments:
+        return cached, (), good
+    shape = (*layer.stack, *layer.blocks, *forms.widths(layer))
+    return cached, from_vector(vector[start:], shape, False), good
+
+
+def own_rows(part: Array, like: Array, plan: Plan, axis_name: Any) -> Array:
+    """The slice that a device holds, of the parts sent to those that share it."""
+    if plan.devices == plan.slices:
+        return part.reshape(like.shape)
+    parts = gathered(part, axis_name, plan.columns())
+    copies = plan.devices // plan.slices
+    shape = (copies, *like.shape[:-2], like.shape[-2] // copies, like.shape[-1])
+    return joined_rows(parts.reshape(shape))
+
+
+def inverted_by_owners(
+    layers: Sequence[LayerTag],
+    plan: Plan,
+    method: Method,
+    axis_name: Any,
+    records: dict[str, tuple],
+    shift: Array,
+) -> dict[str, Array]:
+    """Brings factors to their owners and inverts them there.
+
+    Args:
+        layers: The owned layers.
+        plan: Who does what.
+        method: Inversion method.
+        axis_name: Mapped axes.
+        records: Layer name to ``(statistics, cached, gate, first)``.
+        shift: Damping.
+
+    Returns:
+        Layer name to the parcels ``[devices · n]``; they mean something on the layer's
+        owner, where its gate is true.
+    """
+    rows = {t.name: brought(t, plan, axis_name, *records[t.name]) for t in layers}
+    by_owner: dict[int, list[LayerTag]] = {}
+    for layer in layers:
+        by_owner.setdefault(plan.owners[layer.name], []).append(layer)
+    sizes = {t.name: plan.devices * sum(parcel_sizes(t, plan, method)) for t in layers}
+    loads = {k: sum(sizes[t.name] for t in own) for k, own in by_owner.items()}
+    longest = max(loads.values())
+    dtype = jnp.result_type(*rows.values())
+
+    def work(own, operands):
+        rows, records, shift = operands
+        found = [
+            invert_alike(alike, plan, method, rows, records, shift)
+            for alike in grouped(own)
+        ]
+        flat = jnp.concatenate([x.ravel().astype(dtype) for x in found])
+        return varied(jnp.pad(flat, (0, longest - flat.size)), axis_name)
+
+    def idle(operands):
+        del operands
+        return varied(jnp.zeros((longest,), dtype), axis_name)
+
+    order = sorted(by_owner)
+    branches = [functools.partial(work, by_owner[k]) for k in order]
+    table = [
+        order.index(i) if i in by_owner else len(order) for i in range(plan.devices)
+    ]
+    number = jnp.array(table)[lax.axis_index(axis_name)]
+    flat = lax.switch(number, [*branches, idle], (rows, records, shift))
+    found = {}
+    for own in by_owner.values():
+        start = 0
+        for layer in (t for alike in grouped(own) for t in alike):
+            size = sizes[layer.name]
+            found[layer.name] = flat[start : start + size]
+            start += size
+    return found
+
+
+def grouped(layers: Sequence[LayerTag]) -> list[list[LayerTag]]:
+    """Layers of equal shape together."""
+    classes: dict[Any, list[LayerTag]] = {}
+    for layer in layers:
+        classes.setdefault(shape_class(layer), []).append(layer)
+    return list(classes.values())
+
+
+def brought(
+    layer: LayerTag, plan: Plan, axis_name: Any, statistics, cached, gate, first
+) -> Array:
+    """All slices of a layer's factors, on its owner."""
+    del cached, first
+    own = jnp.concatenate([statistics.a.values, statistics.g.values])
+
+    def bring(own):
+        return to_root(own, axis_name, plan.devices, plan.owners[layer.name])
+
+    def stay(own):
+        return varied(jnp.zeros((plan.devices, own.size), own.dtype), axis_name)
+
+    return lax.cond(gate, bring, stay, own)
+
+
+def invert_alike(
+    layers: list[LayerTag],
+    plan: Plan,
+    method: Method,
+    rows: dict[str, Array],
+    records: dict[str, tuple],
+    shift: Array,
+) -> Array:
+    """Inverts layers of equal shape in one batched call, if any of them is wanted."""
+    one, names = layers[0], [layer.name for layer in layers]
+    gates = jnp.stack([records[name][2] for name in names])
+
+    def whole(name):
+        statistics, cached, _, first = records[name]
+        a, g = jnp.split(rows[name], [slice_sizes(one, plan)[0]], axis=1)
+        sliced = statistics._replace(a=Slices(a), g=Slices(g))
+        return whole_statistics(one, sliced), warm(method, cached), first
+
+    def invert(statistics, cached, first):
+        new, after = method.refresh(one, statistics, cached, shift, first)
+        return parcels(one, method, plan, new, after.s if method.moments else None)
+
+    def run():
+        found = [whole(name) for name in names]
+        if len(found) == 1:
+            return invert(*found[0])[None]
+        return jax.vmap(invert)(*jax.tree.map(lambda *x: jnp.stack(x), *found))
+
+    shape, axes = jax.eval_shape(run), varying_axes(rows)
+
+    def skip():
+        return vary(jnp.zeros(shape.shape, shape.dtype), axes)
+
+    return lax.cond(jnp.any(gates), run, skip)
+
+
+def warm(method: Method, cached: Any) -> Any:
+    """The cached inverse where the method starts from it."""
+    return () if method.name in ("cholesky", "eigh") else cached
+
+
+def spread(
+    layer: LayerTag,
+    method: Method,
+    plan: Plan,
+    axis_name: Any,
+    parcel: Array,
+    moments: Any,
+    cached: Any,
+) -> tuple[Any, Any, Array]:
+    """Sends an owner's parcels out.
+
+    Args:
+        layer: The layer.
+        method: Inversion method.
+        plan: Who does what.
+        axis_name: Mapped axes.
+        parcel: The parcels ``[devices · n]``, read on the owner.
+        moments: EKFAC's second moments, else empty.
+        cached: The cached inverse.
+
+    Returns:
+        ``(moments, cached, good)``; after a failed inversion the first two as before.
+    """
+    rows = parcel.reshape(plan.devices, -1)
+    own = from_root(rows, axis_name, plan.devices, plan.owners[layer.name])
+    new, turned, good = opened(layer, method, plan, own, cached, axis_name)
+    return choose(good, turned, moments), choose(good, new, cached), good
+
+
+def precondition_rows(layer: LayerTag, inverse: FactorInverses, v: Array) -> Array:
+    """This device's rows of ``A⁻¹ V G⁻¹``, or of its transpose if ``G`` is divided.
+
+    Args:
+        layer: The layer.
+        inverse: Its inverses, the larger one as this device's rows.
+        v: The gradient's block ``[*blocks, in(+1), out]``.
+
+    Returns:
+        ``[*blocks, rows, n]``.
+    """
+    if isinstance(inverse.a, Slices):
+        wide = forms.widened(v, forms.width(layer.g_form, layer.g_shape))
+        return inverse.a.values @ forms.times(wide, inverse.g, layer.g_form)
+    v = jnp.swapaxes(v, -1, -2)
+    wide = forms.widened(v, forms.width(layer.a_form, layer.a_shape))
+    return inverse.g.values @ forms.times(wide, inverse.a, layer.a_form)  # type: ignore
+
+
+def gather_rows(
+    layers: Sequence[LayerTag],
+    plan: Plan,
+    axis_name: Any,
+    rows: dict[str, Array],
+    shapes: dict[str, tuple],
+) -> dict[str, Array]:
+    """Preconditioned gradients of all divided layers, in one all-gather.
+
+    Args:
+        layers: The layers whose inverses are divided.
+        plan: Who does what.
+        axis_name: Mapped axes.
+        rows: Layer name to this device's rows.
+        shapes: Layer name to the shape of its gradient's block.
+
+    Returns:
+        Layer name to ``A⁻¹ V G⁻¹``.
+    """
+    groups, count = plan.groups(), plan.slices
+    copies = plan.devices // plan.slices
+    typed = groups is not None and bool(checked_axes(axis_name))
+    if typed:
+        # A group's gather has no type that says it is equal everywhere: all devices
+        # gather, each a part of its rows.
+        number, groups, count = (
+            lax.axis_index(axis_name) // plan.slices,
+            None,
+            plan.devices,
+        )
+        rows = {k: part_of_rows(x, number, copies) for k, x in rows.items()}
+    flat = jnp.concatenate([rows[t.name].ravel() for t in layers])
+    parts, start, found = gathered(flat, axis_name, groups), 0, {}
+    for layer in layers:
+        own, shape = rows[layer.name], shapes[layer.name]
+        mine = parts[:, start : start + own.size].reshape(count, *own.shape)
+        start += own.size
+        if typed:
+            mine = mine.reshape(copies, plan.slices, *own.shape)
+            mine = jnp.swapaxes(mine, 0, 1).reshape(count, *own.shape)
+        whole = joined_rows(mine)
+        if larger_side(layer) == "g":
+            whole = jnp.swapaxes(whole, -1, -2)
+        found[layer.name] = whole[..., : shape[-2], : shape[-1]]
+    return found
+
+
+def part_of_rows(rows: Array, number: Array, copies: int) -> Array:
+    """One of ``copies`` equal parts of a device's rows."""
+    size = rows.shape[-2] // copies
+    return lax.dynamic_slice_in_dim(rows, number * size, size, rows.ndim - 2)

@@ -1,0 +1,201 @@
+"""Where the parts of the state are: specs for ``shard_map``, axes for ``pmap``."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from kfac_jax_lite.factors.state import KFACState, Slices
+from kfac_jax_lite.ownership import (
+    GRADIENTS,
+    Plan,
+    held_rows,
+    larger_side,
+    slice_sizes,
+)
+from kfac_jax_lite.slices import (
+    divided,
+    sliced_statistics,
+    undivided,
+    whole_statistics,
+)
+from kfac_jax_lite.tree import find_states
+from kfac_jax_lite.types import LayerTag
+
+# What the clock knows of the layout: constants from `init` on.
+CONSTANTS = ("elements", "bytes", "inversion_bytes", "step_bytes")
+
+
+def is_slices(node: Any) -> bool:
+    """Whether a node of a state is spread over devices."""
+    return isinstance(node, Slices)
+
+
+def state_specs(opt_state: Any, axis_name: Any) -> Any:
+    """Partition specs of an optimiser state, for ``shard_map`` and ``NamedSharding``.
+
+    Args:
+        opt_state: Any optax state, arrays or shapes.
+        axis_name: The mesh axes that ``axis_name`` of the optimiser names.
+
+    Returns:
+        The state's tree of ``PartitionSpec``: its slices along the first axis,
+        everything else replicated.
+    """
+
+    def spec(node):
+        if is_slices(node):
+            return Slices(PartitionSpec(axis_name))  # type: ignore[arg-type]
+        return PartitionSpec()
+
+    return jax.tree.map(spec, opt_state, is_leaf=is_slices)
+
+
+def state_axes(opt_state: Any) -> Any:
+    """The same as ``in_axes`` and ``out_axes`` of ``jax.pmap``: 0 for slices, or None.
+
+    Args:
+        opt_state: Any optax state, arrays or shapes.
+
+    Returns:
+        The state's tree of axes.
+    """
+
+    def axis(node):
+        return Slices(0) if is_slices(node) else None  # type: ignore[arg-type]
+
+    return jax.tree.map(axis, opt_state, is_leaf=is_slices)
+
+
+def own_part(layers: Sequence[LayerTag], state: KFACState, plan: Plan) -> KFACState:
+    """A device's view of the state: its slices without the axis of the devices.
+
+    Args:
+        layers: The layers present.
+        state: As ``pmap`` or ``shard_map`` hand it over.
+        plan: Who does what.
+
+    Returns:
+        The state.
+
+    Raises:
+        ValueError: A slice is not of the shape that the plan wants.
+    """
+    if not plan.owners:
+        return state
+    factors, inverses, previous = map(
+        dict, (state.factors, state.inverses, state.previous)
+    )
+    for layer in layers:
+        name = layer.name
+        if name not in plan.owners:
+            continue
+        a, g = slice_sizes(layer, plan)
+
+        def local(statistics, a=a, g=g, name=name):
+            return statistics._replace(
+                a=reshaped(name, statistics.a, (a,)),
+                g=reshaped(name, statistics.g, (g,)),
+            )
+
+        factors[name] = local(factors[name])
+        previous[name] = tuple(map(local, previous[name]))
+        if plan.sliced(name):
+            side = larger_side(layer) or ""
+            rows, size = held_rows(layer, plan)[1], layer.sizes[side == "g"]
+            shape = (*layer.stack, *layer.blocks, rows, size)
+            part = reshaped(name, getattr(inverses[name], side), shape)
+            inverses[name] = inverses[name]._replace(**{side: part})
+    return state._replace(factors=factors, inverses=inverses, previous=previous)
+
+
+def reshaped(name: str, part: Any, shape: tuple[int, ...]) -> Slices:
+    """A slice in the shape wanted, or an error that tells what to do."""
+    seen = part.values.shape if is_slices(part) else part.shape
+    if not is_slices(part) or seen not in (shape, (1, *shape)):
+        raise ValueError(
+            f"layer {name}: a device sees a slice of shape {seen} of the state, wanted "
+            f"{shape}. Pass the state with in_axes=kfac.state_axes(opt_state) under "
+            "pmap, in_specs=kfac.state_specs(opt_state, axis_name) under shard_map."
+        )
+    return Slices(part.values.reshape(shape))
+
+
+def relayout(opt_state: Any, like: Any, layers: Sequence[LayerTag]) -> Any:
+    """An optimiser state in the layout of another number of devices or ``Reduction``.
+
+    Args:
+        opt_state: Any optax state with a ``KFACState``, whole arrays (of several
+            processes, gather it first).
+        like: A state of the layout wanted: ``new_tx.init(params)``.
+        layers: ``tagged.layers``.
+
+    Returns:
+        The state on the host, with the numbers of ``opt_state`` and the shapes of
+        ``like``.
+
+    Raises:
+        ValueError: The states are of different models.
+    """
+    tags = {layer.name: layer for layer in layers}
+    host = jax.device_get((opt_state, like))
+    opt_state, like = jax.tree.map(jnp.asarray, host)
+    wanted = iter(find_states(like))
+
+    def is_state(node):
+        return isinstance(node, KFACState)
+
+    def convert(node):
+        return moved(node, next(wanted), tags) if is_state(node) else node
+
+    return jax.device_get(jax.tree.map(convert, opt_state, is_leaf=is_state))
+
+
+def moved(state: KFACState, like: KFACState, tags: dict[str, LayerTag]) -> KFACState:
+    """One ``KFACState`` in the layout of another."""
+    if set(state.factors) != set(like.factors):
+        other = sorted(set(state.factors) ^ set(like.factors))[0]
+        raise ValueError(f"the states are of different models: they differ in {other}.")
+    factors, previous, inverses = {}, {}, {}
+    for name, old in state.factors.items():
+        layer, new = tags[name], like.factors[name]
+        old_plan = plan_of(layer, old, state.inverses[name])
+        new_plan = plan_of(layer, new, like.inverses[name])
+
+        def turn(statistics, layer=layer, old_plan=old_plan, new_plan=new_plan):
+            if old_plan is not None:
+                statistics = whole_statistics(layer, statistics)
+            if new_plan is not None:
+                statistics = sliced_statistics(layer, statistics, new_plan)
+            return statistics
+
+        factors[name] = turn(old)
+        previous[name] = tuple(map(turn, state.previous[name]))
+        inverse = state.inverses[name]
+        if old_plan is not None and old_plan.sliced(name):
+            inverse = undivided(layer, inverse, old_plan)
+        if new_plan is not None and new_plan.sliced(name):
+            inverse = divided(layer, inverse, new_plan)
+        inverses[name] = inverse
+    constants = {k: getattr(like.clock, k) for k in CONSTANTS}
+    return state._replace(
+        factors=factors,
+        previous=previous,
+        inverses=inverses,
+        clock=state.clock._replace(**constants),
+    )
+
+
+def plan_of(layer: LayerTag, statistics: Any, inverse: Any) -> Plan | None:
+    """The plan that a layer's state was made for, read off its shapes; None: whole."""
+    if not is_slices(getattr(statistics, "a", None)):
+        return None
+    devices = statistics.a.values.shape[0]
+    parts = [x for x in inverse if is_slices(x)]
+    if not parts:
+        return Plan(devices, devices, {layer.name: 0}, {}, True)
+    sent, held = -(-parts[0].values.shape[-1] // devices), parts[0].values.shape[-2]
+    slices = devices * sent // held
+    return Plan(devices, slices, {layer.name: 0}, {layer.name: GRADIENTS}, True)

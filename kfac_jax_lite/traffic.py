@@ -1,0 +1,200 @@
+"""What travels between devices: every collective of a step, from shapes alone.
+
+References:
+    Thakur, Rabenseifner & Gropp, 2005, "Optimization of collective communication
+    operations in MPICH" (what a ring sends).
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from kfac_jax_lite.collectives import permuted
+from kfac_jax_lite.inverse import Method, method_named
+from kfac_jax_lite.ownership import (
+    Plan,
+    held_rows,
+    larger_side,
+    make_plan,
+    parcel_sizes,
+    slice_sizes,
+)
+from kfac_jax_lite.packing import field_shapes, field_sizes
+from kfac_jax_lite.reduce import Reduction
+from kfac_jax_lite.types import LayerTag
+
+REFRESH, INVERSION, STEP = "refresh", "inversion", "step"
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective operation.
+
+    Attributes:
+        layer: The layer it is for; empty for the whole step.
+        event: ``"refresh"`` (statistics), ``"inversion"`` or ``"step"`` (every step).
+        kind: ``"all_reduce"``, ``"reduce_scatter"``, ``"all_to_all"``,
+            ``"all_gather"`` or ``"permute"``.
+        elements: Entries of the whole array that is reduced, scattered or gathered; of
+            a permutation, what one pair sends.
+        itemsize: Bytes per entry.
+        devices: How many devices take part.
+        count: Pairs of a permutation, else 1.
+    """
+
+    layer: str
+    event: str
+    kind: str
+    elements: int
+    itemsize: int
+    devices: int
+    count: int = 1
+
+    @property
+    def payload(self) -> int:
+        """Bytes of the whole array, of all pairs of a permutation."""
+        return self.elements * self.itemsize * self.count
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each device sends, on average: rings, and trees of pairs.
+
+        All-reduce ``2 n (D − 1) / D``; reduce-scatter, all-gather and all-to-all
+        ``n (D − 1) / D``; a permutation of ``c`` pairs ``n c / D``.
+        """
+        if self.kind == "permute":
+            return self.payload / self.devices
+        ring = self.payload * (self.devices - 1) / self.devices
+        return 2 * ring if self.kind == "all_reduce" else ring
+
+
+@dataclasses.dataclass(frozen=True)
+class Wire:
+    """What all collectives of one optimiser have in common."""
+
+    reduction: Reduction
+    plan: Plan
+    method: Method
+    devices: int
+    mapped: bool
+    itemsize: int
+    memory: int
+
+    def mean(self, layer: str, elements: int) -> Iterator[Collective]:
+        """A mean over devices, on every device."""
+        narrow = self.reduction.dtype
+        if narrow is None:
+            yield self.of(layer, REFRESH, "all_reduce", elements)
+            return
+        padded = -(-elements // self.devices) * self.devices
+        size = jnp.dtype(narrow).itemsize
+        for kind in ("all_to_all", "all_gather"):
+            yield dataclasses.replace(
+                self.of(layer, REFRESH, kind, padded), itemsize=size
+            )
+
+    def of(self, layer: str, event: str, kind: str, elements: int) -> Collective:
+        """A collective over all devices in the statistics' precision."""
+        return Collective(layer, event, kind, elements, self.itemsize, self.devices)
+
+    def tree(self, layer: str, elements: int) -> Iterator[Collective]:
+        """A binomial tree over which every device's part travels."""
+        for pairs, rows in permuted(self.devices):
+            one = self.of(layer, INVERSION, "permute", rows * elements)
+            yield dataclasses.replace(one, count=pairs)
+
+    def refresh(self, layer: LayerTag) -> Iterator[Collective]:
+        """Statistics of one layer, averaged over devices."""
+        name, moments = layer.name, self.method.moments
+        owned = name in self.plan.owners
+        if not self.mapped:
+            # XLA reduces whole matrices where the batch is sharded.
+            shapes = {} if layer.kind == "diagonal" else field_shapes(layer, moments)
+            for shape in shapes.values():
+                yield self.of(name, REFRESH, "all_reduce", math.prod(shape))
+        elif layer.kind == "diagonal":
+            yield from self.mean(name, math.prod(layer.a_shape))
+            yield dataclasses.replace(
+                self.of(name, REFRESH, "all_reduce", 1), itemsize=4
+            )
+        elif not owned:
+            sizes = field_sizes(layer, self.reduction.pack, moments)
+            yield from self.mean(name, sum(sizes.values()))
+        else:
+            total = self.devices * sum(slice_sizes(layer, self.plan))
+            narrow = self.reduction.dtype
+            kind = "reduce_scatter" if narrow is None else "all_to_all"
+            one = self.of(name, REFRESH, kind, total)
+            if narrow is not None:
+                one = dataclasses.replace(one, itemsize=jnp.dtype(narrow).itemsize)
+            yield one
+            if moments:
+                yield from self.mean(name, field_sizes(layer, True, True)["s"])
+        if owned:
+            for _ in range(self.memory):
+                yield self.of(name, REFRESH, "all_reduce", 4)
+
+    def inversion(self, layer: LayerTag) -> Iterator[Collective]:
+        """Factors to the owner, and what it sends back."""
+        name, plan = layer.name, self.plan
+        if name not in plan.owners:
+            return
+        yield from self.tree(name, sum(slice_sizes(layer, plan)))
+        for_all, rows = parcel_sizes(layer, plan, self.method)
+        yield from self.tree(name, for_all + rows)
+        yield self.of(name, INVERSION, "all_gather", self.devices * for_all)
+        copies = self.devices // plan.slices
+        if rows and copies > 1:
+            one = self.of(name, INVERSION, "all_gather", copies * rows)
+            yield dataclasses.replace(one, devices=copies)
+
+    def step(self, layer: LayerTag) -> Iterator[Collective]:
+        """Preconditioned rows, gathered at every step."""
+        if self.plan.sliced(layer.name):
+            rows = held_rows(layer, self.plan)[1] * self.plan.slices
+            other = layer.sizes[1 if larger_side(layer) == "a" else 0]
+            blocks = math.prod(layer.stack + layer.blocks)
+            one = self.of(layer.name, STEP, "all_gather", blocks * rows * other)
+            yield dataclasses.replace(one, devices=self.plan.slices)
+
+
+def traffic(
+    layers: Sequence[LayerTag],
+    reduction: Reduction,
+    devices: int,
+    inverse: str = "cholesky",
+    inverse_interval: Any = 1,
+    mapped: bool = True,
+    itemsize: int = 4,
+    memory: int = 0,
+) -> tuple[Collective, ...]:
+    """Every collective of K-FAC, with the event that causes it.
+
+    The gradient's own all-reduce is the user's and not among them.
+
+    Args:
+        layers: ``tagged.layers``.
+        reduction: How statistics travel.
+        devices: ``D``.
+        inverse: Inversion method.
+        inverse_interval: Least number of steps between inversions.
+        mapped: Under ``pmap`` or ``shard_map``. False: ``jit`` with a sharded batch,
+            where XLA reduces the statistics, whole and in their own precision.
+        itemsize: Bytes of an entry of the statistics.
+        memory: How many past statistics the interval rule compares with.
+
+    Returns:
+        The collectives; ``layer`` is empty for the agreement on finite values.
+    """
+    method = method_named(inverse)
+    plan = make_plan(layers, reduction, devices, inverse, inverse_interval)
+    wire = Wire(reduction, plan, method, devices, mapped, itemsize, memory)
+    found = []
+    if mapped or plan.owners:
+        found.append(Collective("", STEP, "all_reduce", 1, 4, devices))
+    for layer in layers:
+        found += [*wire.refresh(layer), *wire.inversion(layer), *wire.step(layer)]
+    return tuple(found)
