@@ -31,6 +31,7 @@ STEPS = 12
 BROKEN_STEPS = (0, 3, 4, 6, 9)
 AXIS = "batch"
 MODEL = BY_NAME["mlp"]
+ALL_REDUCE = kfac.Reduction()
 
 SCENARIOS = [
     ("pmap", "batch"),
@@ -43,12 +44,16 @@ SCENARIOS = [
     ("checked_shard_map", "batch"),
     ("checked_shard_map", "statistics"),
     ("jit", "batch"),
+    # Each device has a slice of the reduced statistics: one alone sees the NaN.
+    ("owners", "batch"),
+    ("owners", "statistics"),
+    ("owners", "gradient"),
 ]
 
 
 @pytest.mark.skipif(jax.device_count() < DEVICES, reason="needs eight host devices")
 @pytest.mark.parametrize(
-    "kind", ["pmap", "shard_map", "checked_shard_map", "jit"], ids=str
+    "kind", ["pmap", "shard_map", "checked_shard_map", "jit", "owners"]
 )
 def test_nan_on_one_device(kind):
     places = [place for name, place in SCENARIOS if name == kind]
@@ -98,12 +103,22 @@ def scenario(kind, place):
             clean = advance(clean, batch, False)
         every = copies(seen)
         for other in every[1:]:
-            identical(other, every[0])
+            identical(shared(other), shared(every[0]))
         assert int(kfac_state(every[0][1]).skipped) == skipped
         assert int(kfac_state(every[0][1]).count) == number + 1 - skipped
-        identical(without_skipped(every[0]), without_skipped(copies(clean)[0]))
+        sliced = len(shared(every[0])) < len(leaves(every[0]))
+        assert sliced == (kind == "owners")
+        for one, other in zip(every, copies(clean), strict=True):
+            identical(without_skipped(one), without_skipped(other))
     assert mixed, "no broken step at which some layers were due and others were not"
     print(kind, place, "agreed")
+
+
+def shared(tree):
+    """The leaves by path that every device has: all but slices of statistics."""
+    is_slices = lambda node: type(node).__name__ == "Slices"  # noqa: E731
+    drop = lambda node: None if is_slices(node) else node  # noqa: E731
+    return leaves(jax.tree.map(drop, tree, is_leaf=is_slices))
 
 
 def without_skipped(tree):
@@ -111,11 +126,12 @@ def without_skipped(tree):
     return {k: v for k, v in leaves(tree).items() if not k.endswith(".skipped")}
 
 
-def make(axis_name, examples):
+def make(axis_name, examples, reduction=ALL_REDUCE):
     """Tagged loss and transformation, with intervals that layers do not share."""
     tagged = MODEL.tag(examples)
     tx = kfac.kfac(
         tagged.layers, 0.05, damping=0.01, weight_decay=0.1, axis_name=axis_name,
+        reduction=reduction,
         interval=kfac.intervals.adaptive(0.5, rule="elapsed"), inverse_interval=2,
     )  # fmt: skip
     return tagged, tx
@@ -130,7 +146,7 @@ def device_step(tagged, tx, place, average):
         def spoil(tree, where):
             if place != where:
                 return tree
-            return jax.tree.map(lambda v: jnp.where(here, jnp.nan, v), tree)
+            return jax.tree.map(lambda v: with_nan(v, here), tree)
 
         _, grads, statistics = tagged.value_and_grad(
             params, spoil(x, "batch"), y, opt_state=state
@@ -141,6 +157,12 @@ def device_step(tagged, tx, place, average):
         return optax.apply_updates(params, updates), state
 
     return step
+
+
+def with_nan(array, here):
+    """The array with NaN as its first number, where ``here`` says so."""
+    first = jnp.arange(array.size).reshape(array.shape) == 0
+    return jnp.where(here & first, jnp.nan, array)
 
 
 def pmapped(place):
@@ -165,9 +187,9 @@ def pmapped(place):
     return start, advance, copies
 
 
-def mapped(place, check_vma):
+def mapped(place, check_vma, reduction=ALL_REDUCE):
     """By ``jax.shard_map``."""
-    tagged, tx = make(AXIS, EXAMPLES // DEVICES)
+    tagged, tx = make(AXIS, EXAMPLES // DEVICES, reduction)
 
     def average(grads):
         if check_vma:  # autodiff has summed already
@@ -175,11 +197,12 @@ def mapped(place, check_vma):
         return lax.pmean(grads, AXIS)
 
     whole, part = PartitionSpec(), PartitionSpec(AXIS)
+    specs = kfac.state_specs(jax.eval_shape(tx.init, MODEL.params()), AXIS)
     run = jax.shard_map(
         device_step(tagged, tx, place, average),
         mesh=mesh(),
-        in_specs=(whole, whole, part, part, whole),
-        out_specs=whole,
+        in_specs=(whole, specs, part, part, whole),
+        out_specs=(whole, specs),
         check_vma=check_vma,
     )
     run = jax.jit(run)
@@ -187,7 +210,7 @@ def mapped(place, check_vma):
     def advance(carry, batch, broken):
         return run(*carry, *batch, jnp.asarray(broken))
 
-    return replicated_start(tx), advance, shards
+    return placed_start(tx, specs), advance, shards
 
 
 def jitted(place):
@@ -210,7 +233,7 @@ def jitted(place):
         batch = jax.device_put((x, y), NamedSharding(mesh(), PartitionSpec(AXIS)))
         return run(*carry, *batch)
 
-    return replicated_start(tx), advance, shards
+    return placed_start(tx, PartitionSpec()), advance, shards
 
 
 def mesh():
@@ -218,10 +241,12 @@ def mesh():
     return jax.make_mesh((DEVICES,), (AXIS,), axis_types=(AxisType.Auto,))
 
 
-def replicated_start(tx):
-    """A function to parameters and state on all devices."""
-    replicated = NamedSharding(mesh(), PartitionSpec())
-    return lambda: jax.device_put((MODEL.params(), tx.init(MODEL.params())), replicated)
+def placed_start(tx, specs):
+    """A function to parameters, on all devices, and state, where its specs say."""
+    sharding = jax.tree.map(
+        lambda spec: NamedSharding(mesh(), spec), (PartitionSpec(), specs)
+    )
+    return lambda: jax.device_put((MODEL.params(), tx.init(MODEL.params())), sharding)
 
 
 def shards(carry):
@@ -239,4 +264,9 @@ BUILD = {
     "shard_map": functools.partial(mapped, check_vma=False),
     "checked_shard_map": functools.partial(mapped, check_vma=True),
     "jit": jitted,
+    "owners": functools.partial(
+        mapped,
+        check_vma=False,
+        reduction=kfac.Reduction(mode="owner", bucket=0, devices=DEVICES),
+    ),
 }
