@@ -11,6 +11,7 @@ import tyro
 from rich.console import Console
 
 from experiments.configs import DATASETS, MODELS, TrainConfig, default_config
+from experiments.configs.cost import CostConfig
 from experiments.configs.train import OptimizerName
 from experiments.errors import ExperimentError
 from experiments.progress import open_console
@@ -28,7 +29,7 @@ class ReportConfig:
     """The optimiser whose best training loss the others are measured by."""
 
 
-def parse(arguments: Sequence[str]) -> TrainConfig | ReportConfig:
+def parse(arguments: Sequence[str]) -> TrainConfig | ReportConfig | CostConfig:
     """Parses the command line.
 
     Args:
@@ -42,11 +43,13 @@ def parse(arguments: Sequence[str]) -> TrainConfig | ReportConfig:
         description="Trains networks with K-FAC, SGD, Adam and AdamW side by side.",
         epilog=f"The options of a command: {PROGRAM} train --help",
     )
-    commands.add_argument("command", choices=("train", "report"))
+    commands.add_argument("command", choices=("train", "report", "cost"))
     command = commands.parse_args(arguments[:1]).command
     rest = list(arguments[1:])
     if command == "report":
         return tyro.cli(ReportConfig, prog=f"{PROGRAM} report", args=rest)
+    if command == "cost":
+        return tyro.cli(CostConfig, prog=f"{PROGRAM} cost", args=rest)
     return tyro.cli(
         TrainConfig, prog=f"{PROGRAM} train", default=defaults_for(rest), args=rest
     )
@@ -128,6 +131,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = parse(sys.argv[1:] if arguments is None else arguments)
         if isinstance(config, ReportConfig):
             report(config.workdir, config.baseline, console)
+            return 0
+        if isinstance(config, CostConfig):
+            from experiments import cost
+
+            cost.run(config, console)
             return 0
         problems = train_and_report(config, console)
     except ExperimentError as error:

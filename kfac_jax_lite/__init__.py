@@ -6,10 +6,12 @@ value, grads, statistics = tagged.value_and_grad(params, *batch, opt_state=state
 updates, state = tx.update(grads, state, params, statistics=statistics)
 """
 
-from kfac_jax_lite import damping, intervals
+from kfac_jax_lite import damping, intervals, simulate
 from kfac_jax_lite.alias import KFACChainState, kfac
+from kfac_jax_lite.cost import CostModel, cost_model
 from kfac_jax_lite.factors.estimate import TaggedLoss, tag
 from kfac_jax_lite.factors.state import Clock, KFACState
+from kfac_jax_lite.flops import Rows, layer_rows
 from kfac_jax_lite.guided import GuidedState
 from kfac_jax_lite.likelihoods import bernoulli, categorical, normal
 from kfac_jax_lite.placement import relayout, state_axes, state_specs
@@ -37,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Clock",
     "Collective",
+    "CostModel",
     "DiagonalStatistics",
     "GuidedState",
     "KFACChainState",
@@ -45,20 +48,24 @@ __all__ = [
     "LayerTag",
     "QuadraticModel",
     "Reduction",
+    "Rows",
     "ScaleShiftStatistics",
     "TaggedLoss",
     "TiedStatistics",
     "bernoulli",
     "categorical",
+    "cost_model",
     "damping",
     "intervals",
     "kfac",
+    "layer_rows",
     "normal",
     "quadratic_model",
     "register_rule",
     "relayout",
     "report",
     "scale_by_kfac",
+    "simulate",
     "state_axes",
     "state_specs",
     "tag",

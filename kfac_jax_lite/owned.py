@@ -60,7 +60,7 @@ def parcels(
     """
     good = all_finite(cached)
     if plan.sliced(layer.name):
-        large = larger_side(layer)
+        large = larger_side(layer) or ""
         small = "g" if large == "a" else "a"
         sent = {small: getattr(cached, small)}
         rows = [sent_rows(getattr(cached, large), plan).reshape(plan.devices, -1)]

@@ -93,7 +93,7 @@ def make_plan(
         )
     owned = [t for t in layers if is_owned(t, reduction, method == "ekfac")]
     period = inverse_interval if isinstance(inverse_interval, int) else 1
-    share = {t.name: shared(t, reduction, method, period) for t in owned}
+    share = {t.name: shared(t, reduction, devices, method, period) for t in owned}
     return Plan(
         devices,
         reduction.slices(devices),
@@ -122,18 +122,34 @@ def wire_size(layer: LayerTag, reduction: Reduction, moments: bool) -> int:
     return sum(field_sizes(layer, reduction.pack, moments).values())
 
 
-def shared(layer: LayerTag, reduction: Reduction, method: str, period: int) -> str:
-    """What follows an inversion: the choice that moves fewer bytes per step."""
-    if method != "cholesky" or larger_side(layer) is None:
+def shared(
+    layer: LayerTag, reduction: Reduction, devices: int, method: str, period: int
+) -> str:
+    """What follows an inversion: the choice that moves fewer bytes per step.
+
+    Either the larger inverse goes to all devices, once in ``period`` steps at most; or
+    rows of the preconditioned gradient, filled up to a multiple of the devices, at
+    every step.
+
+    Args:
+        layer: The layer.
+        reduction: How statistics travel.
+        devices: ``D``.
+        method: Name of the inversion method.
+        period: Least number of steps between inversions.
+
+    Returns:
+        ``"inverses"`` or ``"gradients"``.
+    """
+    side = larger_side(layer)
+    if method != "cholesky" or side is None:
         return INVERSES
     if reduction.share != "auto":
         return reduction.share
-    sizes = inverse_sizes(layer, reduction.pack)
-    n_in, n_out = layer.sizes
-    block = math.prod(layer.stack + layer.blocks) * n_in * n_out
-    side = larger_side(layer)
-    assert side is not None
-    spared = sizes[side]
+    rows, other = sorted(layer.sizes, reverse=True)
+    rows = -(-rows // devices) * devices
+    block = math.prod(layer.stack + layer.blocks) * rows * other
+    spared = inverse_sizes(layer, reduction.pack)[side]
     return INVERSES if spared <= period * block else GRADIENTS
 
 

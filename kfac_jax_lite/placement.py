@@ -85,9 +85,8 @@ def own_part(layers: Sequence[LayerTag], state: KFACState, plan: Plan) -> KFACSt
     """
     if not plan.owners:
         return state
-    factors, inverses, previous = map(
-        dict, (state.factors, state.inverses, state.previous)
-    )
+    factors: dict[str, Any] = dict(state.factors)
+    inverses, previous = dict(state.inverses), dict(state.previous)
     for layer in layers:
         name = layer.name
         if name not in plan.owners:

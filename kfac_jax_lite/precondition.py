@@ -28,14 +28,18 @@ def gather(layer: LayerTag, leaves: dict[str, Array]) -> Array:
     pairs = zip(layer.views, layer.params, strict=True)
     parts = [view.read(leaves[path]) for view, path in pairs]
     if layer.kind == "scale_shift":
-        return jnp.stack(parts, -1)
+        # Scalars and parameters with further unit axes are units like any other.
+        return jnp.stack([x.reshape(layer.a_shape[:-2]) for x in parts], -1)
     return jnp.concatenate(parts, -2) if layer.kronecker else parts[0]
 
 
 def scatter(layer: LayerTag, block: Array, leaves: dict[str, Any]) -> dict[str, Array]:
     """Adjoint of ``gather``: the block as parameter-shaped arrays, by path."""
     if layer.kind == "scale_shift":
-        parts = [block[..., i] for i in range(block.shape[-1])]
+        parts = [
+            block[..., i].reshape(*view.stack, *view.core)
+            for i, view in enumerate(layer.views)
+        ]
     elif layer.kronecker and len(layer.views) == 2:
         parts = [block[..., :-1, :], block[..., -1:, :]]
     else:

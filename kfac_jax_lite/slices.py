@@ -57,7 +57,8 @@ def scattered(
     s = statistics.s
     if s is not None:
         s = mean(s.ravel(), axis_name, wire).reshape(s.shape)
-    return KroneckerStatistics(Slices(own[:size]), Slices(own[size:]), s)
+    a, g = Slices(own[:size]), Slices(own[size:])
+    return KroneckerStatistics(a, g, s)  # type: ignore[arg-type]
 
 
 def own_slices(

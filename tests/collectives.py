@@ -17,12 +17,16 @@ SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
 class Parsed(NamedTuple):
-    """One collective: what it is, bytes of the whole array, and where it stands."""
+    """One collective: what it is, bytes of the whole array, and where it stands.
+
+    ``gated``: it came from a branch of a ``cond`` in the traced program.
+    """
 
     kind: str
     payload: int
     devices: int
     computation: str
+    gated: bool
 
 
 def collectives(text):
@@ -41,21 +45,32 @@ def collectives(text):
 def parse(line, call, computation):
     """One instruction."""
     kind = KINDS[call[2]]
+    gated = bool(re.search(r'op_name="[^"]*cond/branch', line))
     size = sum(
         ITEMSIZE[dtype] * prod(int(d) for d in dims.split(",") if d)
         for dtype, dims in SHAPE.findall(call[1])
     )
     if kind == "permute":
         pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line)[1]
-        return Parsed(kind, size * (pairs.count("},{") + 1), 0, computation)
-    group = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
-    if group:
-        devices = len(group[1].split(","))
-    else:  # [groups,devices]<=[…]
-        devices = int(re.search(r"replica_groups=\[\d+,(\d+)\]", line)[1])
+        return Parsed(kind, size * (pairs.count("},{") + 1), 0, computation, gated)
+    devices = group_size(line)
     if kind == "reduce_scatter":
         size *= devices
-    return Parsed(kind, size, devices, computation)
+    return Parsed(kind, size, devices, computation, gated)
+
+
+def group_size(line):
+    """How many devices take part, in any of the ways that programs write it."""
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
+    if listed:  # {{0,1},{2,3}}
+        return len(listed[1].split(","))
+    tiled = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
+    if tiled:  # [groups,devices]<=[…]
+        return int(tiled[1])
+    # mesh['a'=4,'b'=2] {'a'}
+    ((sizes, names),) = re.findall(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line)
+    size = dict(re.findall(r"'(\w+)'=(\d+)", sizes))
+    return prod(int(size[name]) for name in re.findall(r"'(\w+)'", names))
 
 
 def prod(numbers):

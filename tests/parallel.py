@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +95,20 @@ def split_rows(devices):
     return lambda x: x.reshape(devices, -1, *x.shape[1:])
 
 
+class JitStep(NamedTuple):
+    """A compiled step that places the parameters first."""
+
+    step: Any
+    place: Callable
+
+    def __call__(self, params, *args):
+        return self.step(self.place(params), *args)
+
+    def text(self, params, *args):
+        """Its optimised program."""
+        return self.step.lower(self.place(params), *args).compile().as_text()
+
+
 def under_jit(model, mode, reduction, inverse, devices):
     """The same for ``jit`` with a sharded batch."""
     mesh = mesh_of(AxisType.Auto if mode == "auto" else AxisType.Explicit, devices)
@@ -114,16 +130,7 @@ def under_jit(model, mode, reduction, inverse, devices):
     state = tx.init(model.params())
     state = jax.tree.map(put, state, kfac.state_specs(state, AXIS))
 
-    compiled = jax.jit(step)
-
-    def placed(params, state, x, y):
-        return compiled(put(params, WHOLE), state, x, y)
-
-    def text(params, state, x, y):
-        lowered = compiled.lower(put(params, WHOLE), state, x, y)
-        return lowered.compile().as_text()
-
-    placed.text = text
+    placed = JitStep(jax.jit(step), lambda params: put(params, WHOLE))
     return placed, state, lambda batch: put(batch, SPLIT), tx
 
 

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 import kfac_jax_lite as kfac
-from tests import models, oracles
+from tests import models, oracles, zoo
 from tests.helpers import (
     close,
     first_pass,
     homogeneous,
     kfac_state,
+    leaves,
     random_like,
     random_statistics,
     stacked,
@@ -133,6 +134,27 @@ def test_scale_shift(rng, name, inverse):
     wanted = np.linalg.solve(blocks, v[..., None])[..., 0]
     u = np.stack([updates["layer"][key] for key in keys], -1)
     close(u, wanted, 1e-8)
+
+
+@pytest.mark.parametrize("name", ["temperature-jax", "conv_batch_norm-haiku"])
+def test_scales_of_any_rank(rng, name):
+    """A scalar, and a scale with unit axes that its shift lacks."""
+    net = zoo.BY_NAME[name]
+    params, batch = net.params(), net.batch(4)
+    tagged = net.tag(4)
+    template = jax.eval_shape(tagged.value_and_grad, params, *batch)[-1]
+    (layer,) = [t for t in tagged.layers if t.kind == "scale_shift"]
+    statistics, grads = random_statistics(rng, template), random_like(rng, params)
+    updates = precondition(tagged, params, grads, statistics, damping=0.1)
+    v, u = (
+        np.stack([leaves(tree)[path].ravel() for path in layer.params], -1)
+        for tree in (grads, updates)
+    )
+    assert {k: x.shape for k, x in leaves(updates).items()} == {
+        k: x.shape for k, x in leaves(params).items()
+    }
+    damped = np.asarray(statistics[layer.name].blocks) + 0.1 * np.eye(v.shape[-1])
+    close(u, np.linalg.solve(damped, v[..., None])[..., 0])
 
 
 def test_diagonal(rng):

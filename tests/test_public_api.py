@@ -48,6 +48,19 @@ SIGNATURES = {
     "tag_conv": {"output": EMPTY, "x": EMPTY, "w": EMPTY, "b": None, "options": EMPTY},
     "register_rule": {"primitive": EMPTY, "reference": EMPTY},
     "report": {"opt_state": EMPTY},
+    "layer_rows": {"tagged": EMPTY, "params": EMPTY, "args": EMPTY},
+    "cost_model": {
+        "layers": EMPTY,
+        "reduction": kfac.Reduction(),
+        "devices": 1,
+        "rows": None,
+        "interval": kfac.intervals.every(1),
+        "inverse": "cholesky",
+        "inverse_interval": 1,
+        "batch_norm": "unit",
+        "mapped": True,
+    },
+    "simulate.step_time": {"cost": EMPTY, "machine": EMPTY, "trace": 1.0},
     "intervals.every": {"n": EMPTY},
     "intervals.adaptive": {
         "threshold": EMPTY,
@@ -57,7 +70,7 @@ SIGNATURES = {
     "intervals.staleness": {"threshold": 0.1, "max_interval": None},
 }
 NAMES = {name for name in SIGNATURES if "." not in name}
-NAMES |= {"Reduction", "intervals", "damping"}
+NAMES |= {"Reduction", "intervals", "damping", "simulate"}
 
 
 def lookup(name):

@@ -10,13 +10,15 @@ from experiments.benchmarks.architectures.language import GPT, LSTMLanguageModel
 from experiments.benchmarks.architectures.problem import (
     Problem,
     Shape,
+    autoencoder,
     classifier,
     language_model,
     normalised_classifier,
 )
 from experiments.benchmarks.architectures.vision import Mixer, ResNet, ViT
+from experiments.benchmarks.networks import SPECS
 
-__all__ = ["ARCHITECTURES", "Architecture", "Problem"]
+__all__ = ["ARCHITECTURES", "SMALL", "Architecture", "Problem"]
 
 IMAGES = (32, 224, 224, 3)
 
@@ -78,4 +80,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "lstm": Architecture(
         "LSTM language model", LSTMLanguageModel, language_model, (20, 35)
     ),
+}
+
+# The networks of the step times.
+SMALL: dict[str, Architecture] = {
+    name: Architecture(
+        name, spec.module, autoencoder if spec.bernoulli else classifier, spec.shape
+    )
+    for name, spec in SPECS.items()
 }

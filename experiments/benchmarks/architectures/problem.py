@@ -97,6 +97,26 @@ def normalised_classifier(model: nn.Module, shape: Shape) -> Problem:
     return Problem(loss, variables["params"], args, has_aux=True)
 
 
+def autoencoder(model: nn.Module, shape: Shape) -> Problem:
+    """A model of its own inputs, each a probability.
+
+    Args:
+        model: maps inputs to logits.
+        shape: of the inputs, ``[batch, entries]``.
+
+    Returns:
+        The problem.
+    """
+
+    def loss(params: Any, inputs: jax.Array) -> jax.Array:
+        logits: Any = model.apply({"params": params}, inputs)
+        terms = optax.sigmoid_binary_cross_entropy(kfac.bernoulli(logits), inputs)
+        return terms.sum(-1).mean()
+
+    inputs = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return Problem(loss, shapes_of(model, inputs)["params"], (inputs,))
+
+
 def language_model(model: nn.Module, shape: Shape) -> Problem:
     """A model of the next token.
 

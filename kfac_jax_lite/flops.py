@@ -1,0 +1,247 @@
+"""How many rows a layer has, and what its curvature costs in arithmetic.
+
+Counted are matrix products (``2 m k n`` for ``[m, k] @ [k, n]``) and factorisations.
+Elementwise work, such as moving averages, unit-wise and diagonal solves, activations
+and the counting of tokens, is not: it is bound by memory, not by arithmetic.
+
+Notation: ``R`` rows, factors of shape ``[*blocks, d, d]``; ``A`` is ``a × a`` and ``G``
+``g × g``. A factor kept as diagonal blocks costs what its blocks cost, one kept as its
+diagonal nothing.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+from kfac_jax_lite import forms
+from kfac_jax_lite.factors.estimate import TaggedLoss
+from kfac_jax_lite.factors.recipe import count_rows, make_recipe
+from kfac_jax_lite.inverse import Method
+from kfac_jax_lite.tagging.layers import Site
+from kfac_jax_lite.types import LayerTag
+from kfac_jax_lite.views import Shape
+
+# ``spd_inverse`` halves matrices until they are at most this wide.
+LEAF = 512
+# Iterations of a warm-started Newton-Schulz inverse; an assumption, it depends on data.
+NEWTON_SCHULZ_STEPS = 3
+
+
+class Rows(NamedTuple):
+    """How often a layer's weight is applied to a batch.
+
+    Attributes:
+        forward: Rows of the product ``x W`` over all its uses.
+        reverse: Rows of ``y Wᵀ``, for tied weights.
+        statistics: ``R`` of the statistics of ``x W``: after ``reduce``; of a
+            scale_shift layer the number of example gradients.
+    """
+
+    forward: int
+    reverse: int
+    statistics: int
+
+
+def layer_rows(tagged: TaggedLoss, params: Any, *args: Any) -> dict[str, Rows]:
+    """Rows of every layer for a batch, from shapes alone; nothing is executed.
+
+    Args:
+        tagged: The tagged loss.
+        params: Parameters, arrays or ``jax.ShapeDtypeStruct``.
+        *args: Further arguments, likewise: the batch of *one* device. Its size need not
+            be that of ``kfac.tag``.
+
+    Returns:
+        Layer name to rows.
+    """
+    found = tagged.trace(params, args, tagged.fisher != "empirical")
+    reduce, n = tagged.weight_sharing == "reduce", found.num_examples
+    rows = {}
+    for layer in found.layers:
+        sites = found.sites.get(layer.name, [])
+        if layer.kind == "diagonal":
+            rows[layer.name] = Rows(n, 0, n)
+            continue
+        recipe = make_recipe(layer, sites, n, reduce, masked=False)
+        forward = count_rows([s for s in sites if not s.reverse], n, False)
+        if recipe.by_example:
+            statistics = n
+        elif layer.kind == "scale_shift":
+            statistics = sum(example_gradients(site) for site in sites)
+        else:
+            statistics = recipe.num_rows
+        rows[layer.name] = Rows(forward, recipe.rows_out, statistics)
+    return rows
+
+
+def example_gradients(site: Site) -> int:
+    """Number of gradients ``s_n`` that one site of a scale_shift layer makes."""
+    return site.geometry.examples * site.repeat  # type: ignore[union-attr]
+
+
+def gradient_flops(layer: LayerTag, rows: Rows) -> int:
+    """``6 R in out``: forward product, gradient of the input, gradient of the weight.
+
+    Of products with parameters only: attention scores and elementwise layers are not
+    in it, and the first layer's input is taken to need its gradient too.
+
+    Args:
+        layer: The layer.
+        rows: Its rows.
+
+    Returns:
+        Floating-point operations of one forward and backward pass.
+    """
+    if not layer.kronecker:
+        return 0
+    weight = math.prod((*layer.stack, *layer.blocks, *layer.views[0].core[-2:]))
+    products = rows.reverse + (0 if layer.kind == "embedding" else rows.forward)
+    return 6 * products * weight
+
+
+def statistics_flops(layer: LayerTag, rows: Rows, moments: bool = False) -> int:
+    """``2 R a² + 2 R g²``: ``A = Σ ā āᵀ`` and ``G = Σ c cᵀ`` as full products.
+
+    A tied weight has both for its reverse use as well; a scale_shift layer has
+    ``2 R k²`` for each of its ``k × k`` blocks. EKFAC turns the rows into the
+    eigenbasis and multiplies their squares: ``2 R a² + 2 R g² + 2 R a g`` more.
+
+    Args:
+        layer: The layer.
+        rows: Its rows.
+        moments: Whether EKFAC's second moments are estimated.
+
+    Returns:
+        Floating-point operations of one refresh.
+
+    References:
+        Martens & Grosse, 2015, arXiv:1503.05671, Sec. 8 (the same terms).
+    """
+    r = rows.statistics
+    if layer.kind == "diagonal":
+        return 0
+    if layer.kind == "scale_shift":
+        return 2 * r * math.prod(layer.a_shape)
+    a = entries(layer.a_shape, layer.a_form)
+    g = entries(layer.g_shape, layer.g_form)
+    total = 2 * r * (g if layer.kind == "embedding" else a + g)
+    total += 2 * rows.reverse * (a + g)
+    if moments:
+        total += 2 * (r + rows.reverse) * (a + g)
+        product = 0 if layer.kind == "embedding" else r
+        total += 2 * (product + rows.reverse) * moments_size(layer)
+    return total
+
+
+def inversion_flops(layer: LayerTag, method: Method) -> int:
+    """Operations of one inversion of both factors.
+
+    * Cholesky: what ``linalg.spd_inverse`` does, see ``spd_inverse_flops``.
+    * Newton-Schulz: two residuals ``2 d³`` and two products per iteration,
+      ``(4 + 4 i) d³`` with ``i = 3``.
+    * Eigendecomposition: ``9 d³``; EKFAC also turns its moments, ``2 d³`` per factor
+      and ``2 a² g + 2 a g²``.
+
+    Args:
+        layer: The layer.
+        method: How factors are inverted.
+
+    Returns:
+        Floating-point operations; 0 for kinds that are solved directly.
+
+    References:
+        Golub & Van Loan, 2013, "Matrix Computations", Secs. 3.1, 4.2, 8.3 (triangular
+        solve ``d²`` per column, Cholesky ``d³/3``, symmetric QR with vectors ``9 d³``).
+    """
+    if full_norm(layer):
+        return round(matrices(layer.a_shape) * spd_inverse_flops(layer.a_shape[-1]))
+    if not layer.kronecker:
+        return 0
+    total = 0.0
+    for shape, form in factors_of(layer):
+        if form == forms.DIAGONAL:
+            continue
+        cube = shape[-1] ** 3
+        if method.moments:
+            each = 11 * cube
+        elif not method.damped:
+            each = 9 * cube
+        elif method.name == "newton_schulz":
+            each = (4 + 4 * NEWTON_SCHULZ_STEPS) * cube
+        else:
+            each = spd_inverse_flops(shape[-1])
+        total += matrices(shape) * each
+    return round(total + (apply_flops(layer) if method.moments else 0))
+
+
+def spd_inverse_flops(size: int, leaf: int = LEAF) -> float:
+    """Operations of ``linalg.spd_inverse``.
+
+    Up to ``leaf``: Cholesky ``d³/3``, a triangular solve with the identity ``d³`` and
+    the product ``L⁻ᵀ L⁻¹`` ``2 d³``: ``10/3 d³``. Above, two halves and four products
+    of halves, which tends to ``4/3 d³``. (The least that LAPACK needs is ``d³``.)
+
+    Args:
+        size: ``d``.
+        leaf: Largest size that is factorised at once.
+
+    Returns:
+        Floating-point operations.
+    """
+    if size <= leaf:
+        return 10 / 3 * size**3
+    k = size // 2
+    m = size - k
+    products = 2 * k * k * m + 2 * k * m * m + 2 * k * m * m + 2 * k * m * k
+    return spd_inverse_flops(k, leaf) + spd_inverse_flops(m, leaf) + products
+
+
+def precondition_flops(layer: LayerTag, method: Method) -> int:
+    """``2 a² g + 2 a g²`` per step: ``A⁻¹ V G⁻¹``.
+
+    Twice that in an eigenbasis (there and back). A full ``d × d`` block of a
+    normalisation layer: ``2 d²``.
+
+    Args:
+        layer: The layer.
+        method: How factors are inverted.
+
+    Returns:
+        Floating-point operations of every step.
+    """
+    if full_norm(layer):
+        return 2 * math.prod(layer.a_shape)
+    if not layer.kronecker:
+        return 0
+    return apply_flops(layer) * (1 if method.damped else 2)
+
+
+def apply_flops(layer: LayerTag) -> int:
+    """``2 a² g + 2 a g²``: both factors times a block of the gradient."""
+    width_a, width_g = forms.widths(layer)
+    a = entries(layer.a_shape, layer.a_form) * width_g
+    return 2 * (a + entries(layer.g_shape, layer.g_form) * width_a)
+
+
+def moments_size(layer: LayerTag) -> int:
+    """Entries of EKFAC's second moments."""
+    return math.prod((*layer.stack, *layer.blocks, *forms.widths(layer)))
+
+
+def full_norm(layer: LayerTag) -> bool:
+    """Whether it is a scale_shift layer with one full block, as in some papers."""
+    return layer.kind == "scale_shift" and layer.a_shape[-1] > 2
+
+
+def factors_of(layer: LayerTag) -> tuple[tuple[Shape, str], ...]:
+    """Shape and form of the factors of a Kronecker layer."""
+    return (layer.a_shape, layer.a_form), (layer.g_shape, layer.g_form)
+
+
+def entries(shape: Shape, form: str) -> int:
+    """Entries of a factor's matrices; 0 if it is kept as its diagonal."""
+    return 0 if form == forms.DIAGONAL else math.prod(shape)
+
+
+def matrices(shape: Shape) -> int:
+    """How many matrices a factor holds."""
+    return math.prod(shape[:-2])
