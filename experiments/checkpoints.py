@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from experiments.errors import CheckpointError
+from experiments.parallel import replicate
 
 PyTree = Any
 KEEP = 2
@@ -56,8 +56,18 @@ def save(folder: Path, step: int, state: PyTree) -> None:
 
 def write(path: Path, leaves: dict[str, np.ndarray]) -> None:
     """Writes one checkpoint."""
-    with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with quiet(), checkpointer_of_this_process() as checkpointer:
         checkpointer.save(path, leaves, force=True)
+
+
+def checkpointer_of_this_process() -> ocp.Checkpointer:
+    """Returns a checkpointer that waits for no other process."""
+    own = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"{own}"
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 def restore(folder: Path, step: int, like: PyTree) -> PyTree:
@@ -81,7 +91,7 @@ def restore(folder: Path, step: int, like: PyTree) -> PyTree:
         if np.size(leaf)
     }
     try:
-        with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with quiet(), checkpointer_of_this_process() as checkpointer:
             tree = checkpointer.metadata(path).item_metadata.tree
             seen = {
                 name: (tuple(item.shape), str(np.dtype(item.dtype)))
@@ -108,7 +118,7 @@ def restore(folder: Path, step: int, like: PyTree) -> PyTree:
     def place(path: Any, leaf: Any) -> Any:
         value = leaves.get(jax.tree_util.keystr(path), leaf)
         if isinstance(leaf, jax.Array):
-            return jax.device_put(jnp.asarray(value), leaf.sharding)
+            return replicate(np.asarray(value), leaf.sharding)
         return value
 
     return jax.tree_util.tree_map_with_path(place, like)

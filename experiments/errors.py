@@ -23,3 +23,7 @@ class MetricsError(ExperimentError):
 
 class RunFolderError(ExperimentError):
     """A run folder that is in use or belongs to another configuration."""
+
+
+class ProcessError(ExperimentError):
+    """Processes that should train together and cannot."""

@@ -93,6 +93,29 @@ def report(folder: Path, baseline: str, console: Console) -> None:
         console.print(f"Plot: {path}", soft_wrap=True, highlight=False)
 
 
+def train_and_report(config: TrainConfig, console: Console) -> list[str]:
+    """Trains, alone or with other processes; the first one reports.
+
+    Args:
+        config: what to run.
+        console: where to report.
+
+    Returns:
+        What went wrong without stopping a run.
+    """
+    from experiments import processes
+
+    with processes.together():
+        from experiments.train import train
+
+        if not processes.is_first():
+            console = Console(quiet=True)
+        folder, problems = train(config, console)
+        if processes.is_first():
+            report(folder, config.baseline, console)
+    return problems
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
@@ -114,10 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             cost.run(config, console)
             return 0
-        from experiments.train import train
-
-        folder, problems = train(config, console)
-        report(folder, config.baseline, console)
+        problems = train_and_report(config, console)
     except ExperimentError as error:
         errors.print(f"error: {error}", style="red", soft_wrap=True, markup=False)
         return 2

@@ -5,6 +5,7 @@ configuration, data, versions), ``train`` (mean batch loss over the steps since 
 one), ``eval``, ``layers`` (the report of K-FAC), ``note`` or ``end``.
 """
 
+import itertools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import numpy as np
 
 from experiments.errors import MetricsError
 from experiments.models import Task
+from experiments.parallel import Placement
 
 FILE_NAME = "metrics.jsonl"
 EVAL_BATCH = 1000
@@ -163,7 +165,10 @@ def keep_until(path: Path, step: int) -> None:
 
 
 def make_evaluate(
-    task: Task, images: np.ndarray, labels: np.ndarray
+    task: Task,
+    images: np.ndarray,
+    labels: np.ndarray,
+    placement: Placement | None = None,
 ) -> Callable[[Any, Any], dict[str, float]]:
     """Returns the evaluation on fixed examples.
 
@@ -171,17 +176,24 @@ def make_evaluate(
         task: the network and its loss.
         images: images ``[n, h, w, c]``, or other inputs ``[n, ...]``.
         labels: labels ``[n]``, or whatever is to be predicted of the inputs.
+        placement: devices that share the examples; None for one.
 
     Returns:
         A function of parameters and model state to the means over the examples.
     """
     evaluate = jax.jit(task.evaluate)
+    count = 1 if placement is None else placement.count
+    shared = len(images) - len(images) % count
+    cuts = [*range(0, shared, EVAL_BATCH - EVAL_BATCH % count), shared, len(images)]
+    parts = [slice(*ends) for ends in itertools.pairwise(cuts) if ends[0] < ends[1]]
 
     def run(params: Any, model_state: Any) -> dict[str, float]:
         totals: dict[str, float] = {}
-        for start in range(0, len(images), EVAL_BATCH):
-            rows = slice(start, start + EVAL_BATCH)
-            sums = evaluate(params, model_state, images[rows], labels[rows])
+        for rows in parts:
+            batch = images[rows], labels[rows]
+            if placement is not None:
+                batch = placement.rows(*batch)
+            sums = evaluate(params, model_state, *batch)
             for name, value in jax.device_get(sums).items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         return {name: value / len(images) for name, value in totals.items()}

@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib.metadata
+import json
 import platform
+import zlib
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,8 +17,11 @@ from flax.training import train_state
 from experiments import checkpoints, metrics
 from experiments.configs import TrainConfig
 from experiments.datasets import Examples
+from experiments.errors import CheckpointError
 from experiments.models import Task
 from experiments.optimizers import TITLES, Optimizer, make_optimizer
+from experiments.parallel import Placement
+from experiments.processes import told_by_first
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -64,6 +69,7 @@ class Run:
         task: the network and its loss.
         data: the data set.
         optimizer: the transformation.
+        placement: the devices.
         folder: where the run is kept.
         state: the training state.
         seconds: training time so far, without evaluations, checkpoints, compilation.
@@ -76,6 +82,7 @@ class Run:
     task: Task
     data: Examples
     optimizer: Optimizer
+    placement: Placement
     folder: Path
     state: State
     seconds: float = 0.0
@@ -102,6 +109,10 @@ class Run:
         """The file of the metrics."""
         return self.folder / metrics.FILE_NAME
 
+    def placement_record(self) -> dict[str, int]:
+        """Returns what the records say of the devices."""
+        return {"devices": self.placement.count, "processes": jax.process_count()}
+
     def saved(self) -> dict[str, Any]:
         """Returns what a checkpoint holds."""
         return {
@@ -111,7 +122,9 @@ class Run:
         }
 
 
-def make_run(config: TrainConfig, name: str, task: Task, data: Examples) -> Run:
+def make_run(
+    config: TrainConfig, name: str, task: Task, data: Examples, placement: Placement
+) -> Run:
     """Builds the first state of a run.
 
     Args:
@@ -119,6 +132,7 @@ def make_run(config: TrainConfig, name: str, task: Task, data: Examples) -> Run:
         name: name of the optimiser.
         task: the network and its loss.
         data: the data set.
+        placement: the devices.
 
     Returns:
         The run before its first step.
@@ -139,27 +153,38 @@ def make_run(config: TrainConfig, name: str, task: Task, data: Examples) -> Run:
         opt_state=optimizer.tx.init(params),
         model_state=model_state,
     )
+    state = placement.everywhere(state)
     folder = config.folder() / name
-    return Run(config, name, task, data, optimizer, folder, state)
+    return Run(config, name, task, data, optimizer, placement, folder, state)
 
 
 def resume(run: Run) -> int:
-    """Restores the newest checkpoint, if there is one.
+    """Restores the newest checkpoint, if there is one, in every process.
 
     Args:
         run: the run before its first step; changed in place.
 
     Returns:
         The number of steps taken.
+
+    Raises:
+        CheckpointError: if this process does not see what the first one sees.
     """
-    steps = checkpoints.complete(run.checkpoint_folder)
-    if not steps:
+    folder = run.checkpoint_folder
+    step = told_by_first(lambda: max(checkpoints.complete(folder), default=0))
+    if not step:
         return 0
-    saved = checkpoints.restore(run.checkpoint_folder, steps[-1], run.saved())
+    if step not in checkpoints.complete(folder):
+        raise CheckpointError(
+            f"Process 0 continues from step {step}; process {jax.process_index()} sees "
+            f"no such checkpoint in {folder.absolute()}. All processes need the same "
+            "run folder."
+        )
+    saved = checkpoints.restore(folder, step, run.saved())
     run.state = saved["state"]
     run.seconds = float(saved["seconds"])
     run.compile_seconds = float(saved["compile_seconds"])
-    return steps[-1]
+    return step
 
 
 def evaluation_points(run: Run) -> set[int]:
@@ -196,6 +221,23 @@ def identity(config: TrainConfig, name: str, data: Examples) -> dict[str, Any]:
     }
 
 
+def checksum(config: TrainConfig, data: Examples) -> int:
+    """Returns a checksum of what all processes have to agree on.
+
+    Args:
+        config: the configuration of the comparison.
+        data: the data set.
+
+    Returns:
+        A CRC-32 of the configuration and of the arrays.
+    """
+    values = [config.run_dict(name) for name in config.optimizers]
+    total = zlib.crc32(json.dumps([values, config.fresh], sort_keys=True).encode())
+    for array in (data.x_train, data.y_train, data.x_test, data.y_test):
+        total = zlib.crc32(np.ascontiguousarray(array).data, total)
+    return total
+
+
 def description(run: Run) -> dict[str, Any]:
     """Returns the values of a run's first record."""
     return {
@@ -206,6 +248,7 @@ def description(run: Run) -> dict[str, Any]:
         "total_steps": run.total_steps,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(run.state.params)),
         "device": jax.devices()[0].device_kind,
+        **run.placement_record(),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in PACKAGES},
     }

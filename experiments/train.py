@@ -5,6 +5,8 @@ continues after it was killed. Parameters, order of the data and sampled labels 
 on the seed and the number of the step alone, so the continued curve is the same.
 """
 
+import contextlib
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -23,11 +25,14 @@ from experiments.datasets import Examples
 from experiments.errors import CheckpointError, ConfigError, MetricsError
 from experiments.models import Task, make_task
 from experiments.optimizers import TITLES
+from experiments.parallel import Placement, place_on
+from experiments.processes import check_same, is_first, told_by_first
 from experiments.progress import RunProgress
 from experiments.runfolder import check_same_run, locked
 from experiments.runs import (
     Run,
     State,
+    checksum,
     description,
     evaluation_points,
     identity,
@@ -66,18 +71,35 @@ def train(config: TrainConfig, console: Console) -> tuple[Path, list[str]]:
             f"batch-size is {config.batch_size}; {data.title} has only "
             f"{len(data.x_train)} training examples."
         )
+    placement = place_on(config.devices)
+    placement.check_batch(config.batch_size)
+    check_same("configuration or data", checksum(config, data))
     task = make_task(config.model, config.net, data)
     folder, problems = config.folder(), []
-    with locked(folder):
+    with contextlib.ExitStack() as stack:
+        told_by_first(lambda: stack.enter_context(locked(folder)) or 0)
         for name in config.optimizers:
-            if config.fresh:
+            if config.fresh and is_first():
                 shutil.rmtree(folder / name, ignore_errors=True)
-            problems += run_optimizer(config, name, task, data, console)
+            problems += run_optimizer(config, name, task, data, placement, console)
     return folder, problems
 
 
+def is_finished(config: TrainConfig, name: str, data: Examples) -> bool:
+    """Whether one optimiser's run has ended; an error if it is another run's folder."""
+    folder = config.folder() / name
+    records = metrics.read_records(folder / metrics.FILE_NAME)
+    check_same_run(folder, records, identity(config, name, data))
+    return bool(records) and records[-1]["kind"] == "end"
+
+
 def run_optimizer(
-    config: TrainConfig, name: str, task: Task, data: Examples, console: Console
+    config: TrainConfig,
+    name: str,
+    task: Task,
+    data: Examples,
+    placement: Placement,
+    console: Console,
 ) -> list[str]:
     """Starts, continues or skips one optimiser's run.
 
@@ -86,29 +108,27 @@ def run_optimizer(
         name: name of the optimiser.
         task: the network and its loss.
         data: the data set.
+        placement: the devices.
         console: where to report.
 
     Returns:
         What went wrong without stopping the run.
     """
-    folder = config.folder() / name
-    records = metrics.read_records(folder / metrics.FILE_NAME)
-    check_same_run(folder, records, identity(config, name, data))
-    if records and records[-1]["kind"] == "end":
+    if told_by_first(lambda: is_finished(config, name, data)):
+        folder = config.folder() / name
         console.print(f"{TITLES[name]}: already finished in {folder}", soft_wrap=True)
         return []
-    run = make_run(config, name, task, data)
+    run = make_run(config, name, task, data, placement)
     if run.optimizer.tagged is not None:
         console.print(str(run.optimizer.tagged), markup=False, highlight=False)
     start = resume(run)
     if start:
         console.print(f"{TITLES[name]}: continues from step {start}")
-    # Without a step in it, the file starts anew with the configuration.
-    metrics.keep_until(run.metrics_path, start if start else -1)
-    file = metrics.MetricsFile(run.metrics_path)
+    file = open_metrics(run, start)
     try:
         if start:
-            file.append("note", start, text="continued from a checkpoint")
+            text = "continued from a checkpoint"
+            file.append("note", start, text=text, **run.placement_record())
         else:
             file.append("config", 0, **description(run))
         with RunProgress(console, TITLES[name], run.total_steps, start) as progress:
@@ -121,6 +141,23 @@ def run_optimizer(
     for problem in run.problems:
         console.print(f"[red]warning:[/] {problem}", soft_wrap=True, highlight=False)
     return run.problems
+
+
+def open_metrics(run: Run, start: int) -> metrics.MetricsFile:
+    """Opens the file of the metrics; what other processes than the first write is lost.
+
+    Args:
+        run: the run.
+        start: steps already taken; later records are dropped.
+
+    Returns:
+        The open file.
+    """
+    if not is_first():
+        return metrics.MetricsFile(Path(os.devnull))
+    # Without a step in it, the file starts anew with the configuration.
+    metrics.keep_until(run.metrics_path, start if start else -1)
+    return metrics.MetricsFile(run.metrics_path)
 
 
 def make_step(run: Run) -> Callable[[State, Any, Any], tuple[State, jax.Array]]:
@@ -153,11 +190,12 @@ def make_step(run: Run) -> Callable[[State, Any, Any], tuple[State, jax.Array]]:
         )
         return state, loss
 
-    size = run.config.batch_size
-    images, labels = run.data.x_train[:size], run.data.y_train[:size]
+    size, placement = run.config.batch_size, run.placement
+    batch = placement.rows(run.data.x_train[:size], run.data.y_train[:size])
     began = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(run.state, images, labels)
-    compiled = compiled.compile()
+    # Left to itself, XLA may split the new state over the devices.
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=placement.replicated)
+    compiled = jitted.lower(run.state, *batch).compile()
     run.compile_seconds += time.perf_counter() - began
     return compiled
 
@@ -206,8 +244,8 @@ def advance(
     config, losses = run.config, []
     began = time.perf_counter()
     batches = datasets.batches(run.data, config.batch_size, config.seed, at, until)
-    for images, labels in batches:
-        run.state, loss = step_fn(run.state, images, labels)
+    for batch in batches:
+        run.state, loss = step_fn(run.state, *run.placement.rows(*batch))
         losses.append(loss)
     losses = [float(loss) for loss in jax.device_get(losses)]
     jax.block_until_ready(run.state)
@@ -220,9 +258,11 @@ def make_evaluations(run: Run) -> Callable[[], dict[str, float]]:
     """Returns the evaluation of the run's present state on both splits."""
     count, data = run.config.eval_examples, run.data
     on_train = metrics.make_evaluate(
-        run.task, data.x_train[:count], data.y_train[:count]
+        run.task, data.x_train[:count], data.y_train[:count], run.placement
     )
-    on_test = metrics.make_evaluate(run.task, data.x_test[:count], data.y_test[:count])
+    on_test = metrics.make_evaluate(
+        run.task, data.x_test[:count], data.y_test[:count], run.placement
+    )
 
     def evaluate() -> dict[str, float]:
         values = {}
@@ -270,6 +310,8 @@ def record_evaluation(
 
 def save_checkpoint(run: Run, step: int, file: metrics.MetricsFile) -> None:
     """Writes a checkpoint; a failure is told and does not stop the run."""
+    if not is_first():
+        return
     try:
         checkpoints.save(run.checkpoint_folder, step, run.saved())
     except CheckpointError as error:

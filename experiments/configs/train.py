@@ -27,8 +27,16 @@ DatasetName = Literal[
 ModelName = Literal["mlp", "mlp_nnx", "lenet5", "resnet", "autoencoder", "lm"]
 OptimizerName = Literal["kfac", "sgd", "adam", "adamw"]
 
-# Where the data lies and how runs are kept decides nothing about the curve.
-NOT_IN_FINGERPRINT = ("data_dir", "workdir", "fresh", "optimizers", "baseline")
+# Where the data lies, how runs are kept and on how many devices they are computed
+# decides nothing about the curve.
+NOT_IN_FINGERPRINT = (
+    "data_dir",
+    "workdir",
+    "fresh",
+    "optimizers",
+    "baseline",
+    "devices",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +104,9 @@ class TrainConfig:
     """Steps between records of the batch loss."""
     checkpoint_every: int = 100
     """Steps between checkpoints; rounded up to a multiple of log_every."""
+    devices: int | None = None
+    """Devices that share each batch, over all processes; 0 for all; one if not given,
+    or all if there are several processes."""
     data_dir: Path | None = None
     """Folder with the data; KFAC_DATA_DIR if not given."""
     workdir: Path | None = None
@@ -131,6 +142,8 @@ class TrainConfig:
         check_integer("log-every", self.log_every, at_least=1)
         check_integer("checkpoint-every", self.checkpoint_every, at_least=1)
         check_integer("seed", self.seed, at_least=0)
+        if self.devices is not None:
+            check_integer("devices", self.devices, at_least=0)
         if self.train_examples is not None:
             check_integer("train-examples", self.train_examples, at_least=1)
 

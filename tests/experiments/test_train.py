@@ -12,22 +12,9 @@ from experiments.errors import ConfigError, RunFolderError
 from experiments.reports import read_runs
 from experiments.runfolder import locked
 from experiments.train import train
+from tests.experiments.curves import curve, interrupted, records_of
 
 ONE_STEP = {"train_examples": 16, "checkpoint_every": 1}
-
-
-def records_of(config, optimizer, kind):
-    path = config.folder() / optimizer / metrics.FILE_NAME
-    return [r for r in metrics.read_records(path) if r["kind"] == kind]
-
-
-def curve(config, optimizer):
-    """Everything recorded of the losses, without the times."""
-    return [
-        {name: value for name, value in record.items() if name != "seconds"}
-        for kind in ("train", "eval")
-        for record in records_of(config, optimizer, kind)
-    ]
 
 
 def test_one_step(tiny, console):
@@ -115,17 +102,7 @@ def test_resume(tiny, console, tmp_path, monkeypatch, optimizer, killed_after):
     train(whole, console)
 
     killed = dataclasses.replace(whole, workdir=tmp_path / "killed")
-    append = metrics.MetricsFile.append
-
-    def kill(self, kind, step, **values):
-        append(self, kind, step, **values)
-        if kind in ("train", "eval") and step >= killed_after:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(metrics.MetricsFile, "append", kill)
-        with pytest.raises(KeyboardInterrupt):
-            train(killed, console)
+    interrupted(killed, console, monkeypatch, after=killed_after)
     assert len(records_of(killed, optimizer, "end")) == 0
     train(killed, console)
     assert curve(killed, optimizer) == curve(whole, optimizer)
