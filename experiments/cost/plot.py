@@ -108,5 +108,8 @@ def draw(
         axis.set_xscale("log", base=2)
         axis.set_xlabel("devices")
         axis.grid(True, which="both", alpha=0.3)
-    seconds.legend(fontsize="small")
+    handles, labels = seconds.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=4, fontsize="small"
+    )
     return figure
