@@ -14,6 +14,7 @@ from experiments.configs import DATASETS, MODELS, TrainConfig, default_config
 from experiments.configs.train import OptimizerName
 from experiments.errors import ExperimentError
 from experiments.progress import open_console
+from experiments.studies.commands import Command, parse_study, run_study
 
 PROGRAM = "python -m experiments.main"
 
@@ -28,7 +29,7 @@ class ReportConfig:
     """The optimiser whose best training loss the others are measured by."""
 
 
-def parse(arguments: Sequence[str]) -> TrainConfig | ReportConfig:
+def parse(arguments: Sequence[str]) -> TrainConfig | ReportConfig | Command:
     """Parses the command line.
 
     Args:
@@ -42,9 +43,11 @@ def parse(arguments: Sequence[str]) -> TrainConfig | ReportConfig:
         description="Trains networks with K-FAC, SGD, Adam and AdamW side by side.",
         epilog=f"The options of a command: {PROGRAM} train --help",
     )
-    commands.add_argument("command", choices=("train", "report"))
+    commands.add_argument("command", choices=("train", "report", "study"))
     command = commands.parse_args(arguments[:1]).command
     rest = list(arguments[1:])
+    if command == "study":
+        return parse_study(rest, f"{PROGRAM} study")
     if command == "report":
         return tyro.cli(ReportConfig, prog=f"{PROGRAM} report", args=rest)
     return tyro.cli(
@@ -106,6 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(config, ReportConfig):
             report(config.workdir, config.baseline, console)
             return 0
+        if not isinstance(config, TrainConfig):
+            return run_study(config, console)
         from experiments.train import train
 
         folder, problems = train(config, console)
