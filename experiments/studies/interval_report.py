@@ -256,7 +256,8 @@ def save_heat_maps(lines: Sequence[Line], threshold: float, path: Path) -> bool:
         axes[1, column].set_title(f"{rule}: steps per refresh", fontsize=9)
     # All share the vertical axis; the input is at the top.
     axes[0, 0].set_ylim(len(found[rules[0]][2]) - 0.5, -0.5)
-    figure.colorbar(image, ax=axes, label="steps")
+    if image is not None:
+        figure.colorbar(image, ax=axes, label="steps")
     FigureCanvasAgg(figure).print_png(path)
     return True
 

@@ -12,7 +12,6 @@ References:
     Osawa et al., 2019, arXiv:1811.12019 (distributed K-FAC with the empirical Fisher).
 """
 
-import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +40,7 @@ from experiments.models import Task
 from experiments.models.networks import ResNet
 from experiments.models.registry import linen_functions
 from experiments.models.task import classifier
-from experiments.studies.imagenet import load_imagenet
+from experiments.studies.images import load_data
 from experiments.studies.sizes import Cell, IntervalStudy
 
 AXIS = "batch"
@@ -67,58 +66,6 @@ class Program(NamedTuple):
 
     start: Callable[[int], Carry]
     step: Callable[..., tuple[Carry, jax.Array]]
-
-
-def load_data(config: IntervalStudy) -> Dataset:
-    """Loads the images of a study and averages them over squares of pixels.
-
-    Args:
-        config: the study.
-
-    Returns:
-        The data set.
-
-    Raises:
-        ConfigError: if the squares do not fit, or the batch is larger than the set.
-    """
-    if config.dataset == "imagenet":
-        data = load_imagenet(config.data_dir)
-    else:
-        data = datasets.load(config.dataset, config.data_dir)
-    data = data.first(config.train_examples)
-    if config.batch_size > len(data.x_train):
-        raise ConfigError(
-            f"batch-size is {config.batch_size}; {data.title} has only "
-            f"{len(data.x_train)} training images."
-        )
-    height, width, _ = data.image_shape
-    if height % config.pool or width % config.pool:
-        raise ConfigError(
-            f"pool is {config.pool}; wanted a divisor of the images' {height} and "
-            f"{width} pixels."
-        )
-    if config.pool == 1:
-        return data
-    return dataclasses.replace(
-        data,
-        x_train=pooled(data.x_train, config.pool),
-        x_test=pooled(data.x_test, config.pool),
-    )
-
-
-def pooled(images: np.ndarray, size: int) -> np.ndarray:
-    """Means over squares of ``size × size`` pixels, float32.
-
-    Args:
-        images: ``[n, h, w, c]``.
-        size: a divisor of h and w.
-
-    Returns:
-        Images ``[n, h / size, w / size, c]``.
-    """
-    n, h, w, c = images.shape
-    squares = images.reshape(n, h // size, size, w // size, size, c)
-    return squares.mean((2, 4), dtype=np.float32)
 
 
 def make_task(config: IntervalStudy, data: Dataset) -> Task:
@@ -166,10 +113,21 @@ def make_mesh(config: IntervalStudy) -> Mesh:
     return jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,))
 
 
+def tag_share(
+    config: IntervalStudy, task: Task, data: Dataset, devices: int
+) -> kfac.TaggedLoss:
+    """Tags the loss for one device's share of the batch; nothing is computed."""
+    share = config.batch_size // devices
+    images = jax.ShapeDtypeStruct((share, *data.image_shape), data.x_train.dtype)
+    labels = jax.ShapeDtypeStruct((share,), data.y_train.dtype)
+    start = jax.eval_shape(task.init, jax.random.key(0))
+    return kfac.tag(task.loss, *start, images, labels, fisher="empirical", has_aux=True)
+
+
 def make_program(
     config: IntervalStudy, cell: Cell, task: Task, data: Dataset, mesh: Mesh
 ) -> Program:
-    """Tags the loss for one device's share of the batch, and builds the step.
+    """Builds the step of a rule.
 
     Args:
         config: the study.
@@ -181,10 +139,7 @@ def make_program(
     Returns:
         The functions of a run.
     """
-    share = config.batch_size // mesh.size
-    example = (*task.init(jax.random.key(0)), data.x_train[:share])
-    example = jax.eval_shape(lambda *args: args, *example, data.y_train[:share])
-    tagged = kfac.tag(task.loss, *example, fisher="empirical", has_aux=True)
+    tagged = tag_share(config, task, data, mesh.size)
     tx = kfac.kfac(
         tagged.layers,
         optax.polynomial_schedule(
@@ -356,8 +311,7 @@ def run_intervals(config: IntervalStudy, console: Console) -> Path:
     evaluate = metrics.make_evaluate(task, data.x_test, data.y_test)
     programs: dict[tuple[str, float | None], Program] = {}
     file = metrics.MetricsFile(config.out)
-    columns = TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
+    with open_progress(console) as bar:
         whole = bar.add_task("cells", total=len(missing))
         for cell in missing:
             key = cell.rule, cell.threshold
@@ -377,6 +331,12 @@ def run_intervals(config: IntervalStudy, console: Console) -> Path:
             )
     file.close()
     return config.out
+
+
+def open_progress(console: Console) -> Progress:
+    """A progress bar for the cells and one for the steps of a cell."""
+    columns = TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn()
+    return Progress(*columns, TimeElapsedColumn(), console=console)
 
 
 def append(

@@ -74,7 +74,7 @@ class IntervalStudy:
     """Residual blocks per stage of resnet."""
     width: int = 8
     """Channels of the first stage of resnet."""
-    batch_size: int = 2048
+    batch_size: int = 1024
     """Images per step, over all devices."""
     steps: int = 300
     """Steps of a run."""

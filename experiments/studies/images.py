@@ -1,12 +1,15 @@
-"""ImageNet from memory-mapped arrays: it does not fit in memory."""
+"""The images of a study: averaged over squares, or ImageNet from memory maps."""
 
+import dataclasses
 import os
 from pathlib import Path
 
 import numpy as np
 
+from experiments import datasets
 from experiments.datasets import Dataset
-from experiments.errors import DataError
+from experiments.errors import ConfigError, DataError
+from experiments.studies.sizes import IntervalStudy
 
 NAMES = ("x_train", "y_train", "x_test", "y_test")
 WANTED = (
@@ -14,9 +17,61 @@ WANTED = (
     "imagenet/{x_train,y_train,x_test,y_test}.npy in the folder given by --data-dir or "
     "KFAC_DATA_DIR: images uint8 [n, 224, 224, 3], cropped and scaled (1,281,167 for "
     "training, 50,000 of the validation set: 200 GB), labels integers from 0 to 999; "
-    "and accelerators with memory for a batch of 16,384. It is a configuration only and "
-    "has not been run."
+    "and accelerators with memory for a batch of 16,384. It is a configuration only: "
+    "nobody has run it."
 )
+
+
+def load_data(config: IntervalStudy) -> Dataset:
+    """Loads the images of a study and averages them over squares of pixels.
+
+    Args:
+        config: the study.
+
+    Returns:
+        The data set.
+
+    Raises:
+        ConfigError: if the squares do not fit, or the batch is larger than the set.
+    """
+    if config.dataset == "imagenet":
+        data = load_imagenet(config.data_dir)
+    else:
+        data = datasets.load(config.dataset, config.data_dir)
+    data = data.first(config.train_examples)
+    if config.batch_size > len(data.x_train):
+        raise ConfigError(
+            f"batch-size is {config.batch_size}; {data.title} has only "
+            f"{len(data.x_train)} training images."
+        )
+    height, width, _ = data.image_shape
+    if height % config.pool or width % config.pool:
+        raise ConfigError(
+            f"pool is {config.pool}; wanted a divisor of the images' {height} and "
+            f"{width} pixels."
+        )
+    if config.pool == 1:
+        return data
+    return dataclasses.replace(
+        data,
+        x_train=pooled(data.x_train, config.pool),
+        x_test=pooled(data.x_test, config.pool),
+    )
+
+
+def pooled(images: np.ndarray, size: int) -> np.ndarray:
+    """Means over squares of ``size × size`` pixels, float32.
+
+    Args:
+        images: ``[n, h, w, c]``.
+        size: a divisor of h and w.
+
+    Returns:
+        Images ``[n, h / size, w / size, c]``.
+    """
+    n, h, w, c = images.shape
+    squares = images.reshape(n, h // size, size, w // size, size, c)
+    return squares.mean((2, 4), dtype=np.float32)
 
 
 def load_imagenet(data_dir: Path | None) -> Dataset:
