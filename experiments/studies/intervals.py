@@ -12,6 +12,7 @@ References:
     Osawa et al., 2019, arXiv:1811.12019 (distributed K-FAC with the empirical Fisher).
 """
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -300,9 +301,13 @@ def run_intervals(config: IntervalStudy, console: Console) -> Path:
     Returns:
         The file of the results.
     """
-    done = finished_cells(config.out, config)
-    missing = [cell for cell in config.cells() if cell not in done]
-    console.print(f"{len(done)} cells finished, {len(missing)} to run: {config.out}")
+    done, cells = finished_cells(config.out, config), config.cells()
+    missing = [cell for cell in cells if cell not in done]
+    console.print(
+        f"{len(cells) - len(missing)} cells finished, {len(missing)} to run: "
+        f"{config.out}",
+        soft_wrap=True,
+    )
     if not missing:
         return config.out
     data, mesh = load_data(config), make_mesh(config)
@@ -354,7 +359,8 @@ def append(
         fingerprint=config.fingerprint(),
         cell={"rule": cell.rule, "threshold": cell.threshold, "seed": cell.seed},
         config=config.shared(),
-        data={"title": data.title, "source": data.source},
+        # A file's name, without the folders of this machine.
+        data={"title": data.title, "source": re.sub(r"\S*/", "", data.source)},
         machine={**machine(), "device_count": jax.device_count()},
         **result,
     )
