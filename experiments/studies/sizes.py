@@ -70,10 +70,10 @@ class IntervalStudy:
     """Use only this many training images."""
     model: ModelName = "resnet"
     """Residual network with batch norm; resnet50 is that of the paper."""
-    blocks: tuple[int, ...] = (1, 1, 1)
+    blocks: tuple[int, ...] = (0, 1, 1)
     """Residual blocks per stage of resnet."""
-    width: int = 8
-    """Channels of the first stage of resnet."""
+    width: int = 4
+    """Channels of the stem of resnet; doubled at every stage after the first."""
     batch_size: int = 1024
     """Images per step, over all devices."""
     steps: int = 300
