@@ -2,7 +2,7 @@
 
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,38 +73,49 @@ def summarise(lines: Sequence[Line]) -> list[dict[str, Any]]:
     for line in lines:
         key = line["cell"]["rule"], line["cell"]["threshold"]
         groups.setdefault(key, []).append(line)
-    rows = []
-    for (rule, threshold), group in sorted(groups.items(), key=order_of_group):
-        accuracies = [line["accuracy"] for line in group]
-        ratios = [line["ratio"] for line in group]
-        pairs = [
-            line["accuracy"] - baseline[line["cell"]["seed"]]
-            for line in group
-            if line["cell"]["seed"] in baseline
-        ]
-        rows.append(
-            {
-                "rule": rule,
-                "threshold": threshold,
-                "seeds": sorted(line["cell"]["seed"] for line in group),
-                "accuracy": statistics.mean(accuracies),
-                "accuracy_range": [min(accuracies), max(accuracies)],
-                "paired": statistics.mean(pairs) if pairs else None,
-                "within_spread": statistics.mean(accuracies) >= min(baseline.values()),
-                "train_loss": statistics.mean(line["train_loss"] for line in group),
-                "ratio": statistics.mean(ratios),
-                "ratio_range": [min(ratios), max(ratios)],
-                "late_ratio": statistics.mean(map(late_ratio, group)),
-                "megabytes": statistics.mean(line["bytes_reduced"] for line in group)
-                / 1e6,
-                "inversions": statistics.mean(
-                    sum(layer["inversions"] for layer in line["layers"])
-                    for line in group
-                ),
-                "seconds": statistics.mean(line["seconds"] for line in group),
-            }
-        )
-    return rows
+    return [
+        {"rule": rule, "threshold": threshold, **means(group, baseline)}
+        for (rule, threshold), group in sorted(groups.items(), key=order_of_group)
+    ]
+
+
+def means(group: Sequence[Line], baseline: dict[int, float]) -> dict[str, Any]:
+    """Means over the seeds of one rule and threshold.
+
+    Args:
+        group: its cells.
+        baseline: accuracies of the every-step runs, by seed.
+
+    Returns:
+        The rest of a row of `summarise`.
+    """
+
+    def mean(of: Callable[[Line], float]) -> float:
+        return statistics.mean(map(of, group))
+
+    accuracies = [line["accuracy"] for line in group]
+    ratios = [line["ratio"] for line in group]
+    pairs = [
+        line["accuracy"] - baseline[line["cell"]["seed"]]
+        for line in group
+        if line["cell"]["seed"] in baseline
+    ]
+    counted = group[0]["cell"]["rule"] in ("multiple", "elapsed")
+    return {
+        "seeds": sorted(line["cell"]["seed"] for line in group),
+        "accuracy": statistics.mean(accuracies),
+        "accuracy_range": [min(accuracies), max(accuracies)],
+        "paired": statistics.mean(pairs) if pairs else None,
+        "within_spread": statistics.mean(accuracies) >= min(baseline.values()),
+        "train_loss": mean(lambda line: line["train_loss"]),
+        "ratio": statistics.mean(ratios),
+        "ratio_range": [min(ratios), max(ratios)],
+        "late_ratio": mean(late_ratio),
+        "unlike": mean(unlike) if counted else None,
+        "megabytes": mean(lambda line: line["bytes_reduced"] / 1e6),
+        "inversions": mean(lambda line: sum(x["inversions"] for x in line["layers"])),
+        "seconds": mean(lambda line: line["seconds"]),
+    }
 
 
 def order_of_group(item: tuple[tuple, Any]) -> tuple[int, float]:
@@ -123,6 +134,23 @@ def late_ratio(line: Line) -> float:
     return (last["bytes"] - seen) / (per_step * (last["step"] - start))
 
 
+def unlike(line: Line) -> float:
+    """Refreshes per layer that changed by the threshold or more, in Algorithm 1.
+
+    The interval starts at 1 and each other refresh adds 1, except for the first, which
+    has nothing to be compared with.
+
+    Args:
+        line: a cell of the rules ``multiple`` or ``elapsed``.
+
+    Returns:
+        Mean over the layers.
+    """
+    last = line["records"][-1]
+    pairs = zip(last["refreshes"], last["interval"], strict=True)
+    return statistics.mean(refreshes - interval for refreshes, interval in pairs)
+
+
 def show(rows: Sequence[dict[str, Any]]) -> str:
     """The table.
 
@@ -134,7 +162,7 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
     """
     header = (
         "rule", "λ", "seeds", "accuracy %", "range", "paired", "in spread",
-        "train loss", "traffic %", "range", "2nd half %", "MB", "seconds",
+        "train loss", "traffic %", "range", "2nd half %", "unlike", "MB", "seconds",
     )  # fmt: skip
     cells = [
         (
@@ -149,6 +177,7 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
             f"{100 * row['ratio']:.1f}",
             "-".join(f"{100 * x:.1f}" for x in row["ratio_range"]),
             f"{100 * row['late_ratio']:.1f}",
+            row["unlike"],
             f"{row['megabytes']:.1f}",
             f"{row['seconds']:.0f}",
         )

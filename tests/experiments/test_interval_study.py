@@ -180,7 +180,15 @@ def test_report_of_a_run(study, tmp_path):
 def made_up(rule, threshold, seed, accuracy, ratio):
     """A finished cell of ten steps, 1,000 bytes each."""
     half = round(1e4 * ratio * 0.8)
-    records = [{"step": 5, "bytes": half}, {"step": 10, "bytes": round(1e4 * ratio)}]
+    records = [
+        {"step": 5, "bytes": half},
+        {
+            "step": 10,
+            "bytes": round(1e4 * ratio),
+            "refreshes": [6, 4],
+            "interval": [3, 4],
+        },
+    ]
     return {
         "cell": {"rule": rule, "threshold": threshold, "seed": seed},
         "fingerprint": "f",
@@ -214,6 +222,7 @@ def test_summary_of_known_numbers():
     assert elapsed["ratio"] == pytest.approx(0.15)
     assert elapsed["late_ratio"] == pytest.approx(0.06)
     assert elapsed["inversions"] == 5
+    assert elapsed["unlike"] == 1.5 and staleness["unlike"] is None
     assert elapsed["within_spread"] and not staleness["within_spread"]
     assert re.search(r" 15\.0 +10\.0-20\.0 ", interval_report.show(rows))
 
