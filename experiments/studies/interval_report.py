@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from rich.console import Console
 
@@ -25,6 +26,8 @@ COLOURS = {
     "elapsed": "#0072b2",
     "staleness": "#009e73",
 }
+# Records over which refreshes are counted in the heat maps.
+SPAN = 5
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
@@ -210,16 +213,20 @@ def windows(line: Line) -> tuple[np.ndarray, np.ndarray, list[str], np.ndarray]:
 
     Returns:
         Intervals in force at the end of each window ``[layers, windows]``; steps per
-        refresh within it (the window's length where there was none), the same shape;
-        the layers' names; the steps at the windows' ends, with the start in front.
+        refresh in the `SPAN` windows around it (their length where there was none), the
+        same shape; the layers' names; the windows' ends, with the start in front.
     """
     names = [layer["name"] for layer in line["layers"]]
     order = sorted(range(len(names)), key=lambda i: depth(names[i]))
     steps = np.array([0] + [record["step"] for record in line["records"]])
     interval = np.array([record["interval"] for record in line["records"]]).T[order]
     refreshes = np.array([record["refreshes"] for record in line["records"]]).T[order]
-    counts = np.diff(refreshes, axis=1, prepend=0)
-    between = np.diff(steps) / np.maximum(counts, 1)
+    refreshes = np.pad(refreshes, ((0, 0), (1, 0)))
+    here = np.arange(len(steps) - 1)
+    first = np.maximum(here - SPAN // 2, 0)
+    last = np.minimum(here + SPAN // 2 + 1, len(steps) - 1)
+    counts = refreshes[:, last] - refreshes[:, first]
+    between = (steps[last] - steps[first]) / np.maximum(counts, 1)
     return interval, between, [names[i] for i in order], steps
 
 
@@ -237,7 +244,7 @@ def draw_heat(axis: Axes, values: np.ndarray, names: list[str], steps: Any, top:
         The image, for the colour bar.
     """
     edges = np.arange(len(names) + 1) - 0.5
-    image = axis.pcolormesh(steps, edges, values, vmin=1, vmax=top, cmap="viridis")
+    image = axis.pcolormesh(steps, edges, values, norm=LogNorm(1, top), cmap="viridis")
     # A name per layer where they can be read.
     every = -(-len(names) // 30)
     axis.set_yticks(range(0, len(names), every), names[::every], fontsize=6)
@@ -286,7 +293,10 @@ def save_heat_maps(lines: Sequence[Line], threshold: float, path: Path) -> bool:
     # All share the vertical axis; the input is at the top.
     axes[0, 0].set_ylim(len(found[rules[0]][2]) - 0.5, -0.5)
     if image is not None:
-        figure.colorbar(image, ax=axes, label="steps")
+        ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500) if tick <= top]
+        bar = figure.colorbar(image, ax=axes, label="steps")
+        bar.set_ticks(ticks, labels=[str(tick) for tick in ticks], minor=False)
+        bar.minorticks_off()
     FigureCanvasAgg(figure).print_png(path)
     return True
 
@@ -301,7 +311,7 @@ def save_trade_off(
         rows: from `summarise`.
         path: the PNG file.
     """
-    figure = Figure(figsize=(7, 4.5), layout="constrained", dpi=120)
+    figure = Figure(figsize=(8, 4.5), layout="constrained", dpi=120)
     axis = figure.subplots()
     thresholds = sorted({row["threshold"] for row in rows} - {None})
     marker = dict(zip(thresholds, MARKERS, strict=False)) | {None: "*"}
@@ -342,7 +352,7 @@ def save_trade_off(
         fontsize=10,
     )
     axis.grid(True, alpha=0.3)
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     FigureCanvasAgg(figure).print_png(path)
 
 

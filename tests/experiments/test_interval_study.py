@@ -268,13 +268,16 @@ def test_heat_map_counts_steps_per_refresh():
         "records": [
             {"step": 10, "interval": [2, 3], "refreshes": [5, 2]},
             {"step": 20, "interval": [4, 20], "refreshes": [9, 2]},
+            {"step": 30, "interval": [5, 20], "refreshes": [11, 3]},
+            {"step": 40, "interval": [5, 20], "refreshes": [13, 3]},
         ],
     }
     interval, between, names, steps = interval_report.windows(line)
     assert names == ["Conv_0", "Dense_0"]
-    np.testing.assert_array_equal(interval, [[3, 20], [2, 4]])
-    np.testing.assert_array_equal(between, [[5, 10], [2, 2.5]])
-    np.testing.assert_array_equal(steps, [0, 10, 20])
+    np.testing.assert_array_equal(interval, [[3, 20, 20, 20], [2, 4, 5, 5]])
+    wanted = [[30 / 3, 40 / 3, 40 / 3, 30 / 1], [30 / 11, 40 / 13, 40 / 13, 30 / 8]]
+    np.testing.assert_array_equal(between, wanted)
+    np.testing.assert_array_equal(steps, [0, 10, 20, 30, 40])
 
 
 def test_pooling(rng):
