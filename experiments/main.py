@@ -15,6 +15,7 @@ from experiments.configs.cost import CostConfig
 from experiments.configs.train import OptimizerName
 from experiments.errors import ExperimentError
 from experiments.progress import open_console
+from experiments.studies.commands import Command, parse_study, run_study
 
 PROGRAM = "python -m experiments.main"
 
@@ -29,7 +30,9 @@ class ReportConfig:
     """The optimiser whose best training loss the others are measured by."""
 
 
-def parse(arguments: Sequence[str]) -> TrainConfig | ReportConfig | CostConfig:
+def parse(
+    arguments: Sequence[str],
+) -> TrainConfig | ReportConfig | CostConfig | Command:
     """Parses the command line.
 
     Args:
@@ -43,9 +46,11 @@ def parse(arguments: Sequence[str]) -> TrainConfig | ReportConfig | CostConfig:
         description="Trains networks with K-FAC, SGD, Adam and AdamW side by side.",
         epilog=f"The options of a command: {PROGRAM} train --help",
     )
-    commands.add_argument("command", choices=("train", "report", "cost"))
+    commands.add_argument("command", choices=("train", "report", "cost", "study"))
     command = commands.parse_args(arguments[:1]).command
     rest = list(arguments[1:])
+    if command == "study":
+        return parse_study(rest, f"{PROGRAM} study")
     if command == "report":
         return tyro.cli(ReportConfig, prog=f"{PROGRAM} report", args=rest)
     if command == "cost":
@@ -137,6 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             cost.run(config, console)
             return 0
+        if not isinstance(config, TrainConfig):
+            return run_study(config, console)
         problems = train_and_report(config, console)
     except ExperimentError as error:
         errors.print(f"error: {error}", style="red", soft_wrap=True, markup=False)

@@ -19,10 +19,12 @@ class Bottleneck(nn.Module):
     stride: int
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
         """Maps ``[batch, height, width, channels]`` to the same with new sizes."""
         conv = functools.partial(nn.Conv, use_bias=False)
-        norm = functools.partial(nn.BatchNorm, use_running_average=False, momentum=0.9)
+        norm = functools.partial(
+            nn.BatchNorm, use_running_average=not train, momentum=0.9
+        )
         strides = (self.stride, self.stride)
         y = nn.relu(norm()(conv(self.channels, (1, 1))(x)))
         y = nn.relu(norm()(conv(self.channels, (3, 3), strides)(y)))
@@ -53,15 +55,16 @@ class ResNet(nn.Module):
     classes: int = 1000
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps images to logits."""
+    def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
+        """Maps images to logits; in evaluation with the running averages."""
+        norm = nn.BatchNorm(not train, momentum=0.9, name="norm_init")
         x = nn.Conv(self.width, (7, 7), (2, 2), use_bias=False, name="conv_init")(x)
-        x = nn.BatchNorm(use_running_average=False, momentum=0.9, name="norm_init")(x)
+        x = norm(x)
         x = nn.max_pool(nn.relu(x), (3, 3), (2, 2), padding="SAME")
         for stage, count in enumerate(self.blocks):
             for block in range(count):
                 stride = 2 if stage > 0 and block == 0 else 1
-                x = Bottleneck(self.width * 2**stage, stride)(x)
+                x = Bottleneck(self.width * 2**stage, stride)(x, train)
         return nn.Dense(self.classes, name="head")(x.mean((1, 2)))
 
 

@@ -1,0 +1,1 @@
+"""Studies of the library's methods: many short runs, a table, plots."""

@@ -1,0 +1,115 @@
+"""The images of a study: averaged over squares, or ImageNet from memory maps."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy as np
+
+from experiments import datasets
+from experiments.datasets import Dataset
+from experiments.errors import ConfigError, DataError
+from experiments.studies.sizes import IntervalStudy
+
+NAMES = ("x_train", "y_train", "x_test", "y_test")
+WANTED = (
+    "The paper's size wants ImageNet (ILSVRC 2012) as the files "
+    "imagenet/{x_train,y_train,x_test,y_test}.npy in the folder given by --data-dir or "
+    "KFAC_DATA_DIR: images uint8 [n, 224, 224, 3], cropped and scaled (1,281,167 for "
+    "training, 50,000 of the validation set: 200 GB), labels integers from 0 to 999; "
+    "and accelerators with memory for a batch of 16,384. It is a configuration only: "
+    "nobody has run it."
+)
+
+
+def load_data(config: IntervalStudy) -> Dataset:
+    """Loads the images of a study and averages them over squares of pixels.
+
+    Args:
+        config: the study.
+
+    Returns:
+        The data set.
+
+    Raises:
+        ConfigError: if the squares do not fit, or the batch is larger than the set.
+    """
+    if config.dataset == "imagenet":
+        data = load_imagenet(config.data_dir)
+    else:
+        data = datasets.load(config.dataset, config.data_dir)
+    data = data.first(config.train_examples)
+    if config.batch_size > len(data.x_train):
+        raise ConfigError(
+            f"batch-size is {config.batch_size}; {data.title} has only "
+            f"{len(data.x_train)} training images."
+        )
+    height, width, _ = data.image_shape
+    if height % config.pool or width % config.pool:
+        raise ConfigError(
+            f"pool is {config.pool}; wanted a divisor of the images' {height} and "
+            f"{width} pixels."
+        )
+    if config.pool == 1:
+        return data
+    return dataclasses.replace(
+        data,
+        x_train=pooled(data.x_train, config.pool),
+        x_test=pooled(data.x_test, config.pool),
+    )
+
+
+def pooled(images: np.ndarray, size: int) -> np.ndarray:
+    """Means over squares of ``size × size`` pixels, float32.
+
+    Args:
+        images: ``[n, h, w, c]``.
+        size: a divisor of h and w.
+
+    Returns:
+        Images ``[n, h / size, w / size, c]``.
+    """
+    n, h, w, c = images.shape
+    squares = images.reshape(n, h // size, size, w // size, size, c)
+    return squares.mean((2, 4), dtype=np.float32)
+
+
+def load_imagenet(data_dir: Path | None) -> Dataset:
+    """Opens ImageNet without reading it.
+
+    Args:
+        data_dir: folder that holds ``imagenet/*.npy``; KFAC_DATA_DIR if None.
+
+    Returns:
+        The data set; its images are memory maps.
+
+    Raises:
+        DataError: if a file is missing or not what it should be, saying what is wanted.
+    """
+    given = data_dir or os.environ.get("KFAC_DATA_DIR")
+    if not given:
+        raise DataError(f"No data folder was given. {WANTED}")
+    folder = Path(given).expanduser() / "imagenet"
+    missing = [f"{name}.npy" for name in NAMES if not (folder / f"{name}.npy").exists()]
+    if missing:
+        raise DataError(f"{folder} has no {', '.join(missing)}. {WANTED}")
+    arrays = {
+        name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        for name in NAMES
+    }
+    for split in ("train", "test"):
+        x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
+        good = x.ndim == 4 and x.dtype == np.uint8 and y.shape == x.shape[:1]
+        if not good or y.dtype.kind not in "ui" or not 0 <= y.min() <= y.max() < 1000:
+            raise DataError(
+                f"{folder}, {split}: images {x.dtype} {x.shape}, labels {y.dtype} "
+                f"{y.shape}. {WANTED}"
+            )
+    labels = {f"y_{s}": arrays[f"y_{s}"].astype(np.int32) for s in ("train", "test")}
+    return Dataset(
+        "imagenet",
+        "ImageNet",
+        "memory-mapped arrays",
+        **(arrays | labels),
+        num_classes=1000,
+    )
