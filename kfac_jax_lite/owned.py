@@ -18,7 +18,6 @@ from jax import lax
 
 from kfac_jax_lite import forms
 from kfac_jax_lite.collectives import (
-    checked_axes,
     from_root,
     gathered,
     split_in,
@@ -26,8 +25,9 @@ from kfac_jax_lite.collectives import (
     varied,
 )
 from kfac_jax_lite.factors.state import Slices
-from kfac_jax_lite.inverse import FactorInverses, Method
+from kfac_jax_lite.inverse import Method
 from kfac_jax_lite.linalg import all_finite
+from kfac_jax_lite.options import Options
 from kfac_jax_lite.ownership import (
     Plan,
     cached_arrays,
@@ -38,6 +38,7 @@ from kfac_jax_lite.ownership import (
     slice_sizes,
 )
 from kfac_jax_lite.packing import from_vector, packed_size, to_vector
+from kfac_jax_lite.refresh import gated
 from kfac_jax_lite.slices import joined_rows, sent_rows, whole_statistics
 from kfac_jax_lite.tree import choose, vary, varying_axes
 from kfac_jax_lite.types import Array, LayerTag
@@ -119,6 +120,63 @@ def own_rows(part: Array, like: Array, plan: Plan, axis_name: Any) -> Array:
     return joined_rows(parts.reshape(shape))
 
 
+def owned_inversions(
+    options: Options,
+    plan: Plan,
+    layers: Sequence[LayerTag],
+    records: dict[str, tuple],
+    shift: Array,
+) -> dict[str, tuple]:
+    """Inverts owned layers where their gates are true; a step without any does nothing.
+
+    Args:
+        options: The optimiser's options.
+        plan: Who does what.
+        layers: The owned layers.
+        records: Layer name to ``(statistics, cached, gate, first)``.
+        shift: Damping.
+
+    Returns:
+        Layer name to ``(statistics, cached, good)``.
+    """
+    turns = options.method.moments
+    gates = {name: record[2] for name, record in records.items()}
+    start = {
+        name: (record[0].s if turns else (), record[1], jnp.zeros_like(record[2]))
+        for name, record in records.items()
+    }
+
+    def with_moments(name, moments):
+        statistics = records[name][0]
+        return statistics._replace(s=moments) if turns else statistics
+
+    def exchange(carry):
+        now = {
+            name: (with_moments(name, moments), cached, *records[name][2:])
+            for name, (moments, cached, _) in carry.items()
+        }
+        parcels = inverted_by_owners(
+            layers, plan, options.method, options.axis_name, now, shift
+        )
+
+        def take(layer):
+            fixed = (options.method, plan, options.axis_name, parcels[layer.name])
+            spread_out = functools.partial(spread, layer, *fixed)
+            return gated(
+                gates[layer.name],
+                lambda kept: spread_out(*kept[:2]),
+                carry[layer.name],
+            )
+
+        return {layer.name: take(layer) for layer in layers}
+
+    found = gated(jnp.any(jnp.stack(list(gates.values()))), exchange, start)
+    return {
+        name: (with_moments(name, moments), cached, good)
+        for name, (moments, cached, good) in found.items()
+    }
+
+
 def inverted_by_owners(
     layers: Sequence[LayerTag],
     plan: Plan,
@@ -134,7 +192,7 @@ def inverted_by_owners(
         plan: Who does what.
         method: Inversion method.
         axis_name: Mapped axes.
-        records: Layer name to ``(statistics, cached, gate, first)``.
+        records: As in ``owned_inversions``.
         shift: Damping.
 
     Returns:
@@ -272,75 +330,3 @@ def spread(
     own = from_root(rows, axis_name, plan.devices, plan.owners[layer.name])
     new, turned, good = opened(layer, method, plan, own, cached, axis_name)
     return choose(good, turned, moments), choose(good, new, cached), good
-
-
-def precondition_rows(layer: LayerTag, inverse: FactorInverses, v: Array) -> Array:
-    """This device's rows of ``A⁻¹ V G⁻¹``, or of its transpose if ``G`` is divided.
-
-    Args:
-        layer: The layer.
-        inverse: Its inverses, the larger one as this device's rows.
-        v: The gradient's block ``[*blocks, in(+1), out]``.
-
-    Returns:
-        ``[*blocks, rows, n]``.
-    """
-    if isinstance(inverse.a, Slices):
-        wide = forms.widened(v, forms.width(layer.g_form, layer.g_shape))
-        return inverse.a.values @ forms.times(wide, inverse.g, layer.g_form)
-    v = jnp.swapaxes(v, -1, -2)
-    wide = forms.widened(v, forms.width(layer.a_form, layer.a_shape))
-    return inverse.g.values @ forms.times(wide, inverse.a, layer.a_form)  # type: ignore
-
-
-def gather_rows(
-    layers: Sequence[LayerTag],
-    plan: Plan,
-    axis_name: Any,
-    rows: dict[str, Array],
-    shapes: dict[str, tuple],
-) -> dict[str, Array]:
-    """Preconditioned gradients of all divided layers, in one all-gather.
-
-    Args:
-        layers: The layers whose inverses are divided.
-        plan: Who does what.
-        axis_name: Mapped axes.
-        rows: Layer name to this device's rows.
-        shapes: Layer name to the shape of its gradient's block.
-
-    Returns:
-        Layer name to ``A⁻¹ V G⁻¹``.
-    """
-    groups, count = plan.groups(), plan.slices
-    copies = plan.devices // plan.slices
-    typed = groups is not None and bool(checked_axes(axis_name))
-    if typed:
-        # A group's gather has no type that says it is equal everywhere: all devices
-        # gather, each a part of its rows.
-        number, groups, count = (
-            lax.axis_index(axis_name) // plan.slices,
-            None,
-            plan.devices,
-        )
-        rows = {k: part_of_rows(x, number, copies) for k, x in rows.items()}
-    flat = jnp.concatenate([rows[t.name].ravel() for t in layers])
-    parts, start, found = gathered(flat, axis_name, groups), 0, {}
-    for layer in layers:
-        own, shape = rows[layer.name], shapes[layer.name]
-        mine = parts[:, start : start + own.size].reshape(count, *own.shape)
-        start += own.size
-        if typed:
-            mine = mine.reshape(copies, plan.slices, *own.shape)
-            mine = jnp.swapaxes(mine, 0, 1).reshape(count, *own.shape)
-        whole = joined_rows(mine)
-        if larger_side(layer) == "g":
-            whole = jnp.swapaxes(whole, -1, -2)
-        found[layer.name] = whole[..., : shape[-2], : shape[-1]]
-    return found
-
-
-def part_of_rows(rows: Array, number: Array, copies: int) -> Array:
-    """One of ``copies`` equal parts of a device's rows."""
-    size = rows.shape[-2] // copies
-    return lax.dynamic_slice_in_dim(rows, number * size, size, rows.ndim - 2)

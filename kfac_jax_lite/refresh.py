@@ -176,42 +176,19 @@ def inverted(
         ``(statistics, cached, good)``; a factorisation that fails changes nothing and
         ``good`` is false.
     """
+    # Only what a method changes goes through the loop: EKFAC also turns its moments.
     turns = options.method.moments
 
-    def invert(moments, cached):
+    def refresh(carry):
+        moments, cached, _ = carry
         whole = statistics._replace(s=moments) if turns else statistics
         new, whole = options.method.refresh(layer, whole, cached, shift, first)
         good = all_finite(new)
         kept = choose(good, whole.s, moments) if turns else ()
         return kept, choose(good, new, cached), good
 
-    return after_inversion(options, statistics, cached, gate, invert)
-
-
-def after_inversion(
-    options: Options,
-    statistics: Any,
-    cached: Any,
-    gate: Array,
-    invert: Callable[[Any, Any], tuple[Any, Any, Array]],
-) -> tuple[Any, Any, Array]:
-    """``invert`` where ``gate`` is true.
-
-    Args:
-        options: The optimiser's options.
-        statistics: Averaged statistics.
-        cached: What preconditioning reads.
-        gate: Whether to.
-        invert: ``(moments, cached) -> (moments, cached, good)``; ``moments`` are those
-            of EKFAC, or empty.
-
-    Returns:
-        ``(statistics, cached, good)``.
-    """
-    # Only what a method changes goes through the loop: EKFAC also turns its moments.
-    turns = options.method.moments
     carry = (statistics.s if turns else (), cached, jnp.zeros_like(gate))
-    moments, cached, good = gated(gate, lambda kept: invert(*kept[:2]), carry)
+    moments, cached, good = gated(gate, refresh, carry)
     statistics = statistics._replace(s=moments) if turns else statistics
     return statistics, cached, good
 

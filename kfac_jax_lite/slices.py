@@ -1,12 +1,21 @@
 """Arrays of which every device holds a part: slices of factors, rows of inverses."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kfac_jax_lite.collectives import mean, scattered_mean, split_in, varied
+from kfac_jax_lite import forms
+from kfac_jax_lite.collectives import (
+    checked_axes,
+    gathered,
+    mean,
+    scattered_mean,
+    split_in,
+    varied,
+)
 from kfac_jax_lite.factors.state import Slices
 from kfac_jax_lite.inverse import FactorInverses
 from kfac_jax_lite.linalg import safe_ratio
@@ -129,3 +138,75 @@ def undivided(layer: LayerTag, inverse: Any, plan: Plan) -> FactorInverses:
     assert side is not None
     whole = joined_rows(getattr(inverse, side).values[: plan.slices])
     return inverse._replace(**{side: whole[..., : whole.shape[-1], :]})
+
+
+def precondition_rows(layer: LayerTag, inverse: FactorInverses, v: Array) -> Array:
+    """This device's rows of ``A⁻¹ V G⁻¹``, or of its transpose if ``G`` is divided.
+
+    Args:
+        layer: The layer.
+        inverse: Its inverses, the larger one as this device's rows.
+        v: The gradient's block ``[*blocks, in(+1), out]``.
+
+    Returns:
+        ``[*blocks, rows, n]``.
+    """
+    if isinstance(inverse.a, Slices):
+        wide = forms.widened(v, forms.width(layer.g_form, layer.g_shape))
+        return inverse.a.values @ forms.times(wide, inverse.g, layer.g_form)
+    v = jnp.swapaxes(v, -1, -2)
+    wide = forms.widened(v, forms.width(layer.a_form, layer.a_shape))
+    return inverse.g.values @ forms.times(wide, inverse.a, layer.a_form)  # type: ignore
+
+
+def gather_rows(
+    layers: Sequence[LayerTag],
+    plan: Plan,
+    axis_name: Any,
+    rows: dict[str, Array],
+    shapes: dict[str, tuple],
+) -> dict[str, Array]:
+    """Preconditioned gradients of all divided layers, in one all-gather.
+
+    Args:
+        layers: The layers whose inverses are divided.
+        plan: Who does what.
+        axis_name: Mapped axes.
+        rows: Layer name to this device's rows.
+        shapes: Layer name to the shape of its gradient's block.
+
+    Returns:
+        Layer name to ``A⁻¹ V G⁻¹``.
+    """
+    groups, count = plan.groups(), plan.slices
+    copies = plan.devices // plan.slices
+    typed = groups is not None and bool(checked_axes(axis_name))
+    if typed:
+        # A group's gather has no type that says it is equal everywhere: all devices
+        # gather, each a part of its rows.
+        number, groups, count = (
+            lax.axis_index(axis_name) // plan.slices,
+            None,
+            plan.devices,
+        )
+        rows = {k: part_of_rows(x, number, copies) for k, x in rows.items()}
+    flat = jnp.concatenate([rows[t.name].ravel() for t in layers])
+    parts, start, found = gathered(flat, axis_name, groups), 0, {}
+    for layer in layers:
+        own, shape = rows[layer.name], shapes[layer.name]
+        mine = parts[:, start : start + own.size].reshape(count, *own.shape)
+        start += own.size
+        if typed:
+            mine = mine.reshape(copies, plan.slices, *own.shape)
+            mine = jnp.swapaxes(mine, 0, 1).reshape(count, *own.shape)
+        whole = joined_rows(mine)
+        if larger_side(layer) == "g":
+            whole = jnp.swapaxes(whole, -1, -2)
+        found[layer.name] = whole[..., : shape[-2], : shape[-1]]
+    return found
+
+
+def part_of_rows(rows: Array, number: Array, copies: int) -> Array:
+    """One of ``copies`` equal parts of a device's rows."""
+    size = rows.shape[-2] // copies
+    return lax.dynamic_slice_in_dim(rows, number * size, size, rows.ndim - 2)

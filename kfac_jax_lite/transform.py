@@ -18,18 +18,12 @@ from kfac_jax_lite.factors.state import Clock, KFACState, zero_statistics
 from kfac_jax_lite.intervals import Interval, every
 from kfac_jax_lite.inverse import initial_inverse, method_named
 from kfac_jax_lite.options import Options
-from kfac_jax_lite.owned import (
-    gather_rows,
-    inverted_by_owners,
-    precondition_rows,
-    spread,
-)
+from kfac_jax_lite.owned import owned_inversions
 from kfac_jax_lite.ownership import Plan
 from kfac_jax_lite.placement import own_part, state_specs
 from kfac_jax_lite.precondition import gather, precondition, scatter
 from kfac_jax_lite.reduce import Reduction
 from kfac_jax_lite.refresh import (
-    after_inversion,
     clock_after_inversion,
     clock_after_refresh,
     inversion_gates,
@@ -42,7 +36,12 @@ from kfac_jax_lite.sharding import (
     resharded,
     specs_of,
 )
-from kfac_jax_lite.slices import divided, sliced_statistics
+from kfac_jax_lite.slices import (
+    divided,
+    gather_rows,
+    precondition_rows,
+    sliced_statistics,
+)
 from kfac_jax_lite.traffic import INVERSION, REFRESH, STEP, traffic
 from kfac_jax_lite.tree import leaves_by_path, replace_leaves
 from kfac_jax_lite.types import Array, LayerTag, accumulation_dtype
@@ -310,27 +309,19 @@ def inversions(options, plan, layers, factors, inverses, shift, gates, first):
         ``(factors, inverses, good)``, ``good`` a flag for every layer.
     """
     owned = [layer for layer in layers if layer.name in plan.owners]
-    parcels = {}
+    found = {}
     if owned:
         index = {layer.name: i for i, layer in enumerate(layers)}
         records = {
             k: (factors[k], inverses[k], gates[index[k]], first[index[k]])
             for k in (layer.name for layer in owned)
         }
-        shared = (options.method, options.axis_name, records, shift)
-        parcels = inverted_by_owners(owned, plan, *shared)
+        found = owned_inversions(options, plan, owned, records, shift)
     good = []
     for i, layer in enumerate(layers):
         name, done = layer.name, jnp.asarray(True)
-        if name in parcels:
-            take = functools.partial(
-                spread,
-                *(layer, options.method, plan, options.axis_name, parcels[name]),
-            )
-            new = after_inversion(
-                options, factors[name], inverses[name], gates[i], take
-            )
-            factors[name], inverses[name], done = new
+        if name in found:
+            factors[name], inverses[name], done = found[name]
         elif layer.kronecker:
             record = (layer, factors[name], inverses[name], shift, gates[i], first[i])
             factors[name], inverses[name], done = inverted(options, *record)
