@@ -1,0 +1,103 @@
+"""Owners and what is unusual: dtypes, wrappers, failures, sizes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+import kfac_jax_lite as kfac
+from tests.helpers import close
+from tests.parallel import AXIS, DEVICES, EXAMPLES, OWNER, split_rows
+
+P = PartitionSpec
+
+pytestmark = pytest.mark.skipif(
+    jax.device_count() < DEVICES, reason="needs eight host devices"
+)
+
+
+def params(first=np.float64, second=np.float64):
+    """Two dense layers, which may differ in dtype."""
+    rng = np.random.default_rng(0)
+    shapes = {"w1": (4, 5), "b1": (5,), "w2": (5, 3), "b2": (3,)}
+    values = {k: 0.4 * rng.normal(size=s) for k, s in shapes.items()}
+    dtypes = {"1": first, "2": second}
+    return {k: jnp.asarray(v, dtypes[k[1]]) for k, v in values.items()}
+
+
+def loss(p, x, y):
+    """A classifier."""
+    hidden = jnp.tanh(x.astype(p["w1"].dtype) @ p["w1"] + p["b1"])
+    logits = hidden.astype(p["w2"].dtype) @ p["w2"] + p["b2"]
+    logits = kfac.categorical(logits)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+
+def batch(seed=0, examples=EXAMPLES):
+    """Inputs and labels."""
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(examples, 4)), rng.integers(0, 3, examples)
+    return jnp.asarray(x), jnp.asarray(y)
+
+
+def transformation(layers, **options):
+    """Plain K-FAC."""
+    return kfac.kfac(layers, 0.05, damping=0.01, momentum=None, **options)
+
+
+def single(make, tree, steps, model=False):
+    """Parameters, state and layers after some steps on one device."""
+    tagged = kfac.tag(loss, tree, *batch())
+    tx = make(tagged.layers)
+    step, state = jax.jit(functools.partial(one_step, tagged, tx, model)), tx.init(tree)
+    for seed in range(steps):
+        tree, state = step(tree, state, *batch(seed))
+    return tree, state, tagged.layers
+
+
+def one_step(tagged, tx, model, tree, state, x, y, mapped=False):
+    """A step, on one device or on one of several."""
+    _, grads, statistics = tagged.value_and_grad(tree, x, y, opt_state=state)
+    grads = jax.lax.pmean(grads, AXIS) if mapped else grads
+    more = {"model": kfac.quadratic_model(tagged, tree, x, y)} if model else {}
+    updates, state = tx.update(grads, state, tree, statistics=statistics, **more)
+    return optax.apply_updates(tree, updates), state
+
+
+def pmapped(make, tree, steps, reduction):
+    """The same over eight devices."""
+    tagged = kfac.tag(loss, tree, *batch(examples=EXAMPLES // DEVICES))
+    tx = make(tagged.layers, axis_name=AXIS, reduction=reduction)
+    state = tx.init(tree)
+    axes, step = kfac.state_axes(state), functools.partial(one_step, mapped=True)
+    run = jax.pmap(
+        functools.partial(step, tagged, tx, False), AXIS,
+        in_axes=(None, axes, 0, 0), out_axes=(None, axes),
+    )  # fmt: skip
+    for seed in range(steps):
+        parts = jax.tree.map(split_rows(DEVICES), batch(seed))
+        tree, state = run(tree, state, *parts)
+    return jax.device_get(tree), state
+
+
+@pytest.mark.parametrize("share", ["inverses", "gradients"])
+def test_layers_of_different_dtypes(share):
+    """Parcels of all layers leave an owner in one array."""
+    tree = params(np.float32, np.float64)
+    wanted, state, layers = single(kfac_alone, tree, 3)
+    seen, spread = pmapped(kfac_alone, tree, 3, OWNER(share=share))
+    assert {k: v.dtype for k, v in seen.items()} == {
+        k: v.dtype for k, v in tree.items()
+    }
+    close(seen, wanted, 1e-5)
+    spread = kfac.relayout(spread, state, layers)
+    close(spread.inverses, jax.device_get(state.inverses), 1e-5)
+
+
+def kfac_alone(layers, **options):
+    """Preconditioning only."""
+    return kfac.scale_by_kfac(layers, damping=0.01, **options)
