@@ -97,6 +97,8 @@ def scale_by_kfac(
     References:
         Martens & Grosse, 2015, arXiv:1503.05671; Osawa et al., 2020, arXiv:2002.06015.
     """
+    if reduction.mode == "all" and reduction.mesh is not None:
+        axis_name = None  # under jit, and nothing is spread: no axis is mapped
     options = Options(
         tuple(layers or ()),
         damping,

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import kfac_jax_lite as kfac
 from tests.helpers import close
-from tests.parallel import AXIS, DEVICES, EXAMPLES, OWNER, split_rows
+from tests.parallel import AXIS, DEVICES, EXAMPLES, OWNER, mesh_of, split_rows
 
 P = PartitionSpec
 
@@ -101,3 +101,38 @@ def test_layers_of_different_dtypes(share):
 def kfac_alone(layers, **options):
     """Preconditioning only."""
     return kfac.scale_by_kfac(layers, damping=0.01, **options)
+
+
+def sharded(make, tree, steps, reduction, model=False):
+    """The same under ``jit`` with a sharded batch."""
+    tagged = kfac.tag(loss, tree, *batch())
+    tx = make(tagged.layers, axis_name=AXIS, reduction=reduction)
+    state = tx.init(tree)
+    specs = kfac.state_specs(state, AXIS)
+    state = jax.tree.map(
+        lambda x, spec: jax.device_put(x, NamedSharding(reduction.mesh, spec)),
+        state, specs,
+    )  # fmt: skip
+    tree = jax.device_put(tree, NamedSharding(reduction.mesh, P()))
+    step = jax.jit(functools.partial(one_step, tagged, tx, model))
+    for seed in range(steps):
+        rows = jax.device_put(batch(seed), NamedSharding(reduction.mesh, P(AXIS)))
+        tree, state = step(tree, state, *rows)
+    assert step._cache_size() == 1
+    return jax.device_get(tree), state
+
+
+def chosen_steps(layers, **options):
+    """Learning rate, momentum and damping chosen by the quadratic model."""
+    damping = kfac.damping.levenberg_marquardt(0.1)
+    return kfac.kfac(layers, "auto", damping=damping, **options)
+
+
+@pytest.mark.parametrize("mode", ["all", "owner"])
+def test_chosen_steps_under_jit(mode):
+    """The names of ``Reduction.mesh`` are no mapped axes outside the inversions."""
+    reduction = kfac.Reduction(mode, bucket=0, mesh=mesh_of(AxisType.Auto))
+    wanted, state, _ = single(chosen_steps, params(), 3, model=True)
+    seen, spread = sharded(chosen_steps, params(), 3, reduction, model=True)
+    close(seen, wanted, 1e-8)
+    close(spread.damping, state.damping, 1e-6)
