@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import kfac_jax_lite as kfac
+from kfac_jax_lite.factors.state import from_words, words
 from tests.helpers import close
 from tests.parallel import AXIS, DEVICES, EXAMPLES, OWNER, mesh_of, split_rows
 
@@ -136,3 +137,29 @@ def test_chosen_steps_under_jit(mode):
     seen, spread = sharded(chosen_steps, params(), 3, reduction, model=True)
     close(seen, wanted, 1e-8)
     close(spread.damping, state.damping, 1e-6)
+
+
+@pytest.mark.parametrize("mode", ["all", "owner"])
+def test_bytes_of_large_stacks(mode):
+    """More than 32 bits can count; nothing is allocated but the counters."""
+    shape = jax.ShapeDtypeStruct
+    tree = {"w": shape((24, 6400, 6400), jnp.float32)}
+
+    def stacked(p, x):
+        rows, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"])
+        return rows.mean()
+
+    tagged = kfac.tag(stacked, tree, shape((8, 6400), jnp.float32))
+    reduction = kfac.Reduction(mode, devices=DEVICES)
+    tx = kfac.scale_by_kfac(tagged.layers, axis_name=AXIS, reduction=reduction)
+    assert jax.eval_shape(tx.init, tree).clock.bytes.shape == (2, 1)
+
+
+def test_words():
+    """Numbers of up to 61 bits, exactly."""
+    numbers = [0, 7, 2**30 - 1, 2**30, 3_932_774_400, 2**61 - 1]
+    assert from_words(words(numbers)) == numbers
+    state = single(kfac_alone, params(), 1)[1]
+    clock = state.clock._replace(bytes=words([3_932_774_400, 5]))
+    first, second = kfac.report(state._replace(clock=clock))
+    assert (first["bytes_reduced"], second["bytes_reduced"]) == (3_932_774_400, 5)
