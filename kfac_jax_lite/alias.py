@@ -96,7 +96,8 @@ def kfac(
     )
     automatic = isinstance(learning_rate, str)
     if automatic or adaptive:
-        chosen = (damping, learning_rate, momentum, weight_decay, axis_name)
+        mapped = axis_name if reduction.mesh is None else None
+        chosen = (damping, learning_rate, momentum, weight_decay, mapped)
         return guided(precondition, Guide(automatic, *chosen))
     decays = not isinstance(weight_decay, (int, float)) or weight_decay != 0
     tail = optax.chain(

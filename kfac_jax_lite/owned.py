@@ -233,7 +233,8 @@ def inverted_by_owners(
         start = 0
         for layer in (t for alike in grouped(own) for t in alike):
             size = sizes[layer.name]
-            found[layer.name] = flat[start : start + size]
+            part = flat[start : start + size]
+            found[layer.name] = part.astype(rows[layer.name].dtype)
             start += size
     return found
 

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from kfac_jax_lite.factors.state import from_words
 from kfac_jax_lite.tree import find_states
 
 
@@ -35,9 +36,11 @@ def report(opt_state: Any) -> list[dict[str, Any]]:
     for state in states:
         small = (state.clock, state.count, state.skipped, state.damping)
         clock, count, skipped, damping = jax.device_get(small)
-        for i, name in enumerate(sorted(state.factors)):
-            refreshes, elements = int(clock.refreshes[i]), int(clock.elements[i])
-            size, diff = int(clock.bytes[i]), float(clock.diff[i])
+        totals = (clock.elements, clock.bytes, clock.inversion_bytes, clock.step_bytes)
+        rows = zip(*map(from_words, totals), strict=True)
+        for i, (name, row) in enumerate(zip(sorted(state.factors), rows, strict=True)):
+            elements, size, inversion_size, step_size = row
+            refreshes, diff = int(clock.refreshes[i]), float(clock.diff[i])
             inverted = int(clock.inversions[i]) + int(clock.failures[i])
             records.append(
                 {
@@ -52,8 +55,8 @@ def report(opt_state: Any) -> list[dict[str, Any]]:
                     "elements_reduced": refreshes * elements,
                     "bytes_reduced": refreshes * size,
                     "bytes_if_every_step": int(count) * size,
-                    "bytes_inverses": inverted * int(clock.inversion_bytes[i]),
-                    "bytes_updates": int(count) * int(clock.step_bytes[i]),
+                    "bytes_inverses": inverted * inversion_size,
+                    "bytes_updates": int(count) * step_size,
                     "damping": float(damping),
                     "steps": int(count),
                     "skipped": int(skipped),

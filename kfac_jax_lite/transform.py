@@ -14,7 +14,7 @@ from kfac_jax_lite import damping as damping_lib
 from kfac_jax_lite.exchange import exchanged, is_accepted
 from kfac_jax_lite.factors.checks import check_nothing_due, check_state
 from kfac_jax_lite.factors.restrict import present_layers
-from kfac_jax_lite.factors.state import Clock, KFACState, zero_statistics
+from kfac_jax_lite.factors.state import Clock, KFACState, words, zero_statistics
 from kfac_jax_lite.intervals import Interval, every
 from kfac_jax_lite.inverse import initial_inverse, method_named
 from kfac_jax_lite.options import Options
@@ -97,6 +97,8 @@ def scale_by_kfac(
     References:
         Martens & Grosse, 2015, arXiv:1503.05671; Osawa et al., 2020, arXiv:2002.06015.
     """
+    if reduction.mode == "all" and reduction.mesh is not None:
+        axis_name = None  # under jit, and nothing is spread: no axis is mapped
     options = Options(
         tuple(layers or ()),
         damping,
@@ -169,7 +171,7 @@ def init_state(options: Options, params: Any) -> KFACState:
         weight=jnp.zeros((n,), widest(zeros)),
         diff=floats(jnp.inf),
         inverse_damping=floats(0),
-        **{name: jnp.array(row, jnp.int32) for name, row in counts.items()},
+        **{name: words(row) for name, row in counts.items()},
     )
     return KFACState(
         count=jnp.zeros((), jnp.int32),

@@ -1,5 +1,6 @@
 """State of the optimiser, as tuples of arrays, and the averaging of statistics."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -45,8 +46,9 @@ class Clock(NamedTuple):
         weight: Sum of the moving average's weights (bias correction).
         diff: Relative change of the statistics seen at the last refresh.
         inverse_damping: Damping that the cached inverse holds.
-        elements: Elements that one refresh reduces over devices (a constant).
-        bytes: Bytes that one refresh hands to collectives (a constant).
+        elements: Elements that one refresh reduces over devices (a constant), as
+            ``words``: stacked layers of billions do not fit into 32 bits.
+        bytes: Bytes that one refresh hands to collectives (a constant), as ``words``.
         inversion_bytes: The same of one inversion.
         step_bytes: The same of every step.
     """
@@ -66,6 +68,18 @@ class Clock(NamedTuple):
     bytes: Array
     inversion_bytes: Array
     step_bytes: Array
+
+
+def words(values: Sequence[int]) -> Array:
+    """Whole numbers below ``2^61`` as int32 ``[2, n]``, multiples of ``2^30`` first."""
+    return jnp.array(
+        [[v >> 30 for v in values], [v % 2**30 for v in values]], jnp.int32
+    )
+
+
+def from_words(pairs: Any) -> list[int]:
+    """The numbers whose ``words`` these are."""
+    return [(int(high) << 30) + int(low) for high, low in zip(*pairs, strict=True)]
 
 
 class KFACState(NamedTuple):

@@ -1,0 +1,165 @@
+"""Owners and what is unusual: dtypes, wrappers, failures, sizes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import kfac_jax_lite as kfac
+from kfac_jax_lite.factors.state import from_words, words
+from tests.helpers import close
+from tests.parallel import AXIS, DEVICES, EXAMPLES, OWNER, mesh_of, split_rows
+
+P = PartitionSpec
+
+pytestmark = pytest.mark.skipif(
+    jax.device_count() < DEVICES, reason="needs eight host devices"
+)
+
+
+def params(first=np.float64, second=np.float64):
+    """Two dense layers, which may differ in dtype."""
+    rng = np.random.default_rng(0)
+    shapes = {"w1": (4, 5), "b1": (5,), "w2": (5, 3), "b2": (3,)}
+    values = {k: 0.4 * rng.normal(size=s) for k, s in shapes.items()}
+    dtypes = {"1": first, "2": second}
+    return {k: jnp.asarray(v, dtypes[k[1]]) for k, v in values.items()}
+
+
+def loss(p, x, y):
+    """A classifier."""
+    hidden = jnp.tanh(x.astype(p["w1"].dtype) @ p["w1"] + p["b1"])
+    logits = hidden.astype(p["w2"].dtype) @ p["w2"] + p["b2"]
+    logits = kfac.categorical(logits)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+
+def batch(seed=0, examples=EXAMPLES):
+    """Inputs and labels."""
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(examples, 4)), rng.integers(0, 3, examples)
+    return jnp.asarray(x), jnp.asarray(y)
+
+
+def transformation(layers, **options):
+    """Plain K-FAC."""
+    return kfac.kfac(layers, 0.05, damping=0.01, momentum=None, **options)
+
+
+def single(make, tree, steps, model=False):
+    """Parameters, state and layers after some steps on one device."""
+    tagged = kfac.tag(loss, tree, *batch())
+    tx = make(tagged.layers)
+    step, state = jax.jit(functools.partial(one_step, tagged, tx, model)), tx.init(tree)
+    for seed in range(steps):
+        tree, state = step(tree, state, *batch(seed))
+    return tree, state, tagged.layers
+
+
+def one_step(tagged, tx, model, tree, state, x, y, mapped=False):
+    """A step, on one device or on one of several."""
+    _, grads, statistics = tagged.value_and_grad(tree, x, y, opt_state=state)
+    grads = jax.lax.pmean(grads, AXIS) if mapped else grads
+    more = {"model": kfac.quadratic_model(tagged, tree, x, y)} if model else {}
+    updates, state = tx.update(grads, state, tree, statistics=statistics, **more)
+    return optax.apply_updates(tree, updates), state
+
+
+def pmapped(make, tree, steps, reduction):
+    """The same over eight devices."""
+    tagged = kfac.tag(loss, tree, *batch(examples=EXAMPLES // DEVICES))
+    tx = make(tagged.layers, axis_name=AXIS, reduction=reduction)
+    state = tx.init(tree)
+    axes, step = kfac.state_axes(state), functools.partial(one_step, mapped=True)
+    run = jax.pmap(
+        functools.partial(step, tagged, tx, False), AXIS,
+        in_axes=(None, axes, 0, 0), out_axes=(None, axes),
+    )  # fmt: skip
+    for seed in range(steps):
+        parts = jax.tree.map(split_rows(DEVICES), batch(seed))
+        tree, state = run(tree, state, *parts)
+    return jax.device_get(tree), state
+
+
+@pytest.mark.parametrize("share", ["inverses", "gradients"])
+def test_layers_of_different_dtypes(share):
+    """Parcels of all layers leave an owner in one array."""
+    tree = params(np.float32, np.float64)
+    wanted, state, layers = single(kfac_alone, tree, 3)
+    seen, spread = pmapped(kfac_alone, tree, 3, OWNER(share=share))
+    assert {k: v.dtype for k, v in seen.items()} == {
+        k: v.dtype for k, v in tree.items()
+    }
+    close(seen, wanted, 1e-5)
+    spread = kfac.relayout(spread, state, layers)
+    close(spread.inverses, jax.device_get(state.inverses), 1e-5)
+
+
+def kfac_alone(layers, **options):
+    """Preconditioning only."""
+    return kfac.scale_by_kfac(layers, damping=0.01, **options)
+
+
+def sharded(make, tree, steps, reduction, model=False):
+    """The same under ``jit`` with a sharded batch."""
+    tagged = kfac.tag(loss, tree, *batch())
+    tx = make(tagged.layers, axis_name=AXIS, reduction=reduction)
+    state = tx.init(tree)
+    specs = kfac.state_specs(state, AXIS)
+    state = jax.tree.map(
+        lambda x, spec: jax.device_put(x, NamedSharding(reduction.mesh, spec)),
+        state, specs,
+    )  # fmt: skip
+    tree = jax.device_put(tree, NamedSharding(reduction.mesh, P()))
+    step = jax.jit(functools.partial(one_step, tagged, tx, model))
+    for seed in range(steps):
+        rows = jax.device_put(batch(seed), NamedSharding(reduction.mesh, P(AXIS)))
+        tree, state = step(tree, state, *rows)
+    assert step._cache_size() == 1
+    return jax.device_get(tree), state
+
+
+def chosen_steps(layers, **options):
+    """Learning rate, momentum and damping chosen by the quadratic model."""
+    damping = kfac.damping.levenberg_marquardt(0.1)
+    return kfac.kfac(layers, "auto", damping=damping, **options)
+
+
+@pytest.mark.parametrize("mode", ["all", "owner"])
+def test_chosen_steps_under_jit(mode):
+    """The names of ``Reduction.mesh`` are no mapped axes outside the inversions."""
+    reduction = kfac.Reduction(mode, bucket=0, mesh=mesh_of(AxisType.Auto))
+    wanted, state, _ = single(chosen_steps, params(), 3, model=True)
+    seen, spread = sharded(chosen_steps, params(), 3, reduction, model=True)
+    close(seen, wanted, 1e-8)
+    close(spread.damping, state.damping, 1e-6)
+
+
+@pytest.mark.parametrize("mode", ["all", "owner"])
+def test_bytes_of_large_stacks(mode):
+    """More than 32 bits can count; nothing is allocated but the counters."""
+    shape = jax.ShapeDtypeStruct
+    tree = {"w": shape((24, 6400, 6400), jnp.float32)}
+
+    def stacked(p, x):
+        rows, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"])
+        return rows.mean()
+
+    tagged = kfac.tag(stacked, tree, shape((8, 6400), jnp.float32))
+    reduction = kfac.Reduction(mode, devices=DEVICES)
+    tx = kfac.scale_by_kfac(tagged.layers, axis_name=AXIS, reduction=reduction)
+    assert jax.eval_shape(tx.init, tree).clock.bytes.shape == (2, 1)
+
+
+def test_words():
+    """Numbers of up to 61 bits, exactly."""
+    numbers = [0, 7, 2**30 - 1, 2**30, 3_932_774_400, 2**61 - 1]
+    assert from_words(words(numbers)) == numbers
+    state = single(kfac_alone, params(), 1)[1]
+    clock = state.clock._replace(bytes=words([3_932_774_400, 5]))
+    first, second = kfac.report(state._replace(clock=clock))
+    assert (first["bytes_reduced"], second["bytes_reduced"]) == (3_932_774_400, 5)
