@@ -82,16 +82,16 @@ def test_means(devices, wire, rng):
     np.testing.assert_allclose(slices, sent.mean(0), rtol=1e-14)
 
 
-def update_text(model, reduction):
+def update_text(model, reduction, devices=DEVICES):
     """The compiled ``update`` of one device, and the layers."""
-    tagged = model.tag(EXAMPLES // DEVICES)
+    tagged = model.tag(EXAMPLES // devices)
     tx = kfac.scale_by_kfac(
         tagged.layers, axis_name=AXIS, reduction=reduction, inverse_interval=2,
         interval=kfac.intervals.staleness(0.5),
     )  # fmt: skip
     params = model.params()
     state, whole = tx.init(params), PartitionSpec()
-    args = (params, *model.batch(EXAMPLES // DEVICES))
+    args = (params, *model.batch(EXAMPLES // devices))
     statistics = jax.eval_shape(lambda *a: tagged.value_and_grad(*a)[2], *args)
     specs = kfac.state_specs(state, AXIS)
 
@@ -99,7 +99,7 @@ def update_text(model, reduction):
         return tx.update(grads, state, statistics=statistics)
 
     mapped = jax.shard_map(
-        update, mesh=mesh_of(AxisType.Auto), in_specs=(whole, specs, whole),
+        update, mesh=mesh_of(AxisType.Auto, devices), in_specs=(whole, specs, whole),
         out_specs=(whole, specs), check_vma=False,
     )  # fmt: skip
     lowered = jax.jit(mapped).lower(params, state, statistics)

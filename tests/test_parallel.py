@@ -9,8 +9,6 @@ from tests import models
 from tests.parallel import DEVICES, MODES, REDUCTIONS, run, same
 
 STEPS = 20
-# Layers of equal shape, so that an owner inverts several in one call.
-DEEP = models.mlp("deep", (4, *[5] * 10, 3))
 SHORT = models.mlp("short", (4, 5, 3))
 
 pytestmark = pytest.mark.skipif(
