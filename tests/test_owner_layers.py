@@ -163,3 +163,45 @@ def test_words():
     clock = state.clock._replace(bytes=words([3_932_774_400, 5]))
     first, second = kfac.report(state._replace(clock=clock))
     assert (first["bytes_reduced"], second["bytes_reduced"]) == (3_932_774_400, 5)
+
+
+def halves(layers, **options):
+    """Two optimisers; one layer's weight is in one, its bias in the other."""
+    return optax.partition(
+        {"z": kfac_alone(layers, **options), "a": kfac_alone(layers, **options)},
+        {"w1": "z", "b1": "a", "w2": "a", "b2": "a"},
+    )
+
+
+@pytest.mark.parametrize("share", ["inverses", "gradients"])
+def test_masked_layers(share):
+    """Parts of layers have factors, and layouts, of their own."""
+    wanted, state, layers = single(halves, params(), 3)
+    seen, spread = pmapped(halves, params(), 3, OWNER(share=share))
+    close(seen, wanted, 1e-8)
+    back = kfac.relayout(spread, state, layers)
+    for name in "za":
+        one, two = (s.inner_states[name].inner_state for s in (back, state))
+        close(one.factors, jax.device_get(two.factors), 1e-8)
+        close(one.inverses, jax.device_get(two.inverses), 1e-8)
+    there = kfac.relayout(back, spread, layers)
+    close(there, jax.device_get(spread), 1e-12)
+
+
+def test_relayout_refuses_what_does_not_fit():
+    """Other shapes, another method, another number of states."""
+    tree = params()
+    layers = kfac.tag(loss, tree, *batch()).layers
+    wide = tree | {"w1": jnp.zeros((4, 9)), "b1": jnp.zeros(9), "w2": jnp.zeros((9, 3))}
+    others = kfac.tag(loss, wide, *batch()).layers
+    state = kfac_alone(layers).init(tree)
+    with pytest.raises(ValueError, match=r"factors.*shape \(5, 5\), wanted \(9, 9\)"):
+        kfac.relayout(state, kfac_alone(others).init(wide), layers)
+    owner = {"axis_name": AXIS, "reduction": OWNER()}
+    spread = kfac_alone(others, **owner).init(wide)
+    with pytest.raises(ValueError, match="layer w1 has slices"):
+        kfac.relayout(spread, state, layers)
+    with pytest.raises(ValueError, match=r"only opt_state has .inverses"):
+        kfac.relayout(state, kfac_alone(layers, inverse="eigh").init(tree), layers)
+    with pytest.raises(ValueError, match="holds 1 KFACStates, like 2"):
+        kfac.relayout(state, halves(layers).init(tree), layers)
