@@ -205,3 +205,20 @@ def test_relayout_refuses_what_does_not_fit():
         kfac.relayout(state, kfac_alone(layers, inverse="eigh").init(tree), layers)
     with pytest.raises(ValueError, match="holds 1 KFACStates, like 2"):
         kfac.relayout(state, halves(layers).init(tree), layers)
+
+
+def with_momentum(layers, **options):
+    """Trust region and momentum: their numbers are wider than bfloat16."""
+    return kfac.kfac(layers, 0.05, damping=0.01, **options)
+
+
+@pytest.mark.parametrize("second", [jnp.bfloat16, np.float32])
+def test_narrow_parameters(second):
+    """No step changes a dtype of the state, momentum's included."""
+    tree = params(jnp.bfloat16, second)
+    wanted, state, _ = single(with_momentum, tree, 2)
+    seen, spread = pmapped(with_momentum, tree, 2, OWNER(share="gradients"))
+    for result in (state, spread):
+        momentum = jax.tree.map(lambda x: x.dtype, result.tail[1].trace)
+        assert momentum == {k: x.dtype for k, x in tree.items()}
+    close(seen, wanted, 2e-2)
