@@ -109,11 +109,7 @@ def sharded(make, tree, steps, reduction, model=False):
     tagged = kfac.tag(loss, tree, *batch())
     tx = make(tagged.layers, axis_name=AXIS, reduction=reduction)
     state = tx.init(tree)
-    specs = kfac.state_specs(state, AXIS)
-    state = jax.tree.map(
-        lambda x, spec: jax.device_put(x, NamedSharding(reduction.mesh, spec)),
-        state, specs,
-    )  # fmt: skip
+    state = placed(state, reduction.mesh)
     tree = jax.device_put(tree, NamedSharding(reduction.mesh, P()))
     step = jax.jit(functools.partial(one_step, tagged, tx, model))
     for seed in range(steps):
@@ -121,6 +117,14 @@ def sharded(make, tree, steps, reduction, model=False):
         tree, state = step(tree, state, *rows)
     assert step._cache_size() == 1
     return jax.device_get(tree), state
+
+
+def placed(state, mesh):
+    """A state on its devices."""
+    shardings = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), kfac.state_specs(state, AXIS)
+    )
+    return jax.device_put(state, shardings)
 
 
 def chosen_steps(layers, **options):
@@ -222,3 +226,27 @@ def test_narrow_parameters(second):
         momentum = jax.tree.map(lambda x: x.dtype, result.tail[1].trace)
         assert momentum == {k: x.dtype for k, x in tree.items()}
     close(seen, wanted, 2e-2)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_step_without_statistics(kind):
+    """Outside ``jit``, where it is known that nothing is due."""
+    tree, options = params(), {"interval": kfac.intervals.every(2)}
+    tagged = kfac.tag(loss, tree, *batch())
+    reduction = kfac.Reduction("owner", bucket=0, mesh=mesh_of(kind))
+    spread = kfac_alone(tagged.layers, axis_name=AXIS, reduction=reduction, **options)
+    alone = kfac_alone(tagged.layers, **options)
+    found = []
+    for tx in (spread, alone):
+        state = tx.init(tree)
+        values = jax.jit(tagged.value_and_grad)(tree, *batch())[1:]
+        if tx is spread:
+            state = placed(state, reduction.mesh)
+            values = jax.device_put(values, NamedSharding(reduction.mesh, P()))
+        grads, statistics = values
+        with pytest.raises(ValueError, match="update needs statistics"):
+            tx.update(grads, state)
+        update = jax.jit(lambda g, s, x, tx=tx: tx.update(g, s, statistics=x))
+        _, state = update(grads, state, statistics)
+        found.append(tx.update(grads, state)[0])
+    close(jax.device_get(found[0]), jax.device_get(found[1]), 1e-10)
