@@ -121,7 +121,8 @@ def reshaped(name: str, part: Any, shape: tuple[int, ...]) -> Slices:
         raise ValueError(
             f"layer {name}: a device sees a slice of shape {seen} of the state, wanted "
             f"{shape}. Pass the state with in_axes=kfac.state_axes(opt_state) under "
-            "pmap, in_specs=kfac.state_specs(opt_state, axis_name) under shard_map."
+            "pmap, in_specs=kfac.state_specs(opt_state, axis_name) under shard_map; "
+            "Reduction.devices must be the size of the mapped axes."
         )
     return Slices(part.values.reshape(shape))
 

@@ -250,3 +250,30 @@ def test_a_step_without_statistics(kind):
         _, state = update(grads, state, statistics)
         found.append(tx.update(grads, state)[0])
     close(jax.device_get(found[0]), jax.device_get(found[1]), 1e-10)
+
+
+@pytest.mark.parametrize("fraction", [0.4, 0.3, 2.0, 0.0, 1 / 3, 1 / 16])
+def test_fractions_that_are_not(fraction):
+    with pytest.raises(ValueError, match=r"8 devices allow k of \[1, 2, 4, 8\]"):
+        kfac.Reduction("grid", devices=DEVICES, fraction=fraction)
+
+
+def test_another_number_of_devices():
+    """The state is made for as many devices as ``Reduction`` says."""
+    tree, halved = params(), batch(examples=2)
+    tx = kfac_alone(
+        kfac.tag(loss, tree, *halved).layers, axis_name=AXIS, reduction=OWNER()
+    )
+    state = tx.init(tree)
+    statistics, specs = tagged_statistics(tree, halved), kfac.state_specs(state, AXIS)
+    update = jax.shard_map(
+        lambda g, s, x: tx.update(g, s, statistics=x), mesh=mesh_of(AxisType.Auto, 4),
+        in_specs=(P(), specs, P()), out_specs=(P(), specs),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="Reduction.devices must be the size"):
+        update(tree, state, statistics)
+
+
+def tagged_statistics(tree, rows):
+    """Statistics of one batch."""
+    return jax.jit(kfac.tag(loss, tree, *rows).value_and_grad)(tree, *rows)[2]
