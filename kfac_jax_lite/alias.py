@@ -118,7 +118,8 @@ def kfac(
         if kl_clip is not None:
             rate = value_at(learning_rate, state.kfac.count)
             trust = trust_region(updates, grads, rate, kl_clip)
-            updates = optax.tree.scale(trust, updates)
+            # In their own dtype: the momentum's must not change.
+            updates = jax.tree.map(lambda u: (trust * u).astype(u.dtype), updates)
         updates, new_tail = tail.update(updates, state.tail, params)
         accepted = inner.skipped == state.kfac.skipped
         new_tail = choose(accepted, new_tail, state.tail)

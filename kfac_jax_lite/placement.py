@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from kfac_jax_lite import forms
+from kfac_jax_lite.factors import restrict
 from kfac_jax_lite.factors.state import KFACState, Slices
+from kfac_jax_lite.inverse import FactorInverses
 from kfac_jax_lite.ownership import (
     GRADIENTS,
     Plan,
@@ -21,7 +24,7 @@ from kfac_jax_lite.slices import (
     undivided,
     whole_statistics,
 )
-from kfac_jax_lite.tree import find_states
+from kfac_jax_lite.tree import find_states, leaves_by_path
 from kfac_jax_lite.types import LayerTag
 
 # What the clock knows of the layout: constants from `init` on.
@@ -117,7 +120,8 @@ def reshaped(name: str, part: Any, shape: tuple[int, ...]) -> Slices:
         raise ValueError(
             f"layer {name}: a device sees a slice of shape {seen} of the state, wanted "
             f"{shape}. Pass the state with in_axes=kfac.state_axes(opt_state) under "
-            "pmap, in_specs=kfac.state_specs(opt_state, axis_name) under shard_map."
+            "pmap, in_specs=kfac.state_specs(opt_state, axis_name) under shard_map; "
+            "Reduction.devices must be the size of the mapped axes."
         )
     return Slices(part.values.reshape(shape))
 
@@ -141,13 +145,19 @@ def relayout(opt_state: Any, like: Any, layers: Sequence[LayerTag]) -> Any:
     tags = {layer.name: layer for layer in layers}
     host = jax.device_get((opt_state, like))
     opt_state, like = jax.tree.map(jnp.asarray, host)
-    wanted = iter(find_states(like))
+    seen, wanted = len(find_states(opt_state)), find_states(like)
+    if seen != len(wanted):
+        raise ValueError(
+            f"the states are of different models: opt_state holds {seen} KFACStates, "
+            f"like {len(wanted)}."
+        )
+    targets = iter(wanted)
 
     def is_state(node):
         return isinstance(node, KFACState)
 
     def convert(node):
-        return moved(node, next(wanted), tags) if is_state(node) else node
+        return moved(node, next(targets), tags) if is_state(node) else node
 
     return jax.device_get(jax.tree.map(convert, opt_state, is_leaf=is_state))
 
@@ -159,12 +169,14 @@ def moved(state: KFACState, like: KFACState, tags: dict[str, LayerTag]) -> KFACS
         raise ValueError(f"the states are of different models: they differ in {other}.")
     factors, previous, inverses = {}, {}, {}
     for name, old in state.factors.items():
-        layer, new = tags[name], like.factors[name]
+        new = like.factors[name]
+        layer = kept_layer(tags[name], state.inverses[name])
         old_plan = plan_of(layer, old, state.inverses[name])
         new_plan = plan_of(layer, new, like.inverses[name])
 
         def turn(statistics, layer=layer, old_plan=old_plan, new_plan=new_plan):
             if old_plan is not None:
+                check_slices(layer, statistics, old_plan)
                 statistics = whole_statistics(layer, statistics)
             if new_plan is not None:
                 statistics = sliced_statistics(layer, statistics, new_plan)
@@ -179,12 +191,52 @@ def moved(state: KFACState, like: KFACState, tags: dict[str, LayerTag]) -> KFACS
             inverse = divided(layer, inverse, new_plan)
         inverses[name] = inverse
     constants = {k: getattr(like.clock, k) for k in CONSTANTS}
-    return state._replace(
+    result = state._replace(
         factors=factors,
         previous=previous,
         inverses=inverses,
         clock=state.clock._replace(**constants),
     )
+    check_alike(result, like)
+    return result
+
+
+def check_alike(state: Any, like: Any) -> None:
+    """The first array that one state lacks, or has in another shape, is an error."""
+    seen, wanted = leaves_by_path(state), leaves_by_path(like)
+    for path in sorted(set(seen) ^ set(wanted)):
+        raise ValueError(
+            "the states are of different models or options: only "
+            f"{'opt_state' if path in seen else 'like'} has {path}."
+        )
+    for path, x in seen.items():
+        if x.shape != wanted[path].shape:
+            raise ValueError(
+                f"the states are of different models: {path} has shape {x.shape}, "
+                f"wanted {wanted[path].shape}."
+            )
+
+
+def kept_layer(layer: LayerTag, inverse: Any) -> LayerTag:
+    """The layer without the parameters that a mask hides, read off its inverse."""
+    if not layer.kronecker or len(layer.params) == 1 or layer.a_form == forms.BLOCKS:
+        return layer
+    input_side = inverse.a if isinstance(inverse, FactorInverses) else inverse.d_a
+    width = jax.tree.leaves(input_side)[0].shape[-1]
+    if width >= layer.sizes[0]:
+        return layer
+    return restrict.part(layer, [layer.roles.index("bias" if width == 1 else "weight")])
+
+
+def check_slices(layer: LayerTag, statistics: Any, plan: Plan) -> None:
+    """Slices must be of the layer's factors."""
+    seen = tuple(x.values.shape[-1] for x in (statistics.a, statistics.g))
+    wanted = slice_sizes(layer, plan)
+    if seen != wanted:
+        raise ValueError(
+            f"the state is of another model: layer {layer.name} has slices of {seen} "
+            f"entries of its factors, wanted {wanted}."
+        )
 
 
 def plan_of(layer: LayerTag, statistics: Any, inverse: Any) -> Plan | None:

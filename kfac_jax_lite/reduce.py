@@ -45,7 +45,7 @@ class Reduction:
     gathered at every step; whichever moves fewer bytes.
 
     ``"grid"``: rows are divided among ``1/fraction`` devices only: gathers stay inside
-    groups of neighbours, for as many times the memory.
+    groups of neighbours, for ``D · fraction`` times the memory.
 
     ``"owner"`` and ``"grid"`` keep parts of the state on different devices: see
     ``kfac.state_specs``. Layers that are small, tied, or not Kronecker-factored are
@@ -60,7 +60,8 @@ class Reduction:
             travel in one collective where all of them are due, and alone otherwise.
         share: What follows an inversion by the owner: ``"inverses"``, ``"gradients"``
             (rows of inverses, for ``inverse="cholesky"``) or ``"auto"``.
-        fraction: Of the devices, how many share the rows of a layer; for ``"grid"``.
+        fraction: Which part of the rows of a larger inverse every device keeps, ``1/k``
+            with ``k`` a divisor of the number of devices; for ``"grid"``.
         devices: Number of devices; wanted by ``"owner"`` and ``"grid"``.
         mesh: Under ``jit``: the mesh over whose axes ``axis_name`` the inversions are
             spread. XLA reduces the statistics itself, so ``dtype`` plays no part.
@@ -108,10 +109,11 @@ class Reduction:
         if self.fraction is None:
             return devices
         slices = round(1 / self.fraction) if self.fraction > 0 else 0
-        if not (0 < slices <= devices) or devices % slices:
+        known = [k for k in range(1, devices + 1) if devices % k == 0]
+        if slices not in known or abs(slices * self.fraction - 1) > 0.01:
             raise ValueError(
-                f"Reduction.fraction={self.fraction} divides rows among {slices} "
-                f"devices, which must divide the {devices} devices."
+                f"Reduction.fraction={self.fraction} must be 1/k with k devices, "
+                f"neighbours, that hold all rows; {devices} devices allow k of {known}."
             )
         return slices
 

@@ -235,6 +235,8 @@ def typed(run: Callable, grads: Any, state: KFACState, statistics: Any):
 
 def placed_step(options: Options, grads: Any, state: KFACState, statistics: Any):
     """``step``, under ``jit`` on every device of ``Reduction.mesh``."""
+    if statistics is None:  # before any mapping makes the flags unknown
+        check_nothing_due(state)
     mesh = options.reduction.mesh
     run = functools.partial(step, options)
     if mesh is None or options.reduction.mode == "all":
@@ -261,8 +263,6 @@ def step(options: Options, grads: Any, state: KFACState, statistics: Any):
     layers = present_layers(options.layers, grads)
     plan = options.plan(layers)
     check_state(layers, state)
-    if statistics is None:
-        check_nothing_due(state)
     before = state
     state = own_part(layers, state, plan)
     fresh = exchanged(options, plan, layers, state.clock.due, statistics)

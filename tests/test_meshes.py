@@ -18,6 +18,7 @@ from tests.parallel import (
     prepare,
     run,
     same,
+    transformation,
     whole,
 )
 
@@ -165,7 +166,7 @@ def test_relayout_there_and_back():
     reduction = OWNER(share="gradients")
     _, state = run(NET, "pmap", reduction, 3)
     layers = NET.tag(EXAMPLES).layers
-    alone = optimiser(layers).init(NET.params())
+    alone = transformation(layers).init(NET.params())
     there = kfac.relayout(state, alone, layers)
     assert kfac_state(there).factors["layer0"].a.shape == (5, 5)
     back = kfac.relayout(there, state, layers)

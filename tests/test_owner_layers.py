@@ -109,11 +109,7 @@ def sharded(make, tree, steps, reduction, model=False):
     tagged = kfac.tag(loss, tree, *batch())
     tx = make(tagged.layers, axis_name=AXIS, reduction=reduction)
     state = tx.init(tree)
-    specs = kfac.state_specs(state, AXIS)
-    state = jax.tree.map(
-        lambda x, spec: jax.device_put(x, NamedSharding(reduction.mesh, spec)),
-        state, specs,
-    )  # fmt: skip
+    state = placed(state, reduction.mesh)
     tree = jax.device_put(tree, NamedSharding(reduction.mesh, P()))
     step = jax.jit(functools.partial(one_step, tagged, tx, model))
     for seed in range(steps):
@@ -121,6 +117,14 @@ def sharded(make, tree, steps, reduction, model=False):
         tree, state = step(tree, state, *rows)
     assert step._cache_size() == 1
     return jax.device_get(tree), state
+
+
+def placed(state, mesh):
+    """A state on its devices."""
+    shardings = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), kfac.state_specs(state, AXIS)
+    )
+    return jax.device_put(state, shardings)
 
 
 def chosen_steps(layers, **options):
@@ -163,3 +167,113 @@ def test_words():
     clock = state.clock._replace(bytes=words([3_932_774_400, 5]))
     first, second = kfac.report(state._replace(clock=clock))
     assert (first["bytes_reduced"], second["bytes_reduced"]) == (3_932_774_400, 5)
+
+
+def halves(layers, **options):
+    """Two optimisers; one layer's weight is in one, its bias in the other."""
+    return optax.partition(
+        {"z": kfac_alone(layers, **options), "a": kfac_alone(layers, **options)},
+        {"w1": "z", "b1": "a", "w2": "a", "b2": "a"},
+    )
+
+
+@pytest.mark.parametrize("share", ["inverses", "gradients"])
+def test_masked_layers(share):
+    """Parts of layers have factors, and layouts, of their own."""
+    wanted, state, layers = single(halves, params(), 3)
+    seen, spread = pmapped(halves, params(), 3, OWNER(share=share))
+    close(seen, wanted, 1e-8)
+    back = kfac.relayout(spread, state, layers)
+    for name in "za":
+        one, two = (s.inner_states[name].inner_state for s in (back, state))
+        close(one.factors, jax.device_get(two.factors), 1e-8)
+        close(one.inverses, jax.device_get(two.inverses), 1e-8)
+    there = kfac.relayout(back, spread, layers)
+    close(there, jax.device_get(spread), 1e-12)
+
+
+def test_relayout_refuses_what_does_not_fit():
+    """Other shapes, another method, another number of states."""
+    tree = params()
+    layers = kfac.tag(loss, tree, *batch()).layers
+    wide = tree | {"w1": jnp.zeros((4, 9)), "b1": jnp.zeros(9), "w2": jnp.zeros((9, 3))}
+    others = kfac.tag(loss, wide, *batch()).layers
+    state = kfac_alone(layers).init(tree)
+    with pytest.raises(ValueError, match=r"factors.*shape \(5, 5\), wanted \(9, 9\)"):
+        kfac.relayout(state, kfac_alone(others).init(wide), layers)
+    owner = {"axis_name": AXIS, "reduction": OWNER()}
+    spread = kfac_alone(others, **owner).init(wide)
+    with pytest.raises(ValueError, match="layer w1 has slices"):
+        kfac.relayout(spread, state, layers)
+    with pytest.raises(ValueError, match=r"only opt_state has .inverses"):
+        kfac.relayout(state, kfac_alone(layers, inverse="eigh").init(tree), layers)
+    with pytest.raises(ValueError, match="holds 1 KFACStates, like 2"):
+        kfac.relayout(state, halves(layers).init(tree), layers)
+
+
+def with_momentum(layers, **options):
+    """Trust region and momentum: their numbers are wider than bfloat16."""
+    return kfac.kfac(layers, 0.05, damping=0.01, **options)
+
+
+@pytest.mark.parametrize("second", [jnp.bfloat16, np.float32])
+def test_narrow_parameters(second):
+    """No step changes a dtype of the state, momentum's included."""
+    tree = params(jnp.bfloat16, second)
+    wanted, state, _ = single(with_momentum, tree, 2)
+    seen, spread = pmapped(with_momentum, tree, 2, OWNER(share="gradients"))
+    for result in (state, spread):
+        momentum = jax.tree.map(lambda x: x.dtype, result.tail[1].trace)
+        assert momentum == {k: x.dtype for k, x in tree.items()}
+    close(seen, wanted, 2e-2)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_step_without_statistics(kind):
+    """Outside ``jit``, where it is known that nothing is due."""
+    tree, options = params(), {"interval": kfac.intervals.every(2)}
+    tagged = kfac.tag(loss, tree, *batch())
+    reduction = kfac.Reduction("owner", bucket=0, mesh=mesh_of(kind))
+    spread = kfac_alone(tagged.layers, axis_name=AXIS, reduction=reduction, **options)
+    alone = kfac_alone(tagged.layers, **options)
+    found = []
+    for tx in (spread, alone):
+        state = tx.init(tree)
+        values = jax.jit(tagged.value_and_grad)(tree, *batch())[1:]
+        if tx is spread:
+            state = placed(state, reduction.mesh)
+            values = jax.device_put(values, NamedSharding(reduction.mesh, P()))
+        grads, statistics = values
+        with pytest.raises(ValueError, match="update needs statistics"):
+            tx.update(grads, state)
+        update = jax.jit(lambda g, s, x, tx=tx: tx.update(g, s, statistics=x))
+        _, state = update(grads, state, statistics)
+        found.append(tx.update(grads, state)[0])
+    close(jax.device_get(found[0]), jax.device_get(found[1]), 1e-10)
+
+
+@pytest.mark.parametrize("fraction", [0.4, 0.3, 2.0, 0.0, 1 / 3, 1 / 16])
+def test_fractions_that_are_not(fraction):
+    with pytest.raises(ValueError, match=r"8 devices allow k of \[1, 2, 4, 8\]"):
+        kfac.Reduction("grid", devices=DEVICES, fraction=fraction)
+
+
+def test_another_number_of_devices():
+    """The state is made for as many devices as ``Reduction`` says."""
+    tree, halved = params(), batch(examples=2)
+    tx = kfac_alone(
+        kfac.tag(loss, tree, *halved).layers, axis_name=AXIS, reduction=OWNER()
+    )
+    state = tx.init(tree)
+    statistics, specs = tagged_statistics(tree, halved), kfac.state_specs(state, AXIS)
+    update = jax.shard_map(
+        lambda g, s, x: tx.update(g, s, statistics=x), mesh=mesh_of(AxisType.Auto, 4),
+        in_specs=(P(), specs, P()), out_specs=(P(), specs),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="Reduction.devices must be the size"):
+        update(tree, state, statistics)
+
+
+def tagged_statistics(tree, rows):
+    """Statistics of one batch."""
+    return jax.jit(kfac.tag(loss, tree, *rows).value_and_grad)(tree, *rows)[2]
