@@ -143,6 +143,8 @@ def undivided(layer: LayerTag, inverse: Any, plan: Plan) -> FactorInverses:
 def precondition_rows(layer: LayerTag, inverse: FactorInverses, v: Array) -> Array:
     """This device's rows of ``A⁻¹ V G⁻¹``, or of its transpose if ``G`` is divided.
 
+    Rows first: both products are then divided among the devices.
+
     Args:
         layer: The layer.
         inverse: Its inverses, the larger one as this device's rows.
@@ -153,10 +155,11 @@ def precondition_rows(layer: LayerTag, inverse: FactorInverses, v: Array) -> Arr
     """
     if isinstance(inverse.a, Slices):
         wide = forms.widened(v, forms.width(layer.g_form, layer.g_shape))
-        return inverse.a.values @ forms.times(wide, inverse.g, layer.g_form)
+        return forms.times(inverse.a.values @ wide, inverse.g, layer.g_form)
     v = jnp.swapaxes(v, -1, -2)
     wide = forms.widened(v, forms.width(layer.a_form, layer.a_shape))
-    return inverse.g.values @ forms.times(wide, inverse.a, layer.a_form)  # type: ignore
+    rows: Any = inverse.g
+    return forms.times(rows.values @ wide, inverse.a, layer.a_form)
 
 
 def gather_rows(
