@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import kfac_jax_lite as kfac
 from kfac_jax_lite.factors.state import from_words, words
-from tests.helpers import close
+from tests.helpers import close, identical
 from tests.parallel import AXIS, DEVICES, EXAMPLES, OWNER, mesh_of, split_rows
 
 P = PartitionSpec
@@ -277,3 +277,36 @@ def test_another_number_of_devices():
 def tagged_statistics(tree, rows):
     """Statistics of one batch."""
     return jax.jit(kfac.tag(loss, tree, *rows).value_and_grad)(tree, *rows)[2]
+
+
+def test_a_bad_batch_and_a_failed_factorisation():
+    """Both are seen by all devices, whichever device or owner met them."""
+    tree = params()
+    tagged = kfac.tag(loss, tree, *batch(examples=EXAMPLES // DEVICES))
+    tx = kfac_alone(tagged.layers, axis_name=AXIS, reduction=OWNER(share="gradients"))
+    state, mesh = tx.init(tree), mesh_of(AxisType.Auto)
+
+    def step(state, x, y, case):
+        _, grads, statistics = tagged.value_and_grad(tree, x, y, opt_state=state)
+        grads = jax.tree.map(lambda g: g / DEVICES, grads)
+        here = (case == 1) & (jax.lax.axis_index(AXIS) == 3)
+        a, g, _ = statistics["w1"]
+        a = jnp.where(case == 2, -100 * jnp.eye(5), jnp.where(here, jnp.nan, a))
+        statistics = statistics | {"w1": kfac.KroneckerStatistics(a, g)}
+        return tx.update(grads, state, statistics=statistics)
+
+    specs = kfac.state_specs(state, AXIS)
+    run = jax.jit(jax.shard_map(
+        step, mesh=mesh, in_specs=(specs, P(AXIS), P(AXIS), P()), out_specs=(P(), specs)
+    ))  # fmt: skip
+    _, before = run(placed(state, mesh), *batch(), 0)
+    updates, after = run(before, *batch(1), 1)
+    assert not any(jnp.any(u) for u in jax.tree.leaves(updates))
+    assert after.skipped == 1
+    identical(after._replace(skipped=before.skipped), before)
+    _, clean = run(after, *batch(1), 0)
+    identical(clean._replace(skipped=before.skipped), run(before, *batch(1), 0)[1])
+    _, failed = run(clean, *batch(2), 2)
+    assert failed.clock.failures.tolist() == [1, 0]
+    identical(failed.inverses["w1"], clean.inverses["w1"])
+    assert jnp.any(failed.inverses["w2"].g != clean.inverses["w2"].g)
