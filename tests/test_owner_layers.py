@@ -290,9 +290,9 @@ def test_a_bad_batch_and_a_failed_factorisation():
         _, grads, statistics = tagged.value_and_grad(tree, x, y, opt_state=state)
         grads = jax.tree.map(lambda g: g / DEVICES, grads)
         here = (case == 1) & (jax.lax.axis_index(AXIS) == 3)
-        a, g, _ = statistics["w1"]
+        a = statistics["w1"].a
         a = jnp.where(case == 2, -100 * jnp.eye(5), jnp.where(here, jnp.nan, a))
-        statistics = statistics | {"w1": kfac.KroneckerStatistics(a, g)}
+        statistics = statistics | {"w1": statistics["w1"]._replace(a=a)}
         return tx.update(grads, state, statistics=statistics)
 
     specs = kfac.state_specs(state, AXIS)
@@ -325,8 +325,8 @@ def odd(p, tokens, image):
     return jnp.sin(hidden).mean() + jnp.sin(jnp.tanh(mixed) @ p["one"]).mean()
 
 
-@pytest.mark.parametrize(("inverse", "limit"), [("cholesky", 3), ("eigh", 8192)])
-def test_odd_layers(inverse, limit, rng):
+@pytest.mark.parametrize("limit", [3, 8192])
+def test_odd_layers(limit, rng):
     """Every form of factor and every leading axis, against one device."""
     shapes = {
         "table": (7, 6), "shift": (6,), "stack": {"w": (3, 6, 6), "b": (3, 6)},
@@ -339,12 +339,10 @@ def test_odd_layers(inverse, limit, rng):
     data = jnp.asarray(rng.integers(0, 7, 4)), jnp.asarray(rng.normal(size=(4, 3, 2)))
     tagged = kfac.tag(odd, tree, *data, num_examples=4, max_factor_dim=limit)
     grads, statistics = jax.jit(tagged.value_and_grad)(tree, *data)[1:]
-    alone = kfac_alone(tagged.layers, inverse=inverse)
+    alone = kfac_alone(tagged.layers)
     update = jax.jit(lambda g, s, x: alone.update(g, s, statistics=x))
     wanted, state = update(grads, alone.init(tree), statistics)
-    tx = kfac_alone(
-        tagged.layers, inverse=inverse, axis_name=AXIS, reduction=OWNER(devices=3)
-    )
+    tx = kfac_alone(tagged.layers, axis_name=AXIS, reduction=OWNER(devices=3))
     spread = tx.init(tree)
     specs = kfac.state_specs(spread, AXIS)
     run = jax.shard_map(
