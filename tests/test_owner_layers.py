@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import kfac_jax_lite as kfac
 from kfac_jax_lite.factors.state import from_words, words
-from tests.helpers import close
+from tests.helpers import close, identical
 from tests.parallel import AXIS, DEVICES, EXAMPLES, OWNER, mesh_of, split_rows
 
 P = PartitionSpec
@@ -277,3 +277,79 @@ def test_another_number_of_devices():
 def tagged_statistics(tree, rows):
     """Statistics of one batch."""
     return jax.jit(kfac.tag(loss, tree, *rows).value_and_grad)(tree, *rows)[2]
+
+
+def test_a_bad_batch_and_a_failed_factorisation():
+    """Both are seen by all devices, whichever device or owner met them."""
+    tree = params()
+    tagged = kfac.tag(loss, tree, *batch(examples=EXAMPLES // DEVICES))
+    tx = kfac_alone(tagged.layers, axis_name=AXIS, reduction=OWNER(share="gradients"))
+    state, mesh = tx.init(tree), mesh_of(AxisType.Auto)
+
+    def step(state, x, y, case):
+        _, grads, statistics = tagged.value_and_grad(tree, x, y, opt_state=state)
+        grads = jax.tree.map(lambda g: g / DEVICES, grads)
+        here = (case == 1) & (jax.lax.axis_index(AXIS) == 3)
+        a = statistics["w1"].a
+        a = jnp.where(case == 2, -100 * jnp.eye(5), jnp.where(here, jnp.nan, a))
+        statistics = statistics | {"w1": statistics["w1"]._replace(a=a)}
+        return tx.update(grads, state, statistics=statistics)
+
+    specs = kfac.state_specs(state, AXIS)
+    run = jax.jit(jax.shard_map(
+        step, mesh=mesh, in_specs=(specs, P(AXIS), P(AXIS), P()), out_specs=(P(), specs)
+    ))  # fmt: skip
+    _, before = run(placed(state, mesh), *batch(), 0)
+    updates, after = run(before, *batch(1), 1)
+    assert not any(jnp.any(u) for u in jax.tree.leaves(updates))
+    assert after.skipped == 1
+    identical(after._replace(skipped=before.skipped), before)
+    _, clean = run(after, *batch(1), 0)
+    identical(clean._replace(skipped=before.skipped), run(before, *batch(1), 0)[1])
+    _, failed = run(clean, *batch(2), 2)
+    assert failed.clock.failures.tolist() == [1, 0]
+    identical(failed.inverses["w1"], clean.inverses["w1"])
+    assert jnp.any(failed.inverses["w2"].g != clean.inverses["w2"].g)
+
+
+def odd(p, tokens, image):
+    """Embedding, stacked, batched, grouped, bias-free and 1 × 1 layers."""
+    hidden = p["table"][tokens] + p["shift"]
+    body = lambda h, w: (jnp.tanh(h @ w["w"] + w["b"]), None)  # noqa: E731
+    hidden, _ = jax.lax.scan(body, hidden, p["stack"])
+    hidden = jnp.einsum("bei,eio->beo", hidden.reshape(-1, 2, 3), p["experts"])
+    mixed = jax.lax.conv_general_dilated(
+        image, p["conv"], (1,), "VALID", feature_group_count=2,
+        dimension_numbers=("NWC", "WIO", "NWC"),
+    )  # fmt: skip
+    return jnp.sin(hidden).mean() + jnp.sin(jnp.tanh(mixed) @ p["one"]).mean()
+
+
+@pytest.mark.parametrize("limit", [3, 8192])
+def test_odd_layers(limit, rng):
+    """Every form of factor and every leading axis, against one device."""
+    shapes = {
+        "table": (7, 6), "shift": (6,), "stack": {"w": (3, 6, 6), "b": (3, 6)},
+        "experts": (2, 3, 3), "conv": (2, 1, 4), "one": (4, 1),
+    }  # fmt: skip
+    is_shape = lambda s: isinstance(s, tuple)  # noqa: E731
+    tree = jax.tree.map(
+        lambda s: jnp.asarray(0.4 * rng.normal(size=s)), shapes, is_leaf=is_shape
+    )
+    data = jnp.asarray(rng.integers(0, 7, 4)), jnp.asarray(rng.normal(size=(4, 3, 2)))
+    tagged = kfac.tag(odd, tree, *data, num_examples=4, max_factor_dim=limit)
+    grads, statistics = jax.jit(tagged.value_and_grad)(tree, *data)[1:]
+    alone = kfac_alone(tagged.layers)
+    update = jax.jit(lambda g, s, x: alone.update(g, s, statistics=x))
+    wanted, state = update(grads, alone.init(tree), statistics)
+    tx = kfac_alone(tagged.layers, axis_name=AXIS, reduction=OWNER(devices=3))
+    spread = tx.init(tree)
+    specs = kfac.state_specs(spread, AXIS)
+    run = jax.shard_map(
+        lambda g, s, x: tx.update(g, s, statistics=x), mesh=mesh_of(AxisType.Auto, 3),
+        in_specs=(P(), specs, P()), out_specs=(P(), specs),
+    )  # fmt: skip
+    seen, spread = jax.jit(run)(grads, spread, statistics)
+    close(jax.device_get(seen), jax.device_get(wanted), 1e-8)
+    back = kfac.relayout(spread, state, tagged.layers)
+    close(back.factors, jax.device_get(state.factors), 1e-12)
