@@ -81,8 +81,7 @@ def test_the_plot_is_marked_simulated():
     net = figures.network(config)
     figure = plot.draw(figures.curves(net, config), net, config)
     assert figure.get_suptitle().startswith("Simulated: mlp, 32 examples per device")
-    legend = figure.axes[0].get_legend()
-    assert legend is not None
+    (legend,) = figure.legends
     labels = [text.get_text() for text in legend.get_texts()]
     assert "all, every step" in labels and "owner, rate 0.109" in labels
     assert not any("published" in label for label in labels)
