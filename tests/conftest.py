@@ -14,6 +14,7 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
 
@@ -53,3 +54,19 @@ def precision(request):
 def rng():
     """A numpy generator, the same in every test."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def compiled_anew():
+    """Nothing comes out of the persistent compilation cache.
+
+    With jaxlib 0.10.2 on CPUs, programs over several devices that spread inversions and
+    were loaded from that cache gave numbers that changed from call to call, or crashed;
+    compiled anew they do not.
+    """
+    kept = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", kept)
+    compilation_cache.reset_cache()

@@ -30,9 +30,10 @@ BARE = {
     if name != "all"
 }
 
-pytestmark = pytest.mark.skipif(
-    jax.device_count() < DEVICES, reason="needs eight host devices"
-)
+pytestmark = [
+    pytest.mark.usefixtures("compiled_anew"),
+    pytest.mark.skipif(jax.device_count() < DEVICES, reason="needs eight devices"),
+]
 
 
 def over(devices, function, x, out=None):

@@ -36,9 +36,10 @@ SPREAD = {
     "grid": ("grid", "data", "gradients", 0.5),
 }
 
-pytestmark = pytest.mark.skipif(
-    jax.device_count() < DEVICES, reason="needs eight host devices"
-)
+pytestmark = [
+    pytest.mark.usefixtures("compiled_anew"),
+    pytest.mark.skipif(jax.device_count() < DEVICES, reason="needs eight devices"),
+]
 
 
 def loss_of(place, explicit):

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import kfac_jax_lite as kfac
@@ -17,24 +16,10 @@ from tests.parallel import AXIS, DEVICES, EXAMPLES, OWNER, mesh_of, split_rows
 
 P = PartitionSpec
 
-pytestmark = pytest.mark.skipif(
-    jax.device_count() < DEVICES, reason="needs eight host devices"
-)
-
-
-@pytest.fixture(autouse=True)
-def compiled_anew():
-    """On CPUs, jaxlib 0.10.2 runs some of these programs wrongly if it loads them.
-
-    Programs over several devices that come out of the persistent compilation cache
-    gave numbers that changed from call to call, or crashed; compiled anew they do not.
-    """
-    kept = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", kept)
-    compilation_cache.reset_cache()
+pytestmark = [
+    pytest.mark.usefixtures("compiled_anew"),
+    pytest.mark.skipif(jax.device_count() < DEVICES, reason="needs eight devices"),
+]
 
 
 def params(first=np.float64, second=np.float64):

@@ -21,6 +21,8 @@ from tests.test_collectives import update_text
 # Four layers of one shape: two for each of two devices.
 DEEP = models.mlp("deep", (4, 5, 5, 5, 5, 5, 3))
 
+pytestmark = pytest.mark.usefixtures("compiled_anew")
+
 
 def layers_of(sizes):
     """Dense layers without bias, of these widths."""

@@ -11,9 +11,10 @@ from tests.parallel import DEVICES, MODES, REDUCTIONS, run, same
 STEPS = 20
 SHORT = models.mlp("short", (4, 5, 3))
 
-pytestmark = pytest.mark.skipif(
-    jax.device_count() < DEVICES, reason="needs eight host devices"
-)
+pytestmark = [
+    pytest.mark.usefixtures("compiled_anew"),
+    pytest.mark.skipif(jax.device_count() < DEVICES, reason="needs eight devices"),
+]
 
 
 def cases():

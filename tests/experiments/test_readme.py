@@ -22,6 +22,8 @@ def blocks():
 
 BLOCKS = blocks()
 
+pytestmark = pytest.mark.usefixtures("compiled_anew")
+
 
 @pytest.fixture(scope="module")
 def names():
