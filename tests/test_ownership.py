@@ -21,8 +21,6 @@ from tests.test_collectives import update_text
 # Four layers of one shape: two for each of two devices.
 DEEP = models.mlp("deep", (4, 5, 5, 5, 5, 5, 3))
 
-pytestmark = pytest.mark.usefixtures("compiled_anew")
-
 
 def layers_of(sizes):
     """Dense layers without bias, of these widths."""
@@ -69,6 +67,7 @@ def test_equal_shapes_go_together(count):
     assert sum(s < max(sizes) for s in sizes) <= 1
 
 
+@pytest.mark.usefixtures("compiled_anew")
 def test_one_batched_call_for_equal_shapes():
     """Four equal layers on two devices: each inverts two at once."""
     reduction = OWNER(devices=2, share="inverses")
