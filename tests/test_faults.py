@@ -53,16 +53,25 @@ SCENARIOS = [
 
 @pytest.mark.skipif(jax.device_count() < DEVICES, reason="needs eight host devices")
 @pytest.mark.parametrize(
-    "kind", ["pmap", "shard_map", "checked_shard_map", "jit", "owners"]
+    "kind",
+    [
+        pytest.param("pmap", marks=pytest.mark.slow),
+        "shard_map",
+        pytest.param("checked_shard_map", marks=pytest.mark.slow),
+        pytest.param("jit", marks=pytest.mark.slow),
+        "owners",
+    ],
 )
 def test_nan_on_one_device(kind):
     places = [place for name, place in SCENARIOS if name == kind]
+    # Programs with owners are compiled anew: see `compiled_anew` in conftest.py.
+    kept = {} if kind == "owners" else kept_programs()
     code = "import sys; from tests.test_faults import scenario\n"
     code += "for place in sys.argv[2:]: scenario(sys.argv[1], place)"
     done = subprocess.run(
         [sys.executable, "-c", code, kind, *places],
         cwd=ROOT,
-        env={**os.environ, "JAX_ENABLE_X64": "1", **kept_programs()},
+        env={**os.environ, "JAX_ENABLE_X64": "1", **kept},
         capture_output=True,
         text=True,
         timeout=PATIENCE,

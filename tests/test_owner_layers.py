@@ -15,6 +15,7 @@ from tests.helpers import close, identical
 from tests.parallel import AXIS, DEVICES, EXAMPLES, OWNER, mesh_of, split_rows
 
 P = PartitionSpec
+SLOW_GRADIENTS = pytest.param("gradients", marks=pytest.mark.slow)
 
 pytestmark = [
     pytest.mark.usefixtures("compiled_anew"),
@@ -86,7 +87,7 @@ def pmapped(make, tree, steps, reduction):
     return jax.device_get(tree), state
 
 
-@pytest.mark.parametrize("share", ["inverses", "gradients"])
+@pytest.mark.parametrize("share", ["inverses", SLOW_GRADIENTS])
 def test_layers_of_different_dtypes(share):
     """Parcels of all layers leave an owner in one array."""
     tree = params(np.float32, np.float64)
@@ -178,7 +179,7 @@ def halves(layers, **options):
     )
 
 
-@pytest.mark.parametrize("share", ["inverses", "gradients"])
+@pytest.mark.parametrize("share", ["inverses", SLOW_GRADIENTS])
 def test_masked_layers(share):
     """Parts of layers have factors, and layouts, of their own."""
     wanted, state, layers = single(halves, params(), 3)
@@ -217,7 +218,9 @@ def with_momentum(layers, **options):
     return kfac.kfac(layers, 0.05, damping=0.01, **options)
 
 
-@pytest.mark.parametrize("second", [jnp.bfloat16, np.float32])
+@pytest.mark.parametrize(
+    "second", [jnp.bfloat16, pytest.param(np.float32, marks=pytest.mark.slow)]
+)
 def test_narrow_parameters(second):
     """No step changes a dtype of the state, momentum's included."""
     tree = params(jnp.bfloat16, second)
@@ -229,7 +232,10 @@ def test_narrow_parameters(second):
     close(seen, wanted, 2e-2)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "kind",
+    [AxisType.Explicit, pytest.param(AxisType.Auto, marks=pytest.mark.slow)],
+)
 def test_a_step_without_statistics(kind):
     """Outside ``jit``, where it is known that nothing is due."""
     tree, options = params(), {"interval": kfac.intervals.every(2)}
@@ -326,7 +332,7 @@ def odd(p, tokens, image):
     return jnp.sin(hidden).mean() + jnp.sin(jnp.tanh(mixed) @ p["one"]).mean()
 
 
-@pytest.mark.parametrize("limit", [3, 8192])
+@pytest.mark.parametrize("limit", [3, pytest.param(8192, marks=pytest.mark.slow)])
 def test_odd_layers(limit, rng):
     """Every form of factor and every leading axis, against one device."""
     shapes = {
