@@ -11,7 +11,14 @@ import optuna
 import pytest
 
 import experiments
-from experiments.benchmarks import autoencoder, common, jobs, mlp_target, step_time
+from experiments.benchmarks import (
+    autoencoder,
+    common,
+    jobs,
+    mlp_target,
+    scaling,
+    step_time,
+)
 from experiments.benchmarks.networks import Problem, Spec, make_problem
 from experiments.models.networks import MLP
 
@@ -201,3 +208,25 @@ def test_mlp_target(tmp_path):
     assert [t["optimizer"] for t in trials] == ["adam", "ours"]
     assert [t["values"] for t in trials] == list(mlp_target.USUAL.values())
     assert (tmp_path / "mlp_target_digits.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiled_anew")
+def test_scaling(tmp_path, capsys):
+    """Every mode on two devices, and what a device sends."""
+    options = ["--devices", "2", "--rounds", "1", "--batch", "8", "--width", "4"]
+    result = scaling.main([*options, "--layers", "1", "--out", str(tmp_path)])
+    written = json.loads((tmp_path / "scaling.json").read_text())
+    rows = written["rows"]["2"]
+    assert (
+        set(rows) == set(result["rows"]["2"]) == {"SGD", "all", "owner", "owner, rows"}
+    )
+    assert set(rows["all"]["ms"]) == set(scaling.KINDS)
+    # A ring of two sends what it reduces: triangles of 785, 5, 4, 10.
+    elements = 785 * 786 // 2 + 5 * 6 // 2 + 4 * 5 // 2 + 10 * 11 // 2
+    sent = rows["all"]["sent_megabytes"]["refresh"]
+    np.testing.assert_allclose(sent, 4e-6 * elements)
+    assert rows["owner"]["sent_megabytes"]["refresh"] < 0.51 * sent
+    assert "2 devices" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="divide the batch"):
+        scaling.main(["--devices", "3", "--batch", "8", "--out", str(tmp_path)])
