@@ -31,10 +31,10 @@ from kfac_jax_lite.options import Options
 from kfac_jax_lite.ownership import (
     Plan,
     cached_arrays,
+    grouped,
     inverse_symmetric,
     larger_side,
     parcel_sizes,
-    shape_class,
     slice_sizes,
 )
 from kfac_jax_lite.packing import from_vector, packed_size, to_vector
@@ -237,14 +237,6 @@ def inverted_by_owners(
             found[layer.name] = part.astype(rows[layer.name].dtype)
             start += size
     return found
-
-
-def grouped(layers: Sequence[LayerTag]) -> list[list[LayerTag]]:
-    """Layers of equal shape together."""
-    classes: dict[Any, list[LayerTag]] = {}
-    for layer in layers:
-        classes.setdefault(shape_class(layer), []).append(layer)
-    return list(classes.values())
 
 
 def brought(

@@ -82,7 +82,7 @@ def make_plan(
         The plan.
 
     Raises:
-        ValueError: ``share="gradients"`` with a method that keeps eigenbases.
+        ValueError: ``share="gradients"`` with another method than ``"cholesky"``.
     """
     if reduction.mode == "all":
         return NOBODY
@@ -194,11 +194,8 @@ def balanced(layers: Sequence[LayerTag], devices: int) -> dict[str, int]:
     Returns:
         Layer name to device.
     """
-    classes: dict[Any, list[LayerTag]] = {}
-    for layer in layers:
-        classes.setdefault(shape_class(layer), []).append(layer)
     chunks = []
-    for alike in classes.values():
+    for alike in grouped(layers):
         size = math.ceil(len(alike) / devices)
         chunks += [alike[i : i + size] for i in range(0, len(alike), size)]
     chunks.sort(key=lambda chunk: -len(chunk) * inverse_cost(chunk[0]))
@@ -208,6 +205,14 @@ def balanced(layers: Sequence[LayerTag], devices: int) -> dict[str, int]:
         load[device] += len(chunk) * inverse_cost(chunk[0])
         owners |= {layer.name: device for layer in chunk}
     return owners
+
+
+def grouped(layers: Sequence[LayerTag]) -> list[list[LayerTag]]:
+    """Layers of equal shape together."""
+    classes: dict[Any, list[LayerTag]] = {}
+    for layer in layers:
+        classes.setdefault(shape_class(layer), []).append(layer)
+    return list(classes.values())
 
 
 def shape_class(layer: LayerTag) -> tuple:

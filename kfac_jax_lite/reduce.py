@@ -18,7 +18,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from kfac_jax_lite.collectives import checked_axes, mean, split_in
-from kfac_jax_lite.packing import from_vector, symmetric_field, to_vector
+from kfac_jax_lite.packing import (
+    from_vector,
+    packed_size,
+    symmetric_field,
+    to_vector,
+)
 from kfac_jax_lite.tree import varying_axes
 from kfac_jax_lite.types import (
     Array,
@@ -149,17 +154,11 @@ def from_wire(layer: LayerTag, vector: Array, like: Any, reduction: Reduction) -
         if x is None:
             continue
         symmetric = symmetric_field(layer, name, x.shape, reduction.pack)
-        size = to_vector_size(x, symmetric)
+        size = packed_size(x.shape, symmetric)
         part = vector[start : start + size]
         found[name] = from_vector(part, x.shape, symmetric)
         start += size
     return like._replace(**found)
-
-
-def to_vector_size(x: Array, symmetric: bool) -> int:
-    """Entries of ``to_vector``."""
-    d = x.shape[-1] if x.ndim else 1
-    return x.size // (d * d) * (d * (d + 1) // 2) if symmetric else x.size
 
 
 def reduce_statistics(
