@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kfac_jax_lite import forms
 from kfac_jax_lite.collectives import (
     from_root,
     gathered,
@@ -37,7 +36,12 @@ from kfac_jax_lite.ownership import (
     parcel_sizes,
     slice_sizes,
 )
-from kfac_jax_lite.packing import from_vector, packed_size, to_vector
+from kfac_jax_lite.packing import (
+    field_shapes,
+    from_vector,
+    packed_size,
+    to_vector,
+)
 from kfac_jax_lite.refresh import gated
 from kfac_jax_lite.slices import joined_rows, sent_rows, whole_statistics
 from kfac_jax_lite.tree import choose, vary, varying_axes
@@ -106,7 +110,7 @@ def opened(
     cached = cached._replace(**new)
     if not method.moments:
         return cached, (), good
-    shape = (*layer.stack, *layer.blocks, *forms.widths(layer))
+    shape = field_shapes(layer, True)["s"]
     return cached, from_vector(vector[start:], shape, False), good
 
 

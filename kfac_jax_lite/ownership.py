@@ -229,20 +229,18 @@ def slice_sizes(layer: LayerTag, plan: Plan) -> tuple[int, int]:
 
 def held_rows(layer: LayerTag, plan: Plan) -> tuple[int, int]:
     """Rows of the larger inverse: those that the owner sends to a device, and holds."""
-    side = larger_side(layer)
-    size = layer.sizes[0 if side == "a" else 1]
-    sent = -(-size // plan.devices)
+    sent = -(-max(layer.sizes) // plan.devices)
     return sent, sent * (plan.devices // plan.slices)
 
 
 def parcel_sizes(layer: LayerTag, plan: Plan, method: Method) -> tuple[int, int]:
     """Entries of an owner's parcel to each device: for all devices, and its rows."""
     if plan.sliced(layer.name):
-        side = larger_side(layer)
-        small = inverse_sizes(layer, plan.packed)["g" if side == "a" else "a"]
-        size = layer.sizes[0 if side == "a" else 1]
+        small = "g" if larger_side(layer) == "a" else "a"
+        for_all = inverse_sizes(layer, plan.packed)[small]
         blocks = math.prod(layer.stack + layer.blocks)
-        return -(-small // plan.devices), blocks * held_rows(layer, plan)[0] * size
+        rows = blocks * held_rows(layer, plan)[0] * max(layer.sizes)
+        return -(-for_all // plan.devices), rows
     cached = jax.eval_shape(lambda: initial_inverse(layer, method, jnp.float32))
     total = sum(
         packed_size(x.shape, inverse_symmetric(layer, k, x.shape, plan.packed))

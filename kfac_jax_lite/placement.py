@@ -106,7 +106,7 @@ def own_part(layers: Sequence[LayerTag], state: KFACState, plan: Plan) -> KFACSt
         previous[name] = tuple(map(local, previous[name]))
         if plan.sliced(name):
             side = larger_side(layer) or ""
-            rows, size = held_rows(layer, plan)[1], layer.sizes[side == "g"]
+            rows, size = held_rows(layer, plan)[1], max(layer.sizes)
             shape = (*layer.stack, *layer.blocks, rows, size)
             part = reshaped(name, getattr(inverses[name], side), shape)
             inverses[name] = inverses[name]._replace(**{side: part})

@@ -17,7 +17,6 @@ from kfac_jax_lite.inverse import Method, method_named
 from kfac_jax_lite.ownership import (
     Plan,
     held_rows,
-    larger_side,
     make_plan,
     parcel_sizes,
     slice_sizes,
@@ -92,19 +91,30 @@ class Wire:
         padded = -(-elements // self.devices) * self.devices
         size = jnp.dtype(narrow).itemsize
         for kind in ("all_to_all", "all_gather"):
-            yield dataclasses.replace(
-                self.of(layer, REFRESH, kind, padded), itemsize=size
-            )
+            yield self.of(layer, REFRESH, kind, padded, itemsize=size)
 
-    def of(self, layer: str, event: str, kind: str, elements: int) -> Collective:
-        """A collective over all devices in the statistics' precision."""
-        return Collective(layer, event, kind, elements, self.itemsize, self.devices)
+    def of(
+        self, layer: str, event: str, kind: str, elements: int, **changes: int
+    ) -> Collective:
+        """A collective over all devices in the statistics' precision, but for changes.
+
+        Args:
+            layer: The layer's name.
+            event: What causes it.
+            kind: Which operation.
+            elements: Entries of the array.
+            **changes: Other fields of ``Collective``.
+
+        Returns:
+            The collective.
+        """
+        common = {"itemsize": self.itemsize, "devices": self.devices}
+        return Collective(layer, event, kind, elements, **(common | changes))
 
     def tree(self, layer: str, elements: int) -> Iterator[Collective]:
         """A binomial tree over which every device's part travels."""
         for pairs, rows in permuted(self.devices):
-            one = self.of(layer, INVERSION, "permute", rows * elements)
-            yield dataclasses.replace(one, count=pairs)
+            yield self.of(layer, INVERSION, "permute", rows * elements, count=pairs)
 
     def refresh(self, layer: LayerTag) -> Iterator[Collective]:
         """Statistics of one layer, averaged over devices."""
@@ -117,20 +127,18 @@ class Wire:
                 yield self.of(name, REFRESH, "all_reduce", math.prod(shape))
         elif layer.kind == "diagonal":
             yield from self.mean(name, math.prod(layer.a_shape))
-            yield dataclasses.replace(
-                self.of(name, REFRESH, "all_reduce", 1), itemsize=4
-            )
+            yield self.of(name, REFRESH, "all_reduce", 1, itemsize=4)
         elif not owned:
             sizes = field_sizes(layer, self.reduction.pack, moments)
             yield from self.mean(name, sum(sizes.values()))
         else:
             total = self.devices * sum(slice_sizes(layer, self.plan))
             narrow = self.reduction.dtype
-            kind = "reduce_scatter" if narrow is None else "all_to_all"
-            one = self.of(name, REFRESH, kind, total)
-            if narrow is not None:
-                one = dataclasses.replace(one, itemsize=jnp.dtype(narrow).itemsize)
-            yield one
+            if narrow is None:
+                yield self.of(name, REFRESH, "reduce_scatter", total)
+            else:
+                size = jnp.dtype(narrow).itemsize
+                yield self.of(name, REFRESH, "all_to_all", total, itemsize=size)
             if moments:
                 yield from self.mean(name, field_sizes(layer, True, True)["s"])
         if owned:
@@ -148,17 +156,16 @@ class Wire:
         yield self.of(name, INVERSION, "all_gather", self.devices * for_all)
         copies = self.devices // plan.slices
         if rows and copies > 1:
-            one = self.of(name, INVERSION, "all_gather", copies * rows)
-            yield dataclasses.replace(one, devices=copies)
+            total = copies * rows
+            yield self.of(name, INVERSION, "all_gather", total, devices=copies)
 
     def step(self, layer: LayerTag) -> Iterator[Collective]:
         """Preconditioned rows, gathered at every step."""
         if self.plan.sliced(layer.name):
-            rows = held_rows(layer, self.plan)[1] * self.plan.slices
-            other = layer.sizes[1 if larger_side(layer) == "a" else 0]
-            blocks = math.prod(layer.stack + layer.blocks)
-            one = self.of(layer.name, STEP, "all_gather", blocks * rows * other)
-            yield dataclasses.replace(one, devices=self.plan.slices)
+            slices = self.plan.slices
+            rows = held_rows(layer, self.plan)[1] * slices
+            total = math.prod(layer.stack + layer.blocks) * rows * min(layer.sizes)
+            yield self.of(layer.name, STEP, "all_gather", total, devices=slices)
 
 
 def traffic(
