@@ -8,14 +8,15 @@ import os
 # is loaded, so it has to be set before numpy and scipy are imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 
 
 def keep_freed_memory() -> bool:
     """Makes glibc keep freed buffers for the next step of a training loop.
 
     By default it returns buffers above 32 MB to the system, and the next step faults
-    every page of its temporary buffers in again.
+    every page of its temporary buffers in again. Threads other than the first cannot
+    keep more than 64 MB at all, unless they share the first one's heap.
 
     Returns:
         Whether this C library could be told so.
@@ -24,7 +25,11 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    limits = {M_MMAP_THRESHOLD: 1 << 30, M_TRIM_THRESHOLD: (1 << 31) - 1}
+    limits = {
+        M_MMAP_THRESHOLD: 1 << 30,
+        M_TRIM_THRESHOLD: (1 << 31) - 1,
+        M_ARENA_MAX: 1,
+    }
     return all(mallopt(name, value) == 1 for name, value in limits.items())
 
 
