@@ -123,26 +123,17 @@ def bucket(
     return dict(zip((t.name for t in layers), means, strict=True))
 
 
-def is_accepted(
-    options: Options, layers: Sequence[LayerTag], due: Array, grads: Any, fresh: dict
+def are_finite(
+    options: Options, layers: Sequence[LayerTag], due: Array, fresh: dict
 ) -> Array:
-    """Whether gradients and wanted statistics are finite, on every device."""
-    accepted = all_finite(grads)
-    axis_name = options.axis_name
+    """Whether all statistics that are due are finite, on every device."""
+    # Statistics that nobody asked for are not looked at.
+    flags = [all_finite(fresh[t.name]) | ~due[i] for i, t in enumerate(layers)]
+    return everywhere(jnp.all(jnp.stack(flags)), options.axis_name)
 
-    def finite(statistics):
-        good = all_finite(statistics)
-        return good if axis_name is None else varied(good, axis_name)
 
-    def always(statistics):
-        # Statistics that nobody asked for are not looked at.
-        del statistics
-        good = jnp.asarray(True)
-        return good if axis_name is None else varied(good, axis_name)
-
-    for i, layer in enumerate(layers):
-        if fresh:
-            accepted &= lax.cond(due[i], finite, always, fresh[layer.name])
-    if axis_name is not None:
-        accepted = lax.pmin(accepted.astype(jnp.int32), axis_name) > 0
-    return accepted
+def everywhere(flag: Array, axis_name: Any) -> Array:
+    """Whether a flag is true on every device."""
+    if axis_name is None:
+        return flag
+    return lax.pmin(varied(flag, axis_name).astype(jnp.int32), axis_name) > 0

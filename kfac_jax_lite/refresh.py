@@ -4,16 +4,18 @@ Matrices are touched inside gates, layer by layer; the clock's vectors over laye
 updated once for all of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kfac_jax_lite.exchange import are_finite, exchanged
 from kfac_jax_lite.factors.state import Clock, Slices, curvature, moving_average
-from kfac_jax_lite.linalg import all_finite, relative_change
+from kfac_jax_lite.linalg import relative_change
 from kfac_jax_lite.options import Options
+from kfac_jax_lite.ownership import Plan
 from kfac_jax_lite.slices import sliced_change
 from kfac_jax_lite.tree import choose
 from kfac_jax_lite.types import Array, LayerTag
@@ -39,6 +41,59 @@ def gated(flag: Array, function: Callable[[Any], Any], carry: Any) -> Any:
         return jnp.zeros_like(flag), function(carry)
 
     return lax.while_loop(lambda loop: loop[0], turn, (flag, carry))[1]
+
+
+def absorbed(
+    options: Options,
+    plan: Plan,
+    layers: Sequence[LayerTag],
+    factors: dict,
+    previous: dict,
+    clock: Clock,
+    statistics: Any,
+    clean: Array,
+    step: Any,
+) -> tuple[dict, dict, Clock, Array]:
+    """Averages what is due, in one gate: a step with nothing due writes nothing.
+
+    Args:
+        options: The optimiser's options.
+        plan: Who does what.
+        layers: The layers present.
+        factors: Averaged statistics by layer name.
+        previous: Remembered statistics by layer name.
+        clock: Before.
+        statistics: This device's fresh statistics.
+        clean: Whether the gradients are finite, on every device.
+        step: This step, from 1.
+
+    Returns:
+        ``(factors, previous, clock, accepted)``; a statistic that is not finite makes
+        ``accepted`` false and changes nothing.
+    """
+    decay = options.factor_decay
+    weight = (decay * clock.weight + (1 - decay)).astype(clock.weight.dtype)
+
+    def absorb(carry):
+        factors, previous, _, clean = carry
+        fresh = exchanged(options, plan, layers, clock.due, statistics)
+        good = clean & are_finite(options, layers, clock.due, fresh)
+        gates, changes = clock.due & good, []
+        for i, layer in enumerate(layers):
+            name = layer.name
+            record = (layer, factors[name], previous[name], fresh[name])
+            found = refreshed(options, *record, gates[i], weight[i])
+            factors[name], previous[name], change = found
+            changes.append(change)
+        return factors, previous, jnp.stack(changes), good
+
+    none = jnp.zeros((len(layers), options.interval.memory), jnp.float32)
+    wanted = clean & jnp.any(clock.due)
+    carry = (factors, previous, none, clean)
+    factors, previous, changes, accepted = gated(wanted, absorb, carry)
+    gates = clock.due & accepted
+    clock = clock_after_refresh(options, clock, gates, changes, weight, step)
+    return factors, previous, clock, accepted
 
 
 def refreshed(
@@ -150,47 +205,6 @@ def inversion_gates(
     if options.method.damped:
         stale |= clock.inverse_damping != shift.astype(jnp.float32)
     return accepted & (first | elapsed) & stale
-
-
-def inverted(
-    options: Options,
-    layer: LayerTag,
-    statistics: Any,
-    cached: Any,
-    shift: Array,
-    gate: Array,
-    first: Array,
-) -> tuple[Any, Any, Array]:
-    """Refreshes a layer's cached inverse where ``gate`` is true.
-
-    Args:
-        options: The optimiser's options.
-        layer: The layer.
-        statistics: Averaged statistics.
-        cached: What preconditioning reads.
-        shift: Damping.
-        gate: Whether to.
-        first: Whether the layer was never inverted before.
-
-    Returns:
-        ``(statistics, cached, good)``; a factorisation that fails changes nothing and
-        ``good`` is false.
-    """
-    # Only what a method changes goes through the loop: EKFAC also turns its moments.
-    turns = options.method.moments
-
-    def refresh(carry):
-        moments, cached, _ = carry
-        whole = statistics._replace(s=moments) if turns else statistics
-        new, whole = options.method.refresh(layer, whole, cached, shift, first)
-        good = all_finite(new)
-        kept = choose(good, whole.s, moments) if turns else ()
-        return kept, choose(good, new, cached), good
-
-    carry = (statistics.s if turns else (), cached, jnp.zeros_like(gate))
-    moments, cached, good = gated(gate, refresh, carry)
-    statistics = statistics._replace(s=moments) if turns else statistics
-    return statistics, cached, good
 
 
 def clock_after_inversion(

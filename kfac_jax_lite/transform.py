@@ -11,24 +11,23 @@ import optax
 from jax.sharding import PartitionSpec
 
 from kfac_jax_lite import damping as damping_lib
-from kfac_jax_lite.exchange import exchanged, is_accepted
+from kfac_jax_lite.exchange import everywhere
 from kfac_jax_lite.factors.checks import check_nothing_due, check_state
 from kfac_jax_lite.factors.restrict import present_layers
 from kfac_jax_lite.factors.state import Clock, KFACState, words, zero_statistics
 from kfac_jax_lite.intervals import Interval, every
 from kfac_jax_lite.inverse import initial_inverse, method_named
+from kfac_jax_lite.inversions import inversions
+from kfac_jax_lite.linalg import all_finite
 from kfac_jax_lite.options import Options
-from kfac_jax_lite.owned import owned_inversions
 from kfac_jax_lite.ownership import Plan
 from kfac_jax_lite.placement import own_part, state_specs
 from kfac_jax_lite.precondition import gather, precondition, scatter
 from kfac_jax_lite.reduce import Reduction
 from kfac_jax_lite.refresh import (
+    absorbed,
     clock_after_inversion,
-    clock_after_refresh,
     inversion_gates,
-    inverted,
-    refreshed,
 )
 from kfac_jax_lite.sharding import (
     automatic,
@@ -265,30 +264,19 @@ def step(options: Options, grads: Any, state: KFACState, statistics: Any):
     check_state(layers, state)
     before = state
     state = own_part(layers, state, plan)
-    fresh = exchanged(options, plan, layers, state.clock.due, statistics)
-    accepted = is_accepted(options, layers, state.clock.due, grads, fresh)
     shift = damping_lib.value_at(options.damping, state.count)
     number, clock = state.count + 1, state.clock
+    accepted = everywhere(all_finite(grads), options.axis_name)
     factors, previous = dict(state.factors), dict(state.previous)
-    if fresh:
-        gates, decay = clock.due & accepted, options.factor_decay
-        weight = (decay * clock.weight + (1 - decay)).astype(clock.weight.dtype)
-        changes = []
-        for i, layer in enumerate(layers):
-            name = layer.name
-            record = (layer, factors[name], previous[name], fresh[name])
-            record += (gates[i], weight[i])
-            factors[name], previous[name], change = refreshed(options, *record)
-            changes.append(change)
-        clock = clock_after_refresh(
-            options, clock, gates, jnp.stack(changes), weight, number
-        )
+    if statistics is not None:
+        record = (factors, previous, clock, statistics, accepted, number)
+        factors, previous, clock, accepted = absorbed(options, plan, layers, *record)
     gates = inversion_gates(options, clock, shift, number, accepted)
     gates &= jnp.array([layer.kronecker for layer in layers])
     first = clock.last_inverse == 0
     record = (factors, dict(state.inverses), shift, gates, first)
     factors, inverses, good = inversions(options, plan, layers, *record)
-    clock = clock_after_inversion(clock, gates, jnp.stack(good), shift, number)
+    clock = clock_after_inversion(clock, gates, good, shift, number)
     due = options.interval.is_due(number + 1, clock.interval, clock.last_refresh)
     new_state = KFACState(
         count=state.count + accepted,
@@ -302,33 +290,6 @@ def step(options: Options, grads: Any, state: KFACState, statistics: Any):
     updates = directions(options, plan, layers, grads, new_state, shift, accepted)
     new_state = jax.tree.map(lambda x, y: x.reshape(y.shape), new_state, before)
     return updates, new_state
-
-
-def inversions(options, plan, layers, factors, inverses, shift, gates, first):
-    """Inverts the layers whose gates are true, here or on their owners.
-
-    Returns:
-        ``(factors, inverses, good)``, ``good`` a flag for every layer.
-    """
-    owned = [layer for layer in layers if layer.name in plan.owners]
-    found = {}
-    if owned:
-        index = {layer.name: i for i, layer in enumerate(layers)}
-        records = {
-            k: (factors[k], inverses[k], gates[index[k]], first[index[k]])
-            for k in (layer.name for layer in owned)
-        }
-        found = owned_inversions(options, plan, owned, records, shift)
-    good = []
-    for i, layer in enumerate(layers):
-        name, done = layer.name, jnp.asarray(True)
-        if name in found:
-            factors[name], inverses[name], done = found[name]
-        elif layer.kronecker:
-            record = (layer, factors[name], inverses[name], shift, gates[i], first[i])
-            factors[name], inverses[name], done = inverted(options, *record)
-        good.append(done)
-    return factors, inverses, good
 
 
 def directions(

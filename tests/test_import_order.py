@@ -30,6 +30,7 @@ ORDER = [
     {"exchange"},
     {"refresh"},
     {"owned"},
+    {"inversions"},
     {"placement"},
     {"telemetry"},
     {"transform"},
