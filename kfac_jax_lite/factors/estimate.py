@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kfac_jax_lite.factors.canonical import canonical
 from kfac_jax_lite.factors.passes import Finisher, resampled, sampled_pull
 from kfac_jax_lite.factors.recipe import INPUT_SIDE, Recipe, make_recipe
 from kfac_jax_lite.factors.sites import tap_site
@@ -202,21 +203,23 @@ class TaggedLoss:
         n = found.num_examples if terms is None else terms
         one, zero = jnp.ones_like(loss), jnp.zeros_like(loss)
         flat_grads, raw = pullback((one, [jnp.zeros_like(z) for z in pulled]))
-        curvature_grads = flat_grads
+        own = [t.views[0].leaf for t in found.layers if t.kind == "diagonal"]
+        diagonals = {i: flat_grads[i] for i in own}
         if sampled:
 
             def pull(cotangents):
                 back = lambda marks: pullback((zero, marks))  # noqa: E731
-                return sampled_pull(outputs, back, raw, n, finisher, cotangents)
+                return sampled_pull(outputs, back, raw, n, finisher, own, cotangents)
 
-            fresh = resampled(self.fisher, outputs, pull, key, flat_grads, finisher)
-            curvature_grads, by_field = fresh
+            pull = canonical(pull)
+            fresh = resampled(self.fisher, outputs, pull, key, diagonals, finisher)
+            diagonals, by_field = fresh
             plain = finisher(raw, INPUT_SIDE)
             by_field = {k: by_field[k] | plain[k] for k in by_field}
         else:
             by_field = finisher(raw)
         grads = jax.tree.unflatten(jax.tree.structure(params), flat_grads)
-        statistics = pack_statistics(found, curvature_grads, by_field, n)
+        statistics = pack_statistics(found, diagonals, by_field, n)
         value = jax.tree.unflatten(found.out_tree, out)
         return value, grads, statistics
 
@@ -263,13 +266,13 @@ def without_numbers(note: str) -> str:
 
 
 def pack_statistics(
-    found: Trace, flat_grads: list, by_field: dict, terms: Any
+    found: Trace, diagonals: dict[int, jax.Array], by_field: dict, terms: Any
 ) -> dict[str, Statistics]:
     """Statistics by layer; those of diagonals are made from the gradient."""
     statistics: dict[str, Statistics] = {}
     for layer in found.layers:
         if layer.kind == "diagonal":
-            gradient = flat_grads[layer.views[0].leaf]
+            gradient = diagonals[layer.views[0].leaf]
             gradient = gradient.astype(accumulation_dtype(gradient.dtype))
             n = jnp.asarray(terms, jnp.float32)
             statistics[layer.name] = DiagonalStatistics(gradient, n)
