@@ -32,9 +32,7 @@ def canonical(function: Callable) -> Callable:
     """
 
     def run(argument: Any) -> Any:
-        closed, shapes = jax.make_jaxpr(
-            lambda: function(argument), return_shape=True
-        )()
+        closed, shapes = jax.make_jaxpr(lambda: function(argument), return_shape=True)()
         found = evaluate(closed.jaxpr, closed.consts, ())
         return jax.tree.unflatten(jax.tree.structure(shapes), found)
 
@@ -51,14 +49,15 @@ def evaluate(jaxpr: Jaxpr, consts: Sequence, operands: Sequence) -> list:
 
     for eqn in jaxpr.eqns:
         given = [value(a) for a in eqn.invars]
-        name, inner = eqn.primitive.name, eqn.params.get("jaxpr")
+        name = eqn.primitive.name
         if name == "conv_general_dilated" and not eqn.params.get("out_sharding"):
             results = [convolve(eqn.params, *given)]
         elif name in ("jit", "pjit"):
+            inner = eqn.params["jaxpr"]
             results = evaluate(inner.jaxpr, inner.consts, given)
         elif name in ("checkpoint", "remat2"):
             results = jax.checkpoint(
-                lambda *xs, inner=inner: evaluate(inner, (), xs),
+                lambda *xs, inner=eqn.params["jaxpr"]: evaluate(inner, (), xs),
                 prevent_cse=eqn.params["prevent_cse"],
                 policy=eqn.params["policy"],
             )(*given)
@@ -70,7 +69,8 @@ def evaluate(jaxpr: Jaxpr, consts: Sequence, operands: Sequence) -> list:
 
 def convolve(params: dict[str, Any], x: Array, kernel: Array) -> Array:
     """One ``conv_general_dilated``: operands and result are transposed around it."""
-    numbers = params["dimension_numbers"]
+    params = dict(params)
+    numbers = params.pop("dimension_numbers")
     lhs, rhs, out = numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec
     space = tuple(range(2, x.ndim))
     last = (0, *space, 1)
@@ -80,5 +80,5 @@ def convolve(params: dict[str, Any], x: Array, kernel: Array) -> Array:
     spec = lax.ConvDimensionNumbers(
         order, (x.ndim - 1, x.ndim - 2, *range(x.ndim - 2)), order
     )
-    y = lax.conv_general_dilated(x, kernel, **params | {"dimension_numbers": spec})
-    return lax.transpose(y, np.argsort([out[i] for i in last]))
+    y = lax.conv_general_dilated(x, kernel, dimension_numbers=spec, **params)
+    return lax.transpose(y, tuple(np.argsort([out[i] for i in last])))
