@@ -20,6 +20,7 @@ References:
     convolution; here with this library's scaling in ``N`` and ``R``).
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,7 @@ from jax import lax
 
 from kfac_jax_lite.factors import dense
 from kfac_jax_lite.factors.recipe import Recipe
+from kfac_jax_lite.factors.sampling import Lattice
 from kfac_jax_lite.forms import FULL
 from kfac_jax_lite.tagging.layers import ConvGeometry
 from kfac_jax_lite.tree import vary, varying_axes
@@ -128,11 +130,72 @@ def shifted_flops(geometry: ConvGeometry, axis: int) -> int:
     return 2 * (rows * k + edge) * (geometry.n_in // k) ** 2
 
 
+def sampled(
+    geometry: ConvGeometry, x: Array, lattice: Lattice, phase: Array
+) -> tuple[ConvGeometry, Array]:
+    """The convolution whose patches are those taken of another one's.
+
+    Args:
+        geometry: Static shape facts.
+        x: The input ``[batch, *space, channel]``.
+        lattice: Rows that are taken, of axes ``(examples, frames, *space)``.
+        phase: Number of the refresh.
+
+    Returns:
+        The geometry and the input, padded and cut. Patches beyond the end are of zeros
+        and of what the padding leaves: they do not count.
+    """
+    kept, phase = lattice.kept, vary(phase, varying_axes(x))
+    offsets = lattice.offsets(phase)
+    frames = lattice.sizes[1] * math.prod(x.shape[1:])
+    examples = lattice._replace(
+        sizes=lattice.sizes[:1], strides=lattice.strides[:1]
+    ).select(x.reshape(-1, frames), phase)
+    x = examples.reshape(-1, *x.shape[1:])
+    config, starts, reach = [(0, 0, 0)], [0], [x.shape[0]]
+    pairs = zip(geometry.window_strides, lattice.strides[2:], strict=True)
+    steps = tuple(map(math.prod, pairs))
+    for axis, ((low, high), dilation) in enumerate(_pads(geometry)):
+        k, d = geometry.kernel[axis], geometry.rhs_dilation[axis]
+        stride = geometry.window_strides[axis]
+        size = (x.shape[1 + axis] - 1) * dilation + 1 + low + high
+        reach.append((kept[2 + axis] - 1) * steps[axis] + (k - 1) * d + 1)
+        starts.append(offsets[2 + axis] * stride)
+        short = reach[-1] + (lattice.strides[2 + axis] - 1) * stride - size
+        config.append((low, high + max(short, 0), dilation - 1))
+    x = lax.pad(x, jnp.zeros((), x.dtype), [*config, (0, 0, 0)])
+    corner = [jnp.asarray(start, jnp.int32) for start in (*starts, 0)]
+    x = lax.dynamic_slice(x, corner, [*reach, x.shape[-1]])
+    ones = (1,) * len(geometry.kernel)
+    geometry = dataclasses.replace(
+        geometry,
+        window_strides=steps,
+        padding=((0, 0),) * len(ones),
+        lhs_dilation=ones,
+        rows=(x.shape[0], *kept[2:]),
+    )
+    return geometry, x
+
+
 def conv_input_factor(
-    geometry: ConvGeometry, inputs: list[Array], recipe: Recipe, live: Array | None
+    geometry: ConvGeometry,
+    inputs: list[Array],
+    x: Array,
+    recipe: Recipe,
+    live: Array | None,
 ) -> Array:
-    """``A`` of a convolution, in chunks of examples where the patches are large."""
-    x = channels_last(geometry, inputs)
+    """``A`` of a convolution, in chunks of examples where the patches are large.
+
+    Args:
+        geometry: Static shape facts.
+        inputs: The input and what multiplies the kernel.
+        x: The input, from ``channels_last``, or as ``sampled`` leaves it.
+        recipe: The layer's recipe.
+        live: Which rows count; None: all.
+
+    Returns:
+        The factor.
+    """
     axis = shift_axis(geometry)
     positions = recipe.positions(geometry.rows)
     if axis is None or live is not None or positions > 1:
