@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import kfac_jax_lite as kfac
 from tests import models
@@ -127,13 +127,14 @@ def test_without_a_state_the_offset_is_zero(rng):
     close(seen, 4 * np.outer(row, row) / 4, 1e-12)
 
 
-def test_sharded_examples_stay_where_they_are():
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_examples_stay_where_they_are(kind):
     """No example moves between devices: the program gathers nothing."""
     model, examples = models.BY_NAME["conv2d"], 4 * jax.device_count()
     some = kfac.Subsample(examples=2)
     tagged = model.tag(examples, subsample=some)
     x, y = model.batch(examples)
-    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), (kind,))
     place = NamedSharding(mesh, PartitionSpec("data"))
     whole = NamedSharding(mesh, PartitionSpec())
     args = jax.device_put((model.params(), x, y), (whole, place, place))
@@ -150,7 +151,7 @@ def test_mapped_over_devices(check):
     model, devices = models.BY_NAME["conv2d"], jax.device_count()
     tagged = model.tag(4, subsample=HALF)
     x, y = model.batch(4)
-    mesh = jax.make_mesh((devices,), ("data",))
+    mesh = jax.make_mesh((devices,), ("data",), (AxisType.Auto,))
     spec = PartitionSpec("data")
 
     def mean(params, x, y):

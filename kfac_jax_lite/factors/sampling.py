@@ -98,7 +98,7 @@ class Lattice(NamedTuple):
             x = jnp.pad(x, missing)
             x = x.reshape(*x.shape[:axis], kept, stride, *x.shape[axis + 1 :])
             x = lax.dynamic_index_in_dim(x, offset, axis + 1, keepdims=False)
-        return x.reshape(*lead, -1, d)
+        return x.reshape(*lead, math.prod(self.kept), d)
 
 
 def lattice_of(
