@@ -10,6 +10,7 @@ from kfac_jax_lite import damping, intervals, simulate
 from kfac_jax_lite.alias import KFACChainState, kfac
 from kfac_jax_lite.cost import CostModel, cost_model
 from kfac_jax_lite.factors.estimate import TaggedLoss, tag
+from kfac_jax_lite.factors.sampling import Subsample
 from kfac_jax_lite.factors.state import Clock, KFACState
 from kfac_jax_lite.flops import Rows, layer_rows
 from kfac_jax_lite.guided import GuidedState
@@ -50,6 +51,7 @@ __all__ = [
     "Reduction",
     "Rows",
     "ScaleShiftStatistics",
+    "Subsample",
     "TaggedLoss",
     "TiedStatistics",
     "bernoulli",

@@ -30,6 +30,7 @@ SIGNATURES = {
         "num_examples": None,
         "strict": False,
         "max_factor_dim": 8192,
+        "subsample": kfac.Subsample(),
     },
     "scale_by_kfac": {"layers": EMPTY, **TRANSFORM},
     "kfac": {

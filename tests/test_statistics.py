@@ -384,6 +384,7 @@ def test_large_patches_are_taken_in_chunks(name, sharing, monkeypatch):
     args = (model.params(), *model.batch(4))
     whole = model.tag(4, weight_sharing=sharing).value_and_grad(*args)[-1]
     monkeypatch.setattr(conv, "MAX_PATCH_ELEMENTS", 1)
+    monkeypatch.setattr(conv, "CACHED_PATCH_ELEMENTS", 1)
     tagged = model.tag(4, weight_sharing=sharing)
     text = jax.jit(tagged.value_and_grad).lower(*args).as_text()
     assert "while" in text

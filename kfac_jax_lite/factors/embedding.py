@@ -83,14 +83,10 @@ def example_sums(
 
 
 def eigenbasis_moment(
-    geometry: EmbeddingGeometry,
-    inputs: list[Array],
-    c: Array,
-    recipe: Recipe,
-    live: Array | None,
+    geometry: EmbeddingGeometry, found: tuple[Array, Array], c: Array, recipe: Recipe
 ) -> Array:
-    """``S = N Σ_r e_{i_r} ⊗ (Q_Gᵀ c)²`` of turned rows ``c``."""
-    token, weight = token_rows(geometry, inputs, live)
+    """``S = N Σ_r e_{i_r} ⊗ (Q_Gᵀ c)²`` of turned rows ``c`` and ``token_rows``."""
+    token, weight = found
     value = jnp.square(weight.astype(c.dtype))[..., None] * c
     return recipe.num_examples * scattered(token, value, geometry)
 

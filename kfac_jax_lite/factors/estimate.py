@@ -9,10 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kfac_jax_lite.factors.canonical import canonical
 from kfac_jax_lite.factors.passes import Finisher, resampled, sampled_pull
 from kfac_jax_lite.factors.recipe import INPUT_SIDE, Recipe, make_recipe
+from kfac_jax_lite.factors.sampling import Subsample
 from kfac_jax_lite.factors.sites import tap_site
-from kfac_jax_lite.factors.slots import make_slots, read_state
+from kfac_jax_lite.factors.slots import make_slots, read_phases, read_state
 from kfac_jax_lite.likelihoods import (
     MASK,
     count_terms,
@@ -46,6 +48,7 @@ def tag(
     num_examples: int | None = None,
     strict: bool = False,
     max_factor_dim: int = 8192,
+    subsample: Subsample = Subsample(),  # noqa: B008 (frozen)
 ) -> "TaggedLoss":
     """Finds the layers of a loss function; nothing is executed.
 
@@ -65,6 +68,8 @@ def tag(
         strict: Raise when a parameter falls back to a diagonal.
         max_factor_dim: Largest Kronecker factor that is kept in full; one up to four
             times as large is kept as diagonal blocks, a larger one as its diagonal.
+        subsample: Every how many examples and positions Kronecker factors are
+            estimated from, by default all; unbiased whatever the choice.
 
     Returns:
         The tagged loss. ``print`` it for the table of layers.
@@ -94,9 +99,11 @@ def tag(
         has_aux,
         num_examples,
         max_factor_dim,
+        subsample,
     )
     found = tagged.trace(params, args, sampled)
     tagged = dataclasses.replace(tagged, layers=found.layers)
+    tagged.check_subsample(found)
     fallen = [t for t in found.layers if t.kind == "diagonal"]
     if strict and fallen:
         lines = "\n".join(f"  {', '.join(t.params)}: {t.note}" for t in fallen)
@@ -122,6 +129,7 @@ class TaggedLoss:
         has_aux: Whether the function returns ``(loss, aux)``.
         num_examples: ``N`` if the user gave it.
         max_factor_dim: Largest factor that is kept in full.
+        subsample: Which rows the factors are estimated from.
     """
 
     loss_fn: Callable
@@ -131,6 +139,7 @@ class TaggedLoss:
     has_aux: bool
     num_examples: int | None
     max_factor_dim: int
+    subsample: Subsample = Subsample()
 
     def __str__(self) -> str:
         """The table of layers."""
@@ -180,7 +189,8 @@ class TaggedLoss:
         due, bases = read_state(opt_state, found.layers)
         recipes = self._recipes(found)
         slots = make_slots(recipes, params, due, bases)
-        on_site = functools.partial(tap_site, recipes)
+        phases = read_phases(opt_state, recipes)
+        on_site = functools.partial(tap_site, recipes, phases)
         run = Interpreter(on_site, {t.name: t.views[0].leaf for t in found.layers}).run
         leaves = jax.tree.leaves((params, args))
         num = len(jax.tree.leaves(params))
@@ -202,21 +212,23 @@ class TaggedLoss:
         n = found.num_examples if terms is None else terms
         one, zero = jnp.ones_like(loss), jnp.zeros_like(loss)
         flat_grads, raw = pullback((one, [jnp.zeros_like(z) for z in pulled]))
-        curvature_grads = flat_grads
+        own = [t.views[0].leaf for t in found.layers if t.kind == "diagonal"]
+        diagonals = {i: flat_grads[i] for i in own}
         if sampled:
 
             def pull(cotangents):
                 back = lambda marks: pullback((zero, marks))  # noqa: E731
-                return sampled_pull(outputs, back, raw, n, finisher, cotangents)
+                return sampled_pull(outputs, back, raw, n, finisher, own, cotangents)
 
-            fresh = resampled(self.fisher, outputs, pull, key, flat_grads, finisher)
-            curvature_grads, by_field = fresh
+            pull = canonical(pull)
+            fresh = resampled(self.fisher, outputs, pull, key, diagonals, finisher)
+            diagonals, by_field = fresh
             plain = finisher(raw, INPUT_SIDE)
             by_field = {k: by_field[k] | plain[k] for k in by_field}
         else:
             by_field = finisher(raw)
         grads = jax.tree.unflatten(jax.tree.structure(params), flat_grads)
-        statistics = pack_statistics(found, curvature_grads, by_field, n)
+        statistics = pack_statistics(found, diagonals, by_field, n)
         value = jax.tree.unflatten(found.out_tree, out)
         return value, grads, statistics
 
@@ -231,10 +243,18 @@ class TaggedLoss:
         reduce, masked = self.weight_sharing == "reduce", MASK in found.marks
         n = found.num_examples
         return {
-            t.name: make_recipe(t, found.sites[t.name], n, reduce, masked)
+            t.name: make_recipe(
+                t, found.sites[t.name], n, reduce, masked, self.subsample
+            )
             for t in found.layers
             if t.kind != "diagonal"
         }
+
+    def check_subsample(self, found: Trace) -> None:
+        """Every layer must have rows that a part can be taken of, or it is named."""
+        for recipe in self._recipes(found).values():
+            for site in found.sites[recipe.layer.name]:
+                recipe.lattice(site)
 
     def _check_layers(self, found: Trace) -> None:
         before, now = fingerprint(self.layers), fingerprint(found.layers)
@@ -263,13 +283,13 @@ def without_numbers(note: str) -> str:
 
 
 def pack_statistics(
-    found: Trace, flat_grads: list, by_field: dict, terms: Any
+    found: Trace, diagonals: dict[int, jax.Array], by_field: dict, terms: Any
 ) -> dict[str, Statistics]:
     """Statistics by layer; those of diagonals are made from the gradient."""
     statistics: dict[str, Statistics] = {}
     for layer in found.layers:
         if layer.kind == "diagonal":
-            gradient = flat_grads[layer.views[0].leaf]
+            gradient = diagonals[layer.views[0].leaf]
             gradient = gradient.astype(accumulation_dtype(gradient.dtype))
             n = jnp.asarray(terms, jnp.float32)
             statistics[layer.name] = DiagonalStatistics(gradient, n)

@@ -7,7 +7,7 @@ marked outputs back.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -74,9 +74,13 @@ def sampled_pull(
     plain: dict,
     n: Any,
     finisher: Finisher,
+    leaves: Sequence[int],
     cotangents: list,
-) -> tuple[list, dict]:
+) -> tuple[dict[int, jax.Array], dict]:
     """Pulls cotangents of the outputs back: gradients and statistics but ``A``.
+
+    Gradients that nobody reads must not leave the conditional around this: XLA would
+    compute them.
 
     Args:
         outputs: The marked outputs.
@@ -84,10 +88,11 @@ def sampled_pull(
         plain: What the taps returned in the plain backward pass.
         n: Number of loss terms.
         finisher: Of the statistics.
+        leaves: Numbers of the parameters whose gradients are wanted.
         cotangents: One for every output, of the sum of the terms.
 
     Returns:
-        The gradients and the statistics.
+        Those gradients and the statistics.
     """
     marks = []
     for output, c in zip(outputs, cotangents, strict=True):
@@ -98,12 +103,17 @@ def sampled_pull(
     for name, values in raw.items():
         counts = {k: plain[name][k] for k in values if k in COUNTS}
         raw[name] = values | counts
-    return grads, finisher(raw, ALL_FIELDS - INPUT_SIDE)
+    return {i: grads[i] for i in leaves}, finisher(raw, ALL_FIELDS - INPUT_SIDE)
 
 
 def resampled(
-    fisher: str, outputs: list, pull: Callable, key: Any, grads: list, finisher: Any
-) -> tuple[list, dict]:
+    fisher: str,
+    outputs: list,
+    pull: Callable,
+    key: Any,
+    grads: dict[int, jax.Array],
+    finisher: Any,
+) -> tuple[dict[int, jax.Array], dict]:
     """The MC or exact Fisher's statistics, computed when any layer is due.
 
     Input factors come from the plain backward pass: XLA drops the other statistics of
@@ -114,7 +124,7 @@ def resampled(
         outputs: The marked outputs.
         pull: Cotangents of the outputs to gradients and statistics.
         key: PRNG key.
-        grads: The plain gradients.
+        grads: The plain gradients that the diagonals need.
         finisher: Of the statistics.
 
     Returns:
@@ -123,11 +133,13 @@ def resampled(
     dues = [s.due for s in finisher.slots.values() if s.due is not None]
     shapes = jax.eval_shape(pull, [o.value for o in outputs])[1]
     axes = varying_axes([o.value for o in outputs])
-    zeros = vary(zeros_of(shapes), axes)
+
+    def nothing():
+        return grads, vary(zeros_of(shapes), axes)
 
     def resample():
         if fisher == "exact":
-            return grads, exact_statistics(outputs, pull, zeros)
+            return grads, exact_statistics(outputs, pull, nothing()[1])
         keys = jax.random.split(key, len(outputs))
         pairs = zip(outputs, keys, strict=True)
         draws = [(o, typed_like(o, sampled_cotangent, k)) for o, k in pairs]
@@ -136,7 +148,7 @@ def resampled(
     if len(dues) < len(finisher.slots) or not dues:
         return resample()
     any_due = jnp.any(jnp.stack(dues))
-    return lax.cond(any_due, resample, lambda: (grads, zeros))
+    return lax.cond(any_due, resample, nothing)
 
 
 def typed_like(output: Output, function: Callable, argument: Any) -> jax.Array:

@@ -18,6 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from kfac_jax_lite import forms
+from kfac_jax_lite.factors.sampling import Lattice, Subsample, lattice_of
 from kfac_jax_lite.linalg import expanded
 from kfac_jax_lite.tagging.layers import Site, positions_per_example
 from kfac_jax_lite.types import Array, LayerTag, accumulation_dtype
@@ -41,6 +42,7 @@ class Recipe:
         reduce: Whether rows of one example are reduced first.
         by_example: Whether positions are added up over several sites.
         masked: Whether only rows count whose cotangent is not zero.
+        subsample: Which of its rows are taken.
     """
 
     layer: LayerTag
@@ -50,6 +52,12 @@ class Recipe:
     reduce: bool = False
     by_example: bool = False
     masked: bool = False
+    subsample: Subsample = Subsample()
+
+    def lattice(self, site: Site) -> Lattice | None:
+        """The rows that are taken at one of its sites; None: all."""
+        n, name = self.num_examples, self.layer.name
+        return lattice_of(self.subsample, name, site.geometry, n, self.reduce)
 
     def positions(self, rows: Shape) -> int:
         """How many consecutive rows are one example's, where they are reduced."""
@@ -59,7 +67,12 @@ class Recipe:
 
 
 def make_recipe(
-    layer: LayerTag, sites: list[Site], num_examples: int, reduce: bool, masked: bool
+    layer: LayerTag,
+    sites: list[Site],
+    num_examples: int,
+    reduce: bool,
+    masked: bool,
+    subsample: Subsample = Subsample(),  # noqa: B008 (frozen)
 ) -> Recipe:
     """The recipe of a layer applied at these sites."""
 
@@ -75,6 +88,11 @@ def make_recipe(
         every = [positions_per_example(s.geometry.rows, num_examples) for s in sites]
         by_example = reduce and all(every) and not layer.tied
         by_example = by_example and (several or masked)
+        if by_example and subsample != Subsample():
+            raise ValueError(
+                f"layer {layer.name}: subsample needs weight_sharing='expand' where a "
+                "layer is used several times or rows are masked, got 'reduce'."
+            )
     return Recipe(
         layer,
         num_examples,
@@ -83,6 +101,7 @@ def make_recipe(
         reduce=reduce,
         by_example=by_example,
         masked=masked,
+        subsample=Subsample() if layer.kind == "scale_shift" else subsample,
     )
 
 

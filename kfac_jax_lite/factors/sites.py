@@ -1,5 +1,6 @@
 """Which estimators a site is tapped with: one for every probe that the site feeds."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from kfac_jax_lite import forms
 from kfac_jax_lite.factors import conv, dense, embedding, scale_shift
 from kfac_jax_lite.factors.recipe import Recipe, unit_blocks
+from kfac_jax_lite.factors.sampling import Lattice
 from kfac_jax_lite.tagging.layers import (
     ConvGeometry,
     EmbeddingGeometry,
@@ -17,10 +19,16 @@ from kfac_jax_lite.tagging.layers import (
 )
 from kfac_jax_lite.tagging.taps import Estimator, Slot, tap
 from kfac_jax_lite.types import Array
+from kfac_jax_lite.views import Shape
 
 
 def tap_site(
-    recipes: dict[str, Recipe], site: Site, output: Array, inputs: list, slot: Slot
+    recipes: dict[str, Recipe],
+    phases: dict[str, Array],
+    site: Site,
+    output: Array,
+    inputs: list,
+    slot: Slot,
 ) -> Array:
     """Taps one site with the estimators of its layer's kind."""
     if not slot.probes:
@@ -29,11 +37,12 @@ def tap_site(
     names = tuple(name for name in chosen if name in slot.probes)
     probes = {name: slot.probes[name] for name in names}
     pairs = tuple((name, chosen[name]) for name in names)
-    return tap(pairs, output, (inputs, slot.basis), slot.due, probes)
+    phase = phases[site.layer or ""]
+    return tap(pairs, output, (inputs, slot.basis, phase), slot.due, probes)
 
 
 def estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
-    """Functions ``((inputs, basis), cotangent) -> statistic`` by probe."""
+    """Functions ``((inputs, basis, phase), cotangent) -> statistic`` by probe."""
     geometry, layer = site.geometry, recipe.layer
     if isinstance(geometry, ScaleShiftGeometry):
 
@@ -52,25 +61,30 @@ def estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
     if site.reverse:
         a, g, rows, num_rows = "a_out", "g_out", "rows_out", recipe.rows_out
         form_a, form_g = form_g, form_a
-    live = live_of(recipe, site)
+    lattice = recipe.lattice(site)
+    share = lattice.share if lattice else 1
 
     def input_factor(inputs, c):
         if isinstance(geometry, EmbeddingGeometry):
-            return embedding.input_factor(geometry, inputs[0], recipe, live(inputs, c))
+            live = live_of(recipe, site)(inputs, c)
+            return embedding.input_factor(geometry, inputs[0], recipe, live)
         if isinstance(geometry, ConvGeometry) and geometry.n_in:
-            return conv.conv_input_factor(geometry, inputs[0], recipe, live(inputs, c))
+            part, own, x = conv_sample(recipe, site, inputs)
+            live = taken_live(recipe, site, inputs, c)
+            a = conv.conv_input_factor(own, inputs[0], x, part, live)
+            return a * (share * part.num_examples / recipe.num_examples)
         x = input_rows(recipe, site, inputs, c)
-        return dense.input_factor(x, recipe, form_a)
+        return dense.input_factor(x, recipe, form_a) * share
 
     def output_factor(inputs, c):
         c = summed_rows(recipe, site, inputs, c)
-        return dense.output_factor(c, recipe, form_g, num_rows)
+        return dense.output_factor(c, recipe, form_g, num_rows) * share
 
     def live_rows(inputs, c):
-        return jnp.sum(live(inputs, c), -1)
+        return jnp.sum(live_of(recipe, site)(inputs, c), -1)
 
     def moment(inputs, c):
-        return eigenbasis_moment(recipe, site, inputs, c)
+        return eigenbasis_moment(recipe, site, inputs, c) * share
 
     return {a: input_factor, g: output_factor, rows: live_rows, "s": moment}
 
@@ -105,8 +119,12 @@ def eigenbasis_moment(recipe: Recipe, site: Site, inputs: Any, c: Array) -> Arra
         k = recipe.positions(geometry.rows)
         if k > 1:
             x = embedding.example_sums(geometry, inputs[0], recipe, live) / k
-            return dense.eigenbasis_moment(jnp.square(x), rows, recipe)
-        return embedding.eigenbasis_moment(geometry, inputs[0], rows, recipe, live)
+            x = jnp.square(taken(recipe, site, inputs, x))
+            return dense.eigenbasis_moment(x, rows, recipe)
+        token, weight = embedding.token_rows(geometry, inputs[0], live)
+        pick = lambda x: taken(recipe, site, inputs, x[..., None])[..., 0]  # noqa: E731
+        found = pick(token), pick(weight)
+        return embedding.eigenbasis_moment(geometry, found, rows, recipe)
     x = input_rows(recipe, site, inputs, c)
     if site.reverse:
         x, rows = rows, x
@@ -123,11 +141,54 @@ def input_rows(recipe: Recipe, site: Site, inputs: Any, c: Array) -> Array:
         rows = (*geometry.blocks, math.prod(geometry.rows), 0)
         x = jnp.zeros(rows, c.dtype)
     elif isinstance(geometry, ConvGeometry):
-        x = conv.patches(geometry, conv.channels_last(geometry, inputs[0]))
-        x = dense.along(geometry, inputs[0], "in", x)
+        part, own, x = conv_sample(recipe, site, inputs)
+        x = dense.along(own, inputs[0], "in", conv.patches(own, x))
+        live = taken_live(recipe, site, inputs, c)
+        return dense.homogeneous(x, part, own.rows, live)
     else:
         x = dense.input_rows(geometry, inputs[0])  # type: ignore[arg-type]
-    return dense.homogeneous(x, recipe, geometry.rows, live_of(recipe, site)(inputs, c))
+    x = taken(recipe, site, inputs, x)
+    part, rows = sample_of(recipe, site)
+    return dense.homogeneous(x, part, rows, taken_live(recipe, site, inputs, c))
+
+
+def conv_sample(
+    recipe: Recipe, site: Site, inputs: Any
+) -> tuple[Recipe, ConvGeometry, Array]:
+    """Recipe, geometry and input of a convolution with the patches that are taken."""
+    geometry: Any = site.geometry
+    x, lattice = conv.channels_last(geometry, inputs[0]), recipe.lattice(site)
+    if lattice is not None:
+        geometry, x = conv.sampled(geometry, x, lattice, inputs[2])
+    return sample_of(recipe, site)[0], geometry, x
+
+
+def sample_of(recipe: Recipe, site: Site) -> tuple[Recipe, Shape]:
+    """Recipe and rows of the part that is taken."""
+    lattice = recipe.lattice(site)
+    if lattice is None:
+        return recipe, site.geometry.rows
+    return dataclasses.replace(recipe, num_examples=lattice.kept[0]), lattice.kept
+
+
+def taken(recipe: Recipe, site: Site, inputs: Any, rows: Array) -> Array:
+    """The rows taken of all, or of one for each example, ``[*blocks, R, d]``."""
+    lattice = recipe.lattice(site)
+    if lattice is None:
+        return rows
+    if rows.shape[-2] != math.prod(lattice.sizes):
+        lattice = Lattice(lattice.sizes[:1], lattice.strides[:1])
+    return lattice.select(rows, inputs[2])
+
+
+def taken_live(recipe: Recipe, site: Site, inputs: Any, c: Array) -> Array | None:
+    """Which of the rows taken count: those that the loss sees and that there are."""
+    live, lattice = live_of(recipe, site)(inputs, c), recipe.lattice(site)
+    if live is None and lattice is not None and lattice.uneven:
+        live = jnp.ones(math.prod(lattice.sizes), bool)
+    if live is None:
+        return None
+    return taken(recipe, site, inputs, live[..., None])[..., 0]
 
 
 def output_rows(site: Site, inputs: Any, c: Array) -> Array:
@@ -141,8 +202,9 @@ def output_rows(site: Site, inputs: Any, c: Array) -> Array:
 
 
 def summed_rows(recipe: Recipe, site: Site, inputs: Any, c: Array) -> Array:
-    """Cotangent rows after ``reduce``."""
-    return dense.summed(output_rows(site, inputs, c), recipe, site.geometry.rows)
+    """Cotangent rows that are taken, after ``reduce``."""
+    rows = taken(recipe, site, inputs, output_rows(site, inputs, c))
+    return dense.summed(rows, *sample_of(recipe, site))
 
 
 def live_of(recipe: Recipe, site: Site) -> Callable[[Any, Array], Any]:

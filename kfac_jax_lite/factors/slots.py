@@ -70,3 +70,20 @@ def make_slots(
         flag = None if due is None else due[name]
         slots[name] = Slot(flag, probes, bases.get(name, ()))
     return slots
+
+
+def read_phases(opt_state: Any, recipes: dict[str, Recipe]) -> dict[str, Array]:
+    """How often each layer was refreshed; 0 without a state.
+
+    Args:
+        opt_state: Any optax state, or None.
+        recipes: Recipes of the layers wanted.
+
+    Returns:
+        Numbers by layer name.
+    """
+    phases = {name: jnp.zeros((), jnp.int32) for name in recipes}
+    for state in [] if opt_state is None else find_states(opt_state):
+        for i, name in enumerate(sorted(state.factors)):
+            phases[name] = state.clock.refreshes[i].astype(jnp.int32)
+    return phases
