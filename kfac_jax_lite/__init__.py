@@ -13,6 +13,7 @@ from kfac_jax_lite.factors.estimate import TaggedLoss, tag
 from kfac_jax_lite.factors.state import Clock, KFACState
 from kfac_jax_lite.flops import Rows, layer_rows
 from kfac_jax_lite.guided import GuidedState
+from kfac_jax_lite.inverse import low_rank
 from kfac_jax_lite.likelihoods import bernoulli, categorical, normal
 from kfac_jax_lite.placement import relayout, state_axes, state_specs
 from kfac_jax_lite.quadratic import QuadraticModel, quadratic_model
@@ -59,6 +60,7 @@ __all__ = [
     "intervals",
     "kfac",
     "layer_rows",
+    "low_rank",
     "normal",
     "quadratic_model",
     "register_rule",

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from kfac_jax_lite import forms
 from kfac_jax_lite.inverse import FactorInverses
+from kfac_jax_lite.low_rank import LowRankInverses, sides, solve
 from kfac_jax_lite.types import Array, LayerTag, Statistics
 
 
@@ -81,6 +82,8 @@ def precondition_kronecker(
     if isinstance(inverse, FactorInverses):
         u = forms.times(forms.columns(inverse.a, v, form_a), inverse.g, form_g)
         return u[..., :n_in, :n_out]
+    if isinstance(inverse, LowRankInverses):
+        return solve_low_rank(layer, v, inverse, damping)[..., :n_in, :n_out]
     q_a, d_a, q_g, d_g = inverse
     s = getattr(factors, "s", None)
     if s is None:
@@ -90,6 +93,26 @@ def precondition_kronecker(
     back_a, back_g = forms.transposed(q_a, form_a), forms.transposed(q_g, form_g)
     u = forms.times(forms.columns(back_a, turned, form_a), back_g, form_g)
     return u[..., :n_in, :n_out]
+
+
+def solve_low_rank(
+    layer: LayerTag, v: Array, inverse: LowRankInverses, damping: Array
+) -> Array:
+    """``(Â ⊗ Ĝ + λ I)⁻¹ v`` of a block that is as wide as its factors.
+
+    Of a factor in blocks every block has its own tail, so that each pair of blocks is
+    solved alone.
+    """
+    form_a, form_g = layer.a_form, layer.g_form
+    a, g = sides(inverse, form_a, form_g)
+    if forms.BLOCKS not in (form_a, form_g):
+        return solve(a, g, v, damping)
+    k_a = layer.a_shape[-3] if form_a == forms.BLOCKS else 1
+    k_g = layer.g_shape[-3] if form_g == forms.BLOCKS else 1
+    *blocks, rows, columns = v.shape
+    pairs = v.reshape(*blocks, k_a, rows // k_a, k_g, columns // k_g)
+    u = solve(a, g, jnp.swapaxes(pairs, -3, -2), damping)
+    return jnp.swapaxes(u, -3, -2).reshape(v.shape)
 
 
 def solve_units(blocks: Array, v: Array, damping: Array) -> Array:

@@ -158,7 +158,8 @@ def test_rank_one_factors(rng, inverse):
     if inverse == "ekfac":
         assert all(np.isfinite(u).all() for u in jax.tree.leaves(updates))
         return
-    solve = oracles.solve_exact if inverse == "eigh" else oracles.solve_split
+    exact = inverse in ("eigh", "low_rank")
+    solve = oracles.solve_exact if exact else oracles.solve_split
     for name in MODEL.layers:
         factors = {n: (s.a, s.g) for n, s in one.items()}
         solution = wanted(factors, grads, name, solve)
