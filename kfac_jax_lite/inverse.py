@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfac_jax_lite import forms
-from kfac_jax_lite import low_rank as leading
+from kfac_jax_lite import eigenpairs, forms
 from kfac_jax_lite.damping import split
-from kfac_jax_lite.low_rank import LowRankInverses
+from kfac_jax_lite.eigenpairs import LowRankInverses
 from kfac_jax_lite.types import Array, KroneckerStatistics, LayerTag
 
 # The default rank of a factor: an eighth of its size, but not below this.
@@ -60,11 +59,7 @@ class Method(NamedTuple):
     rank: int | float | tuple | None = None
 
     def ranks(self, layer: LayerTag) -> tuple[int, int]:
-        """How many eigenpairs of each factor of a layer are kept; its size if all.
-
-        A factor of which half or more would be kept is kept whole: its products then
-        cost no more than explicit inverses twice over, and nothing is approximated.
-        """
+        """How many eigenpairs of each factor of a layer are kept; its size if all."""
         sizes = layer.a_shape[-1], layer.g_shape[-1]
         wanted = self.rank
         if isinstance(wanted, tuple):
@@ -173,14 +168,14 @@ def low_rank_refresh(layer, statistics, cached, damping, first):
         ``(inverses, statistics)``.
 
     References:
-        See ``kfac_jax_lite.low_rank``.
+        See ``kfac_jax_lite.eigenpairs``.
     """
     del damping
 
     def side(factor, form, u):
         if form == forms.DIAGONAL:
             return (), factor, ()
-        return leading.refreshed(factor, u, first)
+        return eigenpairs.refreshed(factor, u, first)
 
     a = side(statistics.a, layer.a_form, cached.u_a)
     g = side(statistics.g, layer.g_form, cached.u_g)
@@ -285,7 +280,7 @@ def initial_inverse(layer: LayerTag, method: Method, dtype: Any) -> Any:
     def pairs(rank, shape, form):
         if form == forms.DIAGONAL:
             return (), jnp.ones(shape, dtype), ()
-        return leading.initial(shape[:-2], shape[-1], rank, dtype)
+        return eigenpairs.initial(shape[:-2], shape[-1], rank, dtype)
 
     a, g = (layer.a_shape, layer.a_form), (layer.g_shape, layer.g_form)
     if method.name == "low_rank":

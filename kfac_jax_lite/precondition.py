@@ -11,8 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from kfac_jax_lite import forms
+from kfac_jax_lite.eigenpairs import LowRankInverses, sides, solve
 from kfac_jax_lite.inverse import FactorInverses
-from kfac_jax_lite.low_rank import LowRankInverses, sides, solve
 from kfac_jax_lite.types import Array, LayerTag, Statistics
 
 
@@ -98,15 +98,12 @@ def precondition_kronecker(
 def solve_low_rank(
     layer: LayerTag, v: Array, inverse: LowRankInverses, damping: Array
 ) -> Array:
-    """``(Â ⊗ Ĝ + λ I)⁻¹ v`` of a block that is as wide as its factors.
-
-    Of a factor in blocks every block has its own tail, so that each pair of blocks is
-    solved alone.
-    """
+    """``(Â ⊗ Ĝ + λ I)⁻¹ v`` of a block that is as wide as its factors."""
     form_a, form_g = layer.a_form, layer.g_form
     a, g = sides(inverse, form_a, form_g)
     if forms.BLOCKS not in (form_a, form_g):
         return solve(a, g, v, damping)
+    # Every block of a factor has its own tail: each pair of blocks is solved alone.
     k_a = layer.a_shape[-3] if form_a == forms.BLOCKS else 1
     k_g = layer.g_shape[-3] if form_g == forms.BLOCKS else 1
     *blocks, rows, columns = v.shape

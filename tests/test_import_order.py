@@ -21,6 +21,7 @@ ORDER = [
     {"reduce"},
     {"intervals"},
     {"damping"},
+    {"eigenpairs"},
     {"inverse"},
     {"ownership"},
     {"traffic"},

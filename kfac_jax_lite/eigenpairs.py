@@ -1,9 +1,9 @@
 """Factors as a few leading eigenpairs and a flat tail.
 
 ``M ≈ U diag(e) Uᵀ + τ (I − U Uᵀ)`` with ``U [d, r]`` orthonormal and ``τ`` such that
-the trace is ``tr M``. Averaged activations and gradients have spectra that fall fast, so
-a small ``r`` keeps nearly all of the trace, at a cost of ``d² r`` instead of ``d³`` for
-a refresh and ``d r`` instead of ``d²`` for a product with a column.
+the trace is ``tr M``. Spectra of Kronecker factors fall fast, so that a small ``r``
+keeps most of the trace, at a cost of ``d² r`` instead of ``d³`` for a refresh and
+``d r`` instead of ``d²`` for a product with a column.
 
 Three kinds of factor, told apart by their arrays:
 
@@ -227,10 +227,8 @@ def solve(a: Side, g: Side, v: Array, damping: Array) -> Array:
 
 
 def corrected(a: Side, g: Side, v: Array, shift: Array) -> Array:
-    """``solve`` without complete factors.
-
-    Differences of reciprocals are written as products, which do not cancel.
-    """
+    """``solve`` without complete factors."""
+    # Differences of reciprocals are written as products, which do not cancel.
     tail_a, tail_g = a.tail[..., :, None], g.tail[..., None, :]
     base = 1 / (tail_a * tail_g + shift)
     u = base * v
