@@ -7,6 +7,7 @@ updates, state = tx.update(grads, state, params, statistics=statistics)
 """
 
 from kfac_jax_lite import damping, intervals, simulate
+from kfac_jax_lite.accuracy import choose_ranks, inverse_error
 from kfac_jax_lite.alias import KFACChainState, kfac
 from kfac_jax_lite.cost import CostModel, cost_model
 from kfac_jax_lite.factors.estimate import TaggedLoss, tag
@@ -55,9 +56,11 @@ __all__ = [
     "TiedStatistics",
     "bernoulli",
     "categorical",
+    "choose_ranks",
     "cost_model",
     "damping",
     "intervals",
+    "inverse_error",
     "kfac",
     "layer_rows",
     "low_rank",

@@ -25,6 +25,7 @@ References:
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from kfac_jax_lite import forms
@@ -154,6 +155,25 @@ def nystrom(matrix: Array, u: Array, scale: Array) -> tuple[Array, Array]:
     return u, jnp.maximum(values - shift, 0)
 
 
+def retained_trace(e: Any, tau: Any, size: int) -> float:
+    """The share of the trace that the eigenpairs have; of several matrices the least.
+
+    Args:
+        e: Eigenvalues ``[.., r]``.
+        tau: Tails ``[..]``, or empty.
+        size: ``d``.
+
+    Returns:
+        From 0 to 1; 1 for a matrix of zeros.
+    """
+    if isinstance(tau, tuple):
+        return 1.0
+    kept = np.sum(np.asarray(e, np.float64), -1)
+    rest = np.asarray(tau, np.float64) * (size - e.shape[-1])
+    whole = kept + rest
+    return float(np.min(np.where(whole > 0, kept / np.where(whole > 0, whole, 1), 1)))
+
+
 def solve_lower(half: Array, x: Array, transpose: bool = False) -> Array:
     """``L⁻¹ x``, or ``L⁻ᵀ x``."""
     return lax.linalg.triangular_solve(
@@ -175,7 +195,7 @@ def sides(inverses: LowRankInverses, form_a: str, form_g: str) -> tuple[Side, Si
 
     def spread(one, form, of_a):
         # [*blocks, pairs, d, ..]: the axis of the own blocks, and one for the other's.
-        def put(x, tail):
+        def put(x, tail) -> Any:
             if x is None:
                 return None
             if form != forms.BLOCKS:
@@ -235,6 +255,7 @@ def corrected(a: Side, g: Side, v: Array, shift: Array) -> Array:
     if a.u is None and g.u is None:
         return u
     if a.u is None:
+        assert g.u is not None
         f = g.e[..., None, :]  # type: ignore[index]
         columns = (tail_g - f) * tail_a * base / (tail_a * f + shift) * (v @ g.u)
         return u + columns @ transposed(g.u)

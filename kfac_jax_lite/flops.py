@@ -140,6 +140,10 @@ def inversion_flops(layer: LayerTag, method: Method) -> int:
       ``(4 + 4 i) d³`` with ``i = 3``.
     * Eigendecomposition: ``9 d³``; EKFAC also turns its moments, ``2 d³`` per factor
       and ``2 a² g + 2 a g²``.
+    * Low-rank, ``r`` of ``d`` eigenpairs: the product with the matrix ``2 d² r``, four
+      products and a solve of ``d × r`` matrices ``9 d r²``, and ``38/3 r³`` for an
+      eigendecomposition, two Cholesky factors and three solves. A factor that is kept
+      whole costs its eigendecomposition.
 
     Args:
         layer: The layer.
@@ -157,12 +161,14 @@ def inversion_flops(layer: LayerTag, method: Method) -> int:
     if not layer.kronecker:
         return 0
     total = 0.0
-    for shape, form in factors_of(layer):
+    for (shape, form), rank in zip(factors_of(layer), method.ranks(layer), strict=True):
         if form == forms.DIAGONAL:
             continue
-        cube = shape[-1] ** 3
+        d, cube = shape[-1], shape[-1] ** 3
         if method.moments:
             each = 11 * cube
+        elif method.name == "low_rank" and rank < d:
+            each = 2 * d**2 * rank + 9 * d * rank**2 + 38 * rank**3 / 3
         elif not method.damped:
             each = 9 * cube
         elif method.name == "newton_schulz":
@@ -198,8 +204,9 @@ def spd_inverse_flops(size: int, leaf: int = LEAF) -> float:
 def precondition_flops(layer: LayerTag, method: Method) -> int:
     """``2 a² g + 2 a g²`` per step: ``A⁻¹ V G⁻¹``.
 
-    Twice that in an eigenbasis (there and back). A full ``d × d`` block of a
-    normalisation layer: ``2 d²``.
+    Twice that in an eigenbasis (there and back). With the ``r`` and ``s`` leading
+    eigenpairs of ``A`` and ``G``: ``4 a g (r + s) + 4 r s min(a, g)``. A full ``d × d``
+    block of a normalisation layer: ``2 d²``.
 
     Args:
         layer: The layer.
@@ -212,7 +219,25 @@ def precondition_flops(layer: LayerTag, method: Method) -> int:
         return 2 * math.prod(layer.a_shape)
     if not layer.kronecker:
         return 0
+    if method.name == "low_rank":
+        return low_rank_flops(layer, method)
     return apply_flops(layer) * (1 if method.damped else 2)
+
+
+def low_rank_flops(layer: LayerTag, method: Method) -> int:
+    """Operations of the solve with low-rank factors, for every pair of their blocks."""
+    sizes = layer.a_shape[-1], layer.g_shape[-1]
+    width_a, width_g = forms.widths(layer)
+    ranks = [
+        0 if form == forms.DIAGONAL else rank
+        for (_, form), rank in zip(factors_of(layer), method.ranks(layer), strict=True)
+    ]
+    inner = 0
+    if all(0 < rank < size for rank, size in zip(ranks, sizes, strict=True)):
+        pairs = (width_a // sizes[0]) * (width_g // sizes[1])
+        inner = 4 * math.prod(ranks) * min(sizes) * pairs
+    whole = math.prod(layer.stack + layer.blocks)
+    return whole * (4 * width_a * width_g * sum(ranks) + inner)
 
 
 def apply_flops(layer: LayerTag) -> int:

@@ -16,8 +16,8 @@ from kfac_jax_lite.damping import split
 from kfac_jax_lite.eigenpairs import LowRankInverses
 from kfac_jax_lite.types import Array, KroneckerStatistics, LayerTag
 
-# The default rank of a factor: an eighth of its size, but not below this.
-SMALLEST_RANK, SHARE = 32, 0.125
+# The default rank, a share of a factor's size, and the least rank of any share.
+SHARE, SMALLEST_RANK = 0.125, 32
 Rank = int | float | Mapping[str, tuple[int, int]]
 
 
@@ -56,26 +56,24 @@ class Method(NamedTuple):
     refresh: Callable[..., tuple[Any, KroneckerStatistics]]
     damped: bool
     moments: bool
-    rank: int | float | tuple | None = None
+    rank: int | float | tuple = SHARE
 
     def ranks(self, layer: LayerTag) -> tuple[int, int]:
         """How many eigenpairs of each factor of a layer are kept; its size if all."""
         sizes = layer.a_shape[-1], layer.g_shape[-1]
         wanted = self.rank
         if isinstance(wanted, tuple):
-            wanted = dict(wanted).get(layer.name)
+            wanted = dict(wanted).get(layer.name, SHARE)
         if not isinstance(wanted, tuple):
             wanted = (wanted, wanted)
         a, g = (kept_pairs(w, size) for w, size in zip(wanted, sizes, strict=True))
         return a, g
 
 
-def kept_pairs(rank: int | float | None, size: int) -> int:
-    """A factor's rank, of that number or share of its size; None: the default."""
-    if rank is None:
-        rank = max(SMALLEST_RANK, math.ceil(SHARE * size))
-    elif isinstance(rank, float):
-        rank = max(1, math.ceil(rank * size))
+def kept_pairs(rank: int | float, size: int) -> int:
+    """A factor's rank, of that number or share of its size."""
+    if isinstance(rank, float):
+        rank = max(SMALLEST_RANK, math.ceil(rank * size))
     return size if 2 * rank >= size else rank
 
 
@@ -172,7 +170,7 @@ def low_rank_refresh(layer, statistics, cached, damping, first):
     """
     del damping
 
-    def side(factor, form, u):
+    def side(factor, form, u) -> Any:
         if form == forms.DIAGONAL:
             return (), factor, ()
         return eigenpairs.refreshed(factor, u, first)
@@ -182,7 +180,7 @@ def low_rank_refresh(layer, statistics, cached, damping, first):
     return LowRankInverses(*a, *g), statistics
 
 
-def low_rank(rank: Rank | None = None) -> Method:
+def low_rank(rank: Rank = SHARE) -> Method:
     """The method ``inverse="low_rank"`` with another rank.
 
     Every factor is kept as ``U diag(e) Uᵀ + τ (I − U Uᵀ)``: its leading ``r``
@@ -191,11 +189,11 @@ def low_rank(rank: Rank | None = None) -> Method:
     exact, as with ``"eigh"``.
 
     Args:
-        rank: ``r``: a number; a float below 1, a share of each factor's size; or layer
-            name to ``(r of A, r of G)``, as ``kfac.choose_ranks`` returns it, with the
-            default for layers that it lacks. The default is an eighth of the size, but
-            at least 32. A factor is kept whole where ``2 r`` is its size or more, and
-            so is one that is kept as its diagonal.
+        rank: ``r``: a number; a float below 1, that share of each factor's size, but at
+            least 32; or layer name to ``(r of A, r of G)``, as ``kfac.choose_ranks``
+            returns it, with the default for layers that it lacks. A factor is kept
+            whole where ``2 r`` is its size or more, and so is one that is kept as its
+            diagonal.
 
     Returns:
         What to pass as ``inverse=``.
@@ -209,11 +207,12 @@ def low_rank(rank: Rank | None = None) -> Method:
                 raise ValueError(
                     f"layer {name} wants two ranks, whole numbers >= 1, got {pair!r}."
                 )
-        rank = tuple(sorted((k, (int(a), int(g))) for k, (a, g) in rank.items()))
-    elif isinstance(rank, float):
+        pairs = sorted((k, (int(a), int(g))) for k, (a, g) in rank.items())
+        return METHODS["low_rank"]._replace(rank=tuple(pairs))
+    if isinstance(rank, float):
         if not 0 < rank < 1:
             raise ValueError(f"a share of the size must be in (0, 1), got {rank!r}.")
-    elif rank is not None and not whole_rank(rank):
+    elif not whole_rank(rank):
         raise ValueError(f"rank must be a whole number >= 1, got {rank!r}.")
     return METHODS["low_rank"]._replace(rank=rank)
 
@@ -277,7 +276,7 @@ def initial_inverse(layer: LayerTag, method: Method, dtype: Any) -> Any:
         ones = jnp.ones((*shape[: len(shape) - tail], entries), dtype)
         return () if form == forms.DIAGONAL else eye(shape, form), ones
 
-    def pairs(rank, shape, form):
+    def pairs(rank, shape, form) -> Any:
         if form == forms.DIAGONAL:
             return (), jnp.ones(shape, dtype), ()
         return eigenpairs.initial(shape[:-2], shape[-1], rank, dtype)

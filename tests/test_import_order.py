@@ -32,7 +32,7 @@ ORDER = [
     {"refresh"},
     {"owned"},
     {"placement"},
-    {"telemetry"},
+    {"telemetry", "accuracy"},
     {"transform"},
     {"quadratic"},
     {"guided"},
