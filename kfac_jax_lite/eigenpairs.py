@@ -29,6 +29,7 @@ import numpy as np
 from jax import lax
 
 from kfac_jax_lite import forms
+from kfac_jax_lite.tree import vary, varying_axes
 from kfac_jax_lite.types import Array
 
 # Iterations of the first refresh, whose start knows nothing of the matrix.
@@ -64,10 +65,11 @@ class Side(NamedTuple):
 
 
 def sketch(size: int, rank: int, dtype: Any) -> Array:
-    """A fixed ``[size, rank]`` matrix of signs over ``√size``: nearly orthonormal.
+    """A fixed ``[size, rank]`` matrix, nearly orthonormal.
 
-    The sign is the top bit of a hash of the entry's place, so that no eigenvector is
-    likely to be orthogonal to it, and no random key is needed.
+    Its entries are a hash of their place, uniform in ``±√(3 / size)``: eigenvectors are
+    hardly ever orthogonal to all columns, as the vector of ones is to columns of signs,
+    and no random key is needed.
 
     Returns:
         The start of the first subspace iteration.
@@ -76,8 +78,8 @@ def sketch(size: int, rank: int, dtype: Any) -> Array:
     x = x + lax.iota(jnp.uint32, rank)[None, :] + jnp.uint32(0x9E3779B9)
     for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
-    signs = 1 - 2 * (x >> 31).astype(dtype)
-    return signs / jnp.sqrt(jnp.asarray(size, dtype))
+    uniform = (x >> 8).astype(dtype) * 2.0**-23 - 1
+    return uniform * jnp.sqrt(jnp.asarray(3 / size, dtype))
 
 
 def initial(blocks: tuple[int, ...], size: int, rank: int, dtype: Any) -> tuple:
@@ -117,6 +119,7 @@ def refreshed(matrix: Array, u: Array, first: Array) -> tuple:
         return nystrom(matrix, carry[0], scale)
 
     start = u, jnp.zeros((*u.shape[:-2], rank), u.dtype)
+    start = vary(start, varying_axes((matrix, u)))
     turns = jnp.where(first, FIRST_ITERATIONS, 1)
     u, e = lax.fori_loop(0, turns, improve, start)
     e = jnp.maximum(trace, 0)[..., None] * e

@@ -177,10 +177,9 @@ def test_what_has_no_square_root_is_seen(fault):
 @pytest.mark.parametrize("size", [8, 33, 200])
 def test_the_first_guess_is_nearly_orthonormal(size):
     u = np.asarray(eigenpairs.sketch(size, max(1, size // 8), jnp.float64))
-    np.testing.assert_allclose(np.sum(u * u, 0), 1, rtol=1e-12)
     values = np.linalg.svd(u, compute_uv=False)
-    assert values.min() > 0.4
-    assert abs(u.sum(0)).max() < 4.5  # no column is near the constant vector's
+    assert 0.4 < values.min() <= values.max() < 1.6
+    assert 1e-3 < abs(u.sum(0)).min()  # none is orthogonal to the ones
 
 
 # ---------------------------------------------------------------- in the optimiser
