@@ -16,12 +16,11 @@ from kfac_jax_lite import forms
 from kfac_jax_lite.factors.estimate import TaggedLoss
 from kfac_jax_lite.factors.recipe import count_rows, make_recipe
 from kfac_jax_lite.inverse import Method
+from kfac_jax_lite.linalg import leaf_size
 from kfac_jax_lite.tagging.layers import Site
 from kfac_jax_lite.types import LayerTag
 from kfac_jax_lite.views import Shape
 
-# ``spd_inverse`` halves matrices until they are at most this wide.
-LEAF = 512
 # Iterations of a warm-started Newton-Schulz inverse; an assumption, it depends on data.
 NEWTON_SCHULZ_STEPS = 3
 
@@ -135,7 +134,8 @@ def statistics_flops(layer: LayerTag, rows: Rows, moments: bool = False) -> int:
 def inversion_flops(layer: LayerTag, method: Method) -> int:
     """Operations of one inversion of both factors.
 
-    * Cholesky: what ``linalg.spd_inverse`` does, see ``spd_inverse_flops``.
+    * Cholesky, and ``"auto"`` as on a CPU: what ``linalg.spd_inverse`` does, see
+      ``spd_inverse_flops``.
     * Newton-Schulz: two residuals ``2 d³`` and two products per iteration,
       ``(4 + 4 i) d³`` with ``i = 3``.
     * Eigendecomposition: ``9 d³``; EKFAC also turns its moments, ``2 d³`` per factor
@@ -179,7 +179,7 @@ def inversion_flops(layer: LayerTag, method: Method) -> int:
     return round(total + (apply_flops(layer) if method.moments else 0))
 
 
-def spd_inverse_flops(size: int, leaf: int = LEAF) -> float:
+def spd_inverse_flops(size: int, leaf: int | None = None) -> float:
     """Operations of ``linalg.spd_inverse``.
 
     Up to ``leaf``: Cholesky ``d³/3``, a triangular solve with the identity ``d³`` and
@@ -188,11 +188,12 @@ def spd_inverse_flops(size: int, leaf: int = LEAF) -> float:
 
     Args:
         size: ``d``.
-        leaf: Largest size that is factorised at once.
+        leaf: Largest size that is factorised at once; ``leaf_size(d)`` by default.
 
     Returns:
         Floating-point operations.
     """
+    leaf = leaf_size(size) if leaf is None else leaf
     if size <= leaf:
         return 10 / 3 * size**3
     k = size // 2

@@ -114,13 +114,31 @@ def newton_schulz(layer, statistics, cached, damping, first):
         Schulz, 1933; Higham, 2008, "Functions of Matrices", Sec. 5.3.
     """
     del first
+    record = layer, statistics, cached, damping
+    return warm_started(forms.iterated_inverse, *record), statistics
+
+
+def auto(layer, statistics, cached, damping, first):
+    """The same inverses by the method that is fastest for the device and the size.
+
+    Returns:
+        ``(inverses, statistics)``.
+    """
+    del first
+    record = layer, statistics, cached, damping
+    return warm_started(forms.fastest_inverse, *record), statistics
+
+
+def warm_started(
+    invert: Callable, layer: LayerTag, statistics: Any, cached: Any, damping: Array
+) -> FactorInverses:
+    """Explicit inverses of the damped factors, from the cached ones."""
     a, g = damped_factors(layer, statistics, damping)
     tolerance = 1e-10 if a.dtype == jnp.float64 else 1e-5
-    inverses = FactorInverses(
-        forms.iterated_inverse(a, layer.a_form, cached.a, tolerance),
-        forms.iterated_inverse(g, layer.g_form, cached.g, tolerance),
+    return FactorInverses(
+        invert(a, layer.a_form, cached.a, tolerance),
+        invert(g, layer.g_form, cached.g, tolerance),
     )
-    return inverses, statistics
 
 
 def eigh(layer, statistics, cached, damping, first):
@@ -234,6 +252,7 @@ METHODS = {
     for method in (
         Method("cholesky", cholesky, damped=True, moments=False),
         Method("newton_schulz", newton_schulz, damped=True, moments=False),
+        Method("auto", auto, damped=True, moments=False),
         Method("eigh", eigh, damped=False, moments=False),
         Method("ekfac", ekfac, damped=False, moments=True),
         Method("low_rank", low_rank_refresh, damped=False, moments=False),

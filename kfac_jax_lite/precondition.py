@@ -80,6 +80,8 @@ def precondition_kronecker(
     v = forms.widened(v, forms.width(form_g, layer.g_shape))
     v = jnp.swapaxes(forms.widened(jnp.swapaxes(v, -1, -2), rows), -1, -2)
     if isinstance(inverse, FactorInverses):
+        # In either order 2 a² g + 2 a g²: what lies between is as large as V, also for
+        # blocks and diagonals. Only low-rank factors have something to choose.
         u = forms.times(forms.columns(inverse.a, v, form_a), inverse.g, form_g)
         return u[..., :n_in, :n_out]
     if isinstance(inverse, LowRankInverses):

@@ -73,7 +73,8 @@ def scale_by_kfac(
         factor_decay: ``d`` of ``X̂ ← d X̂ + (1 − d) X`` (it weights the *old* value;
             zero start, bias-corrected).
         interval: When statistics are refreshed, from ``kfac.intervals``.
-        inverse: ``"cholesky"`` or ``"newton_schulz"`` (damping split over the factors),
+        inverse: ``"cholesky"``, ``"newton_schulz"`` (damping split over the factors)
+            or ``"auto"`` (the faster of them for the device and the size),
             ``"eigh"`` (exact Kronecker damping), ``"ekfac"`` (eigenbasis with
             re-estimated second moments) or ``"low_rank"`` (leading eigenpairs and a
             tail, exact Kronecker damping; ``kfac.low_rank(rank)`` says how many).

@@ -327,6 +327,13 @@ def test_owners_are_one_device(mode):
     parallel.same(model, result, 4, inverse=method)
 
 
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+def test_owners_take_the_fastest_inverse():
+    model = net("mlp")[0]
+    result = parallel.run(model, "auto", parallel.OWNER(), 3, "auto")
+    parallel.same(model, result, 3, inverse="auto")
+
+
 def test_equal_shapes_of_different_ranks_are_inverted_apart():
     shape = {"a_shape": (9, 9), "g_shape": (9, 9), "kind": "dense", "params": ()}
     views = (View.of_leaf(0, (9, 9)),)
