@@ -40,9 +40,7 @@ def test_the_leaf_that_is_chosen(d):
         assert np.abs(error).max() < tolerance
 
 
-@pytest.mark.parametrize(
-    "size, leaf", [(5, 128), (2048, 128), (8192, 512)]
-)
+@pytest.mark.parametrize("size, leaf", [(5, 128), (2048, 128), (8192, 512)])
 def test_no_more_than_sixteen_leaves(size, leaf):
     assert linalg.leaf_size(size) == leaf
 

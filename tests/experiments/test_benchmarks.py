@@ -1,6 +1,7 @@
 """The benchmarks' arithmetic, and one tiny run of each."""
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -14,6 +15,7 @@ import experiments
 from experiments.benchmarks import (
     autoencoder,
     common,
+    inverses,
     jobs,
     mlp_target,
     scaling,
@@ -208,6 +210,24 @@ def test_mlp_target(tmp_path):
     assert [t["optimizer"] for t in trials] == ["adam", "ours"]
     assert [t["values"] for t in trials] == list(mlp_target.USUAL.values())
     assert (tmp_path / "mlp_target_digits.png").stat().st_size > 0
+
+
+def test_inverses(tmp_path, capsys):
+    config = inverses.Config((6, 70), (2,), (4,), largest_eigh=6, rounds=2)
+    result = inverses.main(dataclasses.replace(config, out=tmp_path))
+    assert json.loads((tmp_path / "inverses.json").read_text())["cases"]
+    small, large = (case["rows"] for case in result["cases"])
+    assert set(small) - set(large) == {"eigh"}
+    assert small[inverses.BASELINE]["ratio"] == (1, 1, 1)
+    assert "2 x 70 x 70, rank 32" in capsys.readouterr().out
+
+
+def test_the_matrices_change_by_as_much_as_they_should():
+    before, after = inverses.matrices(20, 3, 0.05)
+    eye = 1e-2 * np.eye(20)
+    change = np.linalg.norm(after[0] - before[0]) / np.linalg.norm(before[0] - eye)
+    assert before.shape == (3, 20, 20)
+    assert change == pytest.approx(0.05, rel=1e-4)
 
 
 @pytest.mark.slow
