@@ -239,7 +239,7 @@ def the_state(opt_state: Any) -> Any:
 def kronecker_layers(
     layers: Sequence[LayerTag], state: Any
 ) -> Iterator[tuple[LayerTag, Any, Any]]:
-    """Layers with their factors and cached inverses, whole and on the host.
+    """Layers with their factors and cached inverses, whole and on one device.
 
     Yields:
         ``(layer, statistics, inverse)``.
@@ -248,7 +248,9 @@ def kronecker_layers(
         if not layer.kronecker or layer.name not in state.factors:
             continue
         record = state.factors[layer.name], state.inverses[layer.name]
-        statistics, inverse = jax.device_get(record)
+        # On one device, whatever the state was placed on.
+        host = jax.device_get(record)
+        statistics, inverse = jax.tree.map(jnp.asarray, host)
         layer = kept_layer(layer, inverse)
         plan = plan_of(layer, statistics, inverse)
         if plan is not None:
