@@ -17,6 +17,7 @@ from experiments.benchmarks import (
     common,
     inverses,
     jobs,
+    low_rank_error,
     mlp_target,
     scaling,
     step_time,
@@ -220,6 +221,23 @@ def test_inverses(tmp_path, capsys):
     assert set(small) - set(large) == {"eigh"}
     assert small[inverses.BASELINE]["ratio"] == (1, 1, 1)
     assert "2 x 70 x 70, rank 32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", [(16, 64), (16, 9, 9, 3)])
+def test_low_rank_error(tmp_path, monkeypatch, shape):
+    """Factors of 65 are kept by 32 eigenpairs; on flat images and on square ones."""
+    spec = Spec(lambda: MLP((5,), 10), shape)
+    monkeypatch.setitem(low_rank_error.SPECS, "mlp", spec)
+    config = low_rank_error.Config(
+        ("mlp",), (0.25,), steps=3, every=2, dataset="digits", out=tmp_path
+    )
+    (run,) = low_rank_error.main(config)["runs"]
+    first, _ = run["layers"]
+    assert first["rank_a"] == (32 if len(shape) == 2 else 61)
+    assert 0.9 < first["retained_trace_a"] < 1
+    assert 0 < first["error"] < 0.5
+    assert np.isfinite(run["loss"])
+    assert json.loads((tmp_path / "low_rank_error.json").read_text())["runs"]
 
 
 def test_the_matrices_change_by_as_much_as_they_should():
