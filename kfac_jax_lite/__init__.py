@@ -7,6 +7,7 @@ updates, state = tx.update(grads, state, params, statistics=statistics)
 """
 
 from kfac_jax_lite import damping, intervals, simulate
+from kfac_jax_lite.accuracy import choose_ranks, inverse_error
 from kfac_jax_lite.alias import KFACChainState, kfac
 from kfac_jax_lite.cost import CostModel, cost_model
 from kfac_jax_lite.factors.estimate import TaggedLoss, tag
@@ -14,6 +15,7 @@ from kfac_jax_lite.factors.sampling import Subsample
 from kfac_jax_lite.factors.state import Clock, KFACState
 from kfac_jax_lite.flops import Rows, layer_rows
 from kfac_jax_lite.guided import GuidedState
+from kfac_jax_lite.inverse import low_rank
 from kfac_jax_lite.likelihoods import bernoulli, categorical, normal
 from kfac_jax_lite.placement import relayout, state_axes, state_specs
 from kfac_jax_lite.quadratic import QuadraticModel, quadratic_model
@@ -56,11 +58,14 @@ __all__ = [
     "TiedStatistics",
     "bernoulli",
     "categorical",
+    "choose_ranks",
     "cost_model",
     "damping",
     "intervals",
+    "inverse_error",
     "kfac",
     "layer_rows",
+    "low_rank",
     "normal",
     "quadratic_model",
     "register_rule",

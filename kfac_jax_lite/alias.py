@@ -11,6 +11,7 @@ from kfac_jax_lite.damping import Damping, LevenbergMarquardt, value_at
 from kfac_jax_lite.factors.state import KFACState
 from kfac_jax_lite.guided import Guide, guided
 from kfac_jax_lite.intervals import Interval
+from kfac_jax_lite.inverse import Method
 from kfac_jax_lite.reduce import Reduction
 from kfac_jax_lite.transform import ALL_REDUCE, EVERY_STEP, scale_by_kfac
 from kfac_jax_lite.tree import choose
@@ -40,7 +41,7 @@ def kfac(
     kl_clip: float | Array | None = 1e-3,
     factor_decay: float | Array = 0.95,
     interval: Interval = EVERY_STEP,
-    inverse: str = "cholesky",
+    inverse: str | Method = "cholesky",
     inverse_interval: int | Array = 1,
     axis_name: Any = None,
     reduction: Reduction = ALL_REDUCE,

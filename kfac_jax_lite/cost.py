@@ -237,7 +237,7 @@ def cost_model(
     devices: int = 1,
     rows: Mapping[str, Rows] | None = None,
     interval: Interval = EVERY_STEP,
-    inverse: str = "cholesky",
+    inverse: str | Method = "cholesky",
     inverse_interval: int = 1,
     batch_norm: str = "unit",
     mapped: bool = True,
@@ -281,7 +281,7 @@ def cost_model(
     layers = tuple(layers)
     if reduction.mode != "all":
         reduction = dataclasses.replace(reduction, devices=devices)
-    common = layers, reduction, devices, inverse, inverse_interval
+    common = layers, reduction, devices, method, inverse_interval
     plan = make_plan(*common)
     records = tuple(
         layer_cost(
@@ -295,7 +295,8 @@ def cost_model(
         for layer in layers
     )
     found = traffic(*common, mapped=mapped, memory=interval.memory)
-    return CostModel(records, found, devices, reduction, inverse, inverse_interval)
+    chosen = method.name, inverse_interval
+    return CostModel(records, found, devices, reduction, *chosen)
 
 
 def layer_cost(

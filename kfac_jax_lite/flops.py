@@ -16,12 +16,11 @@ from kfac_jax_lite import forms
 from kfac_jax_lite.factors.estimate import TaggedLoss
 from kfac_jax_lite.factors.recipe import count_rows, make_recipe
 from kfac_jax_lite.inverse import Method
+from kfac_jax_lite.linalg import leaf_size
 from kfac_jax_lite.tagging.layers import Site
 from kfac_jax_lite.types import LayerTag
 from kfac_jax_lite.views import Shape
 
-# ``spd_inverse`` halves matrices until they are at most this wide.
-LEAF = 512
 # Iterations of a warm-started Newton-Schulz inverse; an assumption, it depends on data.
 NEWTON_SCHULZ_STEPS = 3
 
@@ -135,11 +134,16 @@ def statistics_flops(layer: LayerTag, rows: Rows, moments: bool = False) -> int:
 def inversion_flops(layer: LayerTag, method: Method) -> int:
     """Operations of one inversion of both factors.
 
-    * Cholesky: what ``linalg.spd_inverse`` does, see ``spd_inverse_flops``.
+    * Cholesky, and ``"auto"`` as on a CPU: what ``linalg.spd_inverse`` does, see
+      ``spd_inverse_flops``.
     * Newton-Schulz: two residuals ``2 d³`` and two products per iteration,
       ``(4 + 4 i) d³`` with ``i = 3``.
     * Eigendecomposition: ``9 d³``; EKFAC also turns its moments, ``2 d³`` per factor
       and ``2 a² g + 2 a g²``.
+    * Low-rank, ``r`` of ``d`` eigenpairs: the product with the matrix ``2 d² r``, four
+      products and a solve of ``d × r`` matrices ``9 d r²``, and ``38/3 r³`` for an
+      eigendecomposition, two Cholesky factors and three solves. A factor that is kept
+      whole costs its eigendecomposition.
 
     Args:
         layer: The layer.
@@ -157,12 +161,14 @@ def inversion_flops(layer: LayerTag, method: Method) -> int:
     if not layer.kronecker:
         return 0
     total = 0.0
-    for shape, form in factors_of(layer):
+    for (shape, form), rank in zip(factors_of(layer), method.ranks(layer), strict=True):
         if form == forms.DIAGONAL:
             continue
-        cube = shape[-1] ** 3
+        d, cube = shape[-1], shape[-1] ** 3
         if method.moments:
             each = 11 * cube
+        elif method.name == "low_rank" and rank < d:
+            each = 2 * d**2 * rank + 9 * d * rank**2 + 38 * rank**3 / 3
         elif not method.damped:
             each = 9 * cube
         elif method.name == "newton_schulz":
@@ -173,7 +179,7 @@ def inversion_flops(layer: LayerTag, method: Method) -> int:
     return round(total + (apply_flops(layer) if method.moments else 0))
 
 
-def spd_inverse_flops(size: int, leaf: int = LEAF) -> float:
+def spd_inverse_flops(size: int, leaf: int | None = None) -> float:
     """Operations of ``linalg.spd_inverse``.
 
     Up to ``leaf``: Cholesky ``d³/3``, a triangular solve with the identity ``d³`` and
@@ -182,11 +188,12 @@ def spd_inverse_flops(size: int, leaf: int = LEAF) -> float:
 
     Args:
         size: ``d``.
-        leaf: Largest size that is factorised at once.
+        leaf: Largest size that is factorised at once; ``leaf_size(d)`` by default.
 
     Returns:
         Floating-point operations.
     """
+    leaf = leaf_size(size) if leaf is None else leaf
     if size <= leaf:
         return 10 / 3 * size**3
     k = size // 2
@@ -198,8 +205,9 @@ def spd_inverse_flops(size: int, leaf: int = LEAF) -> float:
 def precondition_flops(layer: LayerTag, method: Method) -> int:
     """``2 a² g + 2 a g²`` per step: ``A⁻¹ V G⁻¹``.
 
-    Twice that in an eigenbasis (there and back). A full ``d × d`` block of a
-    normalisation layer: ``2 d²``.
+    Twice that in an eigenbasis (there and back). With the ``r`` and ``s`` leading
+    eigenpairs of ``A`` and ``G``: ``4 a g (r + s) + 4 r s min(a, g)``. A full ``d × d``
+    block of a normalisation layer: ``2 d²``.
 
     Args:
         layer: The layer.
@@ -212,7 +220,25 @@ def precondition_flops(layer: LayerTag, method: Method) -> int:
         return 2 * math.prod(layer.a_shape)
     if not layer.kronecker:
         return 0
+    if method.name == "low_rank":
+        return low_rank_flops(layer, method)
     return apply_flops(layer) * (1 if method.damped else 2)
+
+
+def low_rank_flops(layer: LayerTag, method: Method) -> int:
+    """Operations of the solve with low-rank factors, for every pair of their blocks."""
+    sizes = layer.a_shape[-1], layer.g_shape[-1]
+    width_a, width_g = forms.widths(layer)
+    ranks = [
+        0 if form == forms.DIAGONAL else rank
+        for (_, form), rank in zip(factors_of(layer), method.ranks(layer), strict=True)
+    ]
+    inner = 0
+    if all(0 < rank < size for rank, size in zip(ranks, sizes, strict=True)):
+        pairs = (width_a // sizes[0]) * (width_g // sizes[1])
+        inner = 4 * math.prod(ranks) * min(sizes) * pairs
+    whole = math.prod(layer.stack + layer.blocks)
+    return whole * (4 * width_a * width_g * sum(ranks) + inner)
 
 
 def apply_flops(layer: LayerTag) -> int:

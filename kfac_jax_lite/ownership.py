@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from kfac_jax_lite import forms
-from kfac_jax_lite.inverse import Method, initial_inverse
+from kfac_jax_lite.inverse import Method, initial_inverse, method_named
 from kfac_jax_lite.packing import field_sizes, packed_size, symmetric_field
 from kfac_jax_lite.reduce import Reduction
 from kfac_jax_lite.types import LayerTag
@@ -65,7 +65,7 @@ def make_plan(
     layers: Sequence[LayerTag],
     reduction: Reduction,
     devices: int,
-    method: str = "cholesky",
+    method: str | Method = "cholesky",
     inverse_interval: Any = 1,
 ) -> Plan:
     """Assigns every large Kronecker layer to a device.
@@ -74,7 +74,7 @@ def make_plan(
         layers: The layers present.
         reduction: How statistics travel.
         devices: ``D``.
-        method: Name of the inversion method.
+        method: The inversion method, or its name.
         inverse_interval: Least number of steps between inversions; taken as 1 if it is
             not known before the program runs.
 
@@ -86,6 +86,7 @@ def make_plan(
     """
     if reduction.mode == "all":
         return NOBODY
+    method = method_named(method).name
     if reduction.share == GRADIENTS and method != "cholesky":
         raise ValueError(
             f'Reduction(share="gradients") divides explicit inverses: it goes with '
@@ -207,11 +208,14 @@ def balanced(layers: Sequence[LayerTag], devices: int) -> dict[str, int]:
     return owners
 
 
-def grouped(layers: Sequence[LayerTag]) -> list[list[LayerTag]]:
-    """Layers of equal shape together."""
+def grouped(
+    layers: Sequence[LayerTag], method: Method | None = None
+) -> list[list[LayerTag]]:
+    """Layers of equal shape together, and of equal ranks if the method has them."""
     classes: dict[Any, list[LayerTag]] = {}
     for layer in layers:
-        classes.setdefault(shape_class(layer), []).append(layer)
+        ranks = () if method is None else method.ranks(layer)
+        classes.setdefault((shape_class(layer), ranks), []).append(layer)
     return list(classes.values())
 
 

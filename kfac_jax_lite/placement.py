@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from kfac_jax_lite import forms
 from kfac_jax_lite.factors import restrict
 from kfac_jax_lite.factors.state import KFACState, Slices
-from kfac_jax_lite.inverse import FactorInverses
+from kfac_jax_lite.inverse import input_width
 from kfac_jax_lite.ownership import (
     GRADIENTS,
     Plan,
@@ -221,8 +221,7 @@ def kept_layer(layer: LayerTag, inverse: Any) -> LayerTag:
     """The layer without the parameters that a mask hides, read off its inverse."""
     if not layer.kronecker or len(layer.params) == 1 or layer.a_form == forms.BLOCKS:
         return layer
-    input_side = inverse.a if isinstance(inverse, FactorInverses) else inverse.d_a
-    width = jax.tree.leaves(input_side)[0].shape[-1]
+    width = input_width(inverse)
     if width >= layer.sizes[0]:
         return layer
     return restrict.part(layer, [layer.roles.index("bias" if width == 1 else "weight")])

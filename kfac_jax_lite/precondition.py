@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from kfac_jax_lite import forms
+from kfac_jax_lite.eigenpairs import LowRankInverses, sides, solve
 from kfac_jax_lite.inverse import FactorInverses
 from kfac_jax_lite.types import Array, LayerTag, Statistics
 
@@ -79,8 +80,12 @@ def precondition_kronecker(
     v = forms.widened(v, forms.width(form_g, layer.g_shape))
     v = jnp.swapaxes(forms.widened(jnp.swapaxes(v, -1, -2), rows), -1, -2)
     if isinstance(inverse, FactorInverses):
+        # In either order 2 a² g + 2 a g²: what lies between is as large as V, also for
+        # blocks and diagonals. Only low-rank factors have something to choose.
         u = forms.times(forms.columns(inverse.a, v, form_a), inverse.g, form_g)
         return u[..., :n_in, :n_out]
+    if isinstance(inverse, LowRankInverses):
+        return solve_low_rank(layer, v, inverse, damping)[..., :n_in, :n_out]
     q_a, d_a, q_g, d_g = inverse
     s = getattr(factors, "s", None)
     if s is None:
@@ -90,6 +95,23 @@ def precondition_kronecker(
     back_a, back_g = forms.transposed(q_a, form_a), forms.transposed(q_g, form_g)
     u = forms.times(forms.columns(back_a, turned, form_a), back_g, form_g)
     return u[..., :n_in, :n_out]
+
+
+def solve_low_rank(
+    layer: LayerTag, v: Array, inverse: LowRankInverses, damping: Array
+) -> Array:
+    """``(Â ⊗ Ĝ + λ I)⁻¹ v`` of a block that is as wide as its factors."""
+    form_a, form_g = layer.a_form, layer.g_form
+    a, g = sides(inverse, form_a, form_g)
+    if forms.BLOCKS not in (form_a, form_g):
+        return solve(a, g, v, damping)
+    # Every block of a factor has its own tail: each pair of blocks is solved alone.
+    k_a = layer.a_shape[-3] if form_a == forms.BLOCKS else 1
+    k_g = layer.g_shape[-3] if form_g == forms.BLOCKS else 1
+    *blocks, rows, columns = v.shape
+    pairs = v.reshape(*blocks, k_a, rows // k_a, k_g, columns // k_g)
+    u = solve(a, g, jnp.swapaxes(pairs, -3, -2), damping)
+    return jnp.swapaxes(u, -3, -2).reshape(v.shape)
 
 
 def solve_units(blocks: Array, v: Array, damping: Array) -> Array:

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from kfac_jax_lite.eigenpairs import LowRankInverses, retained_trace
 from kfac_jax_lite.factors.state import from_words
 from kfac_jax_lite.tree import find_states
 
@@ -21,7 +22,9 @@ def report(opt_state: Any) -> list[dict[str, Any]]:
         last refresh, None before there is one), ``elements`` (one refresh),
         ``elements_reduced``, ``bytes_reduced``, ``bytes_if_every_step`` (statistics),
         ``bytes_inverses`` and ``bytes_updates`` (what follows with owners), and of the
-        whole: ``damping``, ``steps``, ``skipped``. Bytes are those of the arrays that
+        whole: ``damping``, ``steps``, ``skipped``; with ``inverse="low_rank"`` also
+        ``retained_trace_a`` and ``retained_trace_g``, the shares of the factors' traces
+        that eigenpairs had at the last inversion. Bytes are those of the arrays that
         collectives work on; see ``kfac.traffic`` for what a device sends.
 
     Raises:
@@ -60,6 +63,20 @@ def report(opt_state: Any) -> list[dict[str, Any]]:
                     "damping": float(damping),
                     "steps": int(count),
                     "skipped": int(skipped),
+                    **traces(state.inverses[name]),
                 }
             )
     return records
+
+
+def traces(inverse: Any) -> dict[str, float]:
+    """Shares of the trace that low-rank inverses keep; small arrays travel only."""
+    if not isinstance(inverse, LowRankInverses):
+        return {}
+    found = {}
+    for side in ("a", "g"):
+        u, e, tau = (getattr(inverse, f"{k}_{side}") for k in ("u", "e", "tau"))
+        size = e.shape[-1] if isinstance(u, tuple) else u.shape[-2]
+        e, tau = jax.device_get((e, tau))
+        found[f"retained_trace_{side}"] = retained_trace(e, tau, size)
+    return found

@@ -172,7 +172,7 @@ def traffic(
     layers: Sequence[LayerTag],
     reduction: Reduction,
     devices: int,
-    inverse: str = "cholesky",
+    inverse: str | Method = "cholesky",
     inverse_interval: Any = 1,
     mapped: bool = True,
     itemsize: int = 4,

@@ -16,7 +16,7 @@ from kfac_jax_lite.factors.checks import check_nothing_due, check_state
 from kfac_jax_lite.factors.restrict import present_layers
 from kfac_jax_lite.factors.state import Clock, KFACState, words, zero_statistics
 from kfac_jax_lite.intervals import Interval, every
-from kfac_jax_lite.inverse import initial_inverse, method_named
+from kfac_jax_lite.inverse import Method, initial_inverse, method_named
 from kfac_jax_lite.inversions import inversions
 from kfac_jax_lite.linalg import all_finite
 from kfac_jax_lite.options import Options
@@ -54,7 +54,7 @@ def scale_by_kfac(
     damping: damping_lib.Damping = 1e-3,
     factor_decay: float | Array = 0.95,
     interval: Interval = EVERY_STEP,
-    inverse: str = "cholesky",
+    inverse: str | Method = "cholesky",
     inverse_interval: int | Array = 1,
     axis_name: Any = None,
     reduction: Reduction = ALL_REDUCE,
@@ -72,9 +72,11 @@ def scale_by_kfac(
         factor_decay: ``d`` of ``X̂ ← d X̂ + (1 − d) X`` (it weights the *old* value;
             zero start, bias-corrected).
         interval: When statistics are refreshed, from ``kfac.intervals``.
-        inverse: ``"cholesky"`` or ``"newton_schulz"`` (damping split over the factors),
-            ``"eigh"`` (exact Kronecker damping) or ``"ekfac"`` (eigenbasis with
-            re-estimated second moments).
+        inverse: ``"cholesky"``, ``"newton_schulz"`` (damping split over the factors)
+            or ``"auto"`` (the faster of them for the device and the size),
+            ``"eigh"`` (exact Kronecker damping), ``"ekfac"`` (eigenbasis with
+            re-estimated second moments) or ``"low_rank"`` (leading eigenpairs and a
+            tail, exact Kronecker damping; ``kfac.low_rank(rank)`` says how many).
         inverse_interval: Least number of steps between inversions of a layer; it is
             skipped while neither its factors nor its damping have changed.
         axis_name: Mapped axes to average statistics over (``pmap``, ``shard_map``).
@@ -211,7 +213,7 @@ def wire_counts(options: Options, layers: Sequence[LayerTag], dtypes: dict) -> d
         "elements": [], "bytes": [], "inversion_bytes": [], "step_bytes": []
     }  # fmt: skip
     events = {REFRESH: "bytes", INVERSION: "inversion_bytes", STEP: "step_bytes"}
-    chosen = (options.method.name, options.inverse_interval, mapped)
+    chosen = (options.method, options.inverse_interval, mapped)
     for layer in layers:
         size = jnp.dtype(dtypes[layer.name]).itemsize
         record = (*chosen, size, memory(options))

@@ -154,7 +154,7 @@ def batches_of(model, steps=4, examples=4, dtype=np.float64):
     return [model.batch(examples, dtype, seed=10 + i) for i in range(steps)]
 
 
-INVERSES = ["cholesky", "eigh", "ekfac", "newton_schulz"]
+INVERSES = ["cholesky", "eigh", "ekfac", "newton_schulz", "low_rank"]
 
 TRANSFORMS = {
     "scale_by_kfac": lambda layers, **kw: kfac.scale_by_kfac(layers, **kw),

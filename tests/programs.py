@@ -12,7 +12,7 @@ def shapes(*sizes):
     return jax.ShapeDtypeStruct(sizes, jnp.float32)
 
 
-def mlp(widths, batch, norm=False):
+def mlp(widths, batch, norm=False, limit=8192):
     """A tagged loss of ``x W tanh W …``, its parameters and its batch, as shapes."""
 
     def loss(params, x, y):
@@ -30,7 +30,7 @@ def mlp(widths, batch, norm=False):
         if norm and len(params) > 1:
             params[-1] |= {"scale": shapes(a), "shift": shapes(a)}
     batch = shapes(batch, widths[0]), shapes(batch, widths[-1])
-    return kfac.tag(loss, params, *batch), params, batch
+    return kfac.tag(loss, params, *batch, max_factor_dim=limit), params, batch
 
 
 def products(jaxpr):

@@ -7,7 +7,7 @@ import pytest
 import kfac_jax_lite as kfac
 from experiments.benchmarks.architectures import ARCHITECTURES
 from kfac_jax_lite.factors.state import from_words
-from tests.helpers import train
+from tests.helpers import INVERSES, train
 from tests.programs import mlp
 
 STEPS = 2814
@@ -61,7 +61,7 @@ def test_reduce_scatter_and_bfloat16_halve(resnet50):
     assert sent(dtype=jnp.bfloat16) == pytest.approx(whole / 2, rel=2e-3)
 
 
-@pytest.mark.parametrize("inverse", ["cholesky", "eigh", "ekfac", "newton_schulz"])
+@pytest.mark.parametrize("inverse", INVERSES)
 @pytest.mark.parametrize(
     "interval",
     [kfac.intervals.every(2), kfac.intervals.adaptive(0.1), kfac.intervals.staleness()],

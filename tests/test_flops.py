@@ -19,7 +19,7 @@ from tests.programs import mlp, products, shapes
     st.lists(st.integers(1, 9), min_size=2, max_size=3),
     st.integers(1, 12),
     st.booleans(),
-    st.sampled_from(["cholesky", "eigh", "ekfac"]),
+    st.sampled_from(["cholesky", "eigh", "ekfac", "low_rank"]),
 )
 def test_operations_are_those_of_the_program(widths, batch, norm, inverse):
     """Every product of gradient, statistics, inversion and preconditioning."""
@@ -42,6 +42,29 @@ def test_operations_are_those_of_the_program(widths, batch, norm, inverse):
         return tx.update(grads, state, statistics=statistics)
 
     program = jax.make_jaxpr(update)(grads, state, statistics)
+    wanted = flops.inversion + flops.precondition
+    assert products(program.jaxpr) == pytest.approx(wanted, abs=len(cost.layers))
+
+
+@hypothesis.settings(max_examples=8)
+@hypothesis.given(
+    st.lists(st.integers(5, 14), min_size=3, max_size=3),
+    st.integers(1, 4),
+    st.sampled_from([100, 6, 3]),
+)
+def test_operations_of_low_rank_inverses(widths, rank, limit):
+    """The solve in every form, and one turn of the iteration."""
+    tagged, params, args = mlp(widths, 4, limit=limit)
+    method = kfac.low_rank(rank)
+    cost = kfac.cost_model(
+        tagged.layers, rows=kfac.layer_rows(tagged, params, *args), inverse=method
+    )
+    tx = kfac.scale_by_kfac(tagged.layers, inverse=method)
+    statistics = jax.eval_shape(tagged.value_and_grad, params, *args)[-1]
+    program = jax.make_jaxpr(lambda g, s, f: tx.update(g, s, statistics=f))(
+        params, jax.eval_shape(tx.init, params), statistics
+    )
+    flops = cost.flops_per_step()
     wanted = flops.inversion + flops.precondition
     assert products(program.jaxpr) == pytest.approx(wanted, abs=len(cost.layers))
 

@@ -95,7 +95,7 @@ def test_nothing_but_the_gradient_outside_the_conditionals(program):
     assert outside == dots(plain_entry, plain)
 
 
-@pytest.mark.parametrize("inverse", ["cholesky", "eigh", "newton_schulz"])
+@pytest.mark.parametrize("inverse", ["cholesky", "eigh", "newton_schulz", "low_rank"])
 def test_a_step_with_nothing_due_does_two_products_per_layer(inverse):
     tagged, params = WIDE.tag(BATCH), WIDE.params()
     tx = kfac.scale_by_kfac(
@@ -111,7 +111,7 @@ def test_a_step_with_nothing_due_does_two_products_per_layer(inverse):
     found, entry = compiled(update, params, state, params, statistics)
     text = "\n".join(line for lines in found.values() for line in lines)
     outside = dots(entry, found, gates=["conditional", "while"])
-    products = 4 if inverse == "eigh" else 2
+    products = 4 if inverse in ("eigh", "low_rank") else 2
     assert outside == products * len(WIDE.layers)
     for name in found:
         assert not (name == entry and "lapack" in "\n".join(found[name]))

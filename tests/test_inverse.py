@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import kfac_jax_lite as kfac
+from kfac_jax_lite import forms
 from tests import oracles
 from tests.helpers import (
     INVERSES,
@@ -54,7 +55,7 @@ def averaged(statistics, decay):
     }
 
 
-@pytest.mark.parametrize("inverse", ["cholesky", "newton_schulz"])
+@pytest.mark.parametrize("inverse", ["cholesky", "newton_schulz", "auto"])
 @pytest.mark.parametrize("every", [1, 3])
 def test_refreshed_every_so_many_steps(rng, inverse, every):
     step, state, grads, statistics = setup(
@@ -69,6 +70,26 @@ def test_refreshed_every_so_many_steps(rng, inverse, every):
             close(homogeneous(MODEL, name, updates)[0], solution, 1e-8)
         assert kfac_state(state).clock.inversions.tolist() == [1 + (t - 1) // every] * 2
         assert kfac_state(state).clock.last_inverse.tolist() == [last] * 2
+
+
+def test_auto_takes_products_where_it_takes_them_to_be_faster():
+    """Small factors on a GPU: no factorisation; large ones, and a CPU: Cholesky."""
+
+    def program(size, platform):
+        x = jax.ShapeDtypeStruct((size, size), jnp.float32)
+        invert = lambda m, s: forms.fastest_inverse(m, "full", s, 1e-5)  # noqa: E731
+        traced = jax.jit(invert).trace(x, x)
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    found = {
+        (size, platform): "cholesky" in program(size, platform).lower()
+        or "potrf" in program(size, platform)
+        for size in (64, 300)
+        for platform in ("cpu", "cuda")
+    }
+    assert [key for key, factorised in found.items() if not factorised] == [
+        (64, "cuda")
+    ]
 
 
 @pytest.mark.parametrize("inverse", INVERSES)
@@ -158,7 +179,8 @@ def test_rank_one_factors(rng, inverse):
     if inverse == "ekfac":
         assert all(np.isfinite(u).all() for u in jax.tree.leaves(updates))
         return
-    solve = oracles.solve_exact if inverse == "eigh" else oracles.solve_split
+    exact = inverse in ("eigh", "low_rank")
+    solve = oracles.solve_exact if exact else oracles.solve_split
     for name in MODEL.layers:
         factors = {n: (s.a, s.g) for n, s in one.items()}
         solution = wanted(factors, grads, name, solve)

@@ -30,6 +30,21 @@ def test_blocked_inverse(seed, blocks, d, leaf):
     np.testing.assert_allclose(inverse, np.swapaxes(inverse, -1, -2), rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize("d", [130, 300])
+def test_the_leaf_that_is_chosen(d):
+    """Sizes that are halved by default, in float32 too."""
+    matrix = positive_definite(0, (), d)
+    for dtype, tolerance in ((np.float64, 1e-10), (np.float32, 1e-3)):
+        inverse = linalg.spd_inverse(jnp.asarray(matrix, dtype))
+        error = np.asarray(inverse, np.float64) @ matrix - np.eye(d)
+        assert np.abs(error).max() < tolerance
+
+
+@pytest.mark.parametrize("size, leaf", [(5, 128), (2048, 128), (8192, 512)])
+def test_no_more_than_sixteen_leaves(size, leaf):
+    assert linalg.leaf_size(size) == leaf
+
+
 @pytest.mark.parametrize("place", [0, 3, 6])
 def test_an_indefinite_matrix_has_no_inverse(place):
     matrix = np.eye(7)

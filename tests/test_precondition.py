@@ -25,6 +25,7 @@ SOLVES = {
     "cholesky": oracles.solve_split,
     "newton_schulz": oracles.solve_split,
     "eigh": oracles.solve_exact,
+    "low_rank": oracles.solve_exact,
 }
 FORMS = ["mlp", "transposed", "einsum_oi", "heads_out", "heads_in", "reshaped"]
 FORMS += ["linen_dense_general", "no_bias_mlp"]

@@ -44,7 +44,7 @@ from experiments.benchmarks.jobs import (
 from experiments.benchmarks.networks import SPECS, Problem, make_problem
 
 INTERVALS = ((1, 5), (10, 100))
-METHODS = ("cholesky", "eigh", "ekfac", "newton_schulz")
+METHODS = ("cholesky", "eigh", "ekfac", "newton_schulz", "low_rank", "auto")
 FISHERS = ("empirical", "mc", "exact")
 BASELINE, FLOOR = "SGD + momentum", "gradient + products"
 

@@ -69,7 +69,9 @@ class CostConfig:
     """Devices among which mode grid divides the rows of a layer."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of statistics on the wire."""
-    inverse: Literal["cholesky", "newton_schulz", "eigh", "ekfac"] = "cholesky"
+    inverse: Literal[
+        "cholesky", "newton_schulz", "eigh", "ekfac", "low_rank", "auto"
+    ] = "cholesky"
     """How factors are inverted."""
     inverse_interval: int = 1
     """Least number of steps between inversions of a layer."""

@@ -129,7 +129,9 @@ class KFACConfig:
     """When an adaptive interval is due: at its multiples, or once it has passed."""
     max_interval: int | None = None
     """Longest interval (adaptive, staleness)."""
-    inverse: Literal["cholesky", "eigh", "ekfac", "newton_schulz"] = "cholesky"
+    inverse: Literal[
+        "cholesky", "eigh", "ekfac", "newton_schulz", "low_rank", "auto"
+    ] = "cholesky"
     """How the damped curvature is inverted."""
     inverse_interval: int = 10
     """Steps between inverse refreshes."""
@@ -160,6 +162,6 @@ class KFACConfig:
         check_choice(
             "kfac.inverse",
             self.inverse,
-            ("cholesky", "eigh", "ekfac", "newton_schulz"),
+            ("cholesky", "eigh", "ekfac", "newton_schulz", "low_rank", "auto"),
         )
         check_integer("kfac.inverse-interval", self.inverse_interval, at_least=1)

@@ -1,6 +1,7 @@
 """The benchmarks' arithmetic, and one tiny run of each."""
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -14,7 +15,9 @@ import experiments
 from experiments.benchmarks import (
     autoencoder,
     common,
+    inverses,
     jobs,
+    low_rank_error,
     mlp_target,
     scaling,
     step_time,
@@ -208,6 +211,41 @@ def test_mlp_target(tmp_path):
     assert [t["optimizer"] for t in trials] == ["adam", "ours"]
     assert [t["values"] for t in trials] == list(mlp_target.USUAL.values())
     assert (tmp_path / "mlp_target_digits.png").stat().st_size > 0
+
+
+def test_inverses(tmp_path, capsys):
+    config = inverses.Config((6, 70), (2,), (4,), largest_eigh=6, rounds=2)
+    result = inverses.main(dataclasses.replace(config, out=tmp_path))
+    assert json.loads((tmp_path / "inverses.json").read_text())["cases"]
+    small, large = (case["rows"] for case in result["cases"])
+    assert set(small) - set(large) == {"eigh"}
+    assert small[inverses.BASELINE]["ratio"] == (1, 1, 1)
+    assert "2 x 70 x 70, rank 32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", [(16, 64), (16, 9, 9, 3)])
+def test_low_rank_error(tmp_path, monkeypatch, shape):
+    """Factors of 65 are kept by 32 eigenpairs; on flat images and on square ones."""
+    spec = Spec(lambda: MLP((5,), 10), shape)
+    monkeypatch.setitem(low_rank_error.SPECS, "mlp", spec)
+    config = low_rank_error.Config(
+        ("mlp",), (0.25,), steps=3, every=2, dataset="digits", out=tmp_path
+    )
+    (run,) = low_rank_error.main(config)["runs"]
+    first, _ = run["layers"]
+    assert first["rank_a"] == (32 if len(shape) == 2 else 61)
+    assert 0.9 < first["retained_trace_a"] < 1
+    assert 0 < first["error"] < 0.5
+    assert np.isfinite(run["loss"])
+    assert json.loads((tmp_path / "low_rank_error.json").read_text())["runs"]
+
+
+def test_the_matrices_change_by_as_much_as_they_should():
+    before, after = inverses.matrices(20, 3, 0.05)
+    eye = 1e-2 * np.eye(20)
+    change = np.linalg.norm(after[0] - before[0]) / np.linalg.norm(before[0] - eye)
+    assert before.shape == (3, 20, 20)
+    assert change == pytest.approx(0.05, rel=1e-4)
 
 
 @pytest.mark.slow

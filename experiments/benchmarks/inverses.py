@@ -1,0 +1,190 @@
+"""Time of every way to invert a factor and to apply the inverse, by size.
+
+    python -m experiments.benchmarks.inverses --sizes 64 256 1024 --batches 1 4
+
+A round runs every method once, in an order that rotates; ratios are taken to the
+product of two matrices of that size in the same round. Warm starts have seen a matrix
+that differs by ``change`` in the Frobenius norm, as a refreshed factor does.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from experiments.benchmarks.common import (
+    OUT,
+    machine,
+    quartiles,
+    text_table,
+    timed,
+    write_json,
+)
+from kfac_jax_lite import eigenpairs, forms
+from kfac_jax_lite.inverse import SHARE, kept_pairs
+from kfac_jax_lite.linalg import newton_schulz_inverse, spd_inverse
+
+BASELINE = "product"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is measured.
+
+    Attributes:
+        sizes: widths of the matrices.
+        batches: how many of equal shape are inverted in one call.
+        leaves: blocks up to which Cholesky halves a matrix, beside the default.
+        rank: share of the eigenpairs that the low-rank method keeps.
+        largest_eigh: above this size no eigendecomposition is measured.
+        change: relative change of a matrix between two inversions.
+        rounds: timed rounds.
+        out: folder of the result.
+    """
+
+    sizes: tuple[int, ...] = (32, 64, 128, 256, 512, 1000, 2048)
+    batches: tuple[int, ...] = (1, 4)
+    leaves: tuple[int, ...] = (64, 256, 512)
+    rank: float = SHARE
+    largest_eigh: int = 1024
+    change: float = 0.05
+    rounds: int = 15
+    out: Path = OUT
+
+
+def matrices(size: int, batch: int, change: float) -> tuple[np.ndarray, np.ndarray]:
+    """Damped factors with eigenvalues that fall like ``1 / i``, before and after.
+
+    Args:
+        size: their width.
+        batch: how many.
+        change: relative change.
+
+    Returns:
+        Two arrays ``[batch, size, size]``, float32.
+    """
+    rng = np.random.default_rng(size)
+    q, _ = np.linalg.qr(rng.normal(size=(size, size)))
+    old = (q / np.arange(1, size + 1)) @ q.T
+    x = rng.normal(size=(size, 2 * size))
+    other = x @ x.T
+    new = old + change * np.linalg.norm(old) / np.linalg.norm(other) * other
+    damped = [m + 1e-2 * np.eye(size) for m in (old, new)]
+    tiled = (np.tile(m, (batch, 1, 1)).astype(np.float32) for m in damped)
+    before, after = tiled
+    return before, after
+
+
+def cases(size: int, batch: int, config: Config) -> dict[str, tuple[Callable, tuple]]:
+    """Functions to time and their arguments.
+
+    Args:
+        size: width of the matrices.
+        batch: how many.
+        config: what is measured.
+
+    Returns:
+        ``(function, arguments)`` by name.
+    """
+    old, new = (jnp.asarray(m) for m in matrices(size, batch, config.change))
+    start = jnp.linalg.inv(old)
+    rank = kept_pairs(config.rank, size)
+    u, _, _ = eigenpairs.initial((batch,), size, rank, jnp.float32)
+    u, *pairs = jax.jit(eigenpairs.refreshed)(old, u, jnp.asarray(True))
+    side = eigenpairs.side(u, *pairs)
+    damping = jnp.asarray(1e-2)
+    found: dict[str, tuple[Callable, tuple]] = {
+        BASELINE: (jnp.matmul, (old, new)),
+        "cholesky": (spd_inverse, (new,)),
+        "newton_schulz": (
+            lambda m, x: newton_schulz_inverse(m, x, 1e-5),
+            (new, start),
+        ),
+        "low_rank": (eigenpairs.refreshed, (new, u, jnp.asarray(False))),
+        "apply explicit": (lambda x, v: x @ v @ x, (start, new)),
+        "apply eigh": (
+            lambda q, v: q @ ((q.mT @ v @ q) / (1 + v)) @ q.mT,
+            (start, new),
+        ),
+        "apply low_rank": (eigenpairs.solve, (side, side, new, damping)),
+    }
+    if size <= config.largest_eigh:
+        found["eigh"] = (lambda m: forms.eigh(m, forms.FULL), (new,))
+    for leaf in config.leaves:
+        if leaf < size:
+            found[f"cholesky, leaf {leaf}"] = (
+                lambda m, leaf=leaf: spd_inverse(m, leaf),
+                (new,),
+            )
+    return found
+
+
+def measure(size: int, batch: int, config: Config) -> dict[str, dict[str, Any]]:
+    """Times all methods in turn.
+
+    Args:
+        size: width of the matrices.
+        batch: how many.
+        config: what is measured.
+
+    Returns:
+        By method: ``ms`` (median) and ``ratio``, quartiles of its ratio to a product.
+    """
+    found = {k: (jax.jit(f), x) for k, (f, x) in cases(size, batch, config).items()}
+    for function, args in found.values():
+        jax.block_until_ready(function(*args))
+    samples: dict[str, list[float]] = {name: [] for name in found}
+    names = list(found)
+    for number in range(config.rounds):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            function, args = found[name]
+            samples[name].append(timed(function, *args)[0])
+    base = samples[BASELINE]
+    return {
+        name: {
+            "ms": 1e3 * quartiles(seconds)[1],
+            "ratio": quartiles([x / y for x, y in zip(seconds, base, strict=True)]),
+        }
+        for name, seconds in samples.items()
+    }
+
+
+def show(rows: dict[str, dict[str, Any]]) -> str:
+    """The table of one size."""
+    table = []
+    for name, row in rows.items():
+        low, middle, high = row["ratio"]
+        table.append((name, row["ms"], middle, f"{low:.2f}-{high:.2f}"))
+    return text_table(("method", "ms", "ratio to a product", "quartiles"), table)
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Measures every size and writes ``inverses.json``.
+
+    Args:
+        config: what is measured.
+
+    Returns:
+        The result.
+    """
+    settings = {k: v for k, v in vars(config).items() if k != "out"}
+    result: dict[str, Any] = {"machine": machine(), "settings": settings, "cases": []}
+    for size in config.sizes:
+        for batch in config.batches:
+            rows = measure(size, batch, config)
+            rank = kept_pairs(config.rank, size)
+            case = {"size": size, "batch": batch, "rank": rank, "rows": rows}
+            result["cases"].append(case)
+            print(f"\n{batch} x {size} x {size}, rank {rank}\n{show(rows)}", flush=True)
+            write_json(config.out / "inverses.json", result)
+    return result
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
