@@ -114,6 +114,9 @@ def shift_axis(geometry: ConvGeometry) -> int | None:
     axis = wide[0]
     if geometry.window_strides[axis] > 1 or geometry.rhs_dilation[axis] > 1:
         return None
+    large = geometry.n_in**2 > CACHED_PATCH_ELEMENTS
+    if large and math.prod(geometry.rows) < geometry.n_in:
+        return None  # Putting the blocks together costs more than the products.
     part = shifted_flops(geometry, axis) / patch_flops(geometry)
     return axis if part <= 1 - LEAST_SAVING else None
 
