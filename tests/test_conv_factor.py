@@ -128,9 +128,9 @@ def test_factor_of_a_layer_with_bias(strides, limit, rng, monkeypatch):
 
 
 def test_the_way_is_chosen_by_shape():
-    def chosen(kernel, rows, strides=(1, 1)):
+    def chosen(kernel, rows, strides=(1, 1), channels=4):
         geometry = geometry_of(
-            (8, 1, 1, 4), kernel, ((0, 0),) * 2, strides, (1, 1), rows
+            (8, 1, 1, channels), kernel, ((0, 0),) * 2, strides, (1, 1), rows
         )
         return conv.shift_axis(geometry)
 
@@ -140,3 +140,6 @@ def test_the_way_is_chosen_by_shape():
     assert chosen((3, 3), (8, 8), (2, 2)) is None
     # One output row: the edges alone cost more than all patches.
     assert chosen((3, 3), (1, 8)) is None
+    # A factor beyond the cache, of fewer rows than it is wide.
+    assert chosen((3, 3), (7, 7), channels=512) is None
+    assert chosen((3, 3), (32, 32), channels=512) == 0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite.flops import spd_inverse_flops
+from kfac_jax_lite.flops import spd_inverse_flops, statistics_flops
 from kfac_jax_lite.linalg import spd_inverse
 from tests import models, zoo
 from tests.programs import mlp, products, shapes
@@ -114,10 +114,11 @@ def test_rows_of_a_convolution(batch, side, kernel, stride):
     places = [i for i in range(0, side, stride) if i + kernel <= side]
     count = batch * len(places) ** 2
     (layer,) = tagged.layers
-    assert rows[layer.name] == (count, 0, count)
+    assert rows[layer.name][:3] == (count, 0, count)
     (record,) = kfac.cost_model(tagged.layers, rows=rows).layers
     a, g = kernel * kernel * 2 + 1, 3
-    assert record.statistics == 2 * count * (a * a + g * g)
+    spared = rows[layer.name].saved
+    assert record.statistics == 2 * count * (a * a + g * g) - spared
     assert record.gradient == 6 * count * (a - 1) * g
     assert record.precondition == 2 * a * a * g + 2 * a * g * g
 
@@ -131,7 +132,7 @@ def test_rows_after_reduce():
     x, params = shapes(5, 7, 2), {"w": shapes(2, 3)}
     for sharing, rows in (("expand", 35), ("reduce", 5)):
         tagged = kfac.tag(loss, params, x, weight_sharing=sharing)
-        assert kfac.layer_rows(tagged, params, x) == {"w": (35, 0, rows)}
+        assert kfac.layer_rows(tagged, params, x) == {"w": kfac.Rows(35, 0, rows)}
 
 
 @pytest.mark.parametrize("size", [1, 5, 64, 100, 129])
@@ -157,5 +158,28 @@ def test_rows_of_another_batch():
     """Rows follow the arguments, not those of ``tag``."""
     tagged, params, _ = mlp([4, 3], 2)
     rows = kfac.layer_rows(tagged, params, shapes(6, 4), shapes(6, 3))
-    assert rows == {"0": (6, 0, 6)}
-    assert np.shape(rows["0"]) == (3,)
+    assert rows == {"0": kfac.Rows(6, 0, 6)}
+    assert np.shape(rows["0"]) == (4,)
+
+
+def test_subsampled_rows():
+    """Every second example, and every second position along both axes."""
+    model = nn.Conv(3, (3, 3))
+    x = shapes(4, 8, 8, 2)
+    params = jax.eval_shape(model.init, jax.random.key(0), x)
+
+    def loss(params, x):
+        return jnp.mean(jnp.sum(kfac.normal(model.apply(params, x).sum((1, 2))), -1))
+
+    def cost(**some):
+        tagged = kfac.tag(loss, params, x, subsample=kfac.Subsample(**some))
+        rows = kfac.layer_rows(tagged, params, x)
+        (layer,) = tagged.layers
+        return rows[layer.name], statistics_flops(layer, rows[layer.name])
+
+    # Three shifts of patches [8 rows, 8, 6], and both edges of two rows.
+    shifted = 2 * (256 * 3 + 256 // 8 * 2 * 4) * 6**2
+    assert cost()[1] == shifted + 2 * 256 * 3**2
+    assert cost(examples=2)[1] == cost()[1] // 2
+    assert cost(examples=2, positions=2)[0] == (256, 0, 32, 0)
+    assert cost(examples=2, positions=2)[1] == 2 * 32 * (19**2 + 3**2)

@@ -114,8 +114,18 @@ def shift_axis(geometry: ConvGeometry) -> int | None:
     axis = wide[0]
     if geometry.window_strides[axis] > 1 or geometry.rhs_dilation[axis] > 1:
         return None
+    large = geometry.n_in**2 > CACHED_PATCH_ELEMENTS
+    if large and math.prod(geometry.rows) < geometry.n_in:
+        return None  # Putting the blocks together costs more than the products.
     part = shifted_flops(geometry, axis) / patch_flops(geometry)
     return axis if part <= 1 - LEAST_SAVING else None
+
+
+def chosen_axis(geometry: ConvGeometry, recipe: Recipe) -> int | None:
+    """``shift_axis`` where every row of a full factor counts by itself, else None."""
+    all_rows = not recipe.masked and recipe.positions(geometry.rows) == 1
+    full = recipe.layer.a_form == FULL
+    return shift_axis(geometry) if all_rows and full else None
 
 
 def patch_flops(geometry: ConvGeometry) -> int:
@@ -153,8 +163,7 @@ def sampled(
     ).select(x.reshape(-1, frames), phase)
     x = examples.reshape(-1, *x.shape[1:])
     config, starts, reach = [(0, 0, 0)], [0], [x.shape[0]]
-    pairs = zip(geometry.window_strides, lattice.strides[2:], strict=True)
-    steps = tuple(map(math.prod, pairs))
+    steps = sampled_geometry(geometry, lattice).window_strides
     for axis, ((low, high), dilation) in enumerate(_pads(geometry)):
         k, d = geometry.kernel[axis], geometry.rhs_dilation[axis]
         stride = geometry.window_strides[axis]
@@ -166,15 +175,20 @@ def sampled(
     x = lax.pad(x, jnp.zeros((), x.dtype), [*config, (0, 0, 0)])
     corner = [jnp.asarray(start, jnp.int32) for start in (*starts, 0)]
     x = lax.dynamic_slice(x, corner, [*reach, x.shape[-1]])
-    ones = (1,) * len(geometry.kernel)
-    geometry = dataclasses.replace(
+    return sampled_geometry(geometry, lattice), x
+
+
+def sampled_geometry(geometry: ConvGeometry, lattice: Lattice) -> ConvGeometry:
+    """Of the convolution with the patches taken; its input is padded already."""
+    kept, ones = lattice.kept, (1,) * len(geometry.kernel)
+    strides = zip(geometry.window_strides, lattice.strides[2:], strict=True)
+    return dataclasses.replace(
         geometry,
-        window_strides=steps,
+        window_strides=tuple(map(math.prod, strides)),
         padding=((0, 0),) * len(ones),
         lhs_dilation=ones,
-        rows=(x.shape[0], *kept[2:]),
+        rows=(kept[0] * kept[1], *kept[2:]),
     )
-    return geometry, x
 
 
 def conv_input_factor(
@@ -196,11 +210,8 @@ def conv_input_factor(
     Returns:
         The factor.
     """
-    axis = shift_axis(geometry)
-    positions = recipe.positions(geometry.rows)
-    if axis is None or live is not None or positions > 1:
-        return patch_factor(geometry, inputs, x, recipe, live)
-    if recipe.layer.a_form != FULL:
+    axis = chosen_axis(geometry, recipe) if live is None else None
+    if axis is None:
         return patch_factor(geometry, inputs, x, recipe, live)
     total = shifted_moment(geometry, x, axis)
     ones = jnp.ones((1, geometry.n_in), x.dtype)
