@@ -141,5 +141,7 @@ def safe_ratio(change: Array, scale: Array) -> Array:
 
 def all_finite(tree) -> Array:
     """Whether every entry of every leaf is finite; a scalar."""
-    flags = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+    # The largest magnitude is NaN or infinite if any entry is, and found in one pass.
+    sizes = [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(tree)]
+    flags = [jnp.isfinite(size) for size in sizes]
     return jnp.all(jnp.stack(flags)) if flags else jnp.asarray(True)

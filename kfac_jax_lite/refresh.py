@@ -18,7 +18,7 @@ from kfac_jax_lite.options import Options
 from kfac_jax_lite.ownership import Plan
 from kfac_jax_lite.slices import sliced_change
 from kfac_jax_lite.tree import choose
-from kfac_jax_lite.types import Array, LayerTag
+from kfac_jax_lite.types import Array, LayerTag, computed
 
 
 def gated(flag: Array, function: Callable[[Any], Any], carry: Any) -> Any:
@@ -76,7 +76,8 @@ def absorbed(
 
     def absorb(carry):
         factors, previous, _, clean = carry
-        fresh = exchanged(options, plan, layers, clock.due, statistics)
+        own = computed(statistics)
+        fresh = exchanged(options, plan, layers, clock.due, own)
         good = clean & are_finite(options, layers, clock.due, fresh)
         gates, changes = clock.due & good, []
         for i, layer in enumerate(layers):

@@ -43,7 +43,7 @@ from kfac_jax_lite.slices import (
 )
 from kfac_jax_lite.traffic import INVERSION, REFRESH, STEP, traffic
 from kfac_jax_lite.tree import leaves_by_path, replace_leaves
-from kfac_jax_lite.types import Array, LayerTag, accumulation_dtype
+from kfac_jax_lite.types import Array, Deferred, LayerTag, accumulation_dtype, computed
 
 EVERY_STEP = every(1)
 ALL_REDUCE = Reduction()
@@ -228,8 +228,10 @@ def wire_counts(options: Options, layers: Sequence[LayerTag], dtypes: dict) -> d
 
 def typed(run: Callable, grads: Any, state: KFACState, statistics: Any):
     """``run``; on an explicit mesh updates are typed like gradients."""
-    if explicit_mesh((grads, state, statistics)) is None:
+    known = () if isinstance(statistics, Deferred) else statistics
+    if explicit_mesh((grads, state, known)) is None:
         return run(grads, state, statistics)
+    statistics = computed(statistics, gated=True)
     specs = (specs_of(grads), specs_of(state))
     return automatic(run, grads, state, statistics, out_specs=specs)
 
@@ -242,6 +244,7 @@ def placed_step(options: Options, grads: Any, state: KFACState, statistics: Any)
     run = functools.partial(step, options)
     if mesh is None or options.reduction.mode == "all":
         return typed(run, grads, state, statistics)
+    statistics = computed(statistics, gated=True)
     names = options.axis_name
     specs, whole = state_specs(state, names), PartitionSpec()
     manual = jax.shard_map(
@@ -311,6 +314,7 @@ def directions(
         name, factors = layer.name, state.factors[layer.name]
         inverse = state.inverses[name]
         v = gather(layer, leaves).astype(jax.tree.leaves(factors)[0].dtype)
+        v = jnp.where(accepted, v, 0)
         if plan.sliced(name):
             rows[name] = precondition_rows(layer, inverse, v)
             blocks[name] = v
@@ -323,8 +327,5 @@ def directions(
     for layer in layers:
         for path, part in scatter(layer, blocks[layer.name], leaves).items():
             outputs[path] = outputs[path] + part if path in outputs else part
-    updates = {
-        path: jnp.where(accepted, u, 0).astype(leaves[path].dtype)
-        for path, u in outputs.items()
-    }
+    updates = {path: u.astype(leaves[path].dtype) for path, u in outputs.items()}
     return replace_leaves(grads, updates)

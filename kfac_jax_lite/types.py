@@ -10,6 +10,7 @@ Notation used everywhere: a Kronecker layer computes ``z = W̄ᵀ ā`` for ``R``
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -157,6 +158,27 @@ class DiagonalStatistics(NamedTuple):
 Statistics = (
     KroneckerStatistics | TiedStatistics | ScaleShiftStatistics | DiagonalStatistics
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Deferred:
+    """Statistics that ``update`` computes itself, inside its gate.
+
+    Made by ``TaggedLoss.value_and_grad(…, deferred=True)`` for the ``update`` of the
+    same traced step: on a step with nothing due neither zeros nor anything else is
+    written in their place.
+
+    Attributes:
+        compute: ``(gated) -> {layer name: statistics}``; ``gated`` where no gate is
+            around the call, so that a step with nothing due must skip by itself.
+    """
+
+    compute: Callable[[bool], dict[str, Statistics]]
+
+
+def computed(statistics: Any, gated: bool = False) -> Any:
+    """Statistics by layer name, of whatever ``value_and_grad`` returned."""
+    return statistics.compute(gated) if isinstance(statistics, Deferred) else statistics
 
 
 def accumulation_dtype(dtype: Any) -> Any:

@@ -164,7 +164,7 @@ class Ours:
 
         def step(params, state, batch, key):
             value, grads, statistics = tagged.value_and_grad(
-                params, batch, opt_state=state, key=key
+                params, batch, opt_state=state, key=key, deferred=True
             )
             updates, state = tx.update(grads, state, params, statistics=statistics)
             return optax.apply_updates(params, updates), state, value

@@ -13,18 +13,16 @@ from kfac_jax_lite.factors.canonical import canonical
 from kfac_jax_lite.factors.passes import Finisher, resampled, sampled_pull
 from kfac_jax_lite.factors.recipe import INPUT_SIDE, Recipe, make_recipe
 from kfac_jax_lite.factors.sampling import Subsample
-from kfac_jax_lite.factors.sites import tap_site
 from kfac_jax_lite.factors.slots import make_slots, read_phases, read_state
-from kfac_jax_lite.likelihoods import (
-    MASK,
-    count_terms,
-    outputs_of,
-)
+from kfac_jax_lite.factors.watched import Watched, watchable
+from kfac_jax_lite.likelihoods import MASK, count_terms, outputs_of
+from kfac_jax_lite.sharding import explicit_mesh
 from kfac_jax_lite.tagging.interpreter import Interpreter
 from kfac_jax_lite.tagging.table import fingerprint, table
 from kfac_jax_lite.tagging.trace import Trace, TraceOptions, trace
-from kfac_jax_lite.tree import vary, varying_axes
+from kfac_jax_lite.tree import varying_axes
 from kfac_jax_lite.types import (
+    Deferred,
     DiagonalStatistics,
     KroneckerStatistics,
     LayerTag,
@@ -158,8 +156,13 @@ class TaggedLoss:
         return fingerprint(self.layers)
 
     def value_and_grad(
-        self, params: Any, *args: Any, opt_state: Any = None, key: Any = None
-    ) -> tuple[Any, Any, dict[str, Statistics]]:
+        self,
+        params: Any,
+        *args: Any,
+        opt_state: Any = None,
+        key: Any = None,
+        deferred: bool = False,
+    ) -> tuple[Any, Any, Any]:
         """Loss, gradient and statistics: one forward pass, one backward pass.
 
         ``fisher="mc"`` pulls a second cotangent back, ``"exact"`` one per output, both
@@ -172,10 +175,14 @@ class TaggedLoss:
             opt_state: Optimiser state that contains a ``KFACState``: layers it does not
                 list as due return zeros and cost nothing. None: all layers.
             key: PRNG key, for ``fisher="mc"``.
+            deferred: Leave the statistics to ``update``, which must be called in the
+                same traced step with ``statistics=statistics``: a step with nothing due
+                then writes nothing in their place. They cannot be read or returned.
 
         Returns:
             ``(value, grads, statistics)``; ``value`` is ``(loss, aux)`` with
             ``has_aux``; ``statistics[layer.name]`` is a NamedTuple by kind.
+            ``Deferred`` statistics with ``deferred``.
 
         Raises:
             ValueError: ``key`` is missing; the state is of another model; the layers
@@ -190,47 +197,53 @@ class TaggedLoss:
         recipes = self._recipes(found)
         slots = make_slots(recipes, params, due, bases)
         phases = read_phases(opt_state, recipes)
-        on_site = functools.partial(tap_site, recipes, phases)
-        run = Interpreter(on_site, {t.name: t.views[0].leaf for t in found.layers}).run
+        plain = not sampled and explicit_mesh((params, args)) is None
+        sites = watchable(found, slots) if deferred and plain else {}
+        watched = Watched(recipes, phases, slots, sites)
+        stacks = {t.name: t.views[0].leaf for t in found.layers}
+        run = Interpreter(watched.on_site, stacks).run
         leaves = jax.tree.leaves((params, args))
         num = len(jax.tree.leaves(params))
         closed, axes = found.closed, varying_axes(leaves)
-        probes = {k: vary(s.probes, axes) for k, s in slots.items()}
 
         def tapped(flat, probes):
             filled = {k: s._replace(probes=probes[k]) for k, s in slots.items()}
             operands = [*flat, *leaves[num:]]
             out, marked = run(found.plan, closed.jaxpr, closed.consts, operands, filled)
-            return (out[0], marked if sampled else []), (out, marked)
+            aux = out, marked, watched.inputs
+            return (out[0], marked if sampled else []), aux
 
-        (loss, pulled), pullback, (out, marked) = jax.vjp(
-            tapped, leaves[:num], probes, has_aux=True
+        (loss, pulled), pullback, (out, marked, inputs) = jax.vjp(
+            tapped, leaves[:num], watched.probes(axes), has_aux=True
         )
+        one, silent = jnp.ones_like(loss), [jnp.zeros_like(z) for z in pulled]
+        flat_grads, raw = pullback((one, silent))
         outputs = outputs_of(found.marks, marked)
         terms = count_terms(outputs)
         finisher = Finisher(recipes, slots, terms)
         n = found.num_examples if terms is None else terms
-        one, zero = jnp.ones_like(loss), jnp.zeros_like(loss)
-        flat_grads, raw = pullback((one, [jnp.zeros_like(z) for z in pulled]))
         own = [t.views[0].leaf for t in found.layers if t.kind == "diagonal"]
         diagonals = {i: flat_grads[i] for i in own}
-        if sampled:
 
-            def pull(cotangents):
-                back = lambda marks: pullback((zero, marks))  # noqa: E731
-                return sampled_pull(outputs, back, raw, n, finisher, own, cotangents)
+        def compute(gated):
+            if not sampled:
+                by_field = finisher(watched.raw(raw, inputs, axes))
+                return pack_statistics(found, diagonals, by_field, n)
+            plain, back = raw, lambda marks: pullback((jnp.zeros_like(loss), marks))
+            if not gated and terms is None:
+                plain = back(silent)[1]  # input factors inside the caller's gate, too
+            pull = canonical(
+                functools.partial(sampled_pull, outputs, back, plain, n, finisher, own)
+            )
+            record = (self.fisher, outputs, pull, key, diagonals, finisher)
+            fresh, by_field = resampled(*record, gated=gated)
+            sides = finisher(plain, INPUT_SIDE)
+            by_field = {k: by_field[k] | sides[k] for k in by_field}
+            return pack_statistics(found, fresh, by_field, n)
 
-            pull = canonical(pull)
-            fresh = resampled(self.fisher, outputs, pull, key, diagonals, finisher)
-            diagonals, by_field = fresh
-            plain = finisher(raw, INPUT_SIDE)
-            by_field = {k: by_field[k] | plain[k] for k in by_field}
-        else:
-            by_field = finisher(raw)
         grads = jax.tree.unflatten(jax.tree.structure(params), flat_grads)
-        statistics = pack_statistics(found, diagonals, by_field, n)
         value = jax.tree.unflatten(found.out_tree, out)
-        return value, grads, statistics
+        return value, grads, Deferred(compute) if deferred else compute(True)
 
     def trace(self, params: Any, args: tuple, sampled: bool) -> Trace:
         """The trace of the loss on these arguments, with the options of ``tag``."""

@@ -113,6 +113,7 @@ def resampled(
     key: Any,
     grads: dict[int, jax.Array],
     finisher: Any,
+    gated: bool,
 ) -> tuple[dict[int, jax.Array], dict]:
     """The MC or exact Fisher's statistics, computed when any layer is due.
 
@@ -126,6 +127,7 @@ def resampled(
         key: PRNG key.
         grads: The plain gradients that the diagonals need.
         finisher: Of the statistics.
+        gated: Whether to skip by itself where nothing is due.
 
     Returns:
         Gradients for the diagonals, and statistics.
@@ -145,7 +147,7 @@ def resampled(
         draws = [(o, typed_like(o, sampled_cotangent, k)) for o, k in pairs]
         return pull([masked_rows(output, draw) for output, draw in draws])
 
-    if len(dues) < len(finisher.slots) or not dues:
+    if len(dues) < len(finisher.slots) or not dues or not gated:
         return resample()
     any_due = jnp.any(jnp.stack(dues))
     return lax.cond(any_due, resample, nothing)

@@ -17,7 +17,7 @@ from kfac_jax_lite.tagging.layers import (
     ScaleShiftGeometry,
     Site,
 )
-from kfac_jax_lite.tagging.taps import Estimator, Slot, tap
+from kfac_jax_lite.tagging.taps import Estimator, Slot, estimated, tap
 from kfac_jax_lite.types import Array
 from kfac_jax_lite.views import Shape
 
@@ -33,12 +33,30 @@ def tap_site(
     """Taps one site with the estimators of its layer's kind."""
     if not slot.probes:
         return output
-    chosen = estimators(recipes[site.layer or ""], site)
-    names = tuple(name for name in chosen if name in slot.probes)
-    probes = {name: slot.probes[name] for name in names}
-    pairs = tuple((name, chosen[name]) for name in names)
+    pairs, probes = chosen(recipes, site, slot)
     phase = phases[site.layer or ""]
     return tap(pairs, output, (inputs, slot.basis, phase), slot.due, probes)
+
+
+def site_statistics(
+    recipes: dict[str, Recipe],
+    phases: dict[str, Array],
+    site: Site,
+    cotangent: Array,
+    inputs: list,
+    slot: Slot,
+) -> dict[str, Array]:
+    """What a tap's backward pass would return, from the inputs and the cotangent."""
+    pairs, probes = chosen(recipes, site, slot)
+    operands = (inputs, slot.basis, phases[site.layer or ""])
+    return estimated(pairs, operands, cotangent, slot.due, probes)
+
+
+def chosen(recipes: dict[str, Recipe], site: Site, slot: Slot) -> tuple:
+    """A site's estimators that feed one of its layer's probes, and those probes."""
+    found = estimators(recipes[site.layer or ""], site)
+    pairs = tuple((name, found[name]) for name in found if name in slot.probes)
+    return pairs, {name: slot.probes[name] for name, _ in pairs}
 
 
 def estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:

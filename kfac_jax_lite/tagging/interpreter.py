@@ -5,6 +5,7 @@ jaxprs that hold sites are rebuilt from the public function that made them.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -170,3 +171,18 @@ HANDLERS = {
     "scan": run_scan,
     "cond": run_cond,
 }
+
+
+def in_line(plan: Plan, jaxpr: Jaxpr) -> list[tuple[Site, jax.ShapeDtypeStruct]]:
+    """Sites outside loops, branches and checkpoints, with their outputs' shapes."""
+    found = []
+    for index, eqn in enumerate(jaxpr.eqns):
+        if HANDLERS.get(eqn.primitive.name) is run_call:
+            p = eqn.params
+            inner = p["jaxpr"] if "jaxpr" in p else p["call_jaxpr"]
+            for child in plan.children.get(index, ()):
+                found += in_line(child, getattr(inner, "jaxpr", inner))
+        for site in plan.sites.get(index, ()):
+            kind: Any = eqn.outvars[site.output].aval
+            found.append((site, jax.ShapeDtypeStruct(kind.shape, kind.dtype)))
+    return found

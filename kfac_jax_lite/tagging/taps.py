@@ -64,6 +64,14 @@ def _forward(estimators, output, inputs, due, probes):
 
 def _backward(estimators, residuals, cotangent):
     inputs, due, probes = residuals
+    statistics = estimated(estimators, inputs, cotangent, due, probes)
+    return cotangent, None, None, statistics
+
+
+def estimated(
+    estimators: Estimators, inputs: Any, cotangent: Array, due: Any, probes: Probes
+) -> Probes:
+    """What the estimators make of a site's inputs and cotangent, where it is due."""
     statistics = {}
     for name, estimate in estimators:
         probe = probes[name]
@@ -80,7 +88,7 @@ def _backward(estimators, residuals, cotangent):
             statistics[name] = refresh(inputs, cotangent, probe)
             continue
         statistics[name] = lax.cond(due, refresh, skip, inputs, cotangent, probe)
-    return cotangent, None, None, statistics
+    return statistics
 
 
 def untouched(probe: Array) -> Array:
@@ -96,3 +104,16 @@ def untouched(probe: Array) -> Array:
 
 
 tap.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def watch(output: Array, probe: Array) -> Array:
+    """Returns ``output``; the cotangent of ``probe``, shaped alike, is the output's."""
+    del probe
+    return output
+
+
+watch.defvjp(
+    lambda output, probe: (output, probe),
+    lambda probe, c: (c, vary(c, varying_axes(probe))),
+)
