@@ -27,21 +27,23 @@ from experiments.benchmarks.time_to_target.schedule import rate_at
 
 MOMENTUM = 0.9
 MUON_RMS = 0.2
+GROWTH = 5
 
 
 class Program(NamedTuple):
     """An optimiser that is ready to run.
 
     Attributes:
-        start: initial parameters to the optimiser's state.
+        prepare: values to the seconds of tracing, tagging and compiling what they
+            need; called before a run, outside its clock.
+        start: initial parameters and values to the optimiser's state.
         step: ``(carry, values, number, batch, key) -> carry`` with the carry
             ``(params, model_state, state)``, which is donated, and steps from 0.
-        compile_seconds: of tracing, tagging and compiling both.
     """
 
-    start: Callable[[Any], Any]
+    prepare: Callable[[dict[str, Any]], float]
+    start: Callable[[Any, dict[str, Any]], Any]
     step: Callable[..., tuple[Any, Any, Any]]
-    compile_seconds: float
 
 
 class MissingError(Exception):
@@ -147,6 +149,7 @@ def ours_program(problem: Problem, names: tuple[str, ...]) -> Program:
         The program.
     """
     found: dict[str, Any] = {}
+    chosen = problem.size.curvature
 
     def tagged():
         # Within the clock of compiling, once.
@@ -154,8 +157,7 @@ def ours_program(problem: Problem, names: tuple[str, ...]) -> Program:
             found["loss"] = problem.tagged()
         return found["loss"]
 
-    def make_tx(rate, values):
-        chosen = problem.size.curvature
+    def make_tx(rate, values, inverse_interval):
         return kfac.kfac(
             tagged().layers,
             rate,
@@ -164,7 +166,7 @@ def ours_program(problem: Problem, names: tuple[str, ...]) -> Program:
             kl_clip=values["kl_clip"],
             factor_decay=chosen.factor_decay,
             interval=growing(chosen.longest),
-            inverse_interval=chosen.inverse_interval,
+            inverse_interval=inverse_interval,
             **chosen.options,
         )
 
@@ -173,12 +175,14 @@ def ours_program(problem: Problem, names: tuple[str, ...]) -> Program:
         (_, model_state), grads, statistics = tagged().value_and_grad(
             params, model_state, *batch, opt_state=state, key=key
         )
-        tx = make_tx(rate_at(values, number), values)
+        # Early statistics are of few batches: their inverses must not stay.
+        wait = jnp.clip(number // GROWTH, 1, chosen.inverse_interval)
+        tx = make_tx(rate_at(values, number), values, wait)
         updates, state = tx.update(grads, state, params, statistics=statistics)
         return optax.apply_updates(params, updates), model_state, state
 
     ones = {name: 0.5 for name in names}
-    return compiled(problem, lambda p: make_tx(1.0, ones).init(p), step, names)
+    return compiled(problem, lambda p: make_tx(1.0, ones, 1).init(p), step, names)
 
 
 def growing(longest: int) -> kfac.intervals.Interval:
@@ -227,7 +231,7 @@ def compiled(
         floats = {name: jnp.float32(values[name]) for name in names}
         return run(carry, floats, jnp.int32(number), batch, key)
 
-    return Program(begin, take, seconds)
+    return Program(lambda values: seconds, lambda params, values: begin(params), take)
 
 
 MAKERS: dict[str, MakeTx] = {

@@ -11,7 +11,7 @@ from experiments.benchmarks.time_to_target.problems import Problem
 from experiments.benchmarks.time_to_target.schedule import rate_at
 
 
-def peer_program(problem: Problem) -> tuple[Callable, Callable, float]:
+def peer_program(problem: Problem) -> tuple[Callable, Callable, Callable]:
     """kfac-jax's optimiser.
 
     A bound on the step is part of its compiled program; there is an optimiser for each
@@ -21,8 +21,7 @@ def peer_program(problem: Problem) -> tuple[Callable, Callable, float]:
         problem: what is trained.
 
     Returns:
-        What ``optimisers.Program`` has. The seconds are those that a first call of
-        each kind of step takes beyond a second, for the first bound that occurs.
+        What ``optimisers.Program`` has.
 
     Raises:
         ImportError: if the package cannot be imported.
@@ -30,21 +29,29 @@ def peer_program(problem: Problem) -> tuple[Callable, Callable, float]:
     kfac_jax, reason = import_peer()
     if kfac_jax is None:
         raise ImportError(reason)
-    bounds: dict[float, Any] = {}
+    made: dict[float, tuple[Any, float]] = {}
     key = jax.random.PRNGKey(1)
     schedule = jax.jit(rate_at)
+    _, first_state = jax.jit(problem.task.init)(jax.random.key(0))
+    kept = bool(first_state)
 
-    def optimiser(bound: float) -> Any:
-        if bound not in bounds:
-            bounds[bound] = make_optimiser(problem, kfac_jax, bound)
-        return bounds[bound]
+    def prepare(values):
+        bound = values["kl_clip"]
+        if bound not in made:
+            made[bound] = make_optimiser(problem, kfac_jax, bound), 0.0
+            seconds = first_calls(problem, values, start, step)
+            made[bound] = made[bound][0], seconds
+        return made[bound][1]
+
+    def start(params, values):
+        with_state = {"func_state": first_state} if kept else {}
+        batch = tuple(map(jnp.asarray, problem.example()))
+        return made[values["kl_clip"]][0].init(params, key, batch, **with_state)
 
     def step(carry, values, number, batch, unused):
         del unused  # it splits a key only to sample labels; raw keys are its habit
         params, model_state, state = carry
-        chosen = optimiser(values["kl_clip"])
-        with_state = {"func_state": model_state} if model_state else {}
-        params, state, *rest = chosen.step(
+        params, state, *rest = made[values["kl_clip"]][0].step(
             params,
             state,
             jax.random.fold_in(key, number),
@@ -53,17 +60,11 @@ def peer_program(problem: Problem) -> tuple[Callable, Callable, float]:
             momentum=jnp.asarray(values["momentum"]),
             damping=jnp.asarray(values["damping"]),
             global_step_int=number,
-            **with_state,
+            **({"func_state": model_state} if kept else {}),
         )
-        return params, rest[0] if model_state else model_state, state
+        return params, rest[0] if kept else model_state, state
 
-    def start(params):
-        _, model_state = problem.task.init(jax.random.key(0))
-        with_state = {"func_state": model_state} if model_state else {}
-        batch = tuple(map(jnp.asarray, problem.example()))
-        return optimiser(1e-2).init(params, key, batch, **with_state)
-
-    return start, step, first_calls(problem, start, step)
+    return prepare, start, step
 
 
 def make_optimiser(problem: Problem, kfac_jax: Any, bound: float) -> Any:
@@ -106,25 +107,26 @@ def make_optimiser(problem: Problem, kfac_jax: Any, bound: float) -> Any:
     )
 
 
-def first_calls(problem: Problem, start: Callable, step: Callable) -> float:
+def first_calls(
+    problem: Problem, values: dict[str, Any], start: Callable, step: Callable
+) -> float:
     """Seconds that first calls take beyond second ones.
 
     Args:
         problem: what is trained.
-        start: parameters to state.
+        values: hyper-parameters.
+        start: parameters and values to state.
         step: the step.
 
     Returns:
         The difference between two passes over making the state and the first steps,
         among which is every kind of step.
     """
-    values = {"learning_rate": 0.0, "horizon": 1.0, "damping": 1.0, "kl_clip": 1e-2}
-    values["momentum"] = 0.9
     init, kinds = jax.jit(problem.task.init), problem.size.curvature.peer_interval + 1
 
     def once():
         params, model_state = init(jax.random.key(0))
-        carry = params, model_state, start(params)
+        carry = params, model_state, start(params, values)
         for number in range(kinds):
             carry = step(carry, values, number, problem.example(), None)
         return carry[0]

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from experiments.configs import NetConfig
 from experiments.configs.checks import check_integer
+from experiments.errors import ConfigError
 
 SizeName = Literal["tiny", "small", "medium", "gpu"]
 TaskName = Literal["autoencoder", "mlp", "lenet", "resnet", "transformer"]
@@ -31,7 +32,8 @@ class Curvature:
     Attributes:
         fisher: how our statistics are made.
         longest: our refresh interval grows by a step at every refresh, up to this.
-        inverse_interval: our least number of steps between inversions.
+        inverse_interval: our least number of steps between inversions; in the
+            beginning a fifth of the steps taken, if that is less.
         factor_decay: weight of the old statistics, for both.
         peer_interval: steps between kfac-jax's refreshes.
         peer_inverse: steps between its inversions.
@@ -83,9 +85,16 @@ class TaskSize:
         """The values, as JSON values."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
-    def fingerprint(self) -> str:
-        """Short digest of `shared`."""
-        text = json.dumps(self.shared(), sort_keys=True)
+    def fingerprint(self, optimiser: str | None = None) -> str:
+        """Short digest of what decides the runs of an optimiser."""
+        values = self.shared()
+        curvature = values.pop("curvature")
+        peer = {k: v for k, v in curvature.items() if k.startswith("peer_")}
+        if optimiser == "kfac_jax":
+            values |= {**peer, "factor_decay": curvature["factor_decay"]}
+        elif optimiser == "ours":
+            values |= {k: v for k, v in curvature.items() if k not in peer}
+        text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -139,10 +148,10 @@ SMALL = Size(
             "mlp",
             "fashion_mnist",
             NetConfig(hidden=(512, 512)),
-            20_000, 2_000, 256, 400, 10,
+            20_000, 2_000, 256, 300, 10,
         ),
         "lenet": TaskSize(
-            "lenet5", "cifar10", NetConfig(), 10_000, 2_000, 128, 600, 10, CONV
+            "lenet5", "cifar10", NetConfig(), 10_000, 2_000, 128, 500, 10, CONV
         ),
         "resnet": TaskSize(
             "resnet",
@@ -157,7 +166,7 @@ SMALL = Size(
             None, 256, 32, 300, 10,
         ),
     },
-    trials=8,
+    trials=6,
     seeds=5,
 )  # fmt: skip
 # Hours of two cores.
@@ -213,6 +222,9 @@ class Study:
     slack: float = 0.02
     """The target is the best first-order loss plus this share of it, so that other
     seeds of that run come there too."""
+    redo: tuple[OptimiserName, ...] = ()
+    """Forget the finished runs of these optimisers; sgd and adamw are not possible,
+    because the targets are theirs."""
     core: int | None = None
     """Run on this core alone, one thread at a time; None for all."""
     data_dir: Path | None = None
@@ -223,7 +235,17 @@ class Study:
     """Only make summary and plots again from the records."""
 
     def __post_init__(self) -> None:
-        """Adds the optimisers that set the targets."""
+        """Adds the optimisers that set the targets.
+
+        Raises:
+            ConfigError: if their runs should be forgotten.
+        """
+        wrong = [name for name in self.redo if name in FIRST_ORDER]
+        if wrong:
+            raise ConfigError(
+                f"redo is {', '.join(wrong)}; the targets are theirs. Give another "
+                "folder with --out."
+            )
         every = [n for n in OPTIMISERS if n in (*FIRST_ORDER, *self.optimisers)]
         object.__setattr__(self, "optimisers", tuple(every))
 

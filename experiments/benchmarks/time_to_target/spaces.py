@@ -70,6 +70,14 @@ BETAS = Choice((0.95, 0.99, 0.999))
 MOMENTA = Choice((0.0, 0.9))
 # Steps of kfac-jax are compiled for a bound: few values, few programs.
 BOUNDS = Choice((1e-3, 1e-2, 1e-1))
+# The same for both K-FACs.
+KFAC = Space(
+    Log(0.01, 0.5),
+    {"learning_rate": 0.05, "damping": 0.1, "kl_clip": 1e-2, "momentum": 0.9},
+    damping=Log(1e-3, 1.0),
+    kl_clip=BOUNDS,
+    momentum=MOMENTA,
+)
 SPACES: dict[OptimiserName, Space] = {
     "sgd": Space(
         Log(3e-3, 0.5),
@@ -94,28 +102,30 @@ SPACES: dict[OptimiserName, Space] = {
         weight_decay=DECAY,
         beta2=Choice((0.9, 0.95, 0.99)),
     ),
-    "kfac_jax": Space(
-        Log(5e-3, 0.5),
-        {"learning_rate": 0.05, "damping": 0.1, "kl_clip": 1e-2, "momentum": 0.9},
-        damping=Log(1e-3, 1.0),
-        kl_clip=BOUNDS,
-        momentum=MOMENTA,
-    ),
-    "ours": Space(
-        Log(5e-3, 0.5),
-        {"learning_rate": 0.05, "damping": 0.1, "kl_clip": 1e-2, "momentum": 0.9},
-        damping=Log(1e-3, 1.0),
-        kl_clip=BOUNDS,
-        momentum=MOMENTA,
-    ),
+    "kfac_jax": KFAC,
+    "ours": KFAC,
 }
-# The autoencoder's loss is a sum over 784 pixels; the transformer's curvature is small.
+# The autoencoder's loss is a sum over 784 pixels: smaller steps of SGD, larger bounds.
+KFAC_AUTOENCODER = dataclasses.replace(
+    KFAC,
+    usual={"learning_rate": 0.1, "damping": 0.03, "kl_clip": 1.0, "momentum": 0.9},
+    kl_clip=Choice((0.1, 1.0, 10.0)),
+)
+KFAC_TRANSFORMER = dataclasses.replace(
+    KFAC,
+    usual={"learning_rate": 0.1, "damping": 1e-3, "kl_clip": 1e-2, "momentum": 0.0},
+    damping=Log(1e-5, 0.1),
+)
 SPECIAL: dict[tuple[TaskName, OptimiserName], Space] = {
     ("autoencoder", "sgd"): dataclasses.replace(
         SPACES["sgd"],
         learning_rate=Log(1e-4, 2e-2),
         usual={"learning_rate": 2e-3, "weight_decay": 5e-4},
     ),
+    ("autoencoder", "kfac_jax"): KFAC_AUTOENCODER,
+    ("autoencoder", "ours"): KFAC_AUTOENCODER,
+    ("transformer", "kfac_jax"): KFAC_TRANSFORMER,
+    ("transformer", "ours"): KFAC_TRANSFORMER,
 }
 
 

@@ -16,9 +16,11 @@ References:
     Dahl et al., 2023, arXiv:2306.07179 (AlgoPerf: time to a target that is fixed).
 """
 
+import json
+import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +60,16 @@ class Records:
         """
         self.study, rung = study, study.rung
         metrics.keep_until(study.lines, max(t.steps for t in rung.tasks.values()))
+        forget(study.lines, study.redo)
         self.found: dict[tuple[Any, ...], Record] = {}
         for record in metrics.read_records(study.lines):
-            wanted = facts(study, record["task"])
+            wanted = facts(study, record["task"], record.get("optimiser"))
             if any(record[name] != value for name, value in wanted.items()):
                 raise MetricsError(
-                    f"{study.lines} holds runs of another size or slack: "
+                    f"{study.lines} holds runs of another configuration "
+                    f"({record['task']}, {record.get('optimiser')}): "
                     f"{[record[n] for n in wanted]}, not {list(wanted.values())}. Give "
-                    "another folder with --out."
+                    "another folder with --out, or --redo that optimiser."
                 )
             self.found[key_of(record)] = record
         self.file = metrics.MetricsFile(study.lines)
@@ -83,7 +87,8 @@ class Records:
         """
         record = self.found.get(key_of(key))
         if record is None:
-            values = facts(self.study, key["task"]) | key | make()
+            same = facts(self.study, key["task"], key.get("optimiser"))
+            values = same | key | make()
             kind = values.pop("kind")
             record = {"kind": kind, **metrics.to_json(values)}
             step = record.get("curve", [{"step": 0}])[-1]["step"]
@@ -99,11 +104,22 @@ def key_of(record: Record) -> tuple[Any, ...]:
     return tuple(record.get(k) for k in ("kind", "task", "optimiser", "number"))
 
 
-def facts(study: Study, task: TaskName) -> Record:
-    """What must be the same for all records of a task."""
+def forget(path: Path, names: Sequence[str]) -> None:
+    """Drops the records of some optimisers."""
+    records = metrics.read_records(path)
+    kept = [r for r in records if r.get("optimiser") not in names]
+    if len(kept) < len(records):
+        content = "".join(json.dumps(record) + "\n" for record in kept)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(content)
+        os.replace(temporary, path)
+
+
+def facts(study: Study, task: TaskName, optimiser: str | None) -> Record:
+    """What must be the same for all records of an optimiser on a task."""
     return {
         "size": study.size,
-        "fingerprint": study.rung.tasks[task].fingerprint(),
+        "fingerprint": study.rung.tasks[task].fingerprint(optimiser),
         "slack": study.slack,
     }
 

@@ -36,9 +36,10 @@ def train(
     """
     size, step = problem.size, 0
     params, model_state = jax.jit(problem.task.init)(jax.random.key(seed))
-    carry = params, model_state, jax.block_until_ready(program.start(params))
-    key = jax.random.key(seed + 1)
     values = to_step(values, size.steps)
+    compiling = program.prepare(values)
+    state = jax.block_until_ready(program.start(params, values))
+    carry, key = (params, model_state, state), jax.random.key(seed + 1)
     curve: list[dict[str, Any]] = []
     seconds = used = 0.0
     wall, work = time.perf_counter(), time.process_time()
@@ -60,7 +61,7 @@ def train(
     return {
         "curve": curve,
         "best_loss": best_loss(curve),
-        "compile_seconds": program.compile_seconds,
+        "compile_seconds": compiling,
         "cores_busy": used / seconds,
     }
 
