@@ -108,8 +108,8 @@ SPACES: dict[OptimiserName, Space] = {
 # The autoencoder's loss is a sum over 784 pixels: smaller steps of SGD, larger bounds.
 KFAC_AUTOENCODER = dataclasses.replace(
     KFAC,
-    usual={"learning_rate": 0.1, "damping": 0.03, "kl_clip": 1.0, "momentum": 0.9},
-    kl_clip=Choice((0.1, 1.0, 10.0)),
+    usual={"learning_rate": 0.3, "damping": 0.1, "kl_clip": 1.0, "momentum": 0.0},
+    kl_clip=Choice((0.01, 0.1, 1.0)),
 )
 KFAC_TRANSFORMER = dataclasses.replace(
     KFAC,
