@@ -166,7 +166,7 @@ SMALL = Size(
             None, 256, 32, 300, 10,
         ),
     },
-    trials=6,
+    trials=8,
     seeds=5,
 )  # fmt: skip
 # Hours of two cores.

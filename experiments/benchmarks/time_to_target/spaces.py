@@ -91,8 +91,8 @@ SPACES: dict[OptimiserName, Space] = {
         beta2=BETAS,
     ),
     "muon": Space(
-        Log(3e-4, 3e-2),
-        {"learning_rate": 3e-3, "weight_decay": 1e-2, "beta2": 0.99},
+        Log(3e-3, 0.3),
+        {"learning_rate": 0.02, "weight_decay": 1e-2, "beta2": 0.99},
         weight_decay=DECAY,
         beta2=BETAS,
     ),

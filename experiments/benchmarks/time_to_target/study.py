@@ -136,7 +136,8 @@ class TaskRun:
             records: finished runs.
             tell: is given a line of text after every run.
         """
-        self.study, self.name, self.records, self.tell = study, name, records, tell
+        self.study, self.records, self.tell = study, records, tell
+        self.name: TaskName = name
         self.size = study.rung.tasks[name]
         self.programs: dict[str, optimisers.Program] = {}
         self.problem: problems.Problem | None = None
