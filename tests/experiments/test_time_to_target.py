@@ -1,5 +1,6 @@
 """The study of times to a target: arithmetic, end to end, resumption."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -198,13 +199,15 @@ def test_records_of_other_options(tmp_path):
         text = json.dumps(record | {"fingerprint": fingerprint})
         tiny.lines.write_text(text + "\n")
         if fine:
-            assert len(study.Records(tiny).found) == 1
+            with contextlib.closing(study.Records(tiny)) as records:
+                assert len(records.found) == 1
         else:
             with pytest.raises(MetricsError, match="mlp, ours"):
                 study.Records(tiny)
     # Forgotten, the runs of that optimiser are none of our business.
     redo = sizes.Study(size="tiny", out=tmp_path, redo=("ours",))
-    assert study.Records(redo).found == {}
+    with contextlib.closing(study.Records(redo)) as records:
+        assert records.found == {}
     with pytest.raises(ConfigError, match="targets are theirs"):
         sizes.Study(redo=("adamw",))
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.benchmarks.time_to_target.training import reached
+from experiments.benchmarks.common import first_reach
 
 MEASURES = ("steps", "seconds", "with_compiling", "cpu_seconds")
 
@@ -26,7 +26,7 @@ def times(run: Mapping[str, Any], target: float) -> dict[str, float]:
     Returns:
         Steps, seconds of the steps, the same and compiling, processor seconds.
     """
-    point = reached(run["curve"], target)
+    point = first_reach(run["curve"], target)
     if point is None:
         return dict.fromkeys(MEASURES, math.inf)
     whole = point["seconds"] + run["compile_seconds"]

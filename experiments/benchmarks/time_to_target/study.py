@@ -16,6 +16,7 @@ References:
     Dahl et al., 2023, arXiv:2306.07179 (AlgoPerf: time to a target that is fixed).
 """
 
+import contextlib
 import json
 import os
 import re
@@ -97,6 +98,10 @@ class Records:
             self.file.append(kind, step, **fields)
             self.found[key_of(key)] = record
         return record
+
+    def close(self) -> None:
+        """Closes the file."""
+        self.file.close()
 
 
 def key_of(record: Record) -> tuple[Any, ...]:
@@ -287,22 +292,23 @@ def run_study(study: Study, console: Console) -> Path:
         The file of the records.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    records, rung = Records(study), study.rung
+    rung, shown = study.rung, console.is_terminal
     each = rung.trials + rung.seeds
-    shown = console.is_terminal
-    with Progress(console=console, disable=not shown) as bar:
+    with (
+        contextlib.closing(Records(study)) as records,
+        Progress(console=console, disable=not shown) as bar,
+    ):
         total = len(study.tasks) * len(study.optimisers) * each
         whole = bar.add_task("runs", total=total)
 
         def tell(text: str) -> None:
-            done = sum(key[0] != "target" for key in records.found)
+            done = sum(key[0] in ("trial", "seed") for key in records.found)
             bar.update(whole, completed=done, description=text[:40])
             console.print(f"[{done}/{total}] {text}", soft_wrap=True, markup=False)
 
         for name in study.tasks:
             run_task(TaskRun(study, name, records, tell))
             jax.clear_caches()
-    records.file.close()
     return study.lines
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from experiments.benchmarks.common import first_reach
 from experiments.benchmarks.time_to_target.optimisers import Program
 from experiments.benchmarks.time_to_target.problems import Problem
 from experiments.benchmarks.time_to_target.spaces import to_step
@@ -41,6 +42,7 @@ def train(
     state = jax.block_until_ready(program.start(params, values))
     carry, key = (params, model_state, state), jax.random.key(seed + 1)
     curve: list[dict[str, Any]] = []
+    end = -math.inf if target is None else target
     seconds = used = 0.0
     wall, work = time.perf_counter(), time.process_time()
     for batch in batches(problem.data, size.batch, seed, 0, size.steps):
@@ -55,7 +57,7 @@ def train(
         found = problem.evaluate(*carry[:2])
         times = {"seconds": seconds, "cpu_seconds": used}
         curve.append({"step": step, **times, **found})
-        if not math.isfinite(found["loss"]) or reached(curve, target):
+        if not math.isfinite(found["loss"]) or found["loss"] <= end:
             break
         wall, work = time.perf_counter(), time.process_time()
     return {
@@ -64,20 +66,6 @@ def train(
         "compile_seconds": compiling,
         "cores_busy": used / seconds,
     }
-
-
-def reached(
-    curve: Sequence[Mapping[str, Any]], target: float | None
-) -> Mapping[str, Any] | None:
-    """The first point of a curve that is at the target or below it, if any."""
-    if target is None:
-        return None
-    return next((p for p in curve if is_below(p["loss"], target)), None)
-
-
-def is_below(loss: float | None, target: float) -> bool:
-    """Whether a loss, which may be missing or no number, is at a target or below."""
-    return loss is not None and loss <= target
 
 
 def best_loss(curve: Sequence[Mapping[str, Any]]) -> float | None:
@@ -98,7 +86,7 @@ def score(run: Mapping[str, Any], target: float, steps: int) -> float:
         Steps to the target over the budget; for a run that does not come there,
         1 plus the relative distance that is left, at most 11.
     """
-    point = reached(run["curve"], target)
+    point = first_reach(run["curve"], target)
     if point is not None:
         return point["step"] / steps
     if run["best_loss"] is None:
