@@ -97,8 +97,8 @@ SPACES: dict[OptimiserName, Space] = {
         beta2=BETAS,
     ),
     "soap": Space(
-        Log(1e-4, 1e-2),
-        {"learning_rate": 1e-3, "weight_decay": 1e-2, "beta2": 0.95},
+        Log(3e-4, 3e-2),
+        {"learning_rate": 3e-3, "weight_decay": 1e-2, "beta2": 0.95},
         weight_decay=DECAY,
         beta2=Choice((0.9, 0.95, 0.99)),
     ),
