@@ -106,6 +106,7 @@ SPACES: dict[OptimiserName, Space] = {
     "ours": KFAC,
 }
 # The autoencoder's loss is a sum over 784 pixels: smaller steps of SGD, larger bounds.
+# SOAP's steps with AdamW's learning rates are too short for its plateau, as Muon's are.
 KFAC_AUTOENCODER = dataclasses.replace(
     KFAC,
     usual={"learning_rate": 0.3, "damping": 0.1, "kl_clip": 1.0, "momentum": 0.0},
@@ -121,6 +122,11 @@ SPECIAL: dict[tuple[TaskName, OptimiserName], Space] = {
         SPACES["sgd"],
         learning_rate=Log(1e-4, 2e-2),
         usual={"learning_rate": 2e-3, "weight_decay": 5e-4},
+    ),
+    ("autoencoder", "soap"): dataclasses.replace(
+        SPACES["soap"],
+        learning_rate=Log(3e-3, 0.3),
+        usual={"learning_rate": 0.02, "weight_decay": 1e-2, "beta2": 0.95},
     ),
     ("autoencoder", "kfac_jax"): KFAC_AUTOENCODER,
     ("autoencoder", "ours"): KFAC_AUTOENCODER,
