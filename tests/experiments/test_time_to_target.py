@@ -59,14 +59,26 @@ MEDIANS = {
 }
 
 
-def test_geometric_mean_over_the_tasks_that_both_reach():
-    found = arithmetic.relative(MEDIANS, "adamw")
+def test_geometric_mean_over_the_tasks_that_are_reached():
+    ends = {"one": 4.5, "two": 2.5}
+    found = arithmetic.relative(MEDIANS, "adamw", ends)
     assert found["adamw"]["geometric_mean"] == 1
     # √(1/4 · 2)
     assert found["ours"]["geometric_mean"] == pytest.approx(math.sqrt(0.5))
-    assert found["sgd"] == {"geometric_mean": 2, "ratios": {"one": 2}}
-    without = arithmetic.relative({"one": {"ours": 1.0}}, "adamw")
-    assert without["ours"] == {"geometric_mean": None, "ratios": {}}
+    assert found["sgd"] == {"geometric_mean": 2, "ratios": {"one": 2}, "bounds": []}
+    # A baseline that does not come there is given the end of its run.
+    late = {"one": {"adamw": math.inf, "ours": 1.0}}
+    found = arithmetic.relative(late, "adamw", {"one": 8.0})
+    assert found["ours"]["ratios"] == {"one": 1 / 8}
+    assert found["ours"]["bounds"] == ["one"]
+    assert found["adamw"] == {"geometric_mean": None, "ratios": {}, "bounds": []}
+    without = arithmetic.relative({"one": {"ours": 1.0}}, "adamw", {})
+    assert without["ours"]["geometric_mean"] is None
+
+
+def test_end_of_a_run():
+    found = arithmetic.ends(run(4.0, 3.0))
+    assert found["steps"] == 20 and found["with_compiling"] == 5
 
 
 def test_performance_profile():

@@ -50,30 +50,45 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
+def ends(run: Mapping[str, Any]) -> dict[str, float]:
+    """What a run took until it ended, at the target or not, by measure."""
+    return times({**run, "curve": [{**run["curve"][-1], "loss": 0.0}]}, 0.0)
+
+
 def relative(
-    medians: Mapping[str, Mapping[str, float]], baseline: str
+    medians: Mapping[str, Mapping[str, float]],
+    baseline: str,
+    baseline_ends: Mapping[str, float],
 ) -> dict[str, dict[str, Any]]:
     """Geometric means of ratios to a baseline.
 
     Args:
         medians: by task, the median of each optimiser.
         baseline: the optimiser to divide by.
+        baseline_ends: by task, the median of the ends of its runs. They count where its
+            median is infinite, and the ratio is then an upper bound of the true one.
 
     Returns:
-        By optimiser, the geometric mean over the tasks that both reach (None where
-        there is none) and those tasks' ratios.
+        By optimiser, the geometric mean over the tasks that it reaches (None where
+        there is none), those tasks' ratios, and which of them are bounds.
     """
     names = dict.fromkeys(name for row in medians.values() for name in row)
+    against = {
+        task: min(row[baseline], baseline_ends[task])
+        for task, row in medians.items()
+        if baseline in row and task in baseline_ends
+    }
     found = {}
     for name in names:
         ratios = {
-            task: row[name] / row[baseline]
-            for task, row in medians.items()
-            if all(math.isfinite(row.get(n, math.inf)) for n in (name, baseline))
+            task: medians[task][name] / time
+            for task, time in against.items()
+            if math.isfinite(medians[task].get(name, math.inf))
         }
         logs = [math.log(ratio) for ratio in ratios.values()]
         mean = math.exp(sum(logs) / len(logs)) if logs else None
-        found[name] = {"geometric_mean": mean, "ratios": ratios}
+        bounds = [task for task in ratios if math.isinf(medians[task][baseline])]
+        found[name] = {"geometric_mean": mean, "ratios": ratios, "bounds": bounds}
     return found
 
 
