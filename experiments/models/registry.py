@@ -52,14 +52,23 @@ def make_task(model: str, net: NetConfig, data: Dataset | TextDataset) -> Task:
         )
     if model == "mlp_nnx":
         return nnx_task(net.hidden, data)
+    functions = linen_functions(linen_module(model, net, data))
     if model == "autoencoder":
-        return reconstruction(*linen_functions(networks.Autoencoder(net.code)), data)
+        return reconstruction(*functions, data)
+    return classifier(*functions, data)
+
+
+def linen_module(model: str, net: NetConfig, data: Dataset | TextDataset) -> nn.Module:
+    """The network of a model, before any task is made of it."""
+    if isinstance(data, TextDataset):
+        return transformer(net, data)
     modules: dict[str, nn.Module] = {
+        "autoencoder": networks.Autoencoder(net.code),
         "mlp": networks.MLP(net.hidden, data.num_classes),
         "lenet5": networks.LeNet5(data.num_classes),
         "resnet": networks.ResNet(net.blocks, net.width, data.num_classes),
     }
-    return classifier(*linen_functions(modules[model]), data)
+    return modules[model]
 
 
 def transformer(net: NetConfig, data: TextDataset) -> Transformer:

@@ -1,0 +1,245 @@
+"""Summary, tables and plots from the records of the study."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from experiments import metrics
+from experiments.benchmarks.common import text_table, write_json
+from experiments.benchmarks.time_to_target import arithmetic
+from experiments.benchmarks.time_to_target.sizes import OPTIMISERS, Study
+from experiments.errors import MetricsError
+
+BASELINE = "adamw"
+TITLES = {
+    "sgd": "SGD, momentum",
+    "adamw": "AdamW",
+    "muon": "Muon",
+    "soap": "SOAP",
+    "kfac_jax": "kfac-jax",
+    "ours": "kfac_jax_lite",
+}
+COLOURS = {
+    "sgd": "#999999",
+    "adamw": "#0072b2",
+    "muon": "#cc79a7",
+    "soap": "#e69f00",
+    "kfac_jax": "#009e73",
+    "ours": "#d55e00",
+}
+AXES = {
+    "steps": "steps",
+    "seconds": "seconds, without compiling",
+    "with_compiling": "seconds, with compiling",
+    "cpu_seconds": "processor seconds, without compiling",
+}
+Record = dict[str, Any]
+
+
+def summarise(study: Study, records: Sequence[Record]) -> Record:
+    """Turns the records into the result.
+
+    Args:
+        study: the configuration.
+        records: all of them.
+
+    Returns:
+        Targets and optimisers by task, ratios and profiles by measure, as JSON values.
+    """
+    tasks = {r["task"]: dict(r) for r in records if r["kind"] == "target"}
+    result: Record = {"size": study.size, "slack": study.slack, "tasks": {}}
+    for name, found in tasks.items():
+        of_task = [r for r in records if r["task"] == name]
+        seeds = [r for r in of_task if r["kind"] == "seed"]
+        if not seeds:
+            continue
+        result.setdefault("machine", seeds[0]["machine"])
+        rows = {
+            n: optimiser_row([r for r in seeds if r["optimiser"] == n], found["target"])
+            for n in OPTIMISERS
+            if any(r["optimiser"] == n for r in seeds)
+        }
+        missing = {
+            r["optimiser"]: r["reason"] for r in of_task if r["kind"] == "missing"
+        }
+        kept = {k: found[k] for k in ("target", "lowest", "set_by")}
+        size = study.rung.tasks[name].shared()
+        data = seeds[0]["data"]
+        result["tasks"][name] = {
+            **kept, "data": data, "size": size, "optimisers": rows, "missing": missing
+        }  # fmt: skip
+    result["relative"], result["profiles"] = {}, {}
+    for measure in arithmetic.MEASURES:
+        medians = medians_of(result, measure)
+        ends = {
+            task: found["optimisers"][BASELINE]["ends"][measure]
+            for task, found in result["tasks"].items()
+            if BASELINE in found["optimisers"]
+        }
+        result["relative"][measure] = arithmetic.relative(medians, BASELINE, ends)
+        result["profiles"][measure] = arithmetic.profiles(medians)
+    return result
+
+
+def optimiser_row(runs: Sequence[Record], target: float) -> Record:
+    """A winner's seeds.
+
+    Args:
+        runs: one per seed.
+        target: the held-out loss to reach.
+
+    Returns:
+        Its values, how many seeds reached the target, quartiles by measure.
+    """
+    taken = [arithmetic.times(run, target) for run in runs]
+    rates = [1e3 * r["curve"][-1]["seconds"] / r["curve"][-1]["step"] for r in runs]
+    busy = [r["cores_busy"] for r in runs]
+    return {
+        "values": runs[0]["values"],
+        "seeds": len(runs),
+        "reached": sum(math.isfinite(t["steps"]) for t in taken),
+        **{m: arithmetic.quartiles([t[m] for t in taken]) for m in arithmetic.MEASURES},
+        "ends": {
+            m: arithmetic.quartiles([arithmetic.ends(run)[m] for run in runs])[1]
+            for m in arithmetic.MEASURES
+        },
+        "compile_seconds": arithmetic.quartiles([r["compile_seconds"] for r in runs])[
+            1
+        ],
+        "ms_per_step": arithmetic.quartiles(rates)[1],
+        "cores_busy": arithmetic.quartiles(busy)[1],
+    }
+
+
+def medians_of(result: Record, measure: str) -> dict[str, dict[str, float]]:
+    """Medians over the seeds, by task and optimiser."""
+    return {
+        task: {name: row[measure][1] for name, row in found["optimisers"].items()}
+        for task, found in result["tasks"].items()
+    }
+
+
+def interval(three: Sequence[float], digits: int) -> str:
+    """A median with its quartiles, as text."""
+    low, middle, high = (f"{x:.{digits}f}" if math.isfinite(x) else "-" for x in three)
+    return f"{middle} ({low} to {high})"
+
+
+def tables(result: Record) -> str:
+    """The tables of all tasks, and the ratios."""
+    parts = []
+    for task, found in result["tasks"].items():
+        rows = [
+            [
+                TITLES[name],
+                f"{row['reached']}/{row['seeds']}",
+                interval(row["steps"], 0),
+            ]
+            + [interval(row[m], 2) for m in arithmetic.MEASURES[1:]]
+            + [row["compile_seconds"], row["ms_per_step"], row["cores_busy"]]
+            for name, row in found["optimisers"].items()
+        ]
+        header = ["optimiser", "reached", "steps", "seconds", "with compiling"]
+        header += ["processor seconds", "compiling", "ms/step", "cores busy"]
+        title = (
+            f"{task}, {found['data']['title']}: held-out loss {found['target']:.4g} "
+            f"({TITLES[found['set_by']]}: {found['lowest']:.4g})"
+        )
+        parts += [title, text_table(header, rows), ""]
+        parts += [f"{TITLES[n]}: missing, {why}" for n, why in found["missing"].items()]
+    names = list(result["relative"]["steps"])
+    rows = [
+        [TITLES[name]]
+        + [result["relative"][m][name]["geometric_mean"] for m in arithmetic.MEASURES]
+        + [len(result["relative"]["steps"][name][k]) for k in ("ratios", "bounds")]
+        for name in names
+    ]
+    parts.append(
+        "Geometric mean relative to AdamW, over the tasks that an optimiser reaches; "
+        "where AdamW does not, its whole run counts and the ratio is an upper bound"
+    )
+    header = ["optimiser", *arithmetic.MEASURES, "tasks", "bounds"]
+    parts.append(text_table(header, rows))
+    return "\n".join(parts)
+
+
+def save_report(study: Study, console: Console) -> Record:
+    """Writes ``time_to_target.json``, plots the profiles and curves, prints tables.
+
+    Args:
+        study: the configuration; its folder holds the records.
+        console: where to print.
+
+    Returns:
+        The result.
+
+    Raises:
+        MetricsError: if there is no task with finished seeds.
+    """
+    records = metrics.read_records(study.lines)
+    result = summarise(study, records)
+    if not result["tasks"]:
+        raise MetricsError(f"{study.lines} has no seeds of a winner yet.")
+    write_json(study.out / "time_to_target.json", result)
+    plot_profiles(study, result)
+    plot_curves(study, result, records)
+    console.print(tables(result), soft_wrap=True, markup=False, highlight=False)
+    return result
+
+
+def plot_profiles(study: Study, result: Record) -> None:
+    """Draws a profile per measure to ``time_to_target_profiles.png``."""
+    figure = Figure(figsize=(12, 4), layout="constrained", dpi=120)
+    measures = arithmetic.MEASURES[:3]
+    for axis, measure in zip(figure.subplots(1, 3, sharey=True), measures, strict=True):
+        found = result["profiles"][measure]
+        last = 1.5 * max((p[-1][0] for p in found.values() if p), default=1.0)
+        for name, points in found.items():
+            factors = [1.0, *(tau for tau, _ in points), last]
+            shares = [0.0, *(share for _, share in points)]
+            shares.append(shares[-1])
+            label, colour = TITLES[name], COLOURS[name]
+            axis.step(factors, shares, where="post", label=label, color=colour)
+        axis.set_xscale("log")
+        axis.set_xlabel(f"times the best: {AXES[measure]}")
+        axis.set_ylim(-0.02, 1.02)
+        axis.grid(True, which="both", alpha=0.3)
+    figure.axes[0].set_ylabel("share of tasks at the target")
+    figure.axes[0].legend()
+    FigureCanvasAgg(figure).print_png(study.out / "time_to_target_profiles.png")
+
+
+def plot_curves(
+    study: Study, result: Record, records: Sequence[Mapping[str, Any]]
+) -> None:
+    """Draws every seed's held-out loss to ``time_to_target_curves.png``."""
+    tasks = result["tasks"]
+    figure = Figure(figsize=(10, 3.2 * len(tasks)), layout="constrained", dpi=100)
+    axes = figure.subplots(len(tasks), 2, sharey="row", squeeze=False)
+    for (task, found), row in zip(tasks.items(), axes, strict=True):
+        seeds = [r for r in records if r["kind"] == "seed" and r["task"] == task]
+        for axis, field in zip(row, ("step", "seconds"), strict=True):
+            labelled: set[str] = set()
+            for run in seeds:
+                name, curve = run["optimiser"], run["curve"]
+                shown = [p for p in curve if p["loss"] is not None]
+                axis.plot(
+                    [p[field] for p in shown],
+                    [p["loss"] for p in shown],
+                    color=COLOURS[name],
+                    label=None if name in labelled else TITLES[name],
+                    linewidth=0.9,
+                )
+                labelled.add(name)
+            axis.axhline(found["target"], color="black", linewidth=0.8, linestyle=":")
+            axis.set_ylim(0.97 * found["target"], 2.5 * found["target"])
+            axis.set_xlabel("steps" if field == "step" else AXES["seconds"])
+            axis.grid(True, alpha=0.3)
+        row[0].set_ylabel("held-out loss")
+        row[0].set_title(f"{task}, {found['data']['title']}")
+    axes[0][0].legend()
+    FigureCanvasAgg(figure).print_png(study.out / "time_to_target_curves.png")

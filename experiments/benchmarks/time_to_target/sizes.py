@@ -1,0 +1,260 @@
+"""Tasks, sizes and options of the study; JAX is not needed.
+
+A size is a set of tasks with a number of trials and seeds. What decides a run's
+numbers is in `TaskSize`; its fingerprint goes into every record.
+"""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from experiments.configs import NetConfig
+from experiments.configs.checks import check_integer
+from experiments.errors import ConfigError
+
+SizeName = Literal["tiny", "small", "medium", "gpu"]
+TaskName = Literal["autoencoder", "mlp", "lenet", "resnet", "transformer"]
+OptimiserName = Literal["sgd", "adamw", "muon", "soap", "kfac_jax", "ours"]
+
+TASKS: tuple[TaskName, ...] = ("autoencoder", "mlp", "lenet", "resnet", "transformer")
+OPTIMISERS: tuple[OptimiserName, ...] = (
+    "sgd", "adamw", "muon", "soap", "kfac_jax", "ours"
+)  # fmt: skip
+FIRST_ORDER: tuple[OptimiserName, ...] = ("sgd", "adamw")
+
+
+@dataclasses.dataclass(frozen=True)
+class Curvature:
+    """How the two K-FACs estimate and refresh; fixed, not searched.
+
+    Attributes:
+        fisher: how our statistics are made.
+        longest: our refresh interval grows by a step at every refresh, up to this.
+        inverse_interval: our least number of steps between inversions; in the
+            beginning a fifth of the steps taken, if that is less.
+        factor_decay: weight of the old statistics, for both.
+        peer_interval: steps between kfac-jax's refreshes.
+        peer_inverse: steps between its inversions.
+        options: further arguments of ``kfac.kfac``.
+    """
+
+    fisher: str = "mc"
+    longest: int = 10
+    inverse_interval: int = 10
+    factor_decay: float = 0.9
+    peer_interval: int = 5
+    peer_inverse: int = 25
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskSize:
+    """A task of a size.
+
+    Attributes:
+        model: name of the network, as in ``experiments.models``.
+        dataset: name of the data set.
+        net: sizes of the network.
+        train: training examples used; None for all that are not held out.
+        validation: examples held out of the training set (of a text: windows of its
+            last tenth) for the loss that decides.
+        batch: examples per step.
+        steps: the budget: no run takes more.
+        eval_every: steps between evaluations.
+        curvature: of the K-FACs.
+    """
+
+    model: str
+    dataset: str
+    net: NetConfig
+    train: int | None
+    validation: int
+    batch: int
+    steps: int
+    eval_every: int
+    curvature: Curvature = Curvature()
+
+    def __post_init__(self) -> None:
+        """Checks the numbers."""
+        for name in ("validation", "batch", "steps", "eval_every"):
+            check_integer(name, getattr(self, name), at_least=1)
+
+    def shared(self) -> dict[str, Any]:
+        """The values, as JSON values."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def fingerprint(self, optimiser: str | None = None) -> str:
+        """Short digest of what decides the runs of an optimiser."""
+        values = self.shared()
+        curvature = values.pop("curvature")
+        peer = {k: v for k, v in curvature.items() if k.startswith("peer_")}
+        if optimiser == "kfac_jax":
+            values |= {**peer, "factor_decay": curvature["factor_decay"]}
+        elif optimiser == "ours":
+            values |= {k: v for k, v in curvature.items() if k not in peer}
+        text = json.dumps(values, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A rung of the ladder.
+
+    Attributes:
+        tasks: the tasks by name.
+        trials: trials of each optimiser on each task, at least 2.
+        seeds: runs of each winner.
+    """
+
+    tasks: dict[TaskName, TaskSize]
+    trials: int
+    seeds: int
+
+
+CONV = Curvature(longest=20, inverse_interval=20, peer_interval=10, peer_inverse=50)
+
+TINY = Size(
+    {
+        "autoencoder": TaskSize(
+            "autoencoder", "digits", NetConfig(code=(8, 4)), 64, 32, 16, 4, 2
+        ),
+        "mlp": TaskSize("mlp", "digits", NetConfig(hidden=(8,)), 64, 32, 16, 4, 2),
+        "lenet": TaskSize("lenet5", "mnist5k", NetConfig(), 64, 32, 16, 4, 2, CONV),
+        "resnet": TaskSize(
+            "resnet", "digits", NetConfig(blocks=(1,), width=4), 64, 32, 16, 4, 2, CONV
+        ),
+        "transformer": TaskSize(
+            "lm",
+            "tinyshakespeare",
+            NetConfig(context=8, layers=1, heads=1, features=4),
+            32, 4, 4, 4, 2,
+        ),
+    },
+    trials=2,
+    seeds=2,
+)  # fmt: skip
+# An hour of one core.
+SMALL = Size(
+    {
+        "autoencoder": TaskSize(
+            "autoencoder",
+            "mnist",
+            NetConfig(code=(256, 64, 30)),
+            10_000, 2_000, 256, 600, 10,
+        ),
+        "mlp": TaskSize(
+            "mlp",
+            "fashion_mnist",
+            NetConfig(hidden=(512, 512)),
+            20_000, 2_000, 256, 300, 10,
+        ),
+        "lenet": TaskSize(
+            "lenet5", "cifar10", NetConfig(), 10_000, 2_000, 128, 500, 10, CONV
+        ),
+        "resnet": TaskSize(
+            "resnet",
+            "cifar10",
+            NetConfig(blocks=(1, 1, 1), width=8),
+            5_000, 1_000, 64, 240, 10, CONV,
+        ),
+        "transformer": TaskSize(
+            "lm",
+            "tinyshakespeare",
+            NetConfig(context=64, layers=2, heads=4, features=64),
+            None, 256, 32, 300, 10,
+        ),
+    },
+    trials=8,
+    seeds=5,
+)  # fmt: skip
+# Hours of two cores.
+MEDIUM = Size(
+    {
+        "autoencoder": TaskSize(
+            "autoencoder",
+            "mnist",
+            NetConfig(code=(1000, 500, 250, 30)),
+            None, 5_000, 512, 1_000, 20,
+        ),
+        "mlp": TaskSize(
+            "mlp",
+            "fashion_mnist",
+            NetConfig(hidden=(1000, 1000)),
+            None, 5_000, 512, 600, 20,
+        ),
+        "lenet": TaskSize(
+            "lenet5", "cifar10", NetConfig(), None, 5_000, 128, 2_000, 50, CONV
+        ),
+        "resnet": TaskSize(
+            "resnet",
+            "cifar10",
+            NetConfig(blocks=(1, 1, 1), width=16),
+            None, 2_000, 128, 800, 20, CONV,
+        ),
+        "transformer": TaskSize(
+            "lm",
+            "tinyshakespeare",
+            NetConfig(context=64, layers=2, heads=4, features=128),
+            None, 1_000, 32, 800, 20,
+        ),
+    },
+    trials=16,
+    seeds=5,
+)  # fmt: skip
+# Ten minutes of one accelerator; compiling is most of it.
+GPU = dataclasses.replace(MEDIUM, trials=4)
+SIZES: dict[str, Size] = {"tiny": TINY, "small": SMALL, "medium": MEDIUM, "gpu": GPU}
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Steps and seconds to a target that tuned first-order runs set beforehand."""
+
+    size: SizeName = "small"
+    """Rung of the ladder: small is an hour of one core, medium hours of two, gpu ten
+    minutes of an accelerator, tiny a test."""
+    tasks: tuple[TaskName, ...] = TASKS
+    """Tasks, in this order."""
+    optimisers: tuple[OptimiserName, ...] = OPTIMISERS
+    """Optimisers; sgd and adamw set the targets and always take part."""
+    slack: float = 0.02
+    """The target is the best first-order loss plus this share of it, so that other
+    seeds of that run come there too."""
+    redo: tuple[OptimiserName, ...] = ()
+    """Forget the finished runs of these optimisers; sgd and adamw are not possible,
+    because the targets are theirs."""
+    core: int | None = None
+    """Run on this core alone, one thread at a time; None for all."""
+    data_dir: Path | None = None
+    """Folder with the data; KFAC_DATA_DIR if not given."""
+    out: Path = Path("runs/benchmarks/time_to_target")
+    """Folder of the records, the summary and the plots."""
+    report: bool = False
+    """Only make summary and plots again from the records."""
+
+    def __post_init__(self) -> None:
+        """Adds the optimisers that set the targets.
+
+        Raises:
+            ConfigError: if their runs should be forgotten.
+        """
+        wrong = [name for name in self.redo if name in FIRST_ORDER]
+        if wrong:
+            raise ConfigError(
+                f"redo is {', '.join(wrong)}; the targets are theirs. Give another "
+                "folder with --out."
+            )
+        every = [n for n in OPTIMISERS if n in (*FIRST_ORDER, *self.optimisers)]
+        object.__setattr__(self, "optimisers", tuple(every))
+
+    @property
+    def lines(self) -> Path:
+        """File of the records."""
+        return self.out / "time_to_target.jsonl"
+
+    @property
+    def rung(self) -> Size:
+        """Tasks, trials and seeds of the size."""
+        return SIZES[self.size]
