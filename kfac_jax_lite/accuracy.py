@@ -16,7 +16,7 @@ from kfac_jax_lite.eigenpairs import LowRankInverses, retained_trace
 from kfac_jax_lite.inverse import FactorInverses
 from kfac_jax_lite.placement import kept_layer, plan_of
 from kfac_jax_lite.precondition import precondition_kronecker
-from kfac_jax_lite.slices import undivided, whole_statistics
+from kfac_jax_lite.slices import undivided, unpacked, whole_statistics
 from kfac_jax_lite.tree import find_states
 from kfac_jax_lite.types import LayerTag
 
@@ -252,6 +252,7 @@ def kronecker_layers(
         host = jax.device_get(record)
         statistics, inverse = jax.tree.map(jnp.asarray, host)
         layer = kept_layer(layer, inverse)
+        statistics = unpacked(layer, statistics)
         plan = plan_of(layer, statistics, inverse)
         if plan is not None:
             statistics = whole_statistics(layer, statistics)

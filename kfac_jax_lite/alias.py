@@ -46,6 +46,7 @@ def kfac(
     axis_name: Any = None,
     reduction: Reduction = ALL_REDUCE,
     stagger: bool = False,
+    packed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """K-FAC with a trust region, decoupled weight decay and momentum.
 
@@ -71,6 +72,7 @@ def kfac(
         axis_name: Mapped axes to average statistics over.
         reduction: How statistics travel.
         stagger: Spread refreshes and inversions over steps.
+        packed: Keep factors as triangles.
 
     Returns:
         An optax transformation; pass ``statistics=`` (and ``params``, with weight
@@ -97,6 +99,7 @@ def kfac(
         axis_name=axis_name,
         reduction=reduction,
         stagger=stagger,
+        packed=packed,
     )
     automatic = isinstance(learning_rate, str)
     if automatic or adaptive:

@@ -17,6 +17,7 @@ from kfac_jax_lite.options import Options
 from kfac_jax_lite.owned import owned_inversions
 from kfac_jax_lite.ownership import Plan, shape_class
 from kfac_jax_lite.refresh import gated
+from kfac_jax_lite.slices import unpacked
 from kfac_jax_lite.tree import choose
 from kfac_jax_lite.types import Array, LayerTag
 
@@ -182,6 +183,7 @@ def inverse_of(
 ) -> Any:
     """A layer's ``(moments, cached, good)`` after an inversion."""
     moments, cached, _ = part
+    factors = unpacked(layer, factors)
     turns = options.method.moments
     whole = factors._replace(s=moments) if turns else factors
     new, whole = options.method.refresh(layer, whole, cached, shift, first)

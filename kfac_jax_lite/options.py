@@ -25,6 +25,7 @@ class Options:
     axis_name: Any
     reduction: Reduction
     stagger: bool = False
+    packed: bool = False
 
     def check(self) -> None:
         """Raises for values that cannot be right; traced values pass."""

@@ -20,8 +20,11 @@ from kfac_jax_lite.ownership import (
 )
 from kfac_jax_lite.slices import (
     divided,
+    is_packed,
+    packed_statistics,
     sliced_statistics,
     undivided,
+    unpacked,
     whole_statistics,
 )
 from kfac_jax_lite.tree import find_states, leaves_by_path
@@ -174,13 +177,17 @@ def moved(state: KFACState, like: KFACState, tags: dict[str, LayerTag]) -> KFACS
         old_plan = plan_of(layer, old, state.inverses[name])
         new_plan = plan_of(layer, new, like.inverses[name])
 
-        def turn(statistics, layer=layer, old_plan=old_plan, new_plan=new_plan):
+        def turn(
+            statistics, layer=layer, old_plan=old_plan, new_plan=new_plan, new=new
+        ):
+            statistics = unpacked(layer, statistics)
             if old_plan is not None:
                 check_slices(layer, statistics, old_plan)
                 statistics = whole_statistics(layer, statistics)
             if new_plan is not None:
-                statistics = sliced_statistics(layer, statistics, new_plan)
-            return statistics
+                return sliced_statistics(layer, statistics, new_plan)
+            pack = is_packed(new)
+            return packed_statistics(layer, statistics) if pack else statistics
 
         factors[name] = turn(old)
         previous[name] = tuple(map(turn, state.previous[name]))

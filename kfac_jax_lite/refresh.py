@@ -17,7 +17,7 @@ from kfac_jax_lite.factors.state import Clock, Slices, curvature, moving_average
 from kfac_jax_lite.linalg import relative_change
 from kfac_jax_lite.options import Options
 from kfac_jax_lite.ownership import Plan
-from kfac_jax_lite.slices import sliced_change
+from kfac_jax_lite.slices import is_packed, packed_statistics, sliced_change
 from kfac_jax_lite.tree import choose
 from kfac_jax_lite.types import Array, LayerTag, computed
 
@@ -134,6 +134,8 @@ def refreshed(
     def refresh(carry):
         average, past, _ = carry
         new = curvature(layer, fresh)
+        if is_packed(average):
+            new = packed_statistics(layer, new)
         if getattr(average, "s", 0) is None:
             new = new._replace(s=None)
         axis_name = options.axis_name
@@ -152,10 +154,11 @@ def largest_change(new: Any, old: Any, axis_name: Any) -> Array:
     """The largest relative change over a layer's factors."""
     if isinstance(new[0], Slices):
         return sliced_change(new, old, axis_name)
-    change = relative_change(new[0], old[0])
+    pairs = [(new[0], old[0])]
     if hasattr(new, "g"):
-        change = jnp.maximum(change, relative_change(new.g, old.g))
-    return change
+        pairs.append((new.g, old.g))
+    changes = [relative_change(*jax.tree.leaves(pair)) for pair in pairs]
+    return jnp.max(jnp.stack(changes))
 
 
 def clock_after_refresh(

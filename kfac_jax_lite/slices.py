@@ -16,7 +16,7 @@ from kfac_jax_lite.collectives import (
     split_in,
     varied,
 )
-from kfac_jax_lite.factors.state import Slices
+from kfac_jax_lite.factors.state import Packed, Slices
 from kfac_jax_lite.inverse import FactorInverses
 from kfac_jax_lite.linalg import safe_ratio
 from kfac_jax_lite.ownership import Plan, larger_side, slice_sizes
@@ -42,6 +42,31 @@ def whole_statistics(layer: LayerTag, sliced: Any) -> Any:
         vector = getattr(sliced, name).values.ravel()
         whole[name] = from_vector(vector, shape, symmetric, True)
     return sliced._replace(**whole)
+
+
+def packed_statistics(layer: LayerTag, statistics: Any) -> Any:
+    """Symmetric factors of a Kronecker layer as triangles."""
+    rows = {}
+    for name in ("a", "g"):
+        x = getattr(statistics, name)
+        if symmetric_field(layer, name, x.shape, True):
+            rows[name] = Packed(to_vector(x, True, True))
+    return statistics._replace(**rows)
+
+
+def unpacked(layer: LayerTag, statistics: Any) -> Any:
+    """The statistics whose ``packed_statistics`` these are, or as they were."""
+    whole = {}
+    for name, shape in (("a", layer.a_shape), ("g", layer.g_shape)):
+        x = getattr(statistics, name, None)
+        if isinstance(x, Packed):
+            whole[name] = from_vector(x.values, shape, True, True)
+    return statistics._replace(**whole)
+
+
+def is_packed(statistics: Any) -> bool:
+    """Whether a factor is kept as a triangle."""
+    return any(isinstance(x, Packed) for x in statistics)
 
 
 def scattered(

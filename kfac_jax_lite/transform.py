@@ -39,6 +39,7 @@ from kfac_jax_lite.sharding import (
 from kfac_jax_lite.slices import (
     divided,
     gather_rows,
+    packed_statistics,
     precondition_rows,
     sliced_statistics,
 )
@@ -60,6 +61,7 @@ def scale_by_kfac(
     axis_name: Any = None,
     reduction: Reduction = ALL_REDUCE,
     stagger: bool = False,
+    packed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions gradients with Kronecker-factored curvature.
 
@@ -89,6 +91,8 @@ def scale_by_kfac(
             takes long: those that have waited longest are served first (see
             ``kfac_jax_lite.stagger``). A sampled Fisher's further backward pass is then
             taken in more steps. Intervals count from a layer's own last refresh.
+        packed: Keep factors as triangles: half of their bytes between steps, for some
+            copying at refreshes and inversions.
 
     Returns:
         An optax transformation. ``update(grads, state, params,
@@ -116,6 +120,7 @@ def scale_by_kfac(
         axis_name,
         reduction,
         stagger,
+        packed,
     )
     options.check()
 
@@ -156,6 +161,8 @@ def init_state(options: Options, params: Any) -> KFACState:
         inverses[layer.name] = initial_inverse(layer, options.method, dtype)
         if layer.name in plan.owners:
             zeros[layer.name] = sliced_statistics(layer, zeros[layer.name], plan)
+        elif options.packed and layer.kronecker:
+            zeros[layer.name] = packed_statistics(layer, zeros[layer.name])
         if plan.sliced(layer.name):
             inverses[layer.name] = divided(layer, inverses[layer.name], plan)
     counts = wire_counts(options, layers, kinds)

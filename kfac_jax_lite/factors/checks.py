@@ -1,12 +1,13 @@
 """Errors that name the layer, the shape seen and the shape wanted."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax.core
 
 from kfac_jax_lite.factors.restrict import part_of_statistics
-from kfac_jax_lite.factors.state import KFACState, Slices
+from kfac_jax_lite.factors.state import KFACState, Packed, Slices
 from kfac_jax_lite.types import LayerTag
 
 
@@ -22,12 +23,26 @@ def check_state(layers: Sequence[LayerTag], state: KFACState) -> None:
         first = state.factors[layer.name][0]
         if isinstance(first, Slices):
             continue
+        if isinstance(first, Packed):
+            check_packed(layer, first)
+            continue
         shape = first.shape
         if shape != layer.a_shape:
             raise ValueError(
                 f"the optimiser state is of another model: layer {layer.name} has a "
                 f"factor of shape {shape} in it, wanted {layer.a_shape}."
             )
+
+
+def check_packed(layer: LayerTag, factor: Packed) -> None:
+    """A packed factor must have the entries of the layer's triangles."""
+    *blocks, size, _ = layer.a_shape
+    wanted = math.prod(blocks) * size * (size + 1) // 2
+    if factor.values.shape != (wanted,):
+        raise ValueError(
+            f"the optimiser state is of another model: layer {layer.name} has a packed "
+            f"factor of shape {factor.values.shape} in it, wanted {(wanted,)}."
+        )
 
 
 def check_nothing_due(state: KFACState) -> None:

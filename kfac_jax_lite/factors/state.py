@@ -31,6 +31,16 @@ class Slices(NamedTuple):
     values: Array
 
 
+class Packed(NamedTuple):
+    """A symmetric factor kept as a triangle, off-diagonal entries times ``√2``.
+
+    Attributes:
+        values: ``[blocks · d (d + 1) / 2]``; its norm is the factor's.
+    """
+
+    values: Array
+
+
 class Clock(NamedTuple):
     """When each layer was and will be refreshed; vectors over layers sorted by name.
 
