@@ -45,6 +45,7 @@ def kfac(
     inverse_interval: int | Array = 1,
     axis_name: Any = None,
     reduction: Reduction = ALL_REDUCE,
+    stagger: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """K-FAC with a trust region, decoupled weight decay and momentum.
 
@@ -69,6 +70,7 @@ def kfac(
         inverse_interval: Least number of steps between inversions.
         axis_name: Mapped axes to average statistics over.
         reduction: How statistics travel.
+        stagger: Spread refreshes and inversions over steps.
 
     Returns:
         An optax transformation; pass ``statistics=`` (and ``params``, with weight
@@ -94,6 +96,7 @@ def kfac(
         inverse_interval=inverse_interval,
         axis_name=axis_name,
         reduction=reduction,
+        stagger=stagger,
     )
     automatic = isinstance(learning_rate, str)
     if automatic or adaptive:

@@ -24,6 +24,7 @@ class Options:
     inverse_interval: Any
     axis_name: Any
     reduction: Reduction
+    stagger: bool = False
 
     def check(self) -> None:
         """Raises for values that cannot be right; traced values pass."""

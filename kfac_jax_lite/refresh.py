@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kfac_jax_lite import stagger
 from kfac_jax_lite.exchange import are_finite, exchanged
 from kfac_jax_lite.factors.state import Clock, Slices, curvature, moving_average
 from kfac_jax_lite.linalg import relative_change
@@ -196,16 +197,37 @@ def clock_after_refresh(
     return choose(gates, new, clock)
 
 
+def refreshes_due(
+    options: Options, layers: Sequence[LayerTag], clock: Clock, step: Any
+) -> Array:
+    """Which layers' statistics are wanted at ``step``."""
+    if options.stagger:
+        record = (step, clock.last_refresh, clock.refreshes, clock.interval)
+        return stagger.refreshes(layers, *record)
+    return options.interval.is_due(step, clock.interval, clock.last_refresh)
+
+
 def inversion_gates(
-    options: Options, clock: Clock, shift: Array, step: Any, accepted: Array
+    options: Options,
+    plan: Plan,
+    layers: Sequence[LayerTag],
+    clock: Clock,
+    shift: Array,
+    step: Any,
+    accepted: Array,
 ) -> Array:
     """Which layers are inverted now: it is time and something has changed."""
-    first = clock.last_inverse == 0
-    elapsed = step - clock.last_inverse >= options.inverse_interval
-    stale = clock.last_refresh > clock.last_inverse
+    last = clock.last_inverse
+    stale = clock.last_refresh > last
     if options.method.damped:
         stale |= clock.inverse_damping != shift.astype(jnp.float32)
-    return accepted & (first | elapsed) & stale
+    ready = stale & (step - last >= options.inverse_interval)
+    if options.stagger:
+        busy = jnp.any(clock.last_refresh == step)
+        record = (last, clock.inversions, options.inverse_interval, busy)
+        ready = stagger.inversions(layers, plan, stale, step, *record)
+    kronecker = jnp.array([layer.kronecker for layer in layers])
+    return accepted & kronecker & stale & (ready | (last == 0))
 
 
 def clock_after_inversion(

@@ -28,6 +28,7 @@ from kfac_jax_lite.refresh import (
     absorbed,
     clock_after_inversion,
     inversion_gates,
+    refreshes_due,
 )
 from kfac_jax_lite.sharding import (
     automatic,
@@ -58,6 +59,7 @@ def scale_by_kfac(
     inverse_interval: int | Array = 1,
     axis_name: Any = None,
     reduction: Reduction = ALL_REDUCE,
+    stagger: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions gradients with Kronecker-factored curvature.
 
@@ -83,6 +85,10 @@ def scale_by_kfac(
             None under ``jit``, whatever the sharding; with ``Reduction.mesh``, the axes
             of that mesh over which inversions are spread.
         reduction: How statistics travel between devices, and who inverts.
+        stagger: Spread refreshes and inversions of layers over steps, so that no step
+            takes long: those that have waited longest are served first (see
+            ``kfac_jax_lite.stagger``). A sampled Fisher's further backward pass is then
+            taken in more steps. Intervals count from a layer's own last refresh.
 
     Returns:
         An optax transformation. ``update(grads, state, params,
@@ -109,6 +115,7 @@ def scale_by_kfac(
         inverse_interval,
         axis_name,
         reduction,
+        stagger,
     )
     options.check()
 
@@ -276,13 +283,13 @@ def step(options: Options, grads: Any, state: KFACState, statistics: Any):
     if statistics is not None:
         record = (factors, previous, clock, statistics, accepted, number)
         factors, previous, clock, accepted = absorbed(options, plan, layers, *record)
-    gates = inversion_gates(options, clock, shift, number, accepted)
-    gates &= jnp.array([layer.kronecker for layer in layers])
+    record = (clock, shift, number, accepted)
+    gates = inversion_gates(options, plan, layers, *record)
     first = clock.last_inverse == 0
     record = (factors, dict(state.inverses), shift, gates, first)
     factors, inverses, good = inversions(options, plan, layers, *record)
     clock = clock_after_inversion(clock, gates, good, shift, number)
-    due = options.interval.is_due(number + 1, clock.interval, clock.last_refresh)
+    due = refreshes_due(options, layers, clock, number + 1)
     new_state = KFACState(
         count=state.count + accepted,
         skipped=state.skipped + ~accepted,

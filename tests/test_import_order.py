@@ -29,6 +29,7 @@ ORDER = [
     {"precondition"},
     {"options"},
     {"exchange"},
+    {"stagger"},
     {"refresh"},
     {"owned"},
     {"inversions"},

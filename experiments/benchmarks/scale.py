@@ -31,8 +31,9 @@ from experiments.benchmarks.common import (
     text_table,
     write_json,
 )
-from experiments.benchmarks.jobs import Job, optax_job, ours_job, peer_job
+from experiments.benchmarks.jobs import Job, optax_job, peer_job
 from experiments.benchmarks.networks import Problem, Spec, make_problem
+from experiments.benchmarks.ours import ours_job
 from experiments.benchmarks.step_time import make_jobs, measure
 from experiments.models.networks import MLP
 from kfac_jax_lite.inverse import METHODS

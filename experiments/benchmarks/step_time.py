@@ -5,6 +5,10 @@
 All rows are measured in one process, one step of each kind per round, in an order that
 rotates, so that whatever else slows the machine hits all of them. A row's time is the
 mean over one cycle of its intervals of the medians of its kinds of step.
+
+The flop floor is what the row would cost if every product ran as fast as the
+gradient's (operations from ``kfac.cost_model``); "nothing/products" compares a step
+with nothing due with the gradient and two products per layer, measured.
 """
 
 import argparse
@@ -35,13 +39,12 @@ from experiments.benchmarks.jobs import (
     MOMENTUM,
     RATE,
     Job,
-    adaptive_job,
     optax_job,
-    ours_job,
     peer_job,
     products_job,
 )
 from experiments.benchmarks.networks import SPECS, Problem, make_problem
+from experiments.benchmarks.ours import adaptive_job, ours_job, staggered_job
 
 INTERVALS = ((1, 5), (10, 100))
 METHODS = ("cholesky", "eigh", "ekfac", "newton_schulz", "low_rank", "auto")
@@ -55,11 +58,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--models", type=comma_list(list(SPECS)), default=",".join(SPECS))
     add("--rounds", type=positive_int, default=15, help="timed steps of each kind")
-    add("--inverses", type=comma_list(METHODS), default="cholesky")
+    add("--inverses", type=comma_list(METHODS), default="cholesky,low_rank")
     add("--fishers", type=comma_list(FISHERS), default="empirical,mc")
     add("--threshold", type=float, default=0.3, help="of the adaptive intervals")
     add("--warm-up", type=positive_int, default=50, help="adaptive steps, not timed")
     add("--adaptive-steps", type=positive_int, default=10, help="per round")
+    add("--staggered-steps", type=positive_int, default=20, help="per round")
     add("--without-peer", action="store_true", help="leave kfac-jax out")
     add("--out", type=Path, default=OUT, help="folder of the result")
     return parser.parse_args(argv)
@@ -94,6 +98,11 @@ def job_makers(problem: Problem, args: argparse.Namespace) -> dict[str, Callable
                         problem, *pair, fisher, method
                     )
                 )
+            makers[f"ours {fisher} {method} staggered"] = (
+                lambda fisher=fisher, method=method: staggered_job(
+                    problem, fisher, method, args.staggered_steps
+                )
+            )
             makers[f"ours {fisher} {method} adaptive"] = (
                 lambda fisher=fisher, method=method: adaptive_job(
                     problem,
@@ -184,9 +193,11 @@ def summarise(jobs: list[Job], samples: dict[str, list]) -> dict[str, dict[str, 
             "state_mb": job.state_mb,
             **job.notes(),
         }
+        if row.get("flop_floor") is not None:
+            row["ratio_to_flop_floor"] = row["ratio_to_sgd"] / row["flop_floor"]
         if "nothing" in kinds:
             row["nothing_to_floor"] = kinds["nothing"] / amortised(flat[FLOOR])
-            if job.cycle is not None:
+            if job.cycle is not None and job.cycle.get("nothing"):
                 nothing = [dict(one)["nothing"] for one in samples[job.name]]
                 pairs = zip(nothing, floors, strict=True)
                 row["nothing_to_floor_quartiles"] = quartiles([x / y for x, y in pairs])
@@ -201,10 +212,13 @@ def show(rows: dict[str, dict[str, Any]]) -> str:
         "ms/step",
         "ratio to SGD",
         "quartiles",
+        "flop floor",
+        "to floor",
         "refresh+invert",
         "refresh",
         "nothing",
-        "nothing/floor",
+        "nothing/products",
+        "slowest/median",
         "compile s",
         "state MB",
     )
@@ -218,8 +232,11 @@ def show(rows: dict[str, dict[str, Any]]) -> str:
                 row["amortised_ms"],
                 row["ratio_to_sgd"],
                 f"{low:.2f}-{high:.2f}",
+                row.get("flop_floor"),
+                row.get("ratio_to_flop_floor"),
                 *(kinds.get(k) for k in ("refresh+invert", "refresh", "nothing")),
                 row.get("nothing_to_floor"),
+                row.get("slowest_to_median"),
                 row["compile_seconds"],
                 row["state_mb"],
             )

@@ -16,9 +16,9 @@ from experiments.benchmarks import (
     autoencoder,
     common,
     inverses,
-    jobs,
     low_rank_error,
     mlp_target,
+    ours,
     scaling,
     step_time,
 )
@@ -102,15 +102,15 @@ def test_settings_have_no_folders():
 
 def test_effect_of_a_step():
     before = np.array([1, 1]), np.array([1, 1])
-    assert jobs.effect(before, before) == "nothing"
-    assert jobs.effect(before, (np.array([2, 2]), before[1])) == "refresh"
-    assert jobs.effect(before, (np.array([2, 2]),) * 2) == "refresh+invert"
-    assert jobs.effect(before, (np.array([2, 1]),) * 2) == "30"
+    assert ours.effect(before, before) == "nothing"
+    assert ours.effect(before, (np.array([2, 2]), before[1])) == "refresh"
+    assert ours.effect(before, (np.array([2, 2]),) * 2) == "refresh+invert"
+    assert ours.effect(before, (np.array([2, 1]),) * 2) == "30"
 
 
 @pytest.mark.parametrize(("factor", "inverse"), [(1, 2), (2, 4)])
 def test_steps_do_what_their_kind_says(factor, inverse):
-    job = jobs.ours_job(tiny(), factor, inverse, "empirical", "cholesky")
+    job = ours.ours_job(tiny(), factor, inverse, "empirical", "cholesky")
     samples = job.run()
     assert [kind for kind, _ in samples] == list(common.cycle_of(factor, inverse))
     assert all(seconds > 0 for _, seconds in samples)
@@ -118,9 +118,28 @@ def test_steps_do_what_their_kind_says(factor, inverse):
 
 
 def test_adaptive_job_goes_on_training():
-    job = jobs.adaptive_job(tiny(True), "mc", "cholesky", 2, 3, 0.3)
+    job = ours.adaptive_job(tiny(True), "mc", "cholesky", 2, 3, 0.3)
     assert len(job.run()) == 3
     assert job.notes()["steps"] == [3, 5]
+
+
+def test_staggered_job_knows_its_slowest_step():
+    job = ours.staggered_job(tiny(), "empirical", "cholesky", 4, warm_up=3)
+    assert len(job.run()) == 4
+    notes = job.notes()
+    assert notes["slowest_to_median"] >= 1 and notes["flop_floor"] > 1
+
+
+def test_flop_floor_by_hand():
+    """One layer 3 → 2, four rows, refreshed every 2, inverted every 4 steps."""
+    problem = make_problem("one", Spec(lambda: MLP((), 2), (4, 3)))
+    parts = ours.Ours(problem, "mc")
+    gradient, products = 6 * 4 * 3 * 2, 2 * (4 * 4 * 2 + 4 * 2 * 2)
+    refresh = 2 * 4 * (4 * 4 + 2 * 2) + gradient / 3
+    inversion = round(10 / 3 * 4**3 + 10 / 3 * 2**3)
+    total = gradient + products + refresh / 2 + inversion / 4
+    got = ours.flop_floor(problem, parts.tagged, 2, 4, "cholesky")
+    assert got == pytest.approx(total / gradient, rel=1e-9)
 
 
 def test_step_time(tmp_path, monkeypatch):
@@ -128,6 +147,7 @@ def test_step_time(tmp_path, monkeypatch):
     monkeypatch.setattr(step_time, "INTERVALS", ((1, 2),))
     options = ["--models", "mlp", "--rounds", "2", "--warm-up", "1"]
     options += ["--adaptive-steps", "1", "--fishers", "empirical", "--without-peer"]
+    options += ["--staggered-steps", "2", "--inverses", "cholesky"]
     step_time.main([*options, "--out", str(tmp_path)])
     result = json.loads((tmp_path / "step_time.json").read_text())
     rows = result["models"]["mlp"]["rows"]

@@ -173,7 +173,7 @@ def ours_program(problem: Problem, names: tuple[str, ...]) -> Program:
     def step(carry, values, number, batch, key):
         params, model_state, state = carry
         (_, model_state), grads, statistics = tagged().value_and_grad(
-            params, model_state, *batch, opt_state=state, key=key
+            params, model_state, *batch, opt_state=state, key=key, deferred=True
         )
         # Early statistics are of few batches: their inverses must not stay.
         wait = jnp.clip(number // GROWTH, 1, chosen.inverse_interval)
