@@ -118,9 +118,7 @@ class JitStep(NamedTuple):
         return self.step.lower(self.place(params), *args).compile().as_text()
 
 
-def under_jit(
-    model, mode, reduction, inverse, devices, fisher="empirical", **options
-):
+def under_jit(model, mode, reduction, inverse, devices, fisher="empirical", **options):
     """The same for ``jit`` with a sharded batch."""
     mesh = mesh_of(AxisType.Auto if mode == "auto" else AxisType.Explicit, devices)
     axis_name = None
@@ -147,13 +145,9 @@ def under_jit(
     return placed, state, lambda batch: put(batch, SPLIT), tx
 
 
-def run(
-    model, mode, reduction, steps, inverse="cholesky", devices=DEVICES, **options
-):
+def run(model, mode, reduction, steps, inverse="cholesky", devices=DEVICES, **options):
     """Parameters and state after some steps."""
-    step, state, place, _ = prepare(
-        model, mode, reduction, inverse, devices, **options
-    )
+    step, state, place, _ = prepare(model, mode, reduction, inverse, devices, **options)
     params = model.params()
     for batch in batches_of(model, steps, EXAMPLES):
         params, state, _ = step(params, state, *place(batch))
