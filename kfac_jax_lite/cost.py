@@ -344,9 +344,11 @@ def inversions(layer: LayerTag, rate: Rate) -> float:
 
 
 def happens(collective: Collective, rates: Mapping[str, Rate]) -> float:
-    """How often a collective takes place, per step."""
+    """How often per step; what is for all layers, as often as the most frequent."""
     if collective.event == STEP:
         return 1.0
+    if not collective.layer:
+        return max((rate.refresh for rate in rates.values()), default=0.0)
     rate = rates[collective.layer]
     return rate.refresh if collective.event == REFRESH else rate.inversion
 

@@ -26,6 +26,7 @@ from kfac_jax_lite.reduce import Reduction
 from kfac_jax_lite.types import LayerTag
 
 REFRESH, INVERSION, STEP = "refresh", "inversion", "step"
+AGREEMENTS = (STEP, REFRESH)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Collective:
     """One collective operation.
 
     Attributes:
-        layer: The layer it is for; empty for the whole step.
+        layer: The layer it is for; empty for all of them, once a step.
         event: ``"refresh"`` (statistics), ``"inversion"`` or ``"step"`` (every step).
         kind: ``"all_reduce"``, ``"reduce_scatter"``, ``"all_to_all"``,
             ``"all_gather"`` or ``"permute"``.
@@ -194,14 +195,16 @@ def traffic(
         memory: How many past statistics the interval rule compares with.
 
     Returns:
-        The collectives; ``layer`` is empty for the agreement on finite values.
+        The collectives; ``layer`` is empty for the agreements on finite values: one in
+        every step, one in every step in which any layer is refreshed.
     """
     method = method_named(inverse)
     plan = make_plan(layers, reduction, devices, inverse, inverse_interval)
     wire = Wire(reduction, plan, method, devices, mapped, itemsize, memory)
     found = []
     if mapped or plan.owners:
-        found.append(Collective("", STEP, "all_reduce", 1, 4, devices))
+        # Whether gradients are finite; where something is refreshed, statistics too.
+        found += [Collective("", e, "all_reduce", 1, 4, devices) for e in AGREEMENTS]
     for layer in layers:
         found += [*wire.refresh(layer), *wire.inversion(layer), *wire.step(layer)]
     return tuple(found)

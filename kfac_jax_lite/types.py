@@ -175,6 +175,17 @@ class Deferred:
 
     compute: Callable[[bool], dict[str, Statistics]]
 
+    def __getitem__(self, name: Any) -> Any:
+        """Refuses: there is nothing to read yet.
+
+        Raises:
+            TypeError: Always; says how to get statistics that can be read.
+        """
+        raise TypeError(
+            f"statistics[{name!r}] is deferred: update computes it. To read "
+            "statistics, call value_and_grad without deferred=True."
+        )
+
 
 def computed(statistics: Any, gated: bool = False) -> Any:
     """Statistics by layer name, of whatever ``value_and_grad`` returned."""

@@ -127,12 +127,12 @@ def random_like(rng, tree):
     )
 
 
-def train_step(tagged, tx):
+def train_step(tagged, tx, deferred=False):
     """The step users write: value, gradient, statistics, update."""
 
     def step(params, opt_state, *batch, key=None):
         value, grads, statistics = tagged.value_and_grad(
-            params, *batch, opt_state=opt_state, key=key
+            params, *batch, opt_state=opt_state, key=key, deferred=deferred
         )
         updates, opt_state = tx.update(grads, opt_state, params, statistics=statistics)
         return optax.apply_updates(params, updates), opt_state, value

@@ -45,11 +45,13 @@ def transformation(layers, axis_name=None, reduction=None, inverse="cholesky"):
     )  # fmt: skip
 
 
-def device_step(tagged, tx, summed):
+def device_step(tagged, tx, summed, **options):
     """A step of one of several devices; ``summed``: gradients are sums already."""
 
     def step(params, state, x, y):
-        value, grads, statistics = tagged.value_and_grad(params, x, y, opt_state=state)
+        value, grads, statistics = tagged.value_and_grad(
+            params, x, y, opt_state=state, **options
+        )
         value = jax.lax.pmean(value, AXIS)
         if summed:
             grads = jax.tree.map(lambda g: g / jax.lax.axis_size(AXIS), grads)
@@ -68,13 +70,20 @@ def mesh_of(kind, devices=DEVICES):
     )
 
 
-def prepare(model, mode, reduction, inverse="cholesky", devices=DEVICES):
-    """``(step, state, place, transformation)`` of a mode; ``place`` shards a batch."""
+def prepare(
+    model, mode, reduction, inverse="cholesky", devices=DEVICES, fisher="empirical",
+    **options,
+):  # fmt: skip
+    """``(step, state, place, transformation)`` of a mode; ``place`` shards a batch.
+
+    ``options`` are those of ``value_and_grad``.
+    """
     if mode in ("auto", "explicit"):
-        return under_jit(model, mode, reduction, inverse, devices)
-    tagged = model.tag(EXAMPLES // devices)
+        return under_jit(model, mode, reduction, inverse, devices, fisher, **options)
+    tagged = model.tag(EXAMPLES // devices, fisher=fisher)
     tx = transformation(tagged.layers, AXIS, reduction, inverse)
-    state, step = tx.init(model.params()), device_step(tagged, tx, mode == "checked")
+    state = tx.init(model.params())
+    step = device_step(tagged, tx, mode == "checked", **options)
     if mode == "pmap":
         axes = kfac.state_axes(state)
         step = jax.pmap(
@@ -109,18 +118,20 @@ class JitStep(NamedTuple):
         return self.step.lower(self.place(params), *args).compile().as_text()
 
 
-def under_jit(model, mode, reduction, inverse, devices):
+def under_jit(model, mode, reduction, inverse, devices, fisher="empirical", **options):
     """The same for ``jit`` with a sharded batch."""
     mesh = mesh_of(AxisType.Auto if mode == "auto" else AxisType.Explicit, devices)
     axis_name = None
     if reduction.mode != "all":
         reduction = dataclasses.replace(reduction, mesh=mesh, devices=None)
         axis_name = AXIS
-    tagged = model.tag(EXAMPLES)
+    tagged = model.tag(EXAMPLES, fisher=fisher)
     tx = transformation(tagged.layers, axis_name, reduction, inverse)
 
     def step(params, state, x, y):
-        value, grads, statistics = tagged.value_and_grad(params, x, y, opt_state=state)
+        value, grads, statistics = tagged.value_and_grad(
+            params, x, y, opt_state=state, **options
+        )
         updates, state = tx.update(grads, state, params, statistics=statistics)
         return optax.apply_updates(params, updates), state, value
 
@@ -134,9 +145,9 @@ def under_jit(model, mode, reduction, inverse, devices):
     return placed, state, lambda batch: put(batch, SPLIT), tx
 
 
-def run(model, mode, reduction, steps, inverse="cholesky", devices=DEVICES):
+def run(model, mode, reduction, steps, inverse="cholesky", devices=DEVICES, **options):
     """Parameters and state after some steps."""
-    step, state, place, _ = prepare(model, mode, reduction, inverse, devices)
+    step, state, place, _ = prepare(model, mode, reduction, inverse, devices, **options)
     params = model.params()
     for batch in batches_of(model, steps, EXAMPLES):
         params, state, _ = step(params, state, *place(batch))

@@ -113,9 +113,10 @@ def test_everything_public_has_a_docstring():
 def test_tagged_loss():
     tagged = first_pass("mlp")[0]
     parameters = inspect.signature(tagged.value_and_grad).parameters
-    assert list(parameters) == ["params", "args", "opt_state", "key"]
+    assert list(parameters) == ["params", "args", "opt_state", "key", "deferred"]
     assert parameters["opt_state"].default is None
     assert parameters["key"].default is None
+    assert parameters["deferred"].default is False
     assert isinstance(tagged.layers, tuple)
     layer = tagged.layers[0]
     for field in ("name", "kind", "params", "a_shape", "g_shape"):

@@ -232,9 +232,8 @@ class TaggedLoss:
             plain, back = raw, lambda marks: pullback((jnp.zeros_like(loss), marks))
             if not gated and terms is None:
                 plain = back(silent)[1]  # input factors inside the caller's gate, too
-            pull = canonical(
-                functools.partial(sampled_pull, outputs, back, plain, n, finisher, own)
-            )
+            record = (outputs, back, plain, n, finisher, own)
+            pull = canonical(functools.partial(sampled_pull, *record))
             record = (self.fisher, outputs, pull, key, diagonals, finisher)
             fresh, by_field = resampled(*record, gated=gated)
             sides = finisher(plain, INPUT_SIDE)
