@@ -235,22 +235,26 @@ def test_bad_batches_are_rejected_alike(fisher, rng):
 
 # ---------------------------------------------------------------- several devices
 
+OVER_DEVICES = [
+    ("pmap", "all", "empirical", pytest.mark.slow),
+    ("shard_map", "gradients", "mc", pytest.mark.slow),
+    ("checked", "all", "exact", pytest.mark.slow),
+    ("checked", "inverses", "empirical", ()),
+    ("auto", "all", "mc", ()),
+    ("auto", "grid", "empirical", pytest.mark.slow),
+    ("explicit", "all", "empirical", ()),
+    ("explicit", "gradients", "exact", pytest.mark.slow),
+]
+
+
+def over_devices():
+    """Every mode and kind of reduction; three of them in the fast suite."""
+    return [pytest.param(*case[:3], marks=case[3]) for case in OVER_DEVICES]
+
 
 @pytest.mark.usefixtures("compiled_anew")
 @pytest.mark.skipif(jax.device_count() < DEVICES, reason="needs eight devices")
-@pytest.mark.parametrize(
-    ("mode", "reduction", "fisher"),
-    [
-        ("pmap", "all", "empirical"),
-        ("shard_map", "gradients", "mc"),
-        ("checked", "all", "exact"),
-        ("checked", "inverses", "empirical"),
-        ("auto", "all", "mc"),
-        ("auto", "grid", "empirical"),
-        ("explicit", "all", "empirical"),
-        ("explicit", "gradients", "exact"),
-    ],
-)
+@pytest.mark.parametrize(("mode", "reduction", "fisher"), list(over_devices()))
 def test_many_devices(mode, reduction, fisher):
     """Eager and deferred in one mode; that modes agree is tested elsewhere."""
     options = {"fisher": fisher, "key": jax.random.key(0)}
