@@ -117,10 +117,12 @@ def modelled(layers, reduction, event=None, agreements=True):
 
 
 def bytes_cases():
-    """Every reduction on one model, one with everything in it on all."""
+    """Every reduction on every model; in the fast suite one of each kind of layer."""
     for model in MODELS:
         for name in BARE:
-            fast = name == "gradients" or (model, name) == ("mlp", "alone")
+            kinds = ("mlp", "layer_norm", "grouped_nchw")
+            fast = name == "gradients" and model in kinds
+            fast |= (model, name) == ("mlp", "alone")
             marks = [] if fast else pytest.mark.slow
             yield pytest.param(model, name, marks=marks)
 
@@ -182,7 +184,14 @@ def compiled_collectives(step, model, state, place):
     return collectives(step.text(model.params(), state, *batch))
 
 
-@pytest.mark.parametrize("name", ["all", "gradients", "inverses"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gradients",
+        pytest.param("all", marks=pytest.mark.slow),
+        pytest.param("inverses", marks=pytest.mark.slow),
+    ],
+)
 def test_the_counter_counts_what_ran(name):
     """Bytes of the report: those of the events that the clock let through."""
     model, reduction = models.BY_NAME["conv2d"], REDUCTIONS[name]
