@@ -222,8 +222,8 @@ def test_the_automatic_learning_rate(fisher, rng):
 @pytest.mark.parametrize("fisher", FISHERS)
 def test_bad_batches_are_rejected_alike(fisher, rng):
     tagged, params, batches = problem("mlp", rng, fisher=fisher)
-    x, y = batches[2]
-    batches[2] = x.at[1, 0].set(jnp.nan), y
+    x, *rest = batches[2]
+    batches[2] = x.at[1, 0].set(jnp.nan), *rest
     tx = kfac.kfac(tagged.layers, 0.05, damping=0.01, interval=RULES["every"])
     eager, deferred = results(tagged, tx, params, batches)
     close(deferred[:2], eager[:2], 1e-12)
