@@ -18,6 +18,8 @@ TRANSFORM = {
     "inverse_interval": 1,
     "axis_name": None,
     "reduction": kfac.Reduction(),
+    "stagger": False,
+    "packed": False,
 }
 SIGNATURES = {
     "tag": {
