@@ -112,6 +112,26 @@ def kfac(
         optax.identity() if momentum is None else optax.trace(momentum),
         optax.scale_by_learning_rate(learning_rate),
     )
+    return bounded(precondition, tail, learning_rate, kl_clip)
+
+
+def bounded(
+    precondition: optax.GradientTransformationExtraArgs,
+    tail: optax.GradientTransformation,
+    learning_rate: Any,
+    kl_clip: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Preconditioning, the trust region, and what optax does behind them.
+
+    Args:
+        precondition: ``scale_by_kfac``.
+        tail: Weight decay, momentum, learning rate.
+        learning_rate: ``η`` of the trust region.
+        kl_clip: ``κ``, or None.
+
+    Returns:
+        The transformation.
+    """
 
     return chained(precondition, tail, learning_rate, kl_clip)
 

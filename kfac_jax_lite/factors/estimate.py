@@ -9,9 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfac_jax_lite.factors.canonical import canonical
 from kfac_jax_lite.factors.passes import Finisher, resampled, sampled_pull
-from kfac_jax_lite.factors.recipe import INPUT_SIDE, Recipe, make_recipe
+from kfac_jax_lite.factors.recipe import Recipe, make_recipe
 from kfac_jax_lite.factors.sampling import Subsample
 from kfac_jax_lite.factors.slots import make_slots, read_phases, read_state
 from kfac_jax_lite.factors.watched import Watched, watchable
@@ -228,13 +227,9 @@ class TaggedLoss:
             plain, back = raw, lambda marks: pullback((jnp.zeros_like(loss), marks))
             if not gated and terms is None:
                 plain = back(silent)[1]  # input factors inside the caller's gate, too
-            record = (outputs, back, plain, n, finisher, own)
-            pull = canonical(functools.partial(sampled_pull, *record))
-            record = (self.fisher, outputs, pull, key, diagonals, finisher)
-            fresh, by_field = resampled(*record, gated=gated)
-            sides = finisher(plain, INPUT_SIDE)
-            by_field = {k: by_field[k] | sides[k] for k in by_field}
-            return pack_statistics(found, fresh, by_field, n)
+            pull = functools.partial(sampled_pull, outputs, back, plain, n, finisher)
+            record = (self.fisher, outputs, pull, plain, key, diagonals, finisher)
+            return pack_statistics(found, *resampled(*record, gated=gated), n)
 
         grads = jax.tree.unflatten(jax.tree.structure(params), flat_grads)
         value = jax.tree.unflatten(found.out_tree, out)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kfac_jax_lite.factors.canonical import canonical
 from kfac_jax_lite.factors.recipe import COUNTS, INPUT_SIDE, Recipe, finish
 from kfac_jax_lite.likelihoods import (
     Output,
@@ -110,6 +111,7 @@ def resampled(
     fisher: str,
     outputs: list,
     pull: Callable,
+    plain: dict,
     key: Any,
     grads: dict[int, jax.Array],
     finisher: Any,
@@ -123,7 +125,9 @@ def resampled(
     Args:
         fisher: ``"mc"`` or ``"exact"``.
         outputs: The marked outputs.
-        pull: Cotangents of the outputs to gradients and statistics.
+        pull: Numbers of parameters and cotangents of the outputs to gradients of those
+            parameters and statistics.
+        plain: What the taps returned in the plain backward pass.
         key: PRNG key.
         grads: The plain gradients that the diagonals need.
         finisher: Of the statistics.
@@ -132,6 +136,7 @@ def resampled(
     Returns:
         Gradients for the diagonals, and statistics.
     """
+    pull = canonical(functools.partial(pull, list(grads)))
     dues = [s.due for s in finisher.slots.values() if s.due is not None]
     shapes = jax.eval_shape(pull, [o.value for o in outputs])[1]
     axes = varying_axes([o.value for o in outputs])
@@ -148,9 +153,11 @@ def resampled(
         return pull([masked_rows(output, draw) for output, draw in draws])
 
     if len(dues) < len(finisher.slots) or not dues or not gated:
-        return resample()
-    any_due = jnp.any(jnp.stack(dues))
-    return lax.cond(any_due, resample, nothing)
+        grads, found = resample()
+    else:
+        grads, found = lax.cond(jnp.any(jnp.stack(dues)), resample, nothing)
+    sides = finisher(plain, INPUT_SIDE)
+    return grads, {k: found[k] | sides[k] for k in found}
 
 
 def typed_like(output: Output, function: Callable, argument: Any) -> jax.Array:
