@@ -133,17 +133,6 @@ def bounded(
         The transformation.
     """
 
-    return chained(precondition, tail, learning_rate, kl_clip)
-
-
-def chained(
-    precondition: optax.GradientTransformationExtraArgs,
-    tail: optax.GradientTransformation,
-    learning_rate: optax.ScalarOrSchedule,
-    kl_clip: Any,
-) -> optax.GradientTransformationExtraArgs:
-    """Preconditioning, the trust region, and what optax does behind them."""
-
     def init_fn(params):
         inner: Any = precondition.init(params)
         return KFACChainState(inner, tail.init(params), jnp.ones((), jnp.float32))

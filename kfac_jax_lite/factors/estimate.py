@@ -192,9 +192,13 @@ class TaggedLoss:
         sampled = self.fisher != "empirical"
         found = self.trace(params, args, sampled)
         self._check_layers(found)
+        due, bases = read_state(opt_state, found.layers)
+        recipes = self._recipes(found)
+        slots = make_slots(recipes, params, due, bases)
+        phases = read_phases(opt_state, recipes)
         plain = not sampled and explicit_mesh((params, args)) is None
-        watched = self._watched(found, params, opt_state, deferred and plain)
-        recipes, slots = watched.recipes, watched.slots
+        sites = watchable(found, slots) if deferred and plain else {}
+        watched = Watched(recipes, phases, slots, sites)
         stacks = {t.name: t.views[0].leaf for t in found.layers}
         run = Interpreter(watched.on_site, stacks).run
         leaves = jax.tree.leaves((params, args))
@@ -241,15 +245,6 @@ class TaggedLoss:
             self.has_aux, self.num_examples, sampled, self.max_factor_dim
         )
         return trace(self.loss_fn, params, args, options)
-
-    def _watched(
-        self, found: Trace, params: Any, opt_state: Any, watch: bool
-    ) -> Watched:
-        due, bases = read_state(opt_state, found.layers)
-        recipes = self._recipes(found)
-        slots = make_slots(recipes, params, due, bases)
-        sites = watchable(found, slots) if watch else {}
-        return Watched(recipes, read_phases(opt_state, recipes), slots, sites)
 
     def _recipes(self, found: Trace) -> dict[str, Recipe]:
         reduce, masked = self.weight_sharing == "reduce", MASK in found.marks
