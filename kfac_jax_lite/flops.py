@@ -19,7 +19,7 @@ from kfac_jax_lite.factors.estimate import TaggedLoss
 from kfac_jax_lite.factors.recipe import Recipe, count_rows, make_recipe
 from kfac_jax_lite.inverse import Method
 from kfac_jax_lite.likelihoods import MASK
-from kfac_jax_lite.linalg import leaf_size
+from kfac_jax_lite.linalg import LEAF, first_half, padded_size
 from kfac_jax_lite.tagging.layers import ConvGeometry, Site
 from kfac_jax_lite.types import LayerTag
 from kfac_jax_lite.views import Shape
@@ -210,8 +210,8 @@ def inversion_flops(layer: LayerTag, method: Method) -> int:
     return round(total + (apply_flops(layer) if method.moments else 0))
 
 
-def spd_inverse_flops(size: int, leaf: int | None = None) -> float:
-    """Operations of ``linalg.spd_inverse``.
+def spd_inverse_flops(size: int, leaf: int = LEAF) -> float:
+    """Operations of ``linalg.spd_inverse``, of the matrix filled up.
 
     Up to ``leaf``: Cholesky ``d³/3``, a triangular solve with the identity ``d³`` and
     the product ``L⁻ᵀ L⁻¹`` ``2 d³``: ``10/3 d³``. Above, two halves and four products
@@ -219,15 +219,15 @@ def spd_inverse_flops(size: int, leaf: int | None = None) -> float:
 
     Args:
         size: ``d``.
-        leaf: Largest size that is factorised at once; ``leaf_size(d)`` by default.
+        leaf: Largest size that is factorised at once.
 
     Returns:
         Floating-point operations.
     """
-    leaf = leaf_size(size) if leaf is None else leaf
+    size = padded_size(size, leaf)
     if size <= leaf:
         return 10 / 3 * size**3
-    k = size // 2
+    k = first_half(size, leaf)
     m = size - k
     products = 2 * k * k * m + 2 * k * m * m + 2 * k * m * m + 2 * k * m * k
     return spd_inverse_flops(k, leaf) + spd_inverse_flops(m, leaf) + products

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from kfac_jax_lite.linalg import (
+    LEAF,
     add_diagonal,
-    leaf_size,
     newton_schulz_inverse,
     spd_inverse,
 )
@@ -167,7 +167,7 @@ def fastest_inverse(factor: Array, form: str, start: Array, tolerance: float) ->
     Returns:
         The inverse; not finite where there is none.
     """
-    if form == DIAGONAL or factor.shape[-1] > leaf_size(factor.shape[-1]):
+    if form == DIAGONAL or factor.shape[-1] > LEAF:
         return inverse(factor, form)
 
     def by_products(factor, start):

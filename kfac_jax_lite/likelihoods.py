@@ -162,15 +162,21 @@ def sampled_cotangent(likelihood: str, output: Array, key: Array) -> Array:
         ``∂(−log p)/∂z``, shaped like ``output``, one draw for every row.
     """
     z = output.astype(jnp.promote_types(output.dtype, jnp.float32))
+
+    def noise(distribution):
+        # Random bits in a row compile four times faster on a CPU than in a matrix; they
+        # are the same bits.
+        return distribution(key, (z.size,), z.dtype).reshape(z.shape)
+
     if likelihood == "categorical":
-        labels = jax.random.categorical(key, z)
+        labels = jnp.argmax(z + noise(jax.random.gumbel), -1)
         one_hot = jax.nn.one_hot(labels, z.shape[-1], dtype=z.dtype)
         draw = jax.nn.softmax(z) - one_hot
     elif likelihood == "bernoulli":
         p = jax.nn.sigmoid(z)
-        draw = p - jax.random.bernoulli(key, p).astype(z.dtype)
+        draw = p - (noise(jax.random.uniform) < p).astype(z.dtype)
     else:
-        draw = jax.random.normal(key, z.shape, z.dtype)
+        draw = noise(jax.random.normal)
     return draw.astype(output.dtype)
 
 

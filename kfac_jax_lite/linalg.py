@@ -6,8 +6,8 @@ from jax import lax
 
 from kfac_jax_lite.types import Array
 
-# The least size at which ``spd_inverse`` halves matrices; on a CPU 64 to 192 are alike.
-LEAF = 128
+# Up to which size ``spd_inverse`` factorises matrices; on a CPU 64 to 192 are alike.
+LEAF, SMALLEST = 128, 16
 
 
 def add_diagonal(matrix: Array, value: Array) -> Array:
@@ -21,23 +21,30 @@ def expanded(value: Array, rank: int) -> Array:
     return value.reshape(value.shape + (1,) * (rank - value.ndim))
 
 
-def leaf_size(size: int) -> int:
-    """Up to which size ``spd_inverse`` factorises a matrix of ``size`` at once.
+def padded_size(size: int, leaf: int = LEAF) -> int:
+    """The size to which ``spd_inverse`` fills a matrix up, so that few sizes occur.
 
-    Small blocks leave more to products, which run faster; not more than 16 of them, so
-    that programs stay short.
+    Equal kernels are compiled once for a whole program: factors of all layers share
+    those of a handful of sizes.
+
+    Args:
+        size: ``d``.
+        leaf: Largest size that is factorised at once.
 
     Returns:
-        The size.
+        A multiple of ``leaf``; below, a power of two.
     """
-    return max(LEAF, -(-size // 16))
+    if size > leaf:
+        return -(-size // leaf) * leaf
+    return min(leaf, max(SMALLEST, 1 << (size - 1).bit_length()))
 
 
-def spd_inverse(matrix: Array, leaf: int | None = None) -> Array:
+def spd_inverse(matrix: Array, leaf: int = LEAF) -> Array:
     """Inverse of positive definite matrices; NaN where a Cholesky factorisation fails.
 
-    Halves ``M = [[A, B], [Bᵀ, D]]`` until blocks are at most ``leaf`` wide and inverts
-    those by Cholesky: with ``S = D − Bᵀ A⁻¹ B`` and ``X = −A⁻¹ B S⁻¹``,
+    Fills ``M`` up with the identity to ``padded_size(d)``, halves
+    ``M = [[A, B], [Bᵀ, D]]`` until blocks are at most ``leaf`` wide and inverts those
+    by Cholesky: with ``S = D − Bᵀ A⁻¹ B`` and ``X = −A⁻¹ B S⁻¹``,
 
     ``M⁻¹ = [[A⁻¹ − X Bᵀ A⁻¹, X], [Xᵀ, S⁻¹]]``.
 
@@ -47,7 +54,7 @@ def spd_inverse(matrix: Array, leaf: int | None = None) -> Array:
 
     Args:
         matrix: ``[*blocks, d, d]``, symmetric.
-        leaf: Largest size that is factorised at once; ``leaf_size(d)`` by default.
+        leaf: Largest size that is factorised at once.
 
     Returns:
         ``[*blocks, d, d]``.
@@ -56,22 +63,38 @@ def spd_inverse(matrix: Array, leaf: int | None = None) -> Array:
         Higham, 2002, "Accuracy and Stability of Numerical Algorithms", Ch. 14.
     """
     d = matrix.shape[-1]
-    leaf = leaf_size(d) if leaf is None else leaf
+    size = padded_size(d, leaf)
+    if size > d:
+        more = [(0, 0)] * (matrix.ndim - 2) + [(0, size - d)] * 2
+        ones = (jnp.arange(size) >= d).astype(matrix.dtype)
+        matrix = jnp.pad(matrix, more) + jnp.diag(ones)
+    return inverse_by_halves(matrix, leaf)[..., :d, :d]
+
+
+def inverse_by_halves(matrix: Array, leaf: int) -> Array:
+    """``spd_inverse`` of a matrix of a padded size."""
+    d = matrix.shape[-1]
     if d <= leaf:
         # The transpose of a symmetric matrix: LAPACK wants columns, XLA keeps rows.
         chol = jnp.linalg.cholesky(jnp.swapaxes(matrix, -1, -2), symmetrize_input=False)
         eye = jnp.broadcast_to(jnp.eye(d, dtype=matrix.dtype), matrix.shape)
         half = lax.linalg.triangular_solve(chol, eye, left_side=True, lower=True)
         return jnp.swapaxes(half, -1, -2) @ half
-    k = d // 2
+    k = first_half(d, leaf)
     b = matrix[..., :k, k:]
-    a_inverse = spd_inverse(matrix[..., :k, :k], leaf)
+    a_inverse = inverse_by_halves(matrix[..., :k, :k], leaf)
     ab = a_inverse @ b
-    s_inverse = spd_inverse(matrix[..., k:, k:] - jnp.swapaxes(b, -1, -2) @ ab, leaf)
+    schur = matrix[..., k:, k:] - jnp.swapaxes(b, -1, -2) @ ab
+    s_inverse = inverse_by_halves(schur, leaf)
     x = -ab @ s_inverse
     top = jnp.concatenate([a_inverse - x @ jnp.swapaxes(ab, -1, -2), x], -1)
     bottom = jnp.concatenate([jnp.swapaxes(x, -1, -2), s_inverse], -1)
     return jnp.concatenate([top, bottom], -2)
+
+
+def first_half(size: int, leaf: int) -> int:
+    """The size of ``A``, a multiple of ``leaf``."""
+    return -(-(size // leaf) // 2) * leaf
 
 
 def newton_schulz_inverse(

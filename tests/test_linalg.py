@@ -40,9 +40,11 @@ def test_the_leaf_that_is_chosen(d):
         assert np.abs(error).max() < tolerance
 
 
-@pytest.mark.parametrize("size, leaf", [(5, 128), (2048, 128), (8192, 512)])
-def test_no_more_than_sixteen_leaves(size, leaf):
-    assert linalg.leaf_size(size) == leaf
+@pytest.mark.parametrize(
+    "size, padded", [(1, 16), (17, 32), (65, 128), (128, 128), (129, 256), (785, 896)]
+)
+def test_sizes_that_occur(size, padded):
+    assert linalg.padded_size(size) == padded
 
 
 @pytest.mark.parametrize("place", [0, 3, 6])
