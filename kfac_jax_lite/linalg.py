@@ -1,10 +1,10 @@
 """Small matrix functions, batched over leading axes."""
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kfac_jax_lite.types import Array
+from kfac_jax_lite.tree import joined
+from kfac_jax_lite.types import Array, accumulation_dtype
 
 # Up to which size ``spd_inverse`` factorises matrices; on a CPU 64 to 192 are alike.
 LEAF, SMALLEST = 128, 16
@@ -163,8 +163,8 @@ def safe_ratio(change: Array, scale: Array) -> Array:
 
 
 def all_finite(tree) -> Array:
-    """Whether every entry of every leaf is finite; a scalar."""
-    # The largest magnitude is NaN or infinite if any entry is, and found in one pass.
-    sizes = [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(tree)]
-    flags = [jnp.isfinite(size) for size in sizes]
+    """Whether every entry of every leaf is finite, and so are their sums; a scalar."""
+    # A sum is NaN or infinite if any entry is, and found in one pass without a copy.
+    sums = [jnp.sum(x, dtype=accumulation_dtype(x.dtype)) for (x,) in joined(tree)]
+    flags = [jnp.isfinite(total) for total in sums]
     return jnp.all(jnp.stack(flags)) if flags else jnp.asarray(True)

@@ -84,7 +84,7 @@ def absorbed(
         for i, layer in enumerate(layers):
             name = layer.name
             record = (layer, factors[name], previous[name], fresh[name])
-            found = refreshed(options, *record, gates[i], weight[i])
+            found = refreshed(options, *record, gates[i], weight, i)
             factors[name], previous[name], change = found
             changes.append(change)
         return factors, previous, jnp.stack(changes), good
@@ -106,6 +106,7 @@ def refreshed(
     fresh: Any,
     gate: Array,
     weight: Array,
+    index: int,
 ) -> tuple[Any, tuple, Array]:
     """A layer's moving average and remembered statistics, where ``gate`` is true.
 
@@ -116,7 +117,8 @@ def refreshed(
         past: Remembered fresh statistics, newest first.
         fresh: This step's statistics.
         gate: Whether the layer is refreshed.
-        weight: Sum of the average's weights, this step included.
+        weight: Sums of the averages' weights, this step included, ``[layers]``.
+        index: The layer's place there.
 
     Returns:
         ``(average, past, changes)``; ``changes [memory]`` are the relative changes
@@ -141,7 +143,7 @@ def refreshed(
         axis_name = options.axis_name
         changes = [largest_change(new, old, axis_name) for old in past]
         new = jax.tree.map(lambda x, y: x.astype(y.dtype), new, average)
-        average = moving_average(average, new, weight, options.factor_decay)
+        average = moving_average(average, new, weight[index], options.factor_decay)
         kept = (new, *past)[: len(past)]
         stacked = jnp.stack(changes).astype(jnp.float32) if changes else no_changes
         return average, kept, stacked

@@ -27,6 +27,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from kfac_jax_lite.factors import dense
@@ -251,20 +252,34 @@ def shifted_moment(geometry: ConvGeometry, x: Array, axis: int) -> Array:
             product(p[:, :rows], p[:, s : s + rows], "byri,byrj->ij") for s in range(k)
         ]
         head, tail = (
-            product(edge, edge, "byri,bzrj->yzij")
+            product(edge, edge, "byri,bzrj->yzij").reshape(-1, m, m)
             for edge in (p[:, : k - 1], p[:, rows:])
         )
-        return jnp.stack(first), tail - head
+        return jnp.concatenate([jnp.stack(first), tail - head])
 
     elements = math.prod(geometry.rows) // rows * (rows + k - 1) * m
-    first, change = by_chunks(moments, x, elements)
-    blocks = {(0, s): first[s] for s in range(k)}
-    for j in range(1, k):
-        for i in range(1, j + 1):
-            blocks[i, j] = blocks[i - 1, j - 1] + change[i - 1, j - 1]
-            blocks[j, i] = blocks[i, j].T if i < j else blocks[i, j]
-        blocks[j, 0] = blocks[0, j].T
-    return jnp.block([[blocks[i, j] for j in range(k)] for i in range(k)])
+    terms = by_chunks(moments, x, elements)
+    place = jnp.asarray(diagonal_sums(k), dtype)
+    upper = jnp.einsum("abp,pij->abij", place, terms, precision=lax.Precision.HIGHEST)
+    total = jnp.transpose(upper, (0, 2, 1, 3)) + jnp.transpose(upper, (1, 3, 0, 2))
+    return total.reshape(geometry.n_in, geometry.n_in)
+
+
+def diagonal_sums(k: int) -> np.ndarray:
+    """Which terms of ``shifted_moment`` a block of ``A`` is the sum of.
+
+    Returns:
+        Zeros and ones ``[k, k, k + (k-1)²]``: the first row of blocks, then the changes
+        from ``A_ij`` to ``A_{i+1,j+1}``, row by row. A half on the diagonal and nothing
+        below: with its transpose it makes the whole.
+    """
+    place = np.zeros((k, k, k + (k - 1) ** 2))
+    for i in range(k):
+        for j in range(i, k):
+            place[i, j, j - i] = 1
+            for t in range(i):
+                place[i, j, k + t * (k - 1) + t + j - i] = 1
+    return place / (1 + np.eye(k)[:, :, None])
 
 
 def patch_factor(
