@@ -81,13 +81,13 @@ def inverse_by_halves(matrix: Array, leaf: int) -> Array:
         half = lax.linalg.triangular_solve(chol, eye, left_side=True, lower=True)
         return jnp.swapaxes(half, -1, -2) @ half
     k = first_half(d, leaf)
-    b = matrix[..., :k, k:]
+    b = -matrix[..., :k, k:]  # The sign goes with the copy of the block.
     a_inverse = inverse_by_halves(matrix[..., :k, :k], leaf)
     ab = a_inverse @ b
     schur = matrix[..., k:, k:] - jnp.swapaxes(b, -1, -2) @ ab
     s_inverse = inverse_by_halves(schur, leaf)
-    x = -ab @ s_inverse
-    top = jnp.concatenate([a_inverse - x @ jnp.swapaxes(ab, -1, -2), x], -1)
+    x = ab @ s_inverse
+    top = jnp.concatenate([a_inverse + x @ jnp.swapaxes(ab, -1, -2), x], -1)
     bottom = jnp.concatenate([jnp.swapaxes(x, -1, -2), s_inverse], -1)
     return jnp.concatenate([top, bottom], -2)
 

@@ -177,9 +177,11 @@ def test_subsampled_rows():
         (layer,) = tagged.layers
         return rows[layer.name], statistics_flops(layer, rows[layer.name])
 
-    # Three shifts of patches [8 rows, 8, 6], and both edges of two rows.
-    shifted = 2 * (256 * 3 + 256 // 8 * 2 * 4) * 6**2
-    assert cost()[1] == shifted + 2 * 256 * 3**2
-    assert cost(examples=2)[1] == cost()[1] // 2
+    # Three shifts of patches [8 rows, 8, 6], both edges of two rows, and nine blocks
+    # that are sums of seven.
+    shifted, sums = 2 * (256 * 3 + 256 // 8 * 2 * 4) * 6**2, 2 * 9 * 7 * 6**2
+    rest = shifted + 2 * 256 * 3**2
+    assert cost()[1] == rest + sums
+    assert cost(examples=2)[1] == rest // 2 + sums
     assert cost(examples=2, positions=2)[0] == (256, 0, 32, 0)
     assert cost(examples=2, positions=2)[1] == 2 * 32 * (19**2 + 3**2)

@@ -135,10 +135,14 @@ def patch_flops(geometry: ConvGeometry) -> int:
 
 
 def shifted_flops(geometry: ConvGeometry, axis: int) -> int:
-    """``2 R k m²`` with ``m = in/k``, and ``4 R/Y (k-1)² m²`` for both edges."""
+    """``2 R k m²`` with ``m = in/k``, ``4 R/Y (k-1)² m²`` for both edges, and sums.
+
+    The sums are a product with ``diagonal_sums``.
+    """
     k, rows = geometry.kernel[axis], math.prod(geometry.rows)
     edge = 2 * (k - 1) ** 2 * rows // geometry.rows[1 + axis]
-    return 2 * (rows * k + edge) * (geometry.n_in // k) ** 2
+    sums = k**2 * (k + (k - 1) ** 2)
+    return 2 * (rows * k + edge + sums) * (geometry.n_in // k) ** 2
 
 
 def sampled(
