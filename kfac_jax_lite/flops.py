@@ -10,6 +10,7 @@ diagonal nothing.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -95,7 +96,8 @@ def saved_flops(site: Site, recipe: Recipe) -> int:
     axis = chosen_axis(geometry, recipe)
     if axis is None:
         return 0
-    full = 2 * math.prod(geometry.rows) * recipe.layer.a_shape[-1] ** 2
+    rows, size = math.prod(geometry.rows), recipe.layer.a_shape[-1]
+    full = forms.symmetric_product_flops(rows, size)
     return (full - shifted_flops(geometry, axis)) * site.repeat
 
 
@@ -125,7 +127,9 @@ def gradient_flops(layer: LayerTag, rows: Rows) -> int:
 
 
 def statistics_flops(layer: LayerTag, rows: Rows, moments: bool = False) -> int:
-    """``2 R a² + 2 R g²``: ``A = Σ ā āᵀ`` and ``G = Σ c cᵀ`` as full products.
+    """``2 R a² + 2 R g²``: ``A = Σ ā āᵀ`` and ``G = Σ c cᵀ``.
+
+    Of a large one a block is spared, see ``forms.symmetric_product``.
 
     A convolution whose patches are multiplied with themselves shifted along an axis on
     which the kernel has ``k`` points takes about a ``k``-th for ``A``: ``rows.saved``
@@ -153,8 +157,9 @@ def statistics_flops(layer: LayerTag, rows: Rows, moments: bool = False) -> int:
         return 2 * r * math.prod(layer.a_shape)
     a = entries(layer.a_shape, layer.a_form)
     g = entries(layer.g_shape, layer.g_form)
-    total = 2 * r * (g if layer.kind == "embedding" else a + g)
-    total += 2 * rows.reverse * (a + g) - rows.saved
+    of_a, of_g = (functools.partial(outer_flops, *pair) for pair in factors_of(layer))
+    total = (0 if layer.kind == "embedding" else of_a(r)) + of_g(r)
+    total += of_a(rows.reverse) + of_g(rows.reverse) - rows.saved
     if moments:
         total += 2 * (r + rows.reverse) * (a + g)
         product = 0 if layer.kind == "embedding" else r
@@ -292,6 +297,13 @@ def full_norm(layer: LayerTag) -> bool:
 def factors_of(layer: LayerTag) -> tuple[tuple[Shape, str], ...]:
     """Shape and form of the factors of a Kronecker layer."""
     return (layer.a_shape, layer.a_form), (layer.g_shape, layer.g_form)
+
+
+def outer_flops(shape: Shape, form: str, rows: int) -> int:
+    """Operations of ``Σ x xᵀ`` over rows; 0 if the diagonal is kept."""
+    if form == forms.FULL:
+        return matrices(shape) * forms.symmetric_product_flops(rows, shape[-1])
+    return 2 * rows * entries(shape, form)
 
 
 def entries(shape: Shape, form: str) -> int:

@@ -14,6 +14,7 @@ end. All functions work on rows (the last axis of ``x``).
 """
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -30,6 +31,8 @@ from kfac_jax_lite.views import Shape
 FULL, BLOCKS, DIAGONAL = "full", "block_diagonal", "diagonal"
 # A factor too large by more than this many times keeps its diagonal only.
 MOST_BLOCKS = 4
+# From this size on a block of a symmetric product is worth sparing.
+LEAST_SPLIT = 768
 
 
 def form_of(size: int, limit: int) -> str:
@@ -84,7 +87,31 @@ def second_moment(x: Array, form: str, shape: Shape) -> Array:
         x = widened(x, width(form, shape))
         x = x.reshape(*x.shape[:-1], *shape[-3:-1])
         return jnp.einsum("...rki,...rkj->...kij", x, x, preferred_element_type=dtype)
-    return jnp.einsum("...ri,...rj->...ij", x, x, preferred_element_type=dtype)
+    return symmetric_product(x, dtype)
+
+
+def symmetric_product(x: Array, dtype: Any) -> Array:
+    """``xᵀ x`` of rows ``[*blocks, R, d]``; large ones by three of four blocks."""
+
+    def product(left, right):
+        return jnp.einsum(
+            "...ri,...rj->...ij", left, right, preferred_element_type=dtype
+        )
+
+    if x.shape[-1] < LEAST_SPLIT:
+        return product(x, x)
+    left, right = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+    corner = product(left, right)
+    top = jnp.concatenate([product(left, left), corner], -1)
+    bottom = [jnp.swapaxes(corner, -1, -2), product(right, right)]
+    return jnp.concatenate([top, jnp.concatenate(bottom, -1)], -2)
+
+
+def symmetric_product_flops(rows: int, size: int) -> int:
+    """``2 R d²``, or what the blocks of a large ``symmetric_product`` take."""
+    half = size // 2
+    spared = half * (size - half) if size >= LEAST_SPLIT else 0
+    return 2 * rows * (size**2 - spared)
 
 
 def mean_diagonal(factor: Array, form: str, size: int) -> Array:

@@ -1,6 +1,7 @@
 """Diagonal and block-diagonal factors act as the dense matrices they stand for."""
 
 import functools
+from unittest import mock
 
 import hypothesis.strategies as st
 import jax
@@ -11,7 +12,7 @@ from hypothesis import given
 
 import kfac_jax_lite as kfac
 from kfac_jax_lite import forms
-from tests import models, oracles
+from tests import models, oracles, programs
 from tests.helpers import INVERSES, close, first_pass, kfac_state, leaves, spd
 
 
@@ -150,3 +151,25 @@ def test_a_bound_only_changes_what_is_too_large():
     assert "block-diagonal (6 > 5)" in str(small)
     wanted = functools.partial(models.BY_NAME["mlp"].tag, 4)
     assert small.layers[0] == wanted().layers[0]
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    blocks=st.sampled_from([(), (2,)]),
+    rows=st.integers(1, 5),
+    d=st.integers(2, 9),
+)
+def test_symmetric_product_by_blocks(seed, blocks, rows, d):
+    x = np.random.default_rng(seed).normal(size=(*blocks, rows, d))
+    with mock.patch.object(forms, "LEAST_SPLIT", 2):
+        seen = np.asarray(forms.symmetric_product(jnp.asarray(x), jnp.float64))
+    np.testing.assert_allclose(seen, np.swapaxes(x, -1, -2) @ x, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("d", [767, 769, 1000])
+def test_operations_of_a_symmetric_product(d):
+    x = jax.ShapeDtypeStruct((7, d), jnp.float32)
+    program = jax.make_jaxpr(lambda x: forms.symmetric_product(x, jnp.float32))(x)
+    wanted = forms.symmetric_product_flops(7, d)
+    assert programs.products(program.jaxpr) == wanted
+    assert (wanted < 2 * 7 * d**2) == (d > 768)

@@ -33,7 +33,7 @@ from jax import lax
 from kfac_jax_lite.factors import dense
 from kfac_jax_lite.factors.recipe import Recipe
 from kfac_jax_lite.factors.sampling import Lattice
-from kfac_jax_lite.forms import FULL
+from kfac_jax_lite.forms import FULL, symmetric_product_flops
 from kfac_jax_lite.tagging.layers import ConvGeometry
 from kfac_jax_lite.tree import vary, varying_axes
 from kfac_jax_lite.types import Array, accumulation_dtype
@@ -130,15 +130,14 @@ def chosen_axis(geometry: ConvGeometry, recipe: Recipe) -> int | None:
 
 
 def patch_flops(geometry: ConvGeometry) -> int:
-    """``2 R in²`` per group: one product of all patches."""
-    return 2 * math.prod(geometry.rows) * geometry.n_in**2 * geometry.groups
+    """``2 R in²`` per group: one ``symmetric_product`` of all patches."""
+    rows = math.prod(geometry.rows)
+    return symmetric_product_flops(rows, geometry.n_in) * geometry.groups
 
 
 def shifted_flops(geometry: ConvGeometry, axis: int) -> int:
-    """``2 R k m²`` with ``m = in/k``, ``4 R/Y (k-1)² m²`` for both edges, and sums.
-
-    The sums are a product with ``diagonal_sums``.
-    """
+    """``2 R k m²`` with ``m = in/k``, ``4 R/Y (k-1)² m²`` for both edges, and sums."""
+    # The sums are a product with ``diagonal_sums``.
     k, rows = geometry.kernel[axis], math.prod(geometry.rows)
     edge = 2 * (k - 1) ** 2 * rows // geometry.rows[1 + axis]
     sums = k**2 * (k + (k - 1) ** 2)
