@@ -13,9 +13,8 @@ from kfac_jax_lite.guided import Guide, guided
 from kfac_jax_lite.intervals import Interval
 from kfac_jax_lite.inverse import Method
 from kfac_jax_lite.reduce import Reduction
-from kfac_jax_lite.sharding import explicit_mesh
 from kfac_jax_lite.transform import ALL_REDUCE, EVERY_STEP, scale_by_kfac
-from kfac_jax_lite.tree import choose, joined
+from kfac_jax_lite.tree import choose
 from kfac_jax_lite.types import Array, LayerTag, accumulation_dtype
 
 
@@ -189,9 +188,7 @@ def trust_region(updates: Any, grads: Any, rate: Any, kl_clip: Any) -> Array:
         dtype = accumulation_dtype(u.dtype)
         return jnp.sum(u.astype(dtype) * g.astype(dtype))
 
-    pairs = zip(*map(jax.tree.leaves, (updates, grads)), strict=True)
-    if explicit_mesh((updates, grads)) is None:
-        pairs = joined(updates, grads)
-    size = jnp.square(rate) * sum(product(u, g) for u, g in pairs)
+    products = jax.tree.map(product, updates, grads)
+    size = jnp.square(rate) * sum(jax.tree.leaves(products))
     bounded = jnp.sqrt(kl_clip / jnp.where(size > 0, size, 1))
     return jnp.where(size > 0, jnp.minimum(1.0, bounded), 1.0)

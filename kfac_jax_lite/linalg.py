@@ -1,9 +1,9 @@
 """Small matrix functions, batched over leading axes."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kfac_jax_lite.tree import joined
 from kfac_jax_lite.types import Array, accumulation_dtype
 
 # Up to which size ``spd_inverse`` factorises matrices; on a CPU 64 to 192 are alike.
@@ -165,6 +165,7 @@ def safe_ratio(change: Array, scale: Array) -> Array:
 def all_finite(tree) -> Array:
     """Whether every entry of every leaf is finite, and so are their sums; a scalar."""
     # A sum is NaN or infinite if any entry is, and found in one pass without a copy.
-    sums = [jnp.sum(x, dtype=accumulation_dtype(x.dtype)) for (x,) in joined(tree)]
+    leaves = jax.tree.leaves(tree)
+    sums = [jnp.sum(x, dtype=accumulation_dtype(x.dtype)) for x in leaves]
     flags = [jnp.isfinite(total) for total in sums]
     return jnp.all(jnp.stack(flags)) if flags else jnp.asarray(True)

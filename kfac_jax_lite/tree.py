@@ -8,9 +8,6 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-# Leaves of up to so many entries are ``joined``.
-SMALL_LEAF = 4096
-
 
 def path_key(path: tuple) -> str:
     """``jax.tree_util.keystr`` of a parameter, the same for a flax NNX variable.
@@ -57,31 +54,6 @@ def find_states(opt_state: Any, name: str = "KFACState") -> list[Any]:
 def choose(condition: Any, new: Any, old: Any) -> Any:
     """``new`` where the condition holds, else ``old``, leaf by leaf."""
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), new, old)
-
-
-def joined(*trees: Any) -> list[tuple[jax.Array, ...]]:
-    """Corresponding leaves of trees, to sum over: small ones side by side in vectors.
-
-    A kernel for every small leaf would take longer to compile than to run.
-
-    Args:
-        *trees: Trees of equal structure and shapes.
-
-    Returns:
-        A tuple with an array of each tree, for every large leaf and for all small ones
-        of equal dtypes.
-    """
-    found: list[tuple[jax.Array, ...]] = []
-    small: dict[tuple, list] = {}
-    for arrays in zip(*map(jax.tree.leaves, trees), strict=True):
-        if arrays[0].size > SMALL_LEAF:
-            found.append(arrays)
-        else:
-            small.setdefault(tuple(x.dtype for x in arrays), []).append(arrays)
-    for group in small.values():
-        columns = zip(*group, strict=True)
-        found.append(tuple(jnp.concatenate([x.ravel() for x in c]) for c in columns))
-    return found
 
 
 def varying_axes(tree: Any) -> frozenset:

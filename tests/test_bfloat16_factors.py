@@ -48,9 +48,10 @@ def test_operands_stay_bfloat16(apply, shape, square):
         for eqn in equations(found.jaxpr)
         if eqn.primitive.name == "dot_general"
         and eqn.outvars[0].aval.dtype == jnp.float32
+        and eqn.params["precision"] is None  # sums of products are of full precision
     ]
     assert {v.aval.dtype for eqn in products for v in eqn.invars} == {
         jnp.dtype(jnp.bfloat16)
     }
     sizes = {tuple(eqn.outvars[0].aval.shape) for eqn in products}
-    assert {(square, square), (7, 7)} <= sizes
+    assert {(square, square), (7, 7)} <= sizes, sizes
