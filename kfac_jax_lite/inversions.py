@@ -15,7 +15,7 @@ from jax import lax
 from kfac_jax_lite.linalg import all_finite
 from kfac_jax_lite.options import Options
 from kfac_jax_lite.owned import owned_inversions
-from kfac_jax_lite.ownership import Plan, shape_class
+from kfac_jax_lite.ownership import Plan, grouped
 from kfac_jax_lite.refresh import gated
 from kfac_jax_lite.slices import unpacked
 from kfac_jax_lite.tree import choose
@@ -101,27 +101,22 @@ def inverted_here(
         for t in layers
     }
 
+    def kind(layer):
+        leaves, structure = jax.tree.flatten(start[layer.name])
+        return tuple((x.shape, x.dtype) for x in leaves), structure
+
     def invert(carry):
-        for names, layer in alike(layers, start):
+        for alike in grouped(layers, kind):
+            names = [layer.name for layer in alike]
             parts = [carry[name] for name in names]
             whole = [factors[name] for name in names]
             gates, first = zip(*(flags[name] for name in names), strict=True)
-            record = (layer, whole, parts, shift, gates, first)
+            record = (alike[0], whole, parts, shift, gates, first)
             carry |= zip(names, invert_alike(options, *record), strict=True)
         return carry
 
     anyone = jnp.any(jnp.stack([gate for gate, _ in flags.values()]))
     return gated(anyone, invert, start)
-
-
-def alike(layers: list[LayerTag], start: dict) -> list[tuple[list[str], LayerTag]]:
-    """Names of layers that one program inverts, with one of them."""
-    groups: dict[Any, list[LayerTag]] = {}
-    for layer in layers:
-        leaves, structure = jax.tree.flatten(start[layer.name])
-        kinds = tuple((x.shape, x.dtype) for x in leaves)
-        groups.setdefault((shape_class(layer), kinds, structure), []).append(layer)
-    return [([t.name for t in group], group[0]) for group in groups.values()]
 
 
 def invert_alike(

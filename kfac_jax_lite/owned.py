@@ -216,7 +216,7 @@ def inverted_by_owners(
         rows, records, shift = operands
         found = [
             invert_alike(alike, plan, method, rows, records, shift)
-            for alike in grouped(own, method)
+            for alike in grouped(own, method.ranks)
         ]
         flat = jnp.concatenate([x.ravel().astype(dtype) for x in found])
         return varied(jnp.pad(flat, (0, longest - flat.size)), axis_name)
@@ -235,7 +235,7 @@ def inverted_by_owners(
     found = {}
     for own in by_owner.values():
         start = 0
-        for layer in (t for alike in grouped(own, method) for t in alike):
+        for layer in (t for alike in grouped(own, method.ranks) for t in alike):
             size = sizes[layer.name]
             part = flat[start : start + size]
             found[layer.name] = part.astype(rows[layer.name].dtype)

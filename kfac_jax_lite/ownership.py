@@ -8,7 +8,7 @@ References:
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -209,13 +209,13 @@ def balanced(layers: Sequence[LayerTag], devices: int) -> dict[str, int]:
 
 
 def grouped(
-    layers: Sequence[LayerTag], method: Method | None = None
+    layers: Sequence[LayerTag], kind: Callable[[LayerTag], Any] | None = None
 ) -> list[list[LayerTag]]:
-    """Layers of equal shape together, and of equal ranks if the method has them."""
+    """Layers of equal shape together, if ``kind`` agrees as well."""
     classes: dict[Any, list[LayerTag]] = {}
     for layer in layers:
-        ranks = () if method is None else method.ranks(layer)
-        classes.setdefault((shape_class(layer), ranks), []).append(layer)
+        more = () if kind is None else kind(layer)
+        classes.setdefault((shape_class(layer), more), []).append(layer)
     return list(classes.values())
 
 

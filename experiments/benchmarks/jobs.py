@@ -1,8 +1,7 @@
 """The optimisers whose steps are timed, each as a job that takes one step of each kind.
 
-A job holds parameters and state as they were before a step of every kind, and steps
-from copies of them, made outside the clock, so that the optimisers can donate their
-buffers. K-FAC with adaptive intervals has no fixed kinds: its job goes on training.
+Every job goes on training, as a user's loop does. Where steps are of fixed kinds, a
+small part of the state (a counter, K-FAC's clock) is set to what selects the kind.
 """
 
 import dataclasses
@@ -60,26 +59,42 @@ class Job:
         return self.setup + sum(max(0.0, seconds) for seconds in extra)
 
 
-def stepper(step: Callable, saved: dict[str, tuple], *rest: Any) -> Callable:
-    """Returns a function that takes one step of each kind from copies.
+def stepper(
+    step: Callable, now: tuple, kinds: dict[str, Callable[[Any], Any]], *rest: Any
+) -> Callable:
+    """Returns a function that goes on training, by one step of each kind.
+
+    A step of the last kind goes before them, outside the clock: the jobs that ran in
+    the meantime have emptied the caches.
 
     Args:
-        step: ``(params, state, *rest) -> …``; may donate params and state.
-        saved: params and state before a step of each kind.
+        step: ``(params, state, *rest) -> (params, state, …)``; may donate the first
+            two.
+        now: params and state.
+        kinds: what to do with the state so that a step is of that kind.
         *rest: the step's other arguments; never donated.
 
     Returns:
         What a `Job` runs.
     """
+    live = [copy_tree(now)]
 
     def run():
         samples = []
-        for kind, before in saved.items():
-            params, state = copy_tree(before)
-            samples.append((kind, timed(step, params, state, *rest)[0]))
-        return samples
+        for kind in (list(kinds)[-1], *kinds):
+            params, state = live.pop()
+            state = jax.block_until_ready(kinds[kind](state))
+            seconds, result = timed(step, params, state, *rest)
+            live.append(result[:2])
+            samples.append((kind, seconds))
+        return samples[1:]
 
     return run
+
+
+def unchanged(state: Any) -> Any:
+    """The state as it is: there is one kind of step."""
+    return state
 
 
 def optax_job(name: str, tx: optax.GradientTransformation, problem: Problem) -> Job:
@@ -104,7 +119,7 @@ def optax_job(name: str, tx: optax.GradientTransformation, problem: Problem) -> 
     batch = problem.batches[0]
     seconds, state = timed(tx.init, problem.params)
     first, (params, state, _) = timed(step, *copy_tree((problem.params, state)), batch)
-    run = stepper(step, {"step": (params, state)}, batch)
+    run = stepper(step, (params, state), {"step": unchanged}, batch)
     return Job(name, run, {"step": 1}, {"step": first}, seconds, megabytes(state))
 
 
@@ -137,7 +152,7 @@ def products_job(problem: Problem) -> Job:
     rest = (inner.factors, inner.inverses, batch)
     seconds, state = timed(tx.init, params)
     first, _ = timed(step, *copy_tree((params, state)), *rest)
-    run = stepper(step, {"step": (params, state)}, *rest)
+    run = stepper(step, (params, state), {"step": unchanged}, *rest)
     size = megabytes(state)
     return Job("gradient + products", run, {"step": 1}, {"step": first}, seconds, size)
 
@@ -170,21 +185,21 @@ def peer_job(problem: Problem, kfac_jax: Any, factor: int, inverse: int) -> Job:
     counter = {"refresh+invert": 0, "refresh": factor, "nothing": 1}
     cycle = cycle_of(factor, inverse)
 
-    def step(kind, before):
-        params, state = copy_tree(before)
-        state.step_counter = jnp.array(counter[kind])
-        fresh = copy_tree(batch)
-        return timed(
-            lambda: optimizer.step(
-                params, state, key, batch=fresh, global_step_int=counter[kind]
-            )[:2]
-        )
+    def step(params, state):
+        fresh, kind = copy_tree(batch), int(state.step_counter)
+        return optimizer.step(params, state, key, batch=fresh, global_step_int=kind)
+
+    def turned(kind):
+        def put(state):
+            state.step_counter = jnp.array(counter[kind])
+            return state
+
+        return put
 
     first: dict[str, float] = {}
     for kind in cycle:
-        first[kind], now = step(kind, now)
-
-    def run():
-        return [(kind, step(kind, now)[0]) for kind in cycle]
-
+        params, state = copy_tree(now)
+        first[kind], result = timed(step, params, turned(kind)(state))
+        now = result[:2]
+    run = stepper(step, now, {kind: turned(kind) for kind in cycle})
     return Job(f"kfac-jax ({factor}, {inverse})", run, cycle, first, setup, size)

@@ -127,12 +127,23 @@ def aged(state: Any, steps: int) -> Any:
     return state._replace(kfac=state.kfac._replace(clock=clock))
 
 
+def clock_of(state: Any) -> tuple[Any, Any]:
+    """The number of steps and the clock, copied."""
+    return copy_tree((state.kfac.count, state.kfac.clock))
+
+
+def with_clock(saved: tuple[Any, Any], state: Any) -> Any:
+    """The state at an earlier time: what is due follows from it."""
+    count, clock = copy_tree(saved)
+    return state._replace(kfac=state.kfac._replace(count=count, clock=clock))
+
+
 def ours_job(
     problem: Problem, factor: int, inverse: int, fisher: str, method: str
 ) -> Job:
     """This package's K-FAC with fixed intervals.
 
-    The run takes real steps until statistics are due for the second time. The state
+    The run takes real steps until statistics are due for the second time. The clock
     before that step is kept twice: as it is, and with inverses old enough to be due.
 
     Args:
@@ -156,23 +167,24 @@ def ours_job(
         inverse_interval=inverse,
     )
     cycle = cycle_of(factor, inverse)
-    saved: dict[str, tuple] = {}
+    saved: dict[str, Any] = {}
     kind, first = run.advance()
     for _ in range(factor - 1):
-        saved["nothing"] = copy_tree(run.now)
+        saved["nothing"] = clock_of(run.now[1])
         run.advance()
-    params, state = copy_tree(run.now)
-    saved["refresh"] = (params, state)
-    saved["refresh+invert"] = (params, aged(state, inverse))
-    saved = {kind: saved[kind] for kind in cycle}
+    saved["refresh"] = clock_of(run.now[1])
+    saved["refresh+invert"] = clock_of(aged(run.now[1], inverse))
     batch = problem.batches[0]
-    for kind, before in saved.items():
-        after = run.step(*copy_tree(before), batch, run.key)[1]
-        seen = effect(counters(before[1]), counters(after))
+    kinds = {kind: functools.partial(with_clock, saved[kind]) for kind in cycle}
+    for kind, turned in kinds.items():
+        params, state = run.now[0], turned(run.now[1])
+        before = counters(state)
+        run.now = run.step(params, state, batch, run.key)[:2]
+        seen = effect(before, counters(run.now[1]))
         if seen != kind:
             raise RuntimeError(f"a step that should {kind} did {seen}.")
     name = f"ours {label(fisher, method)} ({factor}, {inverse})"
-    steps = stepper(run.step, saved, batch, run.key)
+    steps = stepper(run.step, run.now, kinds, batch, run.key)
     size, floor = megabytes(run.now[1]), None
     if fisher != "exact":
         floor = flop_floor(problem, run.tagged, factor, inverse, method)

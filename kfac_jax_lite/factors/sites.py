@@ -33,9 +33,8 @@ def tap_site(
     """Taps one site with the estimators of its layer's kind."""
     if not slot.probes:
         return output
-    pairs, probes = chosen(recipes, site, slot)
-    phase = phases[site.layer or ""]
-    return tap(pairs, output, (inputs, slot.basis, phase), slot.due, probes)
+    pairs, operands, probes = chosen(recipes, phases, site, inputs, slot)
+    return tap(pairs, output, operands, slot.due, probes)
 
 
 def site_statistics(
@@ -47,16 +46,28 @@ def site_statistics(
     slot: Slot,
 ) -> dict[str, Array]:
     """What a tap's backward pass would return, from the inputs and the cotangent."""
-    pairs, probes = chosen(recipes, site, slot)
-    operands = (inputs, slot.basis, phases[site.layer or ""])
+    pairs, operands, probes = chosen(recipes, phases, site, inputs, slot)
     return estimated(pairs, operands, cotangent, slot.due, probes)
 
 
-def chosen(recipes: dict[str, Recipe], site: Site, slot: Slot) -> tuple:
-    """A site's estimators that feed one of its layer's probes, and those probes."""
-    found = estimators(recipes[site.layer or ""], site)
-    pairs = tuple((name, found[name]) for name in found if name in slot.probes)
-    return pairs, {name: slot.probes[name] for name, _ in pairs}
+def chosen(
+    recipes: dict[str, Recipe],
+    phases: dict[str, Array],
+    site: Site,
+    inputs: list,
+    slot: Slot,
+) -> tuple:
+    """A site's estimators that feed a probe of its layer.
+
+    Returns:
+        ``(pairs, operands, probes)``: names and functions, what goes into them, and
+        those probes.
+    """
+    name = site.layer or ""
+    found = estimators(recipes[name], site)
+    pairs = tuple((k, f) for k, f in found.items() if k in slot.probes)
+    operands = (inputs, slot.basis, phases[name])
+    return pairs, operands, {k: slot.probes[k] for k, _ in pairs}
 
 
 def estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
