@@ -1,5 +1,6 @@
 """``kfac``: preconditioning, trust region, weight decay, momentum, learning rate."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,8 +14,9 @@ from kfac_jax_lite.guided import Guide, guided
 from kfac_jax_lite.intervals import Interval
 from kfac_jax_lite.inverse import Method
 from kfac_jax_lite.reduce import Reduction
+from kfac_jax_lite.refresh import gated
 from kfac_jax_lite.transform import ALL_REDUCE, EVERY_STEP, scale_by_kfac
-from kfac_jax_lite.tree import choose
+from kfac_jax_lite.tree import choose, vary, varying_axes
 from kfac_jax_lite.types import Array, LayerTag, accumulation_dtype
 
 
@@ -141,14 +143,18 @@ def bounded(
         grads = updates
         inner: Any
         updates, inner = precondition.update(grads, state.kfac, params, **extra_args)
+        accepted = inner.skipped == state.kfac.skipped
         trust = jnp.ones((), jnp.float32)
         if kl_clip is not None:
             rate = value_at(learning_rate, state.kfac.count)
-            trust = trust_region(updates, grads, rate, kl_clip)
+            # Behind a gate: all that leads to a scalar would else be compiled into the
+            # kernel of every parameter that is multiplied by it.
+            region = functools.partial(trust_region, updates, grads, rate, kl_clip)
+            one = vary(jnp.ones_like(jax.eval_shape(region)), varying_axes(updates))
+            trust = gated(accepted, lambda _: region(), one)
             # In their own dtype: the momentum's must not change.
             updates = jax.tree.map(lambda u: (trust * u).astype(u.dtype), updates)
         updates, new_tail = tail.update(updates, state.tail, params)
-        accepted = inner.skipped == state.kfac.skipped
         new_tail = choose(accepted, new_tail, state.tail)
         updates = jax.tree.map(lambda u: jnp.where(accepted, u, 0), updates)
         trust = jnp.where(accepted, trust, state.trust).astype(jnp.float32)

@@ -20,7 +20,7 @@ from kfac_jax_lite.factors.estimate import TaggedLoss
 from kfac_jax_lite.factors.recipe import Recipe, count_rows, make_recipe
 from kfac_jax_lite.inverse import Method
 from kfac_jax_lite.likelihoods import MASK
-from kfac_jax_lite.linalg import LEAF, first_half, padded_size
+from kfac_jax_lite.linalg import LEAF, first_half, leaf_size, padded_size
 from kfac_jax_lite.tagging.layers import ConvGeometry, Site
 from kfac_jax_lite.types import LayerTag
 from kfac_jax_lite.views import Shape
@@ -215,27 +215,32 @@ def inversion_flops(layer: LayerTag, method: Method) -> int:
     return round(total + (apply_flops(layer) if method.moments else 0))
 
 
-def spd_inverse_flops(size: int, leaf: int = LEAF) -> float:
+def spd_inverse_flops(size: int, block: int = LEAF) -> float:
     """Operations of ``linalg.spd_inverse``, of the matrix filled up.
 
-    Up to ``leaf``: Cholesky ``d³/3``, a triangular solve with the identity ``d³`` and
-    the product ``L⁻ᵀ L⁻¹`` ``2 d³``: ``10/3 d³``. Above, two halves and four products
-    of halves, which tends to ``4/3 d³``. (The least that LAPACK needs is ``d³``.)
+    What is factorised: Cholesky ``d³/3``, a triangular solve with the identity ``d³``
+    and the product ``L⁻ᵀ L⁻¹`` ``2 d³``: ``10/3 d³``. Above, two halves and four
+    products of halves, which tends to ``4/3 d³``. (The least that LAPACK needs is
+    ``d³``.)
 
     Args:
         size: ``d``.
-        leaf: Largest size that is factorised at once.
+        block: What sizes of blocks are multiples of.
 
     Returns:
         Floating-point operations.
     """
-    size = padded_size(size, leaf)
-    if size <= leaf:
-        return 10 / 3 * size**3
-    k = first_half(size, leaf)
-    m = size - k
-    products = 2 * k * k * m + 2 * k * m * m + 2 * k * m * m + 2 * k * m * k
-    return spd_inverse_flops(k, leaf) + spd_inverse_flops(m, leaf) + products
+    size = padded_size(size, block)
+    leaf = leaf_size(size, block)
+
+    def flops(size):
+        if size <= leaf:
+            return 10 / 3 * size**3
+        k = first_half(size, block)
+        m = size - k
+        return flops(k) + flops(m) + 4 * k * k * m + 4 * k * m * m
+
+    return flops(size)
 
 
 def precondition_flops(layer: LayerTag, method: Method) -> int:

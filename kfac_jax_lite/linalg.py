@@ -8,6 +8,8 @@ from kfac_jax_lite.types import Array, accumulation_dtype
 
 # Up to which size ``spd_inverse`` factorises matrices; on a CPU 64 to 192 are alike.
 LEAF, SMALLEST = 128, 16
+# Of larger matrices it factorises so many blocks at most, for the length of programs.
+MOST_LEAVES = 8
 
 
 def add_diagonal(matrix: Array, value: Array) -> Array:
@@ -21,7 +23,7 @@ def expanded(value: Array, rank: int) -> Array:
     return value.reshape(value.shape + (1,) * (rank - value.ndim))
 
 
-def padded_size(size: int, leaf: int = LEAF) -> int:
+def padded_size(size: int, block: int = LEAF) -> int:
     """The size to which ``spd_inverse`` fills a matrix up, so that few sizes occur.
 
     Equal kernels are compiled once for a whole program: factors of all layers share
@@ -29,22 +31,23 @@ def padded_size(size: int, leaf: int = LEAF) -> int:
 
     Args:
         size: ``d``.
-        leaf: Largest size that is factorised at once.
+        block: What sizes are multiples of.
 
     Returns:
-        A multiple of ``leaf``; below, a power of two.
+        A multiple of ``block``; below, a power of two.
     """
-    if size > leaf:
-        return -(-size // leaf) * leaf
-    return min(leaf, max(SMALLEST, 1 << (size - 1).bit_length()))
+    if size > block:
+        return -(-size // block) * block
+    return min(block, max(SMALLEST, 1 << (size - 1).bit_length()))
 
 
-def spd_inverse(matrix: Array, leaf: int = LEAF) -> Array:
+def spd_inverse(matrix: Array, block: int = LEAF) -> Array:
     """Inverse of positive definite matrices; NaN where a Cholesky factorisation fails.
 
     Fills ``M`` up with the identity to ``padded_size(d)``, halves
-    ``M = [[A, B], [Bᵀ, D]]`` until blocks are at most ``leaf`` wide and inverts those
-    by Cholesky: with ``S = D − Bᵀ A⁻¹ B`` and ``X = −A⁻¹ B S⁻¹``,
+    ``M = [[A, B], [Bᵀ, D]]`` until blocks are at most ``block`` wide (or an eighth of
+    ``M``) and inverts those by Cholesky: with ``S = D − Bᵀ A⁻¹ B`` and
+    ``X = −A⁻¹ B S⁻¹``,
 
     ``M⁻¹ = [[A⁻¹ − X Bᵀ A⁻¹, X], [Xᵀ, S⁻¹]]``.
 
@@ -54,7 +57,7 @@ def spd_inverse(matrix: Array, leaf: int = LEAF) -> Array:
 
     Args:
         matrix: ``[*blocks, d, d]``, symmetric.
-        leaf: Largest size that is factorised at once.
+        block: What sizes of blocks are multiples of; up to there they are factorised.
 
     Returns:
         ``[*blocks, d, d]``.
@@ -63,15 +66,20 @@ def spd_inverse(matrix: Array, leaf: int = LEAF) -> Array:
         Higham, 2002, "Accuracy and Stability of Numerical Algorithms", Ch. 14.
     """
     d = matrix.shape[-1]
-    size = padded_size(d, leaf)
+    size = padded_size(d, block)
     if size > d:
         more = [(0, 0)] * (matrix.ndim - 2) + [(0, size - d)] * 2
         ones = (jnp.arange(size) >= d).astype(matrix.dtype)
         matrix = jnp.pad(matrix, more) + jnp.diag(ones)
-    return inverse_by_halves(matrix, leaf)[..., :d, :d]
+    return inverse_by_halves(matrix, block, leaf_size(size, block))[..., :d, :d]
 
 
-def inverse_by_halves(matrix: Array, leaf: int) -> Array:
+def leaf_size(size: int, block: int = LEAF) -> int:
+    """Up to which size blocks of a matrix of a padded size are factorised."""
+    return max(block, size // MOST_LEAVES)
+
+
+def inverse_by_halves(matrix: Array, block: int, leaf: int) -> Array:
     """``spd_inverse`` of a matrix of a padded size."""
     d = matrix.shape[-1]
     if d <= leaf:
@@ -80,21 +88,21 @@ def inverse_by_halves(matrix: Array, leaf: int) -> Array:
         eye = jnp.broadcast_to(jnp.eye(d, dtype=matrix.dtype), matrix.shape)
         half = lax.linalg.triangular_solve(chol, eye, left_side=True, lower=True)
         return jnp.swapaxes(half, -1, -2) @ half
-    k = first_half(d, leaf)
+    k = first_half(d, block)
     b = -matrix[..., :k, k:]  # The sign goes with the copy of the block.
-    a_inverse = inverse_by_halves(matrix[..., :k, :k], leaf)
+    a_inverse = inverse_by_halves(matrix[..., :k, :k], block, leaf)
     ab = a_inverse @ b
     schur = matrix[..., k:, k:] - jnp.swapaxes(b, -1, -2) @ ab
-    s_inverse = inverse_by_halves(schur, leaf)
+    s_inverse = inverse_by_halves(schur, block, leaf)
     x = ab @ s_inverse
     top = jnp.concatenate([a_inverse + x @ jnp.swapaxes(ab, -1, -2), x], -1)
     bottom = jnp.concatenate([jnp.swapaxes(x, -1, -2), s_inverse], -1)
     return jnp.concatenate([top, bottom], -2)
 
 
-def first_half(size: int, leaf: int) -> int:
-    """The size of ``A``, a multiple of ``leaf``."""
-    return -(-(size // leaf) // 2) * leaf
+def first_half(size: int, block: int = LEAF) -> int:
+    """The size of ``A``, a multiple of ``block``."""
+    return -(-(size // block) // 2) * block
 
 
 def newton_schulz_inverse(
