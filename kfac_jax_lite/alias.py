@@ -1,6 +1,5 @@
 """``kfac``: preconditioning, trust region, weight decay, momentum, learning rate."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -147,11 +146,15 @@ def bounded(
         trust = jnp.ones((), jnp.float32)
         if kl_clip is not None:
             rate = value_at(learning_rate, state.kfac.count)
+            preconditioned = updates
+
             # Behind a gate: all that leads to a scalar would else be compiled into the
             # kernel of every parameter that is multiplied by it.
-            region = functools.partial(trust_region, updates, grads, rate, kl_clip)
-            one = vary(jnp.ones_like(jax.eval_shape(region)), varying_axes(updates))
-            trust = gated(accepted, lambda _: region(), one)
+            def region(_):
+                return trust_region(preconditioned, grads, rate, kl_clip)
+
+            one = jnp.ones_like(jax.eval_shape(region, None))
+            trust = gated(accepted, region, vary(one, varying_axes(updates)))
             # In their own dtype: the momentum's must not change.
             updates = jax.tree.map(lambda u: (trust * u).astype(u.dtype), updates)
         updates, new_tail = tail.update(updates, state.tail, params)

@@ -102,9 +102,9 @@ def symmetric_product(x: Array, dtype: Any) -> Array:
         return product(x, x)
     left, right = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
     corner = product(left, right)
-    top = jnp.concatenate([product(left, left), corner], -1)
-    bottom = [jnp.swapaxes(corner, -1, -2), product(right, right)]
-    return jnp.concatenate([top, jnp.concatenate(bottom, -1)], -2)
+    mirrored = jnp.swapaxes(corner, -1, -2)
+    first, last = product(left, left), product(right, right)
+    return jnp.block([[first, corner], [mirrored, last]])
 
 
 def symmetric_product_flops(rows: int, size: int) -> int:

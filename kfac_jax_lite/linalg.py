@@ -8,8 +8,8 @@ from kfac_jax_lite.types import Array, accumulation_dtype
 
 # Up to which size ``spd_inverse`` factorises matrices; on a CPU 64 to 192 are alike.
 LEAF, SMALLEST = 128, 16
-# Of larger matrices it factorises so many blocks at most, for the length of programs.
-MOST_LEAVES = 8
+# Of larger matrices it factorises blocks of this part, for the length of programs.
+PARTS = 8
 
 
 def add_diagonal(matrix: Array, value: Array) -> Array:
@@ -76,7 +76,7 @@ def spd_inverse(matrix: Array, block: int = LEAF) -> Array:
 
 def leaf_size(size: int, block: int = LEAF) -> int:
     """Up to which size blocks of a matrix of a padded size are factorised."""
-    return max(block, size // MOST_LEAVES)
+    return max(block, size // PARTS)
 
 
 def inverse_by_halves(matrix: Array, block: int, leaf: int) -> Array:
@@ -95,9 +95,8 @@ def inverse_by_halves(matrix: Array, block: int, leaf: int) -> Array:
     schur = matrix[..., k:, k:] - jnp.swapaxes(b, -1, -2) @ ab
     s_inverse = inverse_by_halves(schur, block, leaf)
     x = ab @ s_inverse
-    top = jnp.concatenate([a_inverse + x @ jnp.swapaxes(ab, -1, -2), x], -1)
-    bottom = jnp.concatenate([jnp.swapaxes(x, -1, -2), s_inverse], -1)
-    return jnp.concatenate([top, bottom], -2)
+    first = a_inverse + x @ jnp.swapaxes(ab, -1, -2)
+    return jnp.block([[first, x], [jnp.swapaxes(x, -1, -2), s_inverse]])
 
 
 def first_half(size: int, block: int = LEAF) -> int:

@@ -54,4 +54,4 @@ def test_operands_stay_bfloat16(apply, shape, square):
         jnp.dtype(jnp.bfloat16)
     }
     sizes = {tuple(eqn.outvars[0].aval.shape) for eqn in products}
-    assert {(square, square), (7, 7)} <= sizes, sizes
+    assert {(square, square), (7, 7)} <= sizes

@@ -47,6 +47,11 @@ def test_sizes_that_occur(size, padded):
     assert linalg.padded_size(size) == padded
 
 
+@pytest.mark.parametrize("size, leaf", [(5, 128), (2048, 256), (8192, 1024)])
+def test_blocks_that_are_factorised_at_once(size, leaf):
+    assert linalg.leaf_size(size) == leaf
+
+
 @pytest.mark.parametrize("place", [0, 3, 6])
 def test_an_indefinite_matrix_has_no_inverse(place):
     matrix = np.eye(7)

@@ -185,14 +185,14 @@ def peer_job(problem: Problem, kfac_jax: Any, factor: int, inverse: int) -> Job:
     counter = {"refresh+invert": 0, "refresh": factor, "nothing": 1}
     cycle = cycle_of(factor, inverse)
 
-    def step(params, state):
-        fresh, kind = copy_tree(batch), int(state.step_counter)
-        return optimizer.step(params, state, key, batch=fresh, global_step_int=kind)
+    def step(params, prepared):
+        state, fresh, number = prepared
+        return optimizer.step(params, state, key, batch=fresh, global_step_int=number)
 
     def turned(kind):
-        def put(state):
+        def put(state):  # the batch is donated: its copy is made outside the clock
             state.step_counter = jnp.array(counter[kind])
-            return state
+            return state, copy_tree(batch), counter[kind]
 
         return put
 
