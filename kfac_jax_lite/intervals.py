@@ -31,6 +31,8 @@ class Interval:
             an interval has passed since the last refresh.
         max_interval: Longest interval, or None.
         memory: How many past statistics the rule compares with.
+        together: Share of its interval after which a layer is refreshed along with
+            another that is due, or None: each at its own time.
     """
 
     kind: str
@@ -39,12 +41,17 @@ class Interval:
     multiple: bool = False
     max_interval: int | None = None
     memory: int = 0
+    together: float | None = None
 
     def is_due(self, step: Array, interval: Array, last_refresh: Array) -> Array:
-        """Whether a layer is refreshed at ``step`` (all arguments broadcast)."""
+        """Which layers are refreshed at ``step`` (all arguments broadcast)."""
         if self.multiple:
             return (step == 1) | (step % interval == 0)
-        return (last_refresh == 0) | (step - last_refresh >= interval)
+        age = step - last_refresh
+        due = (last_refresh == 0) | (age >= interval)
+        if self.together is None:
+            return due
+        return due | (jnp.any(due) & (age >= self.together * interval))
 
     def next_interval(
         self, interval: Array, previous: Array, changes: tuple[Any, ...]
@@ -88,7 +95,10 @@ def every(n: int) -> Interval:
 
 
 def adaptive(
-    threshold: float, rule: str = "multiple", max_interval: int | None = None
+    threshold: float,
+    rule: str = "multiple",
+    max_interval: int | None = None,
+    together: float | None = None,
 ) -> Interval:
     """Algorithm 1: a refresh that changes little lengthens the interval by one.
 
@@ -101,25 +111,35 @@ def adaptive(
         threshold: ``λ``; the paper uses 0.2 to 0.3.
         rule: ``"multiple"`` or ``"elapsed"``.
         max_interval: Longest interval, or None.
+        together: Not in the algorithm, for ``rule="elapsed"`` only: when a layer is
+            due, so are those that have waited for this share of their intervals. A
+            sampled Fisher's further backward pass then serves several layers at once.
 
     Returns:
         The rule.
 
     Raises:
-        ValueError: An argument is out of range.
+        ValueError: An argument is out of range, or ``together`` with ``"multiple"``.
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {RULES}, got {rule!r}.")
+    if together is not None and rule == "multiple":
+        raise ValueError('together wants rule="elapsed".')
     return Interval(
         "adaptive",
         threshold=positive(threshold),
         multiple=rule == "multiple",
         max_interval=limit(max_interval),
         memory=1,
+        together=share(together),
     )
 
 
-def staleness(threshold: float = 0.1, max_interval: int | None = None) -> Interval:
+def staleness(
+    threshold: float = 0.1,
+    max_interval: int | None = None,
+    together: float | None = None,
+) -> Interval:
     """Halve the interval when statistics change, extend it when they are stale.
 
     With ``X₋₁, X₋₂`` the last two refreshed statistics and ``Δ₋₁, Δ₋₂`` the last two
@@ -129,6 +149,8 @@ def staleness(threshold: float = 0.1, max_interval: int | None = None) -> Interv
     Args:
         threshold: Relative change below which two statistics are alike.
         max_interval: Longest interval, or None.
+        together: When a layer is due, so are those that have waited for this share of
+            their intervals; None: each at its own time, as in the paper.
 
     Returns:
         The rule.
@@ -141,6 +163,7 @@ def staleness(threshold: float = 0.1, max_interval: int | None = None) -> Interv
         threshold=positive(threshold),
         max_interval=limit(max_interval),
         memory=2,
+        together=share(together),
     )
 
 
@@ -154,6 +177,13 @@ def whole(name: str, value: Any) -> int:
 def limit(value: int | None) -> int | None:
     """A valid ``max_interval``."""
     return None if value is None else whole("max_interval", value)
+
+
+def share(together: float | None) -> float | None:
+    """A valid ``together``."""
+    if together is not None and not 0 < together <= 1:
+        raise ValueError(f"together must be in (0, 1], got {together!r}.")
+    return together
 
 
 def positive(threshold: float) -> float:

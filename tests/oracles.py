@@ -368,6 +368,30 @@ def algorithm_1(statistic, steps, threshold, rule="multiple", max_interval=None)
     return refreshed, intervals
 
 
+def together(statistics, steps, threshold, share):
+    """Algorithm 1, ``elapsed``, in which nearly due layers join those that are due.
+
+    ``statistics[l](t)`` are the factors of layer ``l``. Returns which layers were
+    refreshed and their intervals, ``[steps, layers]`` each.
+    """
+    layers = range(len(statistics))
+    interval, last, past = [1 for _ in layers], [0 for _ in layers], {}
+    refreshed, intervals = [], []
+    for t in range(1, steps + 1):
+        due = [last[n] == 0 or t - last[n] >= interval[n] for n in layers]
+        if any(due):
+            due = [due[n] or t - last[n] >= share * interval[n] for n in layers]
+        for n in layers:
+            if due[n]:
+                new = statistics[n](t)
+                if n in past and relative_difference(new, past[n]) < threshold:
+                    interval[n] += 1
+                past[n], last[n] = new, t
+        refreshed.append(due)
+        intervals.append(list(interval))
+    return np.array(refreshed), np.array(intervals)
+
+
 def staleness(statistic, steps, threshold, max_interval=None):
     """The doubling and halving rule over the last two refreshes, in plain Python."""
     first = second = None  # the last refreshed statistic and the one before it

@@ -211,6 +211,9 @@ def test_wrong_layers(layers):
         lambda: kfac.intervals.staleness(-1.0),
         lambda: kfac.intervals.staleness(0.1, max_interval=0),
         lambda: kfac.intervals.adaptive(float("nan")),
+        lambda: kfac.intervals.adaptive(0.1, together=0.5),
+        lambda: kfac.intervals.adaptive(0.1, rule="elapsed", together=0.0),
+        lambda: kfac.intervals.staleness(0.1, together=1.5),
     ],
 )
 def test_wrong_intervals(make):

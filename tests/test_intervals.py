@@ -118,6 +118,18 @@ def test_staleness(threshold, longest, scales):
     )
 
 
+@pytest.mark.parametrize("share", [0.3, 0.5, 1.0])
+@hypothesis.given(sequences())
+def test_layers_refreshed_together(share, scales):
+    """The layers take part in one another's refreshes: a transcription of both."""
+    rule = kfac.intervals.adaptive(0.3, rule="elapsed", together=share)
+    _, due, intervals, _ = driver(rule)(scales)
+    statistics = [scalars(scales, layer) for layer in range(2)]
+    found = oracles.together(statistics, STEPS, 0.3, share)
+    np.testing.assert_array_equal(due, found[0])
+    np.testing.assert_array_equal(intervals, found[1])
+
+
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_every(n):
     _, due, _, _ = driver(kfac.intervals.every(n))(np.ones((STEPS, 2, 2)))

@@ -72,8 +72,13 @@ SIGNATURES = {
         "threshold": EMPTY,
         "rule": "multiple",
         "max_interval": None,
+        "together": None,
     },
-    "intervals.staleness": {"threshold": 0.1, "max_interval": None},
+    "intervals.staleness": {
+        "threshold": 0.1,
+        "max_interval": None,
+        "together": None,
+    },
 }
 NAMES = {name for name in SIGNATURES if "." not in name}
 NAMES |= {"Reduction", "intervals", "damping", "simulate"}

@@ -200,6 +200,7 @@ def adaptive_job(
     warm_up: int,
     per_round: int,
     threshold: float,
+    together: float,
 ) -> Job:
     """This package's K-FAC with adaptive intervals, inverting at every refresh.
 
@@ -210,11 +211,12 @@ def adaptive_job(
         warm_up: real steps before the first that is timed.
         per_round: real steps per round.
         threshold: relative change below which the interval grows.
+        together: share of its interval after which a layer joins another's refresh.
 
     Returns:
         The job.
     """
-    rule = kfac.intervals.adaptive(threshold, rule="elapsed")
+    rule = kfac.intervals.adaptive(threshold, rule="elapsed", together=together)
     run = Ours(problem, fisher, interval=rule, inverse=method, inverse_interval=1)
     kind, first = run.advance()
     for _ in range(warm_up - 1):

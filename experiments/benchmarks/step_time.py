@@ -61,6 +61,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--inverses", type=comma_list(METHODS), default="cholesky,low_rank")
     add("--fishers", type=comma_list(FISHERS), default="empirical,mc")
     add("--threshold", type=float, default=0.3, help="of the adaptive intervals")
+    add("--together", type=float, default=0.5, help="of the adaptive intervals")
     add("--warm-up", type=positive_int, default=50, help="adaptive steps, not timed")
     add("--adaptive-steps", type=positive_int, default=10, help="per round")
     add("--staggered-steps", type=positive_int, default=20, help="per round")
@@ -111,6 +112,7 @@ def job_makers(problem: Problem, args: argparse.Namespace) -> dict[str, Callable
                     args.warm_up,
                     args.adaptive_steps,
                     args.threshold,
+                    args.together,
                 )
             )
     return makers

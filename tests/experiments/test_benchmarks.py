@@ -118,7 +118,7 @@ def test_steps_do_what_their_kind_says(factor, inverse):
 
 
 def test_adaptive_job_goes_on_training():
-    job = ours.adaptive_job(tiny(True), "mc", "cholesky", 2, 3, 0.3)
+    job = ours.adaptive_job(tiny(True), "mc", "cholesky", 2, 3, 0.3, 0.5)
     assert len(job.run()) == 3
     assert job.notes()["steps"] == [3, 5]
 
