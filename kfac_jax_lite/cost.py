@@ -291,6 +291,7 @@ def cost_model(
             plan,
             interval.memory,
             reduction.pack and mapped,
+            devices == 1,
         )
         for layer in layers
     )
@@ -306,8 +307,9 @@ def layer_cost(
     plan: Plan,
     memory: int,
     packed: bool,
+    alone: bool,
 ) -> LayerCost:
-    """The record of one layer."""
+    """The record of one layer; ``alone``: one device has all rows of the gradient."""
     part = 1.0
     if plan.sliced(layer.name):
         part = held_rows(layer, plan)[1] / max(layer.sizes)
@@ -317,7 +319,7 @@ def layer_cost(
         None if rows is None else statistics_flops(layer, rows, method.moments),
         None if rows is None else gradient_flops(layer, rows),
         inversion_flops(layer, method),
-        part * precondition_flops(layer, method),
+        part * precondition_flops(layer, method, rows if alone else None),
         plan.owners.get(layer.name),
         memory_of(layer, method, plan, memory),
         wire_size(layer, Reduction(pack=packed), method.moments),

@@ -18,6 +18,7 @@ from kfac_jax_lite import forms
 from kfac_jax_lite.factors.conv import chosen_axis, sampled_geometry, shifted_flops
 from kfac_jax_lite.factors.estimate import TaggedLoss
 from kfac_jax_lite.factors.recipe import Recipe, count_rows, make_recipe
+from kfac_jax_lite.factors.thin import thin_layers
 from kfac_jax_lite.inverse import Method
 from kfac_jax_lite.likelihoods import MASK
 from kfac_jax_lite.linalg import LEAF, first_half, leaf_size, padded_size
@@ -38,12 +39,15 @@ class Rows(NamedTuple):
         statistics: ``R`` of the statistics of ``x W``: after ``reduce`` and
             ``subsample``; of a scale_shift layer the number of example gradients.
         saved: Operations that shifted products of a convolution's patches spare.
+        thin: Whether the rows are so few that, with ``deferred=True`` on one device,
+            the gradient is preconditioned by its rows.
     """
 
     forward: int
     reverse: int
     statistics: int
     saved: int = 0
+    thin: bool = False
 
 
 def layer_rows(tagged: TaggedLoss, params: Any, *args: Any) -> dict[str, Rows]:
@@ -60,7 +64,7 @@ def layer_rows(tagged: TaggedLoss, params: Any, *args: Any) -> dict[str, Rows]:
     """
     found = tagged.trace(params, args, tagged.fisher != "empirical")
     reduce, n = tagged.weight_sharing == "reduce", found.num_examples
-    rows = {}
+    rows, thin = {}, thin_layers(found)
     for layer in found.layers:
         sites = found.sites.get(layer.name, [])
         if layer.kind == "diagonal":
@@ -77,7 +81,8 @@ def layer_rows(tagged: TaggedLoss, params: Any, *args: Any) -> dict[str, Rows]:
             shares = [lattice.share for s in sites if (lattice := recipe.lattice(s))]
             statistics = recipe.num_rows // min(shares, default=1)
         saved = sum(saved_flops(site, recipe) for site in sites)
-        rows[layer.name] = Rows(forward, recipe.rows_out, statistics, saved)
+        record = (forward, recipe.rows_out, statistics, saved, layer.name in thin)
+        rows[layer.name] = Rows(*record)
     return rows
 
 
@@ -243,16 +248,20 @@ def spd_inverse_flops(size: int, block: int = LEAF) -> float:
     return flops(size)
 
 
-def precondition_flops(layer: LayerTag, method: Method) -> int:
+def precondition_flops(
+    layer: LayerTag, method: Method, rows: Rows | None = None
+) -> int:
     """``2 a² g + 2 a g²`` per step: ``A⁻¹ V G⁻¹``.
 
-    Twice that in an eigenbasis (there and back). With the ``r`` and ``s`` leading
+    By ``R`` rows of the gradient, where these are few: ``2 R (a² + g² + a g)``. Twice
+    the first in an eigenbasis (there and back). With the ``r`` and ``s`` leading
     eigenpairs of ``A`` and ``G``: ``4 a g (r + s) + 4 r s min(a, g)``. A full ``d × d``
     block of a normalisation layer: ``2 d²``.
 
     Args:
         layer: The layer.
         method: How factors are inverted.
+        rows: Its rows, where one device has the gradient's.
 
     Returns:
         Floating-point operations of every step.
@@ -263,6 +272,9 @@ def precondition_flops(layer: LayerTag, method: Method) -> int:
         return 0
     if method.name == "low_rank":
         return low_rank_flops(layer, method)
+    if rows is not None and rows.thin and method.damped:
+        a, g = layer.sizes
+        return 2 * rows.forward * (a * a + g * g + a * g)
     return apply_flops(layer) * (1 if method.damped else 2)
 
 

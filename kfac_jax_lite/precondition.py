@@ -6,6 +6,7 @@ References:
     (unit-wise blocks).
 """
 
+import operator
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from kfac_jax_lite import forms
 from kfac_jax_lite.eigenpairs import LowRankInverses, sides, solve
 from kfac_jax_lite.inverse import FactorInverses
-from kfac_jax_lite.types import Array, LayerTag, Statistics
+from kfac_jax_lite.types import Array, GradientRows, LayerTag, Statistics
 
 
 def gather(layer: LayerTag, leaves: dict[str, Array]) -> Array:
@@ -95,6 +96,47 @@ def precondition_kronecker(
     back_a, back_g = forms.transposed(q_a, form_a), forms.transposed(q_g, form_g)
     u = forms.times(forms.columns(back_a, turned, form_a), back_g, form_g)
     return u[..., :n_in, :n_out]
+
+
+def precondition_thin(
+    inverse: FactorInverses, rows: GradientRows, accepted: Array
+) -> Array:
+    """``A⁻¹ V G⁻¹ = (X A⁻ᵀ)ᵀ (C G⁻¹)`` of a gradient with few rows, ``V = Xᵀ C``.
+
+    Args:
+        inverse: Explicit inverses, both full.
+        rows: ``X [R, in(+1)]`` and ``C [R, out]``.
+        accepted: Scalar bool; where it is false the rows count as zeros.
+
+    Returns:
+        The direction, ``[in(+1), out]``.
+    """
+    dtype = inverse.a.dtype
+    x, c = (jnp.where(accepted, r, 0).astype(dtype) for r in (rows.x, rows.c))
+    return (x @ inverse.a.T).T @ (c @ inverse.g)
+
+
+def rows_of(
+    layer: LayerTag, statistics: Any, inverse: Any, leaves: dict[str, Array]
+) -> GradientRows | None:
+    """The rows of a layer's gradient, if there are few and they are these leaves'.
+
+    Args:
+        layer: The layer.
+        statistics: What ``update`` was given.
+        inverse: Cached inverse.
+        leaves: Gradients by path. Arrays that ``value_and_grad`` has not returned are
+            clipped, averaged or accumulated ones: the rows are not theirs.
+
+    Returns:
+        The rows, or None.
+    """
+    rows = getattr(statistics, "rows", {}).get(layer.name)
+    if rows is None or not isinstance(inverse, FactorInverses):
+        return None
+    own = [leaves[path] for path in layer.params]
+    same = len(own) == len(rows.leaves) and all(map(operator.is_, own, rows.leaves))
+    return rows if same else None
 
 
 def solve_low_rank(

@@ -22,7 +22,13 @@ from kfac_jax_lite.linalg import all_finite
 from kfac_jax_lite.options import Options
 from kfac_jax_lite.ownership import Plan
 from kfac_jax_lite.placement import own_part, state_specs
-from kfac_jax_lite.precondition import gather, precondition, scatter
+from kfac_jax_lite.precondition import (
+    gather,
+    precondition,
+    precondition_thin,
+    rows_of,
+    scatter,
+)
 from kfac_jax_lite.reduce import Reduction
 from kfac_jax_lite.refresh import (
     absorbed,
@@ -306,7 +312,8 @@ def step(options: Options, grads: Any, state: KFACState, statistics: Any):
         previous=previous,
         inverses=inverses,
     )
-    updates = directions(options, plan, layers, grads, new_state, shift, accepted)
+    record = (grads, new_state, statistics, shift, accepted)
+    updates = directions(options, plan, layers, *record)
     new_state = jax.tree.map(lambda x, y: x.reshape(y.shape), new_state, before)
     return updates, new_state
 
@@ -317,6 +324,7 @@ def directions(
     layers: Sequence[LayerTag],
     grads: Any,
     state: KFACState,
+    statistics: Any,
     shift: Array,
     accepted: Array,
 ) -> Any:
@@ -332,6 +340,8 @@ def directions(
         if plan.sliced(name):
             rows[name] = precondition_rows(layer, inverse, v)
             blocks[name] = v
+        elif thin := rows_of(layer, statistics, inverse, leaves):
+            blocks[name] = precondition_thin(inverse, thin, accepted)
         else:
             blocks[name] = precondition(layer, v, factors, inverse, shift)
     divided = [layer for layer in layers if layer.name in rows]

@@ -161,6 +161,22 @@ Statistics = (
 
 
 @dataclasses.dataclass(frozen=True)
+class GradientRows:
+    """A dense layer's gradient as a product of few rows, ``V = Xᵀ C``.
+
+    Attributes:
+        x: Homogeneous inputs ``X [R, in(+1)]``.
+        c: Cotangents ``C [R, out]`` of the layer's output.
+        leaves: The gradient's leaves that hold ``V``. The rows stand for these very
+            arrays: whoever clips, averages or accumulates gradients makes others.
+    """
+
+    x: Array
+    c: Array
+    leaves: tuple[Array, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Deferred:
     """Statistics that ``update`` computes itself, inside its gate.
 
@@ -171,9 +187,11 @@ class Deferred:
     Attributes:
         compute: ``(gated) -> {layer name: statistics}``; ``gated`` where no gate is
             around the call, so that a step with nothing due must skip by itself.
+        rows: Gradients of layers that are wider than their batch, by layer name.
     """
 
     compute: Callable[[bool], dict[str, Statistics]]
+    rows: dict[str, GradientRows] = dataclasses.field(default_factory=dict)
 
     def __getitem__(self, name: Any) -> Any:
         """Refuses: there is nothing to read yet.

@@ -159,7 +159,7 @@ def test_rows_of_another_batch():
     tagged, params, _ = mlp([4, 3], 2)
     rows = kfac.layer_rows(tagged, params, shapes(6, 4), shapes(6, 3))
     assert rows == {"0": kfac.Rows(6, 0, 6)}
-    assert np.shape(rows["0"]) == (4,)
+    assert np.shape(rows["0"]) == (5,)
 
 
 def test_subsampled_rows():

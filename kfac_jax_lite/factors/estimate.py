@@ -13,6 +13,7 @@ from kfac_jax_lite.factors.passes import Finisher, resampled, sampled_pull
 from kfac_jax_lite.factors.recipe import Recipe, make_recipe
 from kfac_jax_lite.factors.sampling import Subsample
 from kfac_jax_lite.factors.slots import make_slots, read_phases, read_state
+from kfac_jax_lite.factors.thin import thin_layers
 from kfac_jax_lite.factors.watched import Watched, watchable
 from kfac_jax_lite.likelihoods import MASK, count_terms, outputs_of
 from kfac_jax_lite.sharding import explicit_mesh
@@ -196,27 +197,28 @@ class TaggedLoss:
         recipes = self._recipes(found)
         slots = make_slots(recipes, params, due, bases)
         phases = read_phases(opt_state, recipes)
-        plain = not sampled and explicit_mesh((params, args)) is None
-        sites = watchable(found, slots) if deferred and plain else {}
-        watched = Watched(recipes, phases, slots, sites)
+        leaves = jax.tree.leaves((params, args))
+        axes, here = varying_axes(leaves), explicit_mesh((params, args)) is None
+        sites = watchable(found, slots) if deferred and here and not sampled else {}
+        thin = thin_layers(found) if deferred and here and not axes else {}
+        watched = Watched(recipes, phases, slots, sites, thin)
         stacks = {t.name: t.views[0].leaf for t in found.layers}
         run = Interpreter(watched.on_site, stacks).run
-        leaves = jax.tree.leaves((params, args))
-        num = len(jax.tree.leaves(params))
-        closed, axes = found.closed, varying_axes(leaves)
+        num, closed = len(jax.tree.leaves(params)), found.closed
 
-        def tapped(flat, probes):
-            filled = {k: s._replace(probes=probes[k]) for k, s in slots.items()}
-            operands = [*flat, *leaves[num:]]
+        def tapped(flat, *probes):
+            filled, operands = watched.filled(*probes), [*flat, *leaves[num:]]
             out, marked = run(found.plan, closed.jaxpr, closed.consts, operands, filled)
-            aux = out, marked, watched.inputs
+            aux = out, marked, watched.inputs, watched.thin_inputs
             return (out[0], marked if sampled else []), aux
 
-        (loss, pulled), pullback, (out, marked, inputs) = jax.vjp(
-            tapped, leaves[:num], watched.probes(axes), has_aux=True
+        probes = watched.probes(axes), watched.outputs()
+        (loss, pulled), pullback, (out, marked, inputs, operands) = jax.vjp(
+            tapped, leaves[:num], *probes, has_aux=True
         )
         one, silent = jnp.ones_like(loss), [jnp.zeros_like(z) for z in pulled]
-        flat_grads, raw = pullback((one, silent))
+        flat_grads, raw, cotangents = pullback((one, silent))
+        rows = watched.rows(found.layers, operands, cotangents, flat_grads)
         outputs = outputs_of(found.marks, marked)
         terms = count_terms(outputs)
         finisher = Finisher(recipes, slots, terms)
@@ -228,7 +230,8 @@ class TaggedLoss:
             if not sampled:
                 by_field = finisher(watched.raw(raw, inputs, axes))
                 return pack_statistics(found, diagonals, by_field, n)
-            plain, back = raw, lambda marks: pullback((jnp.zeros_like(loss), marks))
+            plain = raw
+            back = lambda marks: pullback((jnp.zeros_like(loss), marks))[:2]  # noqa: E731
             if not gated and terms is None:
                 plain = back(silent)[1]  # input factors inside the caller's gate, too
             pull = functools.partial(sampled_pull, outputs, back, plain, n, finisher)
@@ -237,7 +240,7 @@ class TaggedLoss:
 
         grads = jax.tree.unflatten(jax.tree.structure(params), flat_grads)
         value = jax.tree.unflatten(found.out_tree, out)
-        return value, grads, Deferred(compute) if deferred else compute(True)
+        return value, grads, Deferred(compute, rows) if deferred else compute(True)
 
     def trace(self, params: Any, args: tuple, sampled: bool) -> Trace:
         """The trace of the loss on these arguments, with the options of ``tag``."""

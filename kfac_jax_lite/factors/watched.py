@@ -7,6 +7,7 @@ on, which exist anyway; whoever wants its statistics computes them from those.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,12 +15,13 @@ import jax.numpy as jnp
 
 from kfac_jax_lite.factors.recipe import Recipe
 from kfac_jax_lite.factors.sites import site_statistics, tap_site
+from kfac_jax_lite.factors.thin import gradient_rows
 from kfac_jax_lite.tagging.interpreter import in_line
 from kfac_jax_lite.tagging.layers import Site
 from kfac_jax_lite.tagging.taps import Slot, watch
 from kfac_jax_lite.tagging.trace import Trace
 from kfac_jax_lite.tree import vary
-from kfac_jax_lite.types import Array
+from kfac_jax_lite.types import Array, GradientRows, LayerTag
 
 
 @dataclasses.dataclass
@@ -31,14 +33,29 @@ class Watched:
         phases: How often each layer was refreshed.
         slots: Slot of every tapped layer.
         sites: Watched layer to its sites and the shapes of their outputs.
+        thin: Layer whose gradient is wanted as rows, to site and shape of its output.
         inputs: Watched layer to its sites' inputs; filled by ``on_site``.
+        thin_inputs: The same of the thin layers.
     """
 
     recipes: dict[str, Recipe]
     phases: dict[str, Array]
     slots: dict[str, Slot]
     sites: dict[str, list[tuple[Site, jax.ShapeDtypeStruct]]]
+    thin: dict[str, tuple[Site, jax.ShapeDtypeStruct]]
     inputs: dict[str, dict[int, list]] = dataclasses.field(default_factory=dict)
+    thin_inputs: dict[str, list] = dataclasses.field(default_factory=dict)
+
+    def outputs(self) -> dict[str, Array]:
+        """Probes of the thin layers' outputs."""
+        return {name: jnp.zeros(x.shape, x.dtype) for name, (_, x) in self.thin.items()}
+
+    def filled(self, probes: dict[str, Any], outputs: dict) -> dict[str, Slot]:
+        """The slots with probes that are differentiated by."""
+        return {
+            name: slot._replace(probes=probes[name], output=outputs.get(name))
+            for name, slot in self.slots.items()
+        }
 
     def probes(self, axes: frozenset) -> dict[str, Any]:
         """Probes of every layer; of a watched one, each shaped like a site's output."""
@@ -54,6 +71,9 @@ class Watched:
     def on_site(self, site: Site, output: Array, inputs: list, slot: Slot) -> Array:
         """Watches or taps one site."""
         name = site.layer or ""
+        if slot.output is not None:
+            self.thin_inputs[name] = inputs
+            output = watch(output, slot.output)
         if name not in self.sites:
             return tap_site(self.recipes, self.phases, site, output, inputs, slot)
         order = [id(other) for other, _ in self.sites[name]]
@@ -61,6 +81,22 @@ class Watched:
         self.inputs.setdefault(name, {})[number] = inputs
         probes: dict = slot.probes
         return watch(output, probes[number])
+
+    def rows(
+        self,
+        layers: Sequence[LayerTag],
+        inputs: dict[str, list],
+        cotangents: dict[str, Array],
+        leaves: list,
+    ) -> dict[str, GradientRows]:
+        """Gradients of the thin layers as rows."""
+        return {
+            t.name: gradient_rows(
+                t, self.thin[t.name][0], inputs[t.name], cotangents[t.name], leaves
+            )
+            for t in layers
+            if t.name in self.thin
+        }
 
     def raw(self, raw: dict, inputs: dict, axes: frozenset) -> dict:
         """What taps would have returned for the watched layers, beside the others'.

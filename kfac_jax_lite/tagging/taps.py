@@ -30,11 +30,13 @@ class Slot(NamedTuple):
         due: Scalar bool, or None for always.
         probes: Zeros, shaped like what the layer's taps return, by name.
         basis: Eigenbases ``(Q_A, Q_G)`` for EKFAC, else an empty tuple.
+        output: Zeros, shaped like the output whose cotangent is wanted, or None.
     """
 
     due: Array | None
     probes: Probes
     basis: tuple[Array, ...] = ()
+    output: Array | None = None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
