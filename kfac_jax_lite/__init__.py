@@ -20,6 +20,7 @@ from kfac_jax_lite.likelihoods import bernoulli, categorical, normal
 from kfac_jax_lite.placement import relayout, state_axes, state_specs
 from kfac_jax_lite.quadratic import QuadraticModel, quadratic_model
 from kfac_jax_lite.reduce import Reduction
+from kfac_jax_lite.rescaling import rescale_weights
 from kfac_jax_lite.tagging.byhand import (
     register_rule,
     tag_as,
@@ -71,6 +72,7 @@ __all__ = [
     "register_rule",
     "relayout",
     "report",
+    "rescale_weights",
     "scale_by_kfac",
     "simulate",
     "state_axes",

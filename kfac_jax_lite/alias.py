@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from kfac_jax_lite.damping import Damping, LevenbergMarquardt, value_at
 from kfac_jax_lite.factors.state import KFACState
@@ -37,9 +38,9 @@ def kfac(
     layers: Sequence[LayerTag],
     learning_rate: optax.ScalarOrSchedule | str,
     damping: Damping | LevenbergMarquardt = 1e-3,
-    momentum: float | Array | None = 0.9,
+    momentum: optax.ScalarOrSchedule | None = 0.9,
     weight_decay: float | Array = 0.0,
-    kl_clip: float | Array | None = 1e-3,
+    kl_clip: optax.ScalarOrSchedule | None = 1e-3,
     factor_decay: float | Array = 0.95,
     interval: Interval = EVERY_STEP,
     inverse: str | Method = "cholesky",
@@ -53,7 +54,8 @@ def kfac(
 
     ``u = ν (F + λ I)⁻¹ ∇L`` with ``ν = min(1, √(κ / (η² Σ uᵀ∇L)))``, which bounds the
     model's estimate of the squared step in the Fisher metric, ``η² uᵀ F u``; then
-    optax: ``add_decayed_weights``, ``trace``, ``scale_by_learning_rate``.
+    optax: ``add_decayed_weights``, ``trace``, ``scale_by_learning_rate``. Schedules
+    are functions of the number of batches accepted before.
 
     Args:
         layers: ``tagged.layers``.
@@ -62,10 +64,12 @@ def kfac(
             ``model=kfac.quadratic_model(tagged, params, *batch)``, and ``momentum`` and
             ``kl_clip`` play no part.
         damping: ``λ``; see ``scale_by_kfac``, as for the arguments not listed here.
-        momentum: Decay of the accumulated update (heavy ball), or None.
+        momentum: Decay ``m`` of the accumulated update (heavy ball,
+            ``v ← m v + u``, ``−η v`` is the step), a number or a schedule; or None.
         weight_decay: Decoupled weight decay, multiplied by the learning rate.
-        kl_clip: ``κ``, or None for no trust region. It bounds the step before momentum
-            ``m``, which may lengthen a lasting direction up to ``1 / (1 − m)`` times.
+        kl_clip: ``κ``, a number or a schedule, or None for no trust region. It bounds
+            the step before momentum, which may lengthen a lasting direction up to
+            ``1 / (1 − m)`` times.
         factor_decay: Weight of the *old* statistics.
         interval: Refresh rule.
         inverse: Inversion method.
@@ -110,15 +114,41 @@ def kfac(
     decays = not isinstance(weight_decay, (int, float)) or weight_decay != 0
     tail = optax.chain(
         optax.add_decayed_weights(weight_decay) if decays else optax.identity(),
-        optax.identity() if momentum is None else optax.trace(momentum),
+        optax.identity() if momentum is None else heavy_ball(momentum),
         optax.scale_by_learning_rate(learning_rate),
     )
     return bounded(precondition, tail, learning_rate, kl_clip)
 
 
+def heavy_ball(momentum: Any) -> optax.GradientTransformation:
+    """``optax.trace``, whose decay may be a schedule.
+
+    ``optax.inject_hyperparams(optax.trace)`` would do, but for its state, another than
+    that of a number, and for casting the decay to the widest type of the parameters,
+    which then becomes the velocity's.
+
+    Args:
+        momentum: A number or a schedule.
+
+    Returns:
+        The transformation; with a schedule, its ``update`` needs ``count=``. The state
+        is that of ``optax.trace``.
+    """
+    if not callable(momentum):
+        return optax.trace(momentum)
+
+    def update_fn(updates, state, params=None, *, count, **extra_args):
+        del extra_args
+        # A Python float, as far as promotion goes: every leaf keeps its dtype.
+        decay = lax.convert_element_type(value_at(momentum, count), float)
+        return optax.trace(decay).update(updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(optax.trace(0.0).init, update_fn)
+
+
 def bounded(
     precondition: optax.GradientTransformationExtraArgs,
-    tail: optax.GradientTransformation,
+    tail: optax.GradientTransformationExtraArgs,
     learning_rate: Any,
     kl_clip: Any,
 ) -> optax.GradientTransformationExtraArgs:
@@ -128,7 +158,7 @@ def bounded(
         precondition: ``scale_by_kfac``.
         tail: Weight decay, momentum, learning rate.
         learning_rate: ``η`` of the trust region.
-        kl_clip: ``κ``, or None.
+        kl_clip: ``κ``, a number or a schedule, or None.
 
     Returns:
         The transformation.
@@ -142,22 +172,23 @@ def bounded(
         grads = updates
         inner: Any
         updates, inner = precondition.update(grads, state.kfac, params, **extra_args)
-        accepted = inner.skipped == state.kfac.skipped
+        accepted, count = inner.skipped == state.kfac.skipped, state.kfac.count
         trust = jnp.ones((), jnp.float32)
         if kl_clip is not None:
-            rate = value_at(learning_rate, state.kfac.count)
+            rate = value_at(learning_rate, count)
+            clip = value_at(kl_clip, count) if callable(kl_clip) else kl_clip
             preconditioned = updates
 
             # Behind a gate: all that leads to a scalar would else be compiled into the
             # kernel of every parameter that is multiplied by it.
             def region(_):
-                return trust_region(preconditioned, grads, rate, kl_clip)
+                return trust_region(preconditioned, grads, rate, clip)
 
             one = jnp.ones_like(jax.eval_shape(region, None))
             trust = gated(accepted, region, vary(one, varying_axes(updates)))
             # In their own dtype: the momentum's must not change.
             updates = jax.tree.map(lambda u: (trust * u).astype(u.dtype), updates)
-        updates, new_tail = tail.update(updates, state.tail, params)
+        updates, new_tail = tail.update(updates, state.tail, params, count=count)
         new_tail = choose(accepted, new_tail, state.tail)
         updates = jax.tree.map(lambda u: jnp.where(accepted, u, 0), updates)
         trust = jnp.where(accepted, trust, state.trust).astype(jnp.float32)

@@ -51,7 +51,8 @@ class Guide:
         automatic: Whether the model chooses ``α`` and ``μ``.
         damping: A number, a schedule, or the Levenberg-Marquardt rule.
         learning_rate: ``α`` where it is not automatic, a number or a schedule.
-        momentum: ``μ`` where the learning rate is not automatic.
+        momentum: ``μ`` where the learning rate is not automatic, a number or a
+            schedule; or None.
         weight_decay: Decoupled, multiplied by ``α``.
         axis_name: Mapped axes over which the model is averaged.
     """
@@ -82,7 +83,8 @@ class Guide:
             values["damping"] = value_at(self.damping, count)
         if not self.automatic:
             values["learning_rate"] = value_at(self.learning_rate, count)
-            values["momentum"] = 0 if self.momentum is None else self.momentum
+            momentum = 0 if self.momentum is None else self.momentum
+            values["momentum"] = value_at(momentum, count)
         values = {k: jnp.asarray(v, jnp.float32) for k, v in values.items()}
         return state._replace(**values)
 

@@ -39,6 +39,7 @@ ORDER = [
     {"quadratic"},
     {"guided"},
     {"alias"},
+    {"rescaling"},
     {"flops"},
     {"memory"},
     {"cost"},

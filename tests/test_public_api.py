@@ -51,6 +51,7 @@ SIGNATURES = {
     "tag_conv": {"output": EMPTY, "x": EMPTY, "w": EMPTY, "b": None, "options": EMPTY},
     "register_rule": {"primitive": EMPTY, "reference": EMPTY},
     "report": {"opt_state": EMPTY},
+    "rescale_weights": {"layers": EMPTY, "epsilon": 1e-9},
     "low_rank": {"rank": 0.125},
     "choose_ranks": {"layers": EMPTY, "opt_state": EMPTY, "retained_trace": 0.95},
     "inverse_error": {"layers": EMPTY, "opt_state": EMPTY},

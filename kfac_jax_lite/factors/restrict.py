@@ -19,12 +19,15 @@ from kfac_jax_lite.tree import path_key
 from kfac_jax_lite.types import KroneckerStatistics, LayerTag, ScaleShiftStatistics
 
 
-def present_layers(layers: Sequence[LayerTag], tree: Any) -> tuple[LayerTag, ...]:
+def present_layers(
+    layers: Sequence[LayerTag], tree: Any, whole: bool = True
+) -> tuple[LayerTag, ...]:
     """The layers, without the parameters that a mask hides.
 
     Args:
-        layers: Layers of the whole model.
+        layers: Layers of the whole model, or some of them.
         tree: Parameters or gradients, masked leaves as ``optax.MaskedNode``.
+        whole: Whether every visible parameter must be in a layer.
 
     Returns:
         Layers, sorted by name, that own at least one leaf of the tree.
@@ -52,7 +55,8 @@ def present_layers(layers: Sequence[LayerTag], tree: Any) -> tuple[LayerTag, ...
             here.append(layer)
         elif keep:
             here.append(part(layer, keep))
-    check_owned(here, found)
+    if whole:
+        check_owned(here, found)
     return tuple(sorted(here, key=lambda layer: layer.name))
 
 
