@@ -7,7 +7,7 @@ import jax
 import optax
 
 import kfac_jax_lite as kfac
-from experiments.configs import KFACConfig, ScheduleConfig, TrainConfig
+from experiments.configs import KFACConfig, ScheduleConfig, SGDConfig, TrainConfig
 from experiments.configs.checks import check_choice
 from experiments.configs.train import OPTIMIZERS
 from experiments.models import Task
@@ -61,10 +61,49 @@ def make_schedule(
             decay = optax.exponential_decay(
                 value, steps, config.final_scale, end_value=end
             )
+        case "polynomial":
+            decay = optax.polynomial_schedule(value, end, config.power, steps)
     if config.warmup_steps == 0:
         return decay
     warmup = optax.linear_schedule(0.0, value, config.warmup_steps)
     return optax.join_schedules([warmup, decay], [config.warmup_steps])
+
+
+def make_momentum(config: KFACConfig | SGDConfig, total_steps: int) -> Any:
+    """Returns the momentum, a number or the schedule of the learning rate, scaled.
+
+    ``m(t) = m₀ η(t) / η₀`` with ``η₀`` the learning rate before it decays.
+
+    Args:
+        config: hyper-parameters.
+        total_steps: steps of the whole run.
+
+    Returns:
+        A number, or an optax schedule if the momentum is tied to the learning rate.
+
+    References:
+        Osawa et al., 2020, arXiv:2002.06015.
+    """
+    if not config.tie_momentum:
+        return config.momentum
+    return make_schedule(config.momentum, config.schedule, total_steps)
+
+
+def make_sgd(config: SGDConfig, total_steps: int) -> optax.GradientTransformation:
+    """Builds SGD with momentum.
+
+    Args:
+        config: hyper-parameters.
+        total_steps: steps of the whole run.
+
+    Returns:
+        The transformation.
+    """
+    rate = make_schedule(config.learning_rate, config.schedule, total_steps)
+    momentum = make_momentum(config, total_steps)
+    # Only with a schedule: another state would turn away checkpoints of other runs.
+    make = optax.inject_hyperparams(optax.sgd) if callable(momentum) else optax.sgd
+    return make(rate, momentum=momentum, nesterov=config.nesterov)
 
 
 def make_optimizer(
@@ -86,9 +125,7 @@ def make_optimizer(
     if name == "kfac":
         return make_kfac(config.kfac, task, example, total_steps)
     if name == "sgd":
-        sgd = config.sgd
-        rate = make_schedule(sgd.learning_rate, sgd.schedule, total_steps)
-        tx = optax.sgd(rate, momentum=sgd.momentum, nesterov=sgd.nesterov)
+        tx = make_sgd(config.sgd, total_steps)
     elif name == "adam":
         adam = config.adam
         rate = make_schedule(adam.learning_rate, adam.schedule, total_steps)
@@ -131,7 +168,7 @@ def make_kfac(
         tagged.layers,
         make_schedule(config.learning_rate, config.schedule, total_steps),
         damping=make_schedule(config.damping, config.damping_schedule, total_steps),
-        momentum=config.momentum,
+        momentum=make_momentum(config, total_steps),
         weight_decay=config.weight_decay,
         kl_clip=config.kl_clip,
         factor_decay=config.factor_decay,

@@ -16,7 +16,7 @@ from flax.training import train_state
 
 from experiments import checkpoints, metrics
 from experiments.configs import TrainConfig
-from experiments.datasets import Examples
+from experiments.datasets import Augmentation, Examples, make_augmentation
 from experiments.errors import CheckpointError
 from experiments.models import Task
 from experiments.optimizers import TITLES, Optimizer, make_optimizer
@@ -32,9 +32,11 @@ class State(train_state.TrainState):
     Attributes:
         model_state: what the network keeps besides parameters, such as batch
             statistics.
+        augmented: what the augmentation remembers from batch to batch.
     """
 
     model_state: Any = None
+    augmented: Any = ()
 
     def apply_gradients(
         self, *, grads: Any, statistics: Any = None, **kwargs: Any
@@ -68,6 +70,7 @@ class Run:
         name: name of the optimiser.
         task: the network and its loss.
         data: the data set.
+        augmentation: what is done to a batch before a step.
         optimizer: the transformation.
         placement: the devices.
         folder: where the run is kept.
@@ -81,6 +84,7 @@ class Run:
     name: str
     task: Task
     data: Examples
+    augmentation: Augmentation
     optimizer: Optimizer
     placement: Placement
     folder: Path
@@ -138,10 +142,15 @@ def make_run(
         The run before its first step.
     """
     params, model_state = jax.jit(task.init)(jax.random.key(config.seed))
-    batch = [
+    images, labels = (
         jax.ShapeDtypeStruct((config.batch_size, *array.shape[1:]), array.dtype)
         for array in (data.x_train, data.y_train)
-    ]
+    )
+    augmentation = make_augmentation(config.augment, config.mixup_alpha, data)
+    augmented = augmentation.init((images, labels))
+    _, batch = jax.eval_shape(
+        augmentation.apply, augmented, (images, labels), jax.random.key(0)
+    )
     total_steps = len(data.x_train) // config.batch_size * config.epochs
     example = (params, model_state, *batch)
     optimizer = make_optimizer(name, config, task, example, total_steps)
@@ -152,10 +161,12 @@ def make_run(
         tx=optimizer.tx,
         opt_state=optimizer.tx.init(params),
         model_state=model_state,
+        augmented=augmented,
     )
     state = placement.everywhere(state)
     folder = config.folder() / name
-    return Run(config, name, task, data, optimizer, placement, folder, state)
+    parts = (task, data, augmentation, optimizer, placement)
+    return Run(config, name, *parts, folder, state)
 
 
 def resume(run: Run) -> int:

@@ -1,8 +1,9 @@
 """Trains every listed optimiser from the same start on the same data.
 
 A run lives in ``<run folder>/<optimiser>/``: its metrics, and checkpoints from which it
-continues after it was killed. Parameters, order of the data and sampled labels depend
-on the seed and the number of the step alone, so the continued curve is the same.
+continues after it was killed. Parameters, order of the data, sampled labels and
+augmentation depend on the seed and the number of the step alone, or are in the
+checkpoint, so the continued curve is the same.
 """
 
 import contextlib
@@ -169,11 +170,13 @@ def make_step(run: Run) -> Callable[[State, Any, Any], tuple[State, jax.Array]]:
     Returns:
         A function of state (donated) and batch to the next state and the loss.
     """
-    key = jax.random.key(run.config.seed + 1)
-    optimizer = run.optimizer
+    key, chance = (jax.random.key(run.config.seed + n) for n in (1, 2))
+    optimizer, augment = run.optimizer, run.augmentation.apply
 
     def step(state: State, images: Any, labels: Any) -> tuple[State, jax.Array]:
-        args = (state.params, state.model_state, images, labels)
+        turn = jax.random.fold_in(chance, state.step)
+        augmented, batch = augment(state.augmented, (images, labels), turn)
+        args = (state.params, state.model_state, *batch)
         statistics = None
         if optimizer.tagged is None:
             value_and_grad = jax.value_and_grad(run.task.loss, has_aux=True)
@@ -186,7 +189,10 @@ def make_step(run: Run) -> Callable[[State, Any, Any], tuple[State, jax.Array]]:
                 key=sample if optimizer.needs_key else None,
             )
         state = state.apply_gradients(
-            grads=grads, statistics=statistics, model_state=model_state
+            grads=grads,
+            statistics=statistics,
+            model_state=model_state,
+            augmented=augmented,
         )
         return state, loss
 

@@ -6,25 +6,36 @@ from typing import Literal
 from experiments.configs.checks import check_choice, check_integer, check_number
 from experiments.errors import ConfigError
 
-SCHEDULES = ("constant", "linear", "cosine", "exponential")
+SCHEDULES = ("constant", "linear", "cosine", "exponential", "polynomial")
 
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
     """How a value changes over the run, from its start to `final_scale` times it."""
 
-    kind: Literal["constant", "linear", "cosine", "exponential"] = "constant"
+    kind: Literal["constant", "linear", "cosine", "exponential", "polynomial"] = (
+        "constant"
+    )
     """Shape of the decay over all steps of the run."""
     warmup_steps: int = 0
     """Steps of linear growth from zero before the decay starts."""
     final_scale: float = 0.1
-    """Last value divided by the first; not used by a constant schedule."""
+    """Last value divided by the first; not used by a constant schedule. Zero only for
+    a polynomial one."""
+    power: float = 2.0
+    """Power of a polynomial schedule."""
 
     def __post_init__(self) -> None:
         """Checks the values."""
         check_choice("schedule.kind", self.kind, SCHEDULES)
         check_integer("schedule.warmup-steps", self.warmup_steps, at_least=0)
-        check_number("schedule.final-scale", self.final_scale, above=0, at_most=1)
+        if self.kind == "polynomial":
+            check_number(
+                "schedule.final-scale", self.final_scale, at_least=0, at_most=1
+            )
+        else:
+            check_number("schedule.final-scale", self.final_scale, above=0, at_most=1)
+        check_number("schedule.power", self.power, above=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +48,8 @@ class SGDConfig:
     """Schedule of the learning rate."""
     momentum: float = 0.9
     """Decay of the velocity."""
+    tie_momentum: bool = False
+    """Let the momentum follow the learning rate's schedule, warm-up included."""
     nesterov: bool = True
     """Use Nesterov's form of momentum."""
 
@@ -109,6 +122,8 @@ class KFACConfig:
     """Schedule of the damping."""
     momentum: float = 0.9
     """Decay of the velocity."""
+    tie_momentum: bool = False
+    """Let the momentum follow the learning rate's schedule, warm-up included."""
     weight_decay: float = 0.0
     """Decoupled weight decay, multiplied by the learning rate."""
     kl_clip: float | None = 3e-3
@@ -146,6 +161,11 @@ class KFACConfig:
                 f"{self.damping_schedule.warmup_steps}; wanted 0, because a warm-up "
                 "starts at zero and the damping must stay positive."
             )
+        check_number(
+            "kfac.damping-schedule.final-scale",
+            self.damping_schedule.final_scale,
+            above=0,
+        )
         check_number("kfac.momentum", self.momentum, at_least=0, below=1)
         check_number("kfac.weight-decay", self.weight_decay, at_least=0)
         if self.kl_clip is not None:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.configs.checks import check_choice, check_integer
+from experiments.configs.checks import check_choice, check_integer, check_number
 from experiments.configs.optimizers import (
     AdamConfig,
     AdamWConfig,
@@ -19,6 +19,7 @@ IMAGES = ("digits", "mnist5k", "mnist", "fashion_mnist", "cifar10")
 TEXTS = ("tinyshakespeare", "pydoc")
 DATASETS = IMAGES + TEXTS
 MODELS = ("mlp", "mlp_nnx", "lenet5", "resnet", "autoencoder", "lm")
+AUGMENTATIONS = ("none", "crop-flip")
 OPTIMIZERS = ("kfac", "sgd", "adam", "adamw")
 
 DatasetName = Literal[
@@ -98,6 +99,10 @@ class TrainConfig:
     """Use only this many training examples."""
     eval_examples: int = 10_000
     """Training examples, and test examples, on which the loss is evaluated."""
+    augment: Literal["none", "crop-flip"] = "none"
+    """Random crops of images padded by an eighth of their size, mirrored or not."""
+    mixup_alpha: float = 0.0
+    """Parameter of the beta distribution of running mixup; 0 for no mixup."""
     evals_per_epoch: int = 2
     """Evaluations per epoch; their time is not training time."""
     log_every: int = 10
@@ -144,6 +149,13 @@ class TrainConfig:
         check_integer("seed", self.seed, at_least=0)
         if self.devices is not None:
             check_integer("devices", self.devices, at_least=0)
+        check_choice("augment", self.augment, AUGMENTATIONS)
+        check_number("mixup-alpha", self.mixup_alpha, at_least=0)
+        if self.dataset in TEXTS and (self.augment != "none" or self.mixup_alpha):
+            raise ConfigError(
+                f"augment is {self.augment} and mixup-alpha {self.mixup_alpha}; wanted "
+                f"none and 0, because {self.dataset} is a text."
+            )
         if self.train_examples is not None:
             check_integer("train-examples", self.train_examples, at_least=1)
 

@@ -9,8 +9,18 @@
 """
 
 from experiments.datasets.arrays import Dataset, Examples, batches
+from experiments.datasets.augment import Augmentation, make_augmentation
 from experiments.datasets.lookup import load
 from experiments.datasets.text import TextDataset
 from experiments.datasets.textsources import load_text
 
-__all__ = ["Dataset", "Examples", "TextDataset", "batches", "load", "load_text"]
+__all__ = [
+    "Augmentation",
+    "Dataset",
+    "Examples",
+    "TextDataset",
+    "batches",
+    "load",
+    "load_text",
+    "make_augmentation",
+]

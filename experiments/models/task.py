@@ -66,6 +66,8 @@ def classifier(
 ) -> Task:
     """Builds a classification task with the softmax cross-entropy.
 
+    Training labels are integers ``[batch]`` or probabilities ``[batch, classes]``.
+
     Args:
         init: ``(key, inputs) -> (params, model_state)``.
         apply: ``(params, model_state, inputs, train) -> (logits, new model_state)``.
@@ -80,7 +82,10 @@ def classifier(
     def loss(params, model_state, images, labels):
         logits, model_state = apply(params, model_state, preprocess(images), True)
         logits = kfac.categorical(logits)
-        terms = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        if labels.ndim == logits.ndim:
+            terms = optax.softmax_cross_entropy(logits, labels)
+        else:
+            terms = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return terms.mean(), model_state
 
     def evaluate(params, model_state, images, labels):
