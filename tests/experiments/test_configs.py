@@ -19,7 +19,7 @@ from experiments.configs import (
 )
 from experiments.errors import ConfigError
 from experiments.main import main, parse
-from experiments.optimizers import make_schedule
+from experiments.optimizers import make_momentum, make_schedule
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,24 @@ from experiments.optimizers import make_schedule
         (NetConfig, {"code": ()}, "at least one number"),
         (ScheduleConfig, {"kind": "step"}, "schedule.kind is 'step'"),
         (ScheduleConfig, {"final_scale": 0.0}, "final-scale is 0.0; wanted .* > 0"),
+        (
+            ScheduleConfig,
+            {"kind": "polynomial", "final_scale": -0.1},
+            "final-scale is -0.1; wanted .* >= 0",
+        ),
+        (ScheduleConfig, {"power": 0.0}, "schedule.power is 0.0; wanted .* > 0"),
+        (TrainConfig, {"augment": "cutout"}, "augment is 'cutout'; wanted one of"),
+        (TrainConfig, {"mixup_alpha": -1.0}, "mixup-alpha is -1.0; wanted .* >= 0"),
+        (
+            TrainConfig,
+            {"dataset": "pydoc", "mixup_alpha": 0.4},
+            "augment is none and mixup-alpha 0.4; wanted none and 0, because pydoc",
+        ),
+        (
+            KFACConfig,
+            {"damping_schedule": ScheduleConfig("polynomial", final_scale=0.0)},
+            "kfac.damping-schedule.final-scale is 0.0; wanted .* > 0",
+        ),
         (SGDConfig, {"momentum": 1.0}, "sgd.momentum is 1.0; wanted .* >= 0 and < 1"),
         (AdamConfig, {"learning_rate": float("nan")}, "adam.learning-rate is nan"),
         (AdamWConfig, {"weight_decay": -0.1}, "adamw.weight-decay is -0.1"),
@@ -120,7 +138,9 @@ def test_folder_is_that_of_the_curve(tmp_path):
     assert config.run_dict("kfac") != other.run_dict("kfac")
 
 
-@pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "exponential"])
+@pytest.mark.parametrize(
+    "kind", ["constant", "linear", "cosine", "exponential", "polynomial"]
+)
 def test_schedules(kind):
     config = ScheduleConfig(kind, warmup_steps=10, final_scale=0.1)
     schedule = make_schedule(2.0, config, total_steps=110)
@@ -129,6 +149,19 @@ def test_schedules(kind):
     assert float(schedule(10)) == pytest.approx(2.0)
     last = 2.0 if kind == "constant" else 0.2
     assert float(schedule(110)) == pytest.approx(last, rel=1e-5)
+
+
+def test_polynomial_schedule_and_the_momentum_tied_to_it():
+    """``η₀ (1 − (t − t_start) / (t_end − t_start))^p`` behind the warm-up."""
+    decay = ScheduleConfig("polynomial", warmup_steps=10, final_scale=0.0, power=3.5)
+    config = KFACConfig(learning_rate=0.3, schedule=decay, momentum=0.97)
+    rate = make_schedule(config.learning_rate, decay, total_steps=110)
+    momentum = make_momentum(dataclasses.replace(config, tie_momentum=True), 110)
+    for t in (0, 3, 10, 11, 60, 109, 110, 200):
+        wanted = t / 10 if t < 10 else (1 - (min(t, 110) - 10) / 100) ** 3.5
+        assert float(rate(t)) == pytest.approx(0.3 * wanted, rel=1e-4, abs=1e-7)
+        assert float(momentum(t)) == pytest.approx(0.97 * wanted, rel=1e-4, abs=1e-7)
+    assert make_momentum(config, 110) == 0.97
 
 
 def test_checkpoints_lie_on_records():
