@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from kfac_jax_lite.damping import Damping, LevenbergMarquardt, value_at
 from kfac_jax_lite.factors.state import KFACState
@@ -124,8 +123,8 @@ def heavy_ball(momentum: Any) -> optax.GradientTransformation:
     """``optax.trace``, whose decay may be a schedule.
 
     ``optax.inject_hyperparams(optax.trace)`` would do, but for its state, another than
-    that of a number, and for casting the decay to the widest type of the parameters,
-    which then becomes the velocity's.
+    that of a number, and for a decay in the widest type of the parameters, which then
+    becomes the type of every velocity.
 
     Args:
         momentum: A number or a schedule.
@@ -138,10 +137,12 @@ def heavy_ball(momentum: Any) -> optax.GradientTransformation:
         return optax.trace(momentum)
 
     def update_fn(updates, state, params=None, *, count, **extra_args):
-        del extra_args
-        # A Python float, as far as promotion goes: every leaf keeps its dtype.
-        decay = lax.convert_element_type(value_at(momentum, count), float)
-        return optax.trace(decay).update(updates, state, params)
+        del params, extra_args
+        decay = value_at(momentum, count)
+        velocity = jax.tree.map(
+            lambda u, v: u + decay.astype(v.dtype) * v, updates, state.trace
+        )
+        return velocity, optax.TraceState(velocity)
 
     return optax.GradientTransformationExtraArgs(optax.trace(0.0).init, update_fn)
 
