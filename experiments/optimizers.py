@@ -101,8 +101,10 @@ def make_sgd(config: SGDConfig, total_steps: int) -> optax.GradientTransformatio
     """
     rate = make_schedule(config.learning_rate, config.schedule, total_steps)
     momentum = make_momentum(config, total_steps)
+    make: Any = optax.sgd
     # Only with a schedule: another state would turn away checkpoints of other runs.
-    make = optax.inject_hyperparams(optax.sgd) if callable(momentum) else optax.sgd
+    if callable(momentum):
+        make = optax.inject_hyperparams(optax.sgd)
     return make(rate, momentum=momentum, nesterov=config.nesterov)
 
 

@@ -136,7 +136,7 @@ def heavy_ball(momentum: Any) -> optax.GradientTransformation:
     if not callable(momentum):
         return optax.trace(momentum)
 
-    def update_fn(updates, state, params=None, *, count, **extra_args):
+    def update_fn(updates, state, params=None, *, count: Any = None, **extra_args):
         del params, extra_args
         decay = value_at(momentum, count)
         velocity = jax.tree.map(

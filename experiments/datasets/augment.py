@@ -36,12 +36,12 @@ class Mixture(NamedTuple):
     Attributes:
         images: the last mixed images ``[batch, ...]``.
         labels: their labels ``[batch, classes]``.
-        count: batches mixed so far.
+        steps: batches mixed so far.
     """
 
     images: jax.Array
     labels: jax.Array
-    count: jax.Array
+    steps: jax.Array
 
 
 def running_mixup(alpha: float, num_classes: int) -> Augmentation:
@@ -76,12 +76,12 @@ def running_mixup(alpha: float, num_classes: int) -> Augmentation:
         images, labels = batch
         images = images.astype(state.images.dtype)
         share = jax.random.beta(key, alpha, alpha, labels.shape, state.labels.dtype)
-        share = jnp.where(state.count == 0, 1, share)
+        share = jnp.where(state.steps == 0, 1, share)
         mixed = (
             blend(share, images, state.images),
             blend(share, jax.nn.one_hot(labels, num_classes), state.labels),
         )
-        return Mixture(*mixed, state.count + 1), mixed
+        return Mixture(*mixed, state.steps + 1), mixed
 
     return Augmentation(init, apply)
 

@@ -49,7 +49,7 @@ def test_running_mixup_is_its_formula(dtype):
         np.testing.assert_allclose(mixed[1].sum(-1), 1, rtol=1e-6)
         np.testing.assert_array_equal(state.images, mixed[0])
         np.testing.assert_array_equal(state.labels, mixed[1])
-    assert int(state.count) == 5
+    assert int(state.steps) == 5
     assert ((mixed[1] > 0).sum(-1) > 1).any()
 
 
@@ -116,8 +116,11 @@ RECIPE = {
 }
 
 
-@pytest.mark.parametrize("optimizer", ["kfac", "sgd"])
-@pytest.mark.parametrize("killed_after", [5, 7], ids=["epoch", "within"])
+@pytest.mark.parametrize(
+    ("optimizer", "killed_after"),
+    [("kfac", 5), ("sgd", 7)],
+    ids=["kfac-epoch", "sgd-within"],
+)
 def test_resume(tiny, console, tmp_path, monkeypatch, optimizer, killed_after):
     """Four steps an epoch; checkpoints at its end and in its middle."""
     whole = tiny(
