@@ -183,5 +183,5 @@ def test_subsampled_rows():
     rest = shifted + 2 * 256 * 3**2
     assert cost()[1] == rest + sums
     assert cost(examples=2)[1] == rest // 2 + sums
-    assert cost(examples=2, positions=2)[0] == (256, 0, 32, 0)
+    assert cost(examples=2, positions=2)[0] == (256, 0, 32, 0, False)
     assert cost(examples=2, positions=2)[1] == 2 * 32 * (19**2 + 3**2)

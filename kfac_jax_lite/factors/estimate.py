@@ -193,15 +193,9 @@ class TaggedLoss:
         sampled = self.fisher != "empirical"
         found = self.trace(params, args, sampled)
         self._check_layers(found)
-        due, bases = read_state(opt_state, found.layers)
-        recipes = self._recipes(found)
-        slots = make_slots(recipes, params, due, bases)
-        phases = read_phases(opt_state, recipes)
+        watched = self._watched(found, params, args, opt_state, deferred)
         leaves = jax.tree.leaves((params, args))
-        axes, here = varying_axes(leaves), explicit_mesh((params, args)) is None
-        sites = watchable(found, slots) if deferred and here and not sampled else {}
-        thin = thin_layers(found) if deferred and here and not axes else {}
-        watched = Watched(recipes, phases, slots, sites, thin)
+        axes = varying_axes(leaves)
         stacks = {t.name: t.views[0].leaf for t in found.layers}
         run = Interpreter(watched.on_site, stacks).run
         num, closed = len(jax.tree.leaves(params)), found.closed
@@ -221,7 +215,7 @@ class TaggedLoss:
         rows = watched.rows(found.layers, operands, cotangents, flat_grads)
         outputs = outputs_of(found.marks, marked)
         terms = count_terms(outputs)
-        finisher = Finisher(recipes, slots, terms)
+        finisher = Finisher(watched.recipes, watched.slots, terms)
         n = found.num_examples if terms is None else terms
         own = [t.views[0].leaf for t in found.layers if t.kind == "diagonal"]
         diagonals = {i: flat_grads[i] for i in own}
@@ -248,6 +242,19 @@ class TaggedLoss:
             self.has_aux, self.num_examples, sampled, self.max_factor_dim
         )
         return trace(self.loss_fn, params, args, options)
+
+    def _watched(
+        self, found: Trace, params: Any, args: tuple, opt_state: Any, deferred: bool
+    ) -> Watched:
+        """What every layer is tapped with, and which ones are only watched."""
+        due, bases = read_state(opt_state, found.layers)
+        recipes = self._recipes(found)
+        slots = make_slots(recipes, params, due, bases)
+        sites, thin = {}, {}
+        if deferred and explicit_mesh((params, args)) is None:
+            sites = watchable(found, slots) if self.fisher == "empirical" else {}
+            thin = {} if varying_axes((params, args)) else thin_layers(found)
+        return Watched(recipes, read_phases(opt_state, recipes), slots, sites, thin)
 
     def _recipes(self, found: Trace) -> dict[str, Recipe]:
         reduce, masked = self.weight_sharing == "reduce", MASK in found.marks
