@@ -24,9 +24,9 @@ from experiments.benchmarks.common import timed, without_paths
 from experiments.benchmarks.time_to_target.peer import peer_program
 from experiments.benchmarks.time_to_target.problems import Problem
 from experiments.benchmarks.time_to_target.schedule import rate_at
+from experiments.tuning.optimisers import MUON_RMS, kernels
 
 MOMENTUM = 0.9
-MUON_RMS = 0.2
 GROWTH = 5
 
 
@@ -78,19 +78,6 @@ def make_muon(rate: Any, values: dict[str, Any]) -> optax.GradientTransformation
         muon_weight_dimension_numbers=kernels,
         consistent_rms=MUON_RMS,
     )
-
-
-def kernels(params: Any) -> Any:
-    """How Muon sees each parameter: the last axis of a kernel is its output."""
-
-    def numbers(path, leaf):
-        if leaf.ndim < 2 or getattr(path[-1], "key", None) != "kernel":
-            return None
-        return optax.contrib.MuonDimensionNumbers(
-            reduction_axis=tuple(range(leaf.ndim - 1)), output_axis=leaf.ndim - 1
-        )
-
-    return jax.tree.map_with_path(numbers, params)
 
 
 def make_soap(rate: Any, values: dict[str, Any]) -> optax.GradientTransformation:

@@ -6,29 +6,7 @@ from typing import Any
 import optuna
 
 from experiments.benchmarks.time_to_target.sizes import OptimiserName, TaskName
-
-
-@dataclasses.dataclass(frozen=True)
-class Log:
-    """Values from `low` to `high`, uniform in their logarithm."""
-
-    low: float
-    high: float
-
-    def distribution(self) -> optuna.distributions.BaseDistribution:
-        """The same for Optuna."""
-        return optuna.distributions.FloatDistribution(self.low, self.high, log=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """One of some values."""
-
-    values: tuple[float, ...]
-
-    def distribution(self) -> optuna.distributions.BaseDistribution:
-        """The same for Optuna."""
-        return optuna.distributions.CategoricalDistribution(self.values)
+from experiments.tuning.ranges import Choice, Log
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,207 @@
+"""The configuration of ``tune``: what a trial trains, what is searched, who works."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from experiments.configs.checks import check_choice, check_integer, check_number
+from experiments.configs.defaults import default_config
+from experiments.configs.train import (
+    DATASETS,
+    MODELS,
+    DatasetName,
+    ModelName,
+    NetConfig,
+)
+from experiments.errors import ConfigError
+from experiments.tuning.spaces import (
+    AdamSpace,
+    AdamWSpace,
+    KFACSpace,
+    MuonSpace,
+    SGDSpace,
+    Space,
+)
+
+TunedName = Literal["kfac", "sgd", "adam", "adamw", "muon"]
+TUNED = ("kfac", "sgd", "adam", "adamw", "muon")
+# Short runs: a search trains dozens of networks.
+EPOCHS = {"digits": 10, "mnist5k": 4, "tinyshakespeare": 1, "pydoc": 1}
+# Where data and trials lie, who works on them and how many there are decides nothing
+# about a single trial.
+NOT_IN_FINGERPRINT = (
+    "data_dir",
+    "workdir",
+    "storage",
+    "study",
+    "trials",
+    "batch",
+    "worker",
+    "heartbeat",
+    "grace",
+    "retries",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class CurvatureConfig:
+    """What K-FAC's trials have in common."""
+
+    fisher: Literal["empirical", "mc"] = "empirical"
+    """Which Fisher matrix the factors estimate."""
+    every: int = 5
+    """Steps between refreshes of the factors."""
+    inverse: Literal[
+        "cholesky", "eigh", "ekfac", "newton_schulz", "low_rank", "auto"
+    ] = "cholesky"
+    """How the damped curvature is inverted."""
+    inverse_interval: int = 10
+    """Steps between inverse refreshes."""
+    kl_clip: float | None = 3e-3
+    """Bound of the step's quadratic form (trust region); None for no bound."""
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        check_choice("curvature.fisher", self.fisher, ("empirical", "mc"))
+        check_integer("curvature.every", self.every, at_least=1)
+        check_integer(
+            "curvature.inverse-interval", self.inverse_interval, at_least=1
+        )
+        if self.kl_clip is not None:
+            check_number("curvature.kl-clip", self.kl_clip, above=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneConfig:
+    """Searches an optimiser's hyper-parameters; many trials run as one program."""
+
+    optimizer: TunedName = "kfac"
+    """Optimiser whose hyper-parameters are searched."""
+    dataset: DatasetName = "mnist5k"
+    """Data set; digits, mnist5k and pydoc come with packages and need no network."""
+    model: ModelName = "mlp"
+    """Network, as in train."""
+    trials: int = 40
+    """Trials of the whole study, over all workers; more of them continue it."""
+    batch: int = 8
+    """Trials that this worker trains at once."""
+    epochs: int = 4
+    """Passes over the training examples in a trial."""
+    batch_size: int = 200
+    """Examples per step."""
+    evaluations: int = 8
+    """Evaluations of a trial, evenly over its steps."""
+    validation_examples: int | None = None
+    """Last training examples held out for the objective; a fifth if not given."""
+    train_examples: int | None = None
+    """Use only this many training examples, those held out among them."""
+    seed: int = 0
+    """Seed of parameters, order of the data, sampled labels, and the search."""
+    common_start: bool = True
+    """All trials start from the same parameters; otherwise each from its own."""
+    startup_trials: int = 10
+    """Trials drawn at random before the sampler looks at results."""
+    prune_from: int = 3
+    """First evaluation at which a trial worse than the median may end; 0 for never."""
+    storage: str | None = None
+    """URL of a database, postgresql+psycopg://user@host/name; by default a journal
+    file in the run folder."""
+    study: str | None = None
+    """Name of the study in the storage; by default made of the configuration."""
+    worker: int = 0
+    """Number of this worker; workers of one study must have different ones."""
+    heartbeat: int = 10
+    """Seconds between signs of life (databases only)."""
+    grace: int = 60
+    """Seconds without a sign of life after which others take over a trial."""
+    retries: int = 3
+    """How often a trial whose worker died is started again."""
+    data_dir: Path | None = None
+    """Folder with the data; KFAC_DATA_DIR if not given."""
+    workdir: Path | None = None
+    """Folder of the run; by default one under runs/ named after the configuration."""
+    net: NetConfig = NetConfig()
+    """Sizes of the networks."""
+    curvature: CurvatureConfig = CurvatureConfig()
+    """What K-FAC's trials have in common."""
+    kfac: KFACSpace = KFACSpace()
+    """Ranges of K-FAC."""
+    sgd: SGDSpace = SGDSpace()
+    """Ranges of SGD."""
+    adam: AdamSpace = AdamSpace()
+    """Ranges of Adam."""
+    adamw: AdamWSpace = AdamWSpace()
+    """Ranges of AdamW."""
+    muon: MuonSpace = MuonSpace()
+    """Ranges of Muon."""
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            ConfigError: if a value is out of range.
+        """
+        check_choice("optimizer", self.optimizer, TUNED)
+        check_choice("dataset", self.dataset, DATASETS)
+        check_choice("model", self.model, MODELS)
+        for name in ("trials", "batch", "epochs", "batch_size", "evaluations"):
+            check_integer(name.replace("_", "-"), getattr(self, name), at_least=1)
+        for name in ("startup_trials", "heartbeat", "grace"):
+            check_integer(name.replace("_", "-"), getattr(self, name), at_least=1)
+        for name in ("seed", "prune_from", "worker", "retries"):
+            check_integer(name.replace("_", "-"), getattr(self, name), at_least=0)
+        for name in ("validation_examples", "train_examples"):
+            if getattr(self, name) is not None:
+                check_integer(name.replace("_", "-"), getattr(self, name), at_least=1)
+        if self.grace < 2 * self.heartbeat:
+            raise ConfigError(
+                f"grace is {self.grace}; wanted at least twice the heartbeat, "
+                f"{2 * self.heartbeat}: one sign of life may be late."
+            )
+
+    @property
+    def space(self) -> Space:
+        """The ranges of the chosen optimiser."""
+        return getattr(self, self.optimizer)
+
+    def shared(self) -> dict[str, Any]:
+        """What decides a trial beside its values, as JSON values."""
+        values = json.loads(json.dumps(dataclasses.asdict(self), default=str))
+        left_out = {*NOT_IN_FINGERPRINT, *TUNED} - {self.optimizer}
+        if self.optimizer != "kfac":
+            left_out.add("curvature")
+        return {name: item for name, item in values.items() if name not in left_out}
+
+    def name(self) -> str:
+        """Name of the study and of its folder."""
+        if self.study is not None:
+            return self.study
+        digest = hashlib.sha256(json.dumps(self.shared(), sort_keys=True).encode())
+        parts = (self.dataset, self.model, self.optimizer, digest.hexdigest()[:8])
+        return "tune-" + "-".join(parts)
+
+    def folder(self) -> Path:
+        """The run folder: `workdir`, or one under ``runs``."""
+        return Path("runs") / self.name() if self.workdir is None else self.workdir
+
+
+def default_tuning(dataset: str = "mnist5k", model: str = "mlp") -> TuneConfig:
+    """The default search on a data set with a model.
+
+    Args:
+        dataset: one of `DATASETS`.
+        model: one of `MODELS`.
+
+    Returns:
+        A configuration whose every field may be replaced.
+    """
+    train = default_config(dataset, model)
+    return TuneConfig(
+        dataset=train.dataset,
+        model=train.model,
+        epochs=EPOCHS.get(dataset, 4),
+        batch_size=train.batch_size,
+        net=train.net,
+    )

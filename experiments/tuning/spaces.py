@@ -1,0 +1,116 @@
+"""What is searched for each optimiser; JAX is not needed.
+
+The columns are those of the damping study's tables: learning rate, its decay and when
+it is applied, momentum, weight decay and, for K-FAC, factor decay and damping. Every
+bound can be given on the command line, ``--kfac.damping.low 1e-4``; bounds that are
+equal fix a hyper-parameter.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from experiments.configs.checks import check_number
+from experiments.tuning.ranges import Choice, Linear, Log, Range, usual_of
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+MOMENTUM = Linear(0.0, 0.99, 0.9)
+WEIGHT_DECAY = Log(1e-6, 1e-2, 1e-4)
+# Adam's and Muon's steps do not shrink with the gradient: decay works in larger doses.
+DECOUPLED = Log(1e-4, 1.0, 1e-2)
+SHARES = ("lr_decay", "decay_epoch")
+DECAYS = ("momentum", "factor_decay", "beta1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """What every optimiser has."""
+
+    learning_rate: Log = Log(1e-3, 1.0, 0.1)
+    """Step size of the first steps."""
+    lr_decay: Log = Log(1e-2, 1.0, 0.1)
+    """What the learning rate is multiplied by, once."""
+    decay_epoch: Linear = Linear(0.3, 1.0, 0.7)
+    """Share of the run after which that is done."""
+
+    def __post_init__(self) -> None:
+        """Checks what may not leave certain bounds."""
+        for name, space in self.ranges().items():
+            for bound in bounds(space):
+                if name in SHARES:
+                    check_number(name, bound, above=0, at_most=1)
+                elif name in DECAYS:
+                    check_number(name, bound, at_least=0, below=1)
+                else:
+                    check_number(name, bound, at_least=0)
+
+    def ranges(self) -> dict[str, Range]:
+        """The range of each hyper-parameter, by name."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def distributions(self) -> dict[str, "BaseDistribution"]:
+        """What Optuna draws from, by name."""
+        return {name: space.distribution() for name, space in self.ranges().items()}
+
+    def usual(self) -> dict[str, float]:
+        """The first trial's values, by name; those that are given."""
+        found = {name: usual_of(space) for name, space in self.ranges().items()}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def bounds(space: Range) -> tuple[float, ...]:
+    """The least and the greatest value, or all of them."""
+    return space.values if isinstance(space, Choice) else (space.low, space.high)
+
+
+@dataclasses.dataclass(frozen=True)
+class SGDSpace(Space):
+    """SGD with heavy-ball momentum."""
+
+    momentum: Linear = MOMENTUM
+    """Decay of the velocity."""
+    weight_decay: Log = WEIGHT_DECAY
+    """Multiplied by the learning rate."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamSpace(Space):
+    """Adam; the second moment's decay is 0.999."""
+
+    learning_rate: Log = Log(1e-4, 1e-1, 2e-3)
+    """Step size of the first steps."""
+    beta1: Linear = Linear(0.5, 0.99, 0.9)
+    """Decay of the first moment."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamWSpace(AdamSpace):
+    """Adam with decoupled weight decay."""
+
+    weight_decay: Log = DECOUPLED
+    """Decoupled, multiplied by the learning rate."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MuonSpace(Space):
+    """Muon for kernels, Adam for everything else."""
+
+    learning_rate: Log = Log(1e-3, 0.3, 0.02)
+    """Step size of the first steps, for both."""
+    momentum: Linear = Linear(0.5, 0.99, 0.95)
+    """Decay of Muon's first moment."""
+    weight_decay: Log = DECOUPLED
+    """Decoupled, multiplied by the learning rate."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KFACSpace(SGDSpace):
+    """K-FAC; what is not searched is under ``--curvature``."""
+
+    learning_rate: Log = Log(1e-3, 1.0, 0.05)
+    """Step size of the first steps."""
+    factor_decay: Linear = Linear(0.5, 0.99, 0.95)
+    """Weight of the old statistics in the factors' moving average."""
+    damping: Log = Log(1e-4, 1.0, 0.05)
+    """Added to the curvature."""

@@ -1,0 +1,137 @@
+"""Trains many trials as one program.
+
+Parameters, optimiser states and hyper-parameters of the trials are stacked, and
+`jax.vmap` maps the step over them; all see the same batches. `jax.lax.scan` takes the
+steps between two evaluations. An optimiser is compiled once for a number of trials.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.datasets import batches
+from experiments.metrics import EVAL_BATCH
+from experiments.tuning.optimisers import Rule, make_rule, rate_at
+from experiments.tuning.problem import Problem
+
+
+class Program:
+    """Trains `count` trials at once."""
+
+    def __init__(self, problem: Problem, count: int):
+        """Prepares the functions; each is compiled when it is first called.
+
+        Args:
+            problem: data and network.
+            count: number of trials.
+        """
+        self.problem, self.count = problem, count
+        rule = make_rule(problem.config, problem.task, problem.example())
+        self.key = jax.random.key(problem.config.seed + 1)
+        self.begin = jax.jit(jax.vmap(make_start(problem, rule)))
+        self.run = jax.jit(make_advance(problem, rule), donate_argnums=0)
+        mapped = jax.vmap(problem.task.evaluate, in_axes=(0, 0, None, None))
+        self.measure = jax.jit(mapped)
+
+    def start(self, values: Mapping[str, np.ndarray], seeds: Sequence[int]) -> Any:
+        """The trials before their first step.
+
+        Args:
+            values: hyper-parameters by name, ``[count]`` each.
+            seeds: of the initial parameters, ``[count]``.
+
+        Returns:
+            Parameters, model states and optimiser states, ``[count, …]`` each.
+        """
+        return self.begin(as_floats(values), jnp.asarray(seeds, jnp.uint32))
+
+    def advance(
+        self, carry: Any, values: Mapping[str, np.ndarray], number: int
+    ) -> tuple[Any, jax.Array]:
+        """Takes the steps up to the next evaluation.
+
+        Args:
+            carry: from `start` or `advance`; donated.
+            values: hyper-parameters by name, ``[count]`` each.
+            number: steps taken.
+
+        Returns:
+            The next carry, and batch losses ``[steps, count]``.
+        """
+        problem, end = self.problem, number + self.problem.every
+        config = problem.config
+        seen = batches(problem.data, config.batch_size, config.seed, number, end)
+        inputs, targets = (np.stack(part) for part in zip(*seen, strict=True))
+        numbers = np.arange(number, end, dtype=np.int32)
+        return self.run(carry, as_floats(values), numbers, (inputs, targets), self.key)
+
+    def evaluate(self, carry: Any) -> dict[str, np.ndarray]:
+        """Means over the held-out examples.
+
+        Args:
+            carry: from `start` or `advance`.
+
+        Returns:
+            What the task evaluates, by name, ``[count]`` each.
+        """
+        inputs, targets = self.problem.held
+        size = max(1, EVAL_BATCH // self.count)
+        totals: dict[str, np.ndarray] = {}
+        for first in range(0, len(inputs), size):
+            rows = slice(first, first + size)
+            sums = self.measure(*carry[:2], inputs[rows], targets[rows])
+            for name, value in jax.device_get(sums).items():
+                totals[name] = totals.get(name, 0.0) + value.astype(np.float64)
+        return {name: value / len(inputs) for name, value in totals.items()}
+
+
+def make_start(problem: Problem, rule: Rule) -> Any:
+    """``(values, seed) -> carry`` of one trial."""
+
+    def start(values, seed):
+        params, model_state = problem.task.init(jax.random.key(seed))
+        return params, model_state, rule.init(params, values)
+
+    return start
+
+
+def make_advance(problem: Problem, rule: Rule) -> Any:
+    """``(carry, values, numbers, batches, key) -> (carry, losses)`` of all trials."""
+    steps = problem.steps
+
+    def one(carry, values, number, batch, key):
+        return rule.step(carry, values, rate_at(values, number, steps), batch, key)
+
+    many = jax.vmap(one, in_axes=(0, 0, None, None, None))
+
+    def advance(carry, values, numbers, seen, key):
+        def turn(carry, now):
+            number, batch = now
+            # Labels are sampled with the same numbers in all trials.
+            return many(carry, values, number, batch, jax.random.fold_in(key, number))
+
+        return jax.lax.scan(turn, carry, (numbers, seen))
+
+    return advance
+
+
+def as_floats(values: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Hyper-parameters as the program takes them."""
+    return {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
+
+
+def stacked(trials: Sequence[Mapping[str, float]], count: int) -> dict[str, np.ndarray]:
+    """Hyper-parameters of some trials side by side, the last one's again to fill up.
+
+    Args:
+        trials: at most `count` trials, at least one.
+        count: number of trials of the program.
+
+    Returns:
+        By name, ``[count]`` each.
+    """
+    filled = [*trials, *[trials[-1]] * (count - len(trials))]
+    return {name: np.array([trial[name] for trial in filled]) for name in trials[0]}
