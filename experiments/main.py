@@ -13,11 +13,13 @@ from rich.console import Console
 from experiments.configs import DATASETS, MODELS, TrainConfig, default_config
 from experiments.configs.cost import CostConfig
 from experiments.configs.train import OptimizerName
+from experiments.configs.tune import TuneConfig, default_tuning
 from experiments.errors import ExperimentError
 from experiments.progress import open_console
 from experiments.studies.commands import Command, parse_study, run_study
 
 PROGRAM = "python -m experiments.main"
+COMMANDS = ("train", "report", "cost", "study", "tune")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,7 @@ class ReportConfig:
 
 def parse(
     arguments: Sequence[str],
-) -> TrainConfig | ReportConfig | CostConfig | Command:
+) -> TrainConfig | ReportConfig | CostConfig | TuneConfig | Command:
     """Parses the command line.
 
     Args:
@@ -46,7 +48,7 @@ def parse(
         description="Trains networks with K-FAC, SGD, Adam and AdamW side by side.",
         epilog=f"The options of a command: {PROGRAM} train --help",
     )
-    commands.add_argument("command", choices=("train", "report", "cost", "study"))
+    commands.add_argument("command", choices=COMMANDS)
     command = commands.parse_args(arguments[:1]).command
     rest = list(arguments[1:])
     if command == "study":
@@ -55,20 +57,23 @@ def parse(
         return tyro.cli(ReportConfig, prog=f"{PROGRAM} report", args=rest)
     if command == "cost":
         return tyro.cli(CostConfig, prog=f"{PROGRAM} cost", args=rest)
-    return tyro.cli(
-        TrainConfig, prog=f"{PROGRAM} train", default=defaults_for(rest), args=rest
-    )
+    names = names_in(rest)
+    if command == "tune":
+        default = default_tuning(*names)
+        return tyro.cli(TuneConfig, prog=f"{PROGRAM} tune", default=default, args=rest)
+    default = default_config(*names)
+    return tyro.cli(TrainConfig, prog=f"{PROGRAM} train", default=default, args=rest)
 
 
-def defaults_for(arguments: Sequence[str]) -> TrainConfig:
+def names_in(arguments: Sequence[str]) -> tuple[str, str]:
     """Reads the data set and the model, which decide the other options' defaults.
 
     Args:
-        arguments: the arguments of ``train``.
+        arguments: the arguments of ``train`` or ``tune``.
 
     Returns:
-        The defaults; those without any argument if a name is wrong, which the real
-        parser then tells with all it knows.
+        The names; those without any argument if one is wrong, which the real parser
+        then tells with all it knows.
     """
     first = argparse.ArgumentParser(
         add_help=False, allow_abbrev=False, exit_on_error=False
@@ -78,8 +83,8 @@ def defaults_for(arguments: Sequence[str]) -> TrainConfig:
     try:
         chosen, _ = first.parse_known_args(arguments)
     except argparse.ArgumentError:
-        return default_config()
-    return default_config(chosen.dataset, chosen.model)
+        return "mnist5k", "mlp"
+    return chosen.dataset, chosen.model
 
 
 def report(folder: Path, baseline: str, console: Console) -> None:
@@ -141,6 +146,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from experiments import cost
 
             cost.run(config, console)
+            return 0
+        if isinstance(config, TuneConfig):
+            from experiments.tuning.worker import search
+
+            search(config, console)
             return 0
         if not isinstance(config, TrainConfig):
             return run_study(config, console)

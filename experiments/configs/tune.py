@@ -66,9 +66,7 @@ class CurvatureConfig:
         """Checks the values."""
         check_choice("curvature.fisher", self.fisher, ("empirical", "mc"))
         check_integer("curvature.every", self.every, at_least=1)
-        check_integer(
-            "curvature.inverse-interval", self.inverse_interval, at_least=1
-        )
+        check_integer("curvature.inverse-interval", self.inverse_interval, at_least=1)
         if self.kl_clip is not None:
             check_number("curvature.kl-clip", self.kl_clip, above=0)
 
