@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 
 from experiments.runfolder import locked
 from experiments.tuning import worker
-from experiments.tuning.claims import Claims, working, workers_folder
+from experiments.tuning.claims import Claims, workers_folder, working
 from experiments.tuning.problem import make_problem
 from experiments.tuning.store import StorageError, open_storage
 from experiments.tuning.trials import Program
