@@ -141,7 +141,7 @@ class Claims:
         Returns:
             How many.
         """
-        before = len(self.trials(TrialState.FAIL))
+        before = len(self.trials(TrialState.WAITING))
         if isinstance(self.storage, RDBStorage):
             with experimental():
                 optuna.storages.fail_stale_trials(self.study)
@@ -149,7 +149,7 @@ class Claims:
         for trial in self.trials(TrialState.RUNNING):
             if self.is_dead(trial, alive):
                 self.requeue(trial)
-        return len(self.trials(TrialState.FAIL)) - before
+        return len(self.trials(TrialState.WAITING)) - before
 
     def is_dead(self, trial: FrozenTrial, alive: set[int]) -> bool:
         """Whether nobody trains a running trial.
