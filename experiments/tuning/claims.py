@@ -48,6 +48,12 @@ class Claims:
         self.study = open_study(config, self.storage, identity)
         self.study_id = self.storage.get_study_id_from_name(config.name())
 
+    def close(self) -> None:
+        """Ends the connections to a database."""
+        if isinstance(self.storage, RDBStorage):
+            self.storage.remove_session()
+            self.storage.engine.dispose()
+
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """The trials in some states, all if none is given, in order."""
         return self.study.get_trials(deepcopy=False, states=states or None)

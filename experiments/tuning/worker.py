@@ -1,5 +1,6 @@
 """One worker of a search: asks for trials, trains them together, tells the results."""
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -103,11 +104,11 @@ def search(config: TuneConfig, console: Console) -> Path:
         soft_wrap=True,
         highlight=False,
     )
-    with working(config):
-        claims = Claims(config, problem.identity())
+    identity = problem.identity()
+    with working(config), contextlib.closing(Claims(config, identity)) as claims:
         console.print(f"Study: {config.name()}, in {config.folder()}", soft_wrap=True)
         work(claims, problem, console)
-        save_report(claims.study, config, problem.identity(), console)
+        save_report(claims.study, config, identity, console)
     return config.folder()
 
 

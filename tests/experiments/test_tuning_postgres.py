@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 
 import kfac_jax_lite
 from experiments.main import main, parse
-from experiments.tuning.store import experimental, open_storage, retried
+from experiments.tuning.store import open_storage, retried
 from tests.experiments.tuning import OPTIONS, records
 
 ROOT = pathlib.Path(kfac_jax_lite.__file__).parents[1]
@@ -118,13 +118,19 @@ def started(command, output):
             process.wait()
 
 
-def in_training(url, folder, number):
+@contextlib.contextmanager
+def opened(config):
+    """The database, to look into."""
+    storage = open_storage(config)
+    yield storage
+    storage.remove_session()
+    storage.engine.dispose()
+
+
+def in_training(config, storage, number):
     """Trials that a worker has reported a first loss of, but not the last."""
-    config = parse(command_of(url, folder, number))
     with contextlib.suppress(KeyError):  # no study yet
-        study = optuna.load_study(
-            study_name=config.name(), storage=open_storage(config)
-        )
+        study = optuna.load_study(study_name=config.name(), storage=storage)
         running = study.get_trials(states=[TrialState.RUNNING])
         return [
             t
@@ -138,33 +144,35 @@ def in_training(url, folder, number):
 def test_no_trial_is_lost(url, tmp_path):
     folder, logs = tmp_path / "run", [tmp_path / f"{i}.log" for i in (0, 1)]
     commands = [command_of(url, folder, i) for i in (0, 1)]
+    config = parse(commands[0])
     with (
+        opened(config) as storage,
         started(commands[0], logs[0]) as first,
         started(commands[1], logs[1]) as second,
     ):
         lost, end = [], time.monotonic() + PATIENCE
         while len(lost) < BATCH and time.monotonic() < end:
             assert second.poll() is None, logs[1].read_text()
-            lost = in_training(url, folder, 1)
+            lost = in_training(config, storage, 1)
             time.sleep(0.1)
         second.send_signal(signal.SIGKILL)
         second.wait()
         assert len(lost) == BATCH, logs[1].read_text()
         assert first.wait(PATIENCE) == 0, logs[0].read_text()
-    config = parse(commands[0])
-    study = optuna.load_study(study_name=config.name(), storage=open_storage(config))
-    states = [trial.state for trial in study.get_trials()]
+    with opened(config) as storage:
+        study = optuna.load_study(study_name=config.name(), storage=storage)
+        trials = study.get_trials()
+    states = [trial.state for trial in trials]
     assert states.count(TrialState.COMPLETE) == TRIALS
     assert TrialState.RUNNING not in states and TrialState.WAITING not in states
-    complete = study.get_trials(states=[TrialState.COMPLETE])
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     for trial in lost:
-        assert study.trials[trial.number].state == TrialState.FAIL
+        assert trials[trial.number].state == TrialState.FAIL
         (again,) = [t for t in complete if trial.number in retried(t)]
         assert again.params == trial.params
         assert again.user_attrs["worker"] == 0
-    assert len(records(folder)) == TRIALS
+    found = records(folder)
+    assert len(found) == TRIALS
     # A worker that comes late finds nothing to do, and reports the same.
     assert main(commands[1]) == 0
-    assert len(records(folder)) == TRIALS
-    with experimental():
-        assert len(study.get_trials()) == len(states)
+    assert records(folder) == found
