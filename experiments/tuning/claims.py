@@ -180,8 +180,14 @@ class Claims:
         return not claimed and late
 
     def requeue(self, trial: FrozenTrial) -> None:
-        """Fails a trial; what had been drawn completely goes back into the queue."""
-        drawn = trial.user_attrs.get("claimed") == trial.number or bool(retried(trial))
+        """Fails a trial, and queues its values again unless they are incomplete.
+
+        Args:
+            trial: a running one. Its values are complete once it is claimed, or if it
+                came out of the queue; otherwise they are drawn again in its place.
+        """
+        drawn = trial.user_attrs.get("claimed") == trial.number
+        drawn = drawn or "fixed_params" in trial.system_attrs or bool(retried(trial))
         again = [t for t in self.trials() if trial.number in retried(t)]
         if drawn and not again:
             # First the copy: killed in between, this is done once more.

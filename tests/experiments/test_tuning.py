@@ -8,6 +8,7 @@ import numpy as np
 import optuna
 import pytest
 
+from experiments.benchmarks import mapped_trials
 from experiments.configs import NetConfig
 from experiments.configs.tune import TUNED, CurvatureConfig, TuneConfig, default_tuning
 from experiments.datasets import batches, load
@@ -248,3 +249,15 @@ def test_wrong_options_are_told(tmp_path, capsys):
     assert "validation-examples is 190" in capsys.readouterr().err
     assert main(["tune", *options, "--model", "lm"]) == 2
     assert "lm wants a text" in capsys.readouterr().err
+
+
+def test_benchmark_of_mapped_trials(tmp_path, capsys):
+    argv = ["--datasets", "digits", "--optimizers", "sgd", "--epochs", "1"]
+    argv += ["--count", "2", "--rounds", "1", "--out", str(tmp_path)]
+    result = mapped_trials.main(argv)
+    row = result["rows"]["digits, sgd"]
+    together, alone = row["seconds_together"][1], row["seconds_one_by_one"][1]
+    assert row["speedup"][1] == pytest.approx(alone / together)
+    assert row["steps"] == 8 and row["largest_relative_difference"] < 1e-2
+    assert json.loads((tmp_path / "mapped_trials.json").read_text())["rows"]
+    assert "one by one" in capsys.readouterr().out
