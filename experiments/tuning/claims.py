@@ -116,7 +116,7 @@ class Claims:
         """Signs of life in the background, for a database.
 
         Args:
-            numbers: of the trials being trained; those that leave the list are told.
+            numbers: of the trials being trained.
 
         Yields:
             Nothing.
@@ -128,7 +128,7 @@ class Claims:
 
         def beat():
             while not stop.wait(self.config.heartbeat):
-                for number in list(numbers):
+                for number in numbers:
                     # One that is late does no harm, and a lost server shows elsewhere.
                     with contextlib.suppress(optuna.exceptions.StorageInternalError):
                         self.sign(number)

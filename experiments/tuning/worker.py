@@ -19,6 +19,7 @@ from experiments.configs.tune import TuneConfig
 from experiments.tuning.claims import TAKEN, Claims, working
 from experiments.tuning.problem import Problem, make_problem
 from experiments.tuning.results import save_report, write_trials
+from experiments.tuning.store import StorageError
 from experiments.tuning.trials import Program, stacked
 
 POLL = 5.0
@@ -94,6 +95,9 @@ def search(config: TuneConfig, console: Console) -> Path:
 
     Returns:
         The run folder.
+
+    Raises:
+        StorageError: if the storage goes away.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     problem = make_problem(config)
@@ -107,7 +111,13 @@ def search(config: TuneConfig, console: Console) -> Path:
     identity = problem.identity()
     with working(config), contextlib.closing(Claims(config, identity)) as claims:
         console.print(f"Study: {config.name()}, in {config.folder()}", soft_wrap=True)
-        work(claims, problem, console)
+        try:
+            work(claims, problem, console)
+        except optuna.exceptions.StorageInternalError as error:
+            raise StorageError(
+                f"The storage was lost ({error.__cause__}). The same command goes on "
+                "when it is back."
+            ) from error
         save_report(claims.study, config, identity, console)
     return config.folder()
 

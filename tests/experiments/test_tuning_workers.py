@@ -251,6 +251,15 @@ def test_missing_driver(tmp_path, monkeypatch):
     assert "secret" not in str(caught.value)
 
 
+def test_a_storage_that_goes_away(tmp_path, console, monkeypatch):
+    def lost(claims):
+        raise optuna.exceptions.StorageInternalError from OSError("no route to host")
+
+    monkeypatch.setattr(Claims, "ask", lost)
+    with pytest.raises(StorageError, match=r"was lost \(no route to host\)"):
+        worker.search(tiny(tmp_path), console)
+
+
 def test_run_folder_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot be used"):
