@@ -126,7 +126,9 @@ def checked_url(text: str) -> sqlalchemy.URL:
     """
     try:
         url = sqlalchemy.make_url(text)
-        url.get_dialect()
+        with contextlib.suppress(ImportError):  # told when the database is opened
+            url.get_dialect()
+        return url
     except exc.NoSuchModuleError as error:
         raise StorageError(
             f"storage is {text.split(':')[0]}://…: no such kind of database, or no "
@@ -136,9 +138,6 @@ def checked_url(text: str) -> sqlalchemy.URL:
         raise StorageError(
             f"storage is not a URL; wanted one like {EXAMPLE}."
         ) from error
-    except ImportError:
-        pass  # told when the database is opened
-    return url
 
 
 def shown(url: sqlalchemy.URL) -> str:

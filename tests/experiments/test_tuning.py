@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optuna
 import pytest
@@ -144,7 +145,7 @@ def curve_alone(problem, values, seed):
     """The same of one trial, step by step and without `vmap`."""
     config = problem.config
     rule = make_rule(config, problem.task, problem.example())
-    values = {name: np.float32(value) for name, value in values.items()}
+    values = {name: jnp.float32(value) for name, value in values.items()}
     params, model_state = problem.task.init(jax.random.key(seed))
     carry = params, model_state, rule.init(params, values)
     key, losses = jax.random.key(config.seed + 1), []
