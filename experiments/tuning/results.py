@@ -119,7 +119,7 @@ def save_report(
     """
     records = write_trials(study, config, identity)
     ranked = sorted(records, key=rank)
-    if not ranked or rank(ranked[0]) == (True, math.inf):
+    if not ranked or rank(ranked[0]) >= (False, math.inf):
         console.print("No trial was complete with a finite loss.", style="red")
         return
     best = {"study": config.name(), "config": identity, **ranked[0]}

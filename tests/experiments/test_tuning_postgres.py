@@ -1,9 +1,9 @@
 """Two workers on a PostgreSQL server of their own; one is killed in mid-trial."""
 
 import contextlib
-import getpass
 import os
 import pathlib
+import pwd
 import shutil
 import signal
 import socket
@@ -52,32 +52,32 @@ def url():
     """The URL of a fresh database; its server is no longer there afterwards."""
     pytest.importorskip("psycopg")
     initdb, postgres = binary("initdb"), binary("postgres")
-    user, prefix = getpass.getuser(), []
+    user = {}
     if os.geteuid() == 0:  # its programs do not run as root
-        user = "postgres"
-        if shutil.which("runuser") is None:
-            pytest.skip("root needs runuser to start PostgreSQL as another user")
-        prefix = ["runuser", "-u", user, "--"]
+        user = {"user": "postgres", "group": "postgres", "extra_groups": []}
+        if "postgres" not in {entry.pw_name for entry in pwd.getpwall()}:
+            pytest.skip("root needs a user postgres to run PostgreSQL as")
     # Folders of tests are closed to other users.
     with tempfile.TemporaryDirectory(prefix="tuning-") as folder:
-        if prefix:
-            shutil.chown(folder, user)
+        if user:
+            shutil.chown(folder, user["user"], user["group"])
         port, data = free_port(), f"{folder}/data"
         make = [initdb, "-D", data, "-U", "tuner", "--auth=trust", "--no-sync"]
-        subprocess.run([*prefix, *make], check=True, capture_output=True, cwd=folder)
+        subprocess.run(make, check=True, capture_output=True, cwd=folder, **user)
         serve = [postgres, "-D", data, "-p", str(port), "-k", folder, "-F"]
         serve += ["-c", "listen_addresses=127.0.0.1"]
         server = subprocess.Popen(
-            [*prefix, *serve],
+            serve,
             cwd=folder,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            **user,
         )
         try:
             wait_for_server(port, server)
             yield f"postgresql+psycopg://tuner@127.0.0.1:{port}/postgres"
         finally:
-            server.send_signal(signal.SIGINT)  # runuser hands on what it is sent
+            server.send_signal(signal.SIGINT)  # connections are cut
             server.wait(PATIENCE)
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import optuna
 import pytest
@@ -16,6 +17,7 @@ from optuna.trial import TrialState
 
 import kfac_jax_lite
 from experiments.errors import RunFolderError
+from experiments.main import parse
 from experiments.runfolder import locked
 from experiments.tuning import worker
 from experiments.tuning.claims import Claims, workers_folder, working
@@ -161,7 +163,7 @@ class Fake(Program):
         return values
 
     def advance(self, carry, values, number):
-        return carry, None
+        return carry, jnp.zeros((self.problem.every, self.count))
 
     def evaluate(self, carry):
         return {"loss": np.array(self.losses, float)}
@@ -270,18 +272,10 @@ def test_a_killed_process(tmp_path, console):
     """SIGKILL in the middle of a batch; the next call trains those trials again."""
     options = [*OPTIONS, "--optimizer", "sgd", "--workdir", str(tmp_path)]
     options += ["--epochs", "4000", "--evaluations", "100", "--prune-from", "0"]
-    command = [sys.executable, "-m", "experiments.main", "tune", *options]
-    command += ["--trials", "2", "--batch", "2"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    config = tiny(
-        tmp_path,
-        epochs=4000,
-        evaluations=100,
-        prune_from=0,
-        startup_trials=10,
-        trials=2,
-        batch=2,
-    )
+    command = ["tune", *options, "--trials", "2", "--batch", "2"]
+    program = [sys.executable, "-m", "experiments.main", *command]
+    process = subprocess.Popen(program, cwd=ROOT, stdout=subprocess.DEVNULL)
+    config = parse(command)
     try:
         wait_for_report(config, process)
     finally:
