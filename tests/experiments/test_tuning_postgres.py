@@ -3,7 +3,6 @@
 import contextlib
 import os
 import pathlib
-import pwd
 import shutil
 import signal
 import socket
@@ -54,6 +53,8 @@ def url():
     initdb, postgres = binary("initdb"), binary("postgres")
     user = {}
     if os.geteuid() == 0:  # its programs do not run as root
+        import pwd
+
         user = {"user": "postgres", "group": "postgres", "extra_groups": []}
         if "postgres" not in {entry.pw_name for entry in pwd.getpwall()}:
             pytest.skip("root needs a user postgres to run PostgreSQL as")
