@@ -38,6 +38,7 @@ NOT_IN_FINGERPRINT = (
     "study",
     "trials",
     "batch",
+    "mapping",
     "worker",
     "heartbeat",
     "grace",
@@ -85,6 +86,9 @@ class TuneConfig:
     """Trials of the whole study, over all workers; more of them continue it."""
     batch: int = 8
     """Trials that this worker trains at once."""
+    mapping: Literal["auto", "vmap", "loop"] = "auto"
+    """Trials of the program side by side, or in a loop; by default side by side, but
+    K-FAC in a loop on a CPU."""
     epochs: int = 4
     """Passes over the training examples in a trial."""
     batch_size: int = 200
@@ -144,6 +148,7 @@ class TuneConfig:
         check_choice("optimizer", self.optimizer, TUNED)
         check_choice("dataset", self.dataset, DATASETS)
         check_choice("model", self.model, MODELS)
+        check_choice("mapping", self.mapping, ("auto", "vmap", "loop"))
         for name in ("trials", "batch", "epochs", "batch_size", "evaluations"):
             check_integer(name.replace("_", "-"), getattr(self, name), at_least=1)
         for name in ("startup_trials", "heartbeat", "grace"):

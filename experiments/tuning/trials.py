@@ -3,6 +3,9 @@
 Parameters, optimiser states and hyper-parameters of the trials are stacked, and
 `jax.vmap` maps the step over them; all see the same batches. `jax.lax.scan` takes the
 steps between two evaluations. An optimiser is compiled once for a number of trials.
+
+K-FAC on a CPU trains them in a loop of the same program instead: with jaxlib 0.10.2 and
+two threads the program of mapped inversions stops for ever.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.configs.tune import TuneConfig
 from experiments.datasets import batches
 from experiments.metrics import EVAL_BATCH
 from experiments.tuning.optimisers import Rule, make_rule, rate_at
@@ -98,6 +102,13 @@ def make_start(problem: Problem, rule: Rule) -> Any:
     return start
 
 
+def in_loop(config: TuneConfig) -> bool:
+    """Whether trials are trained in a loop instead of side by side."""
+    if config.mapping == "auto":
+        return config.optimizer == "kfac" and jax.default_backend() == "cpu"
+    return config.mapping == "loop"
+
+
 def make_advance(problem: Problem, rule: Rule) -> Any:
     """``(carry, values, numbers, batches, key) -> (carry, losses)`` of all trials."""
     steps = problem.steps
@@ -107,15 +118,24 @@ def make_advance(problem: Problem, rule: Rule) -> Any:
 
     many = jax.vmap(one, in_axes=(0, 0, None, None, None))
 
-    def advance(carry, values, numbers, seen, key):
+    def scanned(step, carry, values, numbers, seen, key):
         def turn(carry, now):
             number, batch = now
             # Labels are sampled with the same numbers in all trials.
-            return many(carry, values, number, batch, jax.random.fold_in(key, number))
+            return step(carry, values, number, batch, jax.random.fold_in(key, number))
 
         return jax.lax.scan(turn, carry, (numbers, seen))
 
-    return advance
+    def side_by_side(carry, values, *rest):
+        return scanned(many, carry, values, *rest)
+
+    def one_by_one(carry, values, *rest):
+        carry, losses = jax.lax.map(
+            lambda trial: scanned(one, *trial, *rest), (carry, values)
+        )
+        return carry, losses.T
+
+    return one_by_one if in_loop(problem.config) else side_by_side
 
 
 def as_floats(values: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

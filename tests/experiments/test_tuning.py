@@ -18,7 +18,7 @@ from experiments.main import main, parse
 from experiments.tuning.optimisers import make_rule, rate_at
 from experiments.tuning.problem import make_problem
 from experiments.tuning.ranges import Choice, Linear, Log, usual_of
-from experiments.tuning.trials import Program, stacked
+from experiments.tuning.trials import Program, in_loop, stacked
 from tests.experiments.tuning import OPTIONS, records, tiny
 
 COLUMNS = {
@@ -76,6 +76,13 @@ def test_ranges_of_decays_end_below_one():
     space = TuneConfig().sgd
     with pytest.raises(ConfigError, match="momentum is 1.0; wanted .* < 1"):
         dataclasses.replace(space, momentum=Linear(0.5, 1.0))
+
+
+def test_mapping():
+    kfac = TuneConfig(optimizer="kfac")
+    assert in_loop(kfac) and not in_loop(dataclasses.replace(kfac, mapping="vmap"))
+    sgd = TuneConfig(optimizer="sgd")
+    assert not in_loop(sgd) and in_loop(dataclasses.replace(sgd, mapping="loop"))
 
 
 def test_command_line():
@@ -164,9 +171,11 @@ def curve_alone(problem, values, seed):
     return losses
 
 
-@pytest.mark.parametrize("name", TUNED)
-def test_mapped_trials_are_those_trained_one_by_one(tmp_path, name):
-    problem = make_problem(tiny(tmp_path, optimizer=name))
+@pytest.mark.parametrize(
+    ("name", "mapping"), [*((name, "vmap") for name in TUNED), ("kfac", "auto")]
+)
+def test_mapped_trials_are_those_trained_one_by_one(tmp_path, name, mapping):
+    problem = make_problem(tiny(tmp_path, optimizer=name, mapping=mapping))
     trials, seeds = drawn(problem.config, 3), [0, 1, 1]
     found = curves(Program(problem, 3), trials, seeds)
     alone = [curve_alone(problem, *pair) for pair in zip(trials, seeds, strict=True)]
@@ -177,7 +186,8 @@ def test_mapped_trials_are_those_trained_one_by_one(tmp_path, name):
 
 def test_sampled_fisher_with_the_same_labels(tmp_path):
     curvature = CurvatureConfig(fisher="mc")
-    problem = make_problem(tiny(tmp_path, optimizer="kfac", curvature=curvature))
+    config = tiny(tmp_path, optimizer="kfac", curvature=curvature, mapping="vmap")
+    problem = make_problem(config)
     trials = drawn(problem.config, 2)
     found = curves(Program(problem, 2), trials, [0, 0])
     alone = [curve_alone(problem, values, 0) for values in trials]
@@ -188,7 +198,9 @@ def test_sampled_fisher_with_the_same_labels(tmp_path):
 def test_a_diverging_trial_leaves_the_others_alone(tmp_path, name):
     # The trust region would keep K-FAC's step finite.
     curvature = CurvatureConfig(kl_clip=None)
-    problem = make_problem(tiny(tmp_path, optimizer=name, curvature=curvature))
+    problem = make_problem(
+        tiny(tmp_path, optimizer=name, curvature=curvature, mapping="vmap")
+    )
     usual = problem.config.space.usual()
     wild = usual | {"learning_rate": 1e38}
     program = Program(problem, 2)
