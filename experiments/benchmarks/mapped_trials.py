@@ -29,7 +29,7 @@ from experiments.benchmarks.common import (
 )
 from experiments.configs.tune import TUNED, default_tuning
 from experiments.tuning.problem import make_problem
-from experiments.tuning.trials import Program, stacked
+from experiments.tuning.trials import Program, in_loop, stacked
 
 DATASETS = ["digits", "mnist5k"]
 
@@ -100,6 +100,7 @@ def benchmark(args: argparse.Namespace, dataset: str, name: str) -> dict[str, An
     ratios = [x / y for x, y in zip(alone, together, strict=True)]
     jax.clear_caches()
     return {
+        "mapping": "loop" if in_loop(config) else "vmap",
         "steps": problem.steps,
         "seconds_together": quartiles(together),
         "seconds_one_by_one": quartiles(alone),
@@ -129,8 +130,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             write_json(args.out / "mapped_trials.json", result)
             low, middle, high = row["speedup"]
             seconds = row["seconds_together"][1], row["seconds_one_by_one"][1]
-            table.append((dataset, name, *seconds, middle, f"{low:.2f}-{high:.2f}"))
-    header = ("data", "optimiser", "together, s", "one by one, s", "ratio", "quartiles")
+            table.append(
+                (
+                    dataset,
+                    name,
+                    row["mapping"],
+                    *seconds,
+                    middle,
+                    f"{low:.2f}-{high:.2f}",
+                )
+            )
+    header = ("data", "optimiser", "mapping", "together, s", "one by one, s")
+    header += ("ratio", "quartiles")
     print(text_table(header, table))
     print(f"Written to {args.out / 'mapped_trials.json'}.")
     return result

@@ -163,7 +163,7 @@ def best_table(config: TuneConfig, ranked: Sequence[dict[str, Any]]) -> Table:
         measured = record["measured"] or {}
         numbers = [record["objective"], *(measured.get(name) for name in others)]
         numbers += [record["values"].get(name) for name in config.space.ranges()]
-        texts = ["–" if value is None else f"{value:.4g}" for value in numbers]
+        texts = ["–" if value is None else f"{value:.3g}" for value in numbers]
         table.add_row(str(record["number"]), *texts)
     return table
 
