@@ -8,6 +8,7 @@ updates, state = tx.update(grads, state, params, statistics=statistics)
 
 from kfac_jax_lite import damping, intervals, simulate
 from kfac_jax_lite.accuracy import choose_ranks, inverse_error
+from kfac_jax_lite.adapted import AdaptedState
 from kfac_jax_lite.alias import KFACChainState, kfac
 from kfac_jax_lite.cost import CostModel, cost_model
 from kfac_jax_lite.factors.estimate import TaggedLoss, tag
@@ -41,6 +42,7 @@ from kfac_jax_lite.types import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptedState",
     "Clock",
     "Collective",
     "CostModel",

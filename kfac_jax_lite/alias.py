@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfac_jax_lite.damping import Damping, LevenbergMarquardt, value_at
+from kfac_jax_lite.adapted import adapted
+from kfac_jax_lite.damping import Adaptive, Damping, LevenbergMarquardt, value_at
 from kfac_jax_lite.factors.state import KFACState
 from kfac_jax_lite.guided import Guide, guided
 from kfac_jax_lite.intervals import Interval
 from kfac_jax_lite.inverse import Method
 from kfac_jax_lite.reduce import Reduction
 from kfac_jax_lite.refresh import gated
-from kfac_jax_lite.transform import ALL_REDUCE, EVERY_STEP, scale_by_kfac
+from kfac_jax_lite.transform import ALL_REDUCE, EVERY_STEP, lag_of, scale_by_kfac
 from kfac_jax_lite.tree import choose, vary, varying_axes
 from kfac_jax_lite.types import Array, LayerTag, accumulation_dtype
 
@@ -36,7 +37,7 @@ class KFACChainState(NamedTuple):
 def kfac(
     layers: Sequence[LayerTag],
     learning_rate: optax.ScalarOrSchedule | str,
-    damping: Damping | LevenbergMarquardt = 1e-3,
+    damping: Damping | Adaptive | LevenbergMarquardt = 1e-3,
     momentum: optax.ScalarOrSchedule | None = 0.9,
     weight_decay: float | Array = 0.0,
     kl_clip: optax.ScalarOrSchedule | None = 1e-3,
@@ -92,10 +93,13 @@ def kfac(
         (the trust region); Loshchilov & Hutter, 2019, arXiv:1711.05101.
     """
     check(learning_rate, momentum, weight_decay, kl_clip)
-    adaptive = isinstance(damping, LevenbergMarquardt)
+    judged = isinstance(damping, LevenbergMarquardt)
+    rule = damping if isinstance(damping, Adaptive) else None
+    if isinstance(damping, Adaptive):
+        damping = damping.initial
     precondition = scale_by_kfac(
         layers,
-        damping=damping.initial if adaptive else damping,
+        damping=damping.initial if judged else damping,
         factor_decay=factor_decay,
         interval=interval,
         inverse=inverse,
@@ -106,17 +110,19 @@ def kfac(
         packed=packed,
     )
     automatic = isinstance(learning_rate, str)
-    if automatic or adaptive:
+    if automatic or judged:
         mapped = axis_name if reduction.mesh is None else None
         chosen = (damping, learning_rate, momentum, weight_decay, mapped)
-        return guided(precondition, Guide(automatic, *chosen))
+        tx = guided(precondition, Guide(automatic, *chosen))
+        return adapted(tx, rule, lag_of(inverse, inverse_interval)) if rule else tx
     decays = not isinstance(weight_decay, (int, float)) or weight_decay != 0
     tail = optax.chain(
         optax.add_decayed_weights(weight_decay) if decays else optax.identity(),
         optax.identity() if momentum is None else heavy_ball(momentum),
         optax.scale_by_learning_rate(learning_rate),
     )
-    return bounded(precondition, tail, learning_rate, kl_clip)
+    tx = bounded(precondition, tail, learning_rate, kl_clip)
+    return adapted(tx, rule, lag_of(inverse, inverse_interval)) if rule else tx
 
 
 def heavy_ball(momentum: Any) -> optax.GradientTransformation:

@@ -1,7 +1,8 @@
 """How much of the identity is added to the curvature.
 
-A damping is a number or an optax schedule of the step count (from 0). It is added to
-the Fisher block of the mean loss, so it means the same whatever the batch size.
+A damping is a number, an optax schedule of the step count (from 0), or a rule that
+adapts it: ``adaptive`` or ``levenberg_marquardt``. It is added to the Fisher block of
+the mean loss, so it means the same whatever the batch size.
 """
 
 import dataclasses
@@ -13,6 +14,8 @@ import jax.numpy as jnp
 from kfac_jax_lite.types import Array
 
 Damping = float | Array | Callable[[Any], Any]
+# A step that ends this much steeper than it began counts as going no farther.
+FARTHEST = 5.0
 
 
 def check(damping: Damping) -> None:
@@ -60,6 +63,71 @@ def split(mean_a: Array, mean_g: Array, damping: Array) -> tuple[Array, Array]:
     ratio = jnp.where(proper, mean_a, 1) / jnp.where(proper, mean_g, 1)
     pi, root = jnp.sqrt(ratio), jnp.sqrt(damping).astype(mean_a.dtype)
     return pi * root, root / pi
+
+
+@dataclasses.dataclass(frozen=True)
+class Adaptive:
+    """Damping that follows where steps end along their direction; see ``adaptive``."""
+
+    initial: float
+    gain: float
+    minimum: float
+    maximum: float
+
+    def adjust(self, damping: Array, agreement: Array, lag: Any = 1) -> Array:
+        """The next damping, given ``r``; unchanged where that is not a number."""
+        r = jnp.clip(jnp.where(jnp.isnan(agreement), 0, agreement), -FARTHEST, 1)
+        new = damping * jnp.exp(-self.gain * r / lag)
+        return jnp.clip(new, self.minimum, self.maximum).astype(damping.dtype)
+
+
+def adaptive(
+    initial: float = 1.0,
+    gain: float = 0.25,
+    minimum: float = 1e-8,
+    maximum: float = 1e8,
+) -> Adaptive:
+    """Damping with which steps end, on average, at the minimum along their direction.
+
+    ``λ ← λ exp(−γ r)``, ``r = dᵀ∇L₊ / dᵀ∇L``: the slope along the last step ``d`` where
+    it ended, on the next batch, over the slope where it began. Steps that are too short
+    (``r`` near 1) lower the damping, those that go too far (``r < 0``) raise it. As
+    noise takes over, ``r`` falls below 0 and the damping grows: steps get shorter as
+    under a decaying learning rate. Costs two inner products per step and one more copy
+    of the parameters. A damping that inverses hold (all methods but ``"eigh"``,
+    ``"ekfac"``, ``"low_rank"``) comes into force with the next inversion: ``γ`` is then
+    divided by ``inverse_interval``.
+
+    Args:
+        initial: First ``λ``. Too large costs some steps, ``ln(λ₀/λ)/γ`` at most as
+            many; far too small can ruin the first step, for which there is no ``r``.
+        gain: ``γ``.
+        minimum: Lower bound of ``λ``.
+        maximum: Upper bound of ``λ``.
+
+    Returns:
+        A damping for ``kfac.kfac`` and ``kfac.scale_by_kfac``.
+
+    Raises:
+        ValueError: A value is out of range.
+
+    References:
+        Pflug, 1990, used the signal to detect stationarity, Almeida et al., 1999, and
+        Baydin et al., 2018, arXiv:1703.04782, to adapt learning rates.
+    """
+    check_range(initial, minimum, maximum)
+    if not 0 < gain <= 2:
+        raise ValueError(f"gain must be in (0, 2], got {gain}.")
+    return Adaptive(initial, gain, minimum, maximum)
+
+
+def check_range(initial: float, minimum: float, maximum: float) -> None:
+    """Raises unless ``0 < minimum <= initial <= maximum``."""
+    if not 0 < minimum <= initial <= maximum < float("inf"):
+        raise ValueError(
+            f"damping wants 0 < minimum <= initial <= maximum, got {minimum}, "
+            f"{initial}, {maximum}."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +180,7 @@ def levenberg_marquardt(
     References:
         Moré, 1978; Martens & Grosse, 2015, arXiv:1503.05671, Sec. 6.5.
     """
-    if not 0 < minimum <= initial <= maximum:
-        raise ValueError(
-            f"damping wants 0 < minimum <= initial <= maximum, got {minimum}, "
-            f"{initial}, {maximum}."
-        )
+    check_range(initial, minimum, maximum)
     if not 0 < factor < 1:
         raise ValueError(f"factor must be between 0 and 1, got {factor}.")
     if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:

@@ -149,6 +149,8 @@ def guided(
                 "model=kfac.quadratic_model(tagged, params, *batch))."
             )
         state = guide.given(state)
+        if "damping" in extra_args:  # of a rule around this
+            state = state._replace(damping=extra_args["damping"])
         extra_args["damping"] = state.damping
         old: Any = state.kfac
         new: Any

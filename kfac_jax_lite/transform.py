@@ -11,6 +11,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from kfac_jax_lite import damping as damping_lib
+from kfac_jax_lite.adapted import adapted
 from kfac_jax_lite.exchange import everywhere
 from kfac_jax_lite.factors.checks import check_nothing_due, check_state
 from kfac_jax_lite.factors.restrict import present_layers
@@ -59,7 +60,7 @@ ALL_REDUCE = Reduction()
 
 def scale_by_kfac(
     layers: Sequence[LayerTag],
-    damping: damping_lib.Damping = 1e-3,
+    damping: damping_lib.Damping | damping_lib.Adaptive = 1e-3,
     factor_decay: float | Array = 0.95,
     interval: Interval = EVERY_STEP,
     inverse: str | Method = "cholesky",
@@ -78,7 +79,8 @@ def scale_by_kfac(
 
     Args:
         layers: ``tagged.layers``.
-        damping: ``λ``, a number or an optax schedule of the step count.
+        damping: ``λ``, a number, an optax schedule of the step count, or
+            ``kfac.damping.adaptive()``.
         factor_decay: ``d`` of ``X̂ ← d X̂ + (1 − d) X`` (it weights the *old* value;
             zero start, bias-corrected).
         interval: When statistics are refreshed, from ``kfac.intervals``.
@@ -116,9 +118,10 @@ def scale_by_kfac(
     """
     if reduction.mode == "all" and reduction.mesh is not None:
         axis_name = None  # under jit, and nothing is spread: no axis is mapped
+    rule = damping if isinstance(damping, damping_lib.Adaptive) else None
     options = Options(
         tuple(layers or ()),
-        damping,
+        damping.initial if isinstance(damping, damping_lib.Adaptive) else damping,
         factor_decay,
         interval,
         method_named(inverse),
@@ -144,7 +147,13 @@ def scale_by_kfac(
         )
         return placed_step(now, updates, state, statistics)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return adapted(tx, rule, lag_of(inverse, inverse_interval), 1) if rule else tx
+
+
+def lag_of(inverse: str | Method, inverse_interval: Any) -> Any:
+    """Steps until a new damping is in force."""
+    return inverse_interval if method_named(inverse).damped else 1
 
 
 def init_state(options: Options, params: Any) -> KFACState:

@@ -35,6 +35,7 @@ ORDER = [
     {"inversions"},
     {"placement"},
     {"telemetry", "accuracy"},
+    {"adapted"},
     {"transform"},
     {"quadratic"},
     {"guided"},

@@ -68,6 +68,12 @@ SIGNATURES = {
         "mapped": True,
     },
     "simulate.step_time": {"cost": EMPTY, "machine": EMPTY, "trace": 1.0},
+    "damping.adaptive": {
+        "initial": 1.0,
+        "gain": 0.25,
+        "minimum": 1e-8,
+        "maximum": 1e8,
+    },
     "intervals.every": {"n": EMPTY},
     "intervals.adaptive": {
         "threshold": EMPTY,
