@@ -93,13 +93,12 @@ def kfac(
         (the trust region); Loshchilov & Hutter, 2019, arXiv:1711.05101.
     """
     check(learning_rate, momentum, weight_decay, kl_clip)
-    judged = isinstance(damping, LevenbergMarquardt)
     rule = damping if isinstance(damping, Adaptive) else None
-    if isinstance(damping, Adaptive):
-        damping = damping.initial
+    given = damping.initial if isinstance(damping, Adaptive) else damping
+    judged = isinstance(given, LevenbergMarquardt)
     precondition = scale_by_kfac(
         layers,
-        damping=damping.initial if judged else damping,
+        damping=given.initial if isinstance(given, LevenbergMarquardt) else given,
         factor_decay=factor_decay,
         interval=interval,
         inverse=inverse,
@@ -112,7 +111,7 @@ def kfac(
     automatic = isinstance(learning_rate, str)
     if automatic or judged:
         mapped = axis_name if reduction.mesh is None else None
-        chosen = (damping, learning_rate, momentum, weight_decay, mapped)
+        chosen = (given, learning_rate, momentum, weight_decay, mapped)
         tx = guided(precondition, Guide(automatic, *chosen))
         return adapted(tx, rule, lag_of(inverse, inverse_interval)) if rule else tx
     decays = not isinstance(weight_decay, (int, float)) or weight_decay != 0

@@ -193,8 +193,8 @@ def test_devices_agree(problem):
             kind = (AxisType.Auto,)
             mesh = jax.make_mesh((DEVICES,), (axis,), axis_types=kind)
             whole, split = (
-                jax.sharding.PartitionSpec(),
-                jax.sharding.PartitionSpec(axis),
+                PartitionSpec(),
+                PartitionSpec(axis),
             )
             specs = {"in_specs": (whole, whole, split, split), "out_specs": whole}
             step = jax.shard_map(step, mesh=mesh, **specs)
