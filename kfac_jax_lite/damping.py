@@ -83,7 +83,7 @@ class Adaptive:
 
 def adaptive(
     initial: float = 1.0,
-    gain: float = 0.25,
+    gain: float = 0.5,
     minimum: float = 1e-8,
     maximum: float = 1e8,
 ) -> Adaptive:

@@ -70,7 +70,7 @@ SIGNATURES = {
     "simulate.step_time": {"cost": EMPTY, "machine": EMPTY, "trace": 1.0},
     "damping.adaptive": {
         "initial": 1.0,
-        "gain": 0.25,
+        "gain": 0.5,
         "minimum": 1e-8,
         "maximum": 1e8,
     },

@@ -7,10 +7,15 @@ from collections.abc import Sequence
 import tyro
 from rich.console import Console
 
+from experiments.studies.damping.config import SIZES as DAMPING_SIZES
+from experiments.studies.damping.config import DampingReport, DampingStudy
 from experiments.studies.sizes import SIZES, IntervalReport, IntervalStudy
 
 HOST_DEVICES = "--xla_force_host_platform_device_count"
-Command = IntervalStudy | IntervalReport
+Command = IntervalStudy | IntervalReport | DampingStudy | DampingReport
+REPORTS = {"intervals-report": IntervalReport, "damping-report": DampingReport}
+# Name to configurations by size.
+STUDIES = {"intervals": SIZES, "damping": DAMPING_SIZES}
 
 
 def parse_study(arguments: Sequence[str], prog: str) -> Command:
@@ -26,17 +31,17 @@ def parse_study(arguments: Sequence[str], prog: str) -> Command:
     names = argparse.ArgumentParser(
         prog=prog, epilog=f"The options of a study: {prog} intervals --help"
     )
-    names.add_argument("study", choices=("intervals", "intervals-report"))
+    names.add_argument("study", choices=(*STUDIES, *REPORTS))
     study = names.parse_args(arguments[:1]).study
     rest = list(arguments[1:])
-    if study == "intervals-report":
-        return tyro.cli(IntervalReport, prog=f"{prog} {study}", args=rest)
+    if study in REPORTS:
+        return tyro.cli(REPORTS[study], prog=f"{prog} {study}", args=rest)
     sizes = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     sizes.add_argument("--size", default="small")
-    size = sizes.parse_known_args(rest)[0].size
+    size, known = sizes.parse_known_args(rest)[0].size, STUDIES[study]
     # A wrong name is left to the real parser, which knows how to tell it.
-    default = SIZES.get(size, SIZES["small"])
-    return tyro.cli(IntervalStudy, prog=f"{prog} {study}", default=default, args=rest)
+    default = known.get(size, known["small"])
+    return tyro.cli(type(default), prog=f"{prog} {study}", default=default, args=rest)
 
 
 def run_study(config: Command, console: Console) -> int:
@@ -49,18 +54,25 @@ def run_study(config: Command, console: Console) -> int:
     Returns:
         The exit status.
     """
+    if isinstance(config, DampingStudy):
+        from experiments.studies.damping.run import run_damping
+
+        config = DampingReport(run_damping(config, console))
+    if isinstance(config, DampingReport):
+        from experiments.studies.damping.report import save_report as save_page
+
+        save_page(config, console)
+        return 0
     if isinstance(config, IntervalStudy):
         set_host_devices(config.host_devices)
         from experiments.studies.intervals import run_intervals
 
         run_intervals(config, console)
         file, out = config.out, config.out.parent
-        report = IntervalReport(file=file, out=out)
-    else:
-        report = config
+        config = IntervalReport(file=file, out=out)
     from experiments.studies.interval_report import save_report
 
-    save_report(report, console)
+    save_report(config, console)
     return 0
 
 
