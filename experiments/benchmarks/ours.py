@@ -51,6 +51,9 @@ def flop_floor(
     return (sum(parts) + sampled * parts.gradient / 3 / factor) / parts.gradient
 
 
+ADAPTED = kfac.AdaptedState
+
+
 class Ours:
     """A real run of this package's K-FAC, its steps classified by their effect."""
 
@@ -60,15 +63,14 @@ class Ours:
         Args:
             problem: what it trains.
             fisher: how the statistics are made.
-            **options: of ``kfac.kfac``.
+            **options: of ``kfac.kfac``; another damping among them, if it is wanted.
         """
         self.problem, self.taken = problem, 0
         self.tagged = tagged = kfac.tag(
             problem.marked_loss(), problem.params, problem.batches[0], fisher=fisher
         )
-        tx = kfac.kfac(
-            tagged.layers, RATE, damping=DAMPING, momentum=MOMENTUM, **options
-        )
+        settings = {"damping": DAMPING, "momentum": MOMENTUM, **options}
+        tx = kfac.kfac(tagged.layers, RATE, **settings)
 
         def step(params, state, batch, key):
             value, grads, statistics = tagged.value_and_grad(
@@ -95,9 +97,21 @@ class Ours:
         return effect(before, counters(self.now[1])), seconds
 
 
+def kfac_of(state: Any) -> kfac.KFACState:
+    """K-FAC's state inside that of ``kfac.kfac``."""
+    return kfac_of(state.inner) if isinstance(state, ADAPTED) else state.kfac
+
+
+def with_kfac(state: Any, new: kfac.KFACState) -> Any:
+    """The state of ``kfac.kfac`` with another state of K-FAC."""
+    if isinstance(state, ADAPTED):
+        return state._replace(inner=with_kfac(state.inner, new))
+    return state._replace(kfac=new)
+
+
 def counters(state: Any) -> tuple[np.ndarray, np.ndarray]:
     """Refreshes and inversions of every layer until now."""
-    clock = state.kfac.clock
+    clock = kfac_of(state).clock
     return tuple(jax.device_get((clock.refreshes, clock.inversions)))
 
 
@@ -122,24 +136,30 @@ def effect(before: tuple, after: tuple) -> str:
 
 def aged(state: Any, steps: int) -> Any:
     """The state as if its inverses had been made `steps` steps earlier."""
-    clock = state.kfac.clock
-    clock = clock._replace(last_inverse=clock.last_inverse - steps)
-    return state._replace(kfac=state.kfac._replace(clock=clock))
+    inner = kfac_of(state)
+    clock = inner.clock._replace(last_inverse=inner.clock.last_inverse - steps)
+    return with_kfac(state, inner._replace(clock=clock))
 
 
 def clock_of(state: Any) -> tuple[Any, Any]:
     """The number of steps and the clock, copied."""
-    return copy_tree((state.kfac.count, state.kfac.clock))
+    inner = kfac_of(state)
+    return copy_tree((inner.count, inner.clock))
 
 
 def with_clock(saved: tuple[Any, Any], state: Any) -> Any:
     """The state at an earlier time: what is due follows from it."""
     count, clock = copy_tree(saved)
-    return state._replace(kfac=state.kfac._replace(count=count, clock=clock))
+    return with_kfac(state, kfac_of(state)._replace(count=count, clock=clock))
 
 
 def ours_job(
-    problem: Problem, factor: int, inverse: int, fisher: str, method: str
+    problem: Problem,
+    factor: int,
+    inverse: int,
+    fisher: str,
+    method: str,
+    damping: Any = DAMPING,
 ) -> Job:
     """This package's K-FAC with fixed intervals.
 
@@ -152,6 +172,7 @@ def ours_job(
         inverse: steps between inversions.
         fisher: how the statistics are made.
         method: how the factors are inverted.
+        damping: a number, or a rule that adapts it.
 
     Returns:
         The job.
@@ -165,6 +186,7 @@ def ours_job(
         interval=kfac.intervals.every(factor),
         inverse=method,
         inverse_interval=inverse,
+        damping=damping,
     )
     cycle = cycle_of(factor, inverse)
     saved: dict[str, Any] = {}
@@ -184,6 +206,7 @@ def ours_job(
         if seen != kind:
             raise RuntimeError(f"a step that should {kind} did {seen}.")
     name = f"ours {label(fisher, method)} ({factor}, {inverse})"
+    name += "" if damping == DAMPING else ", adaptive damping"
     steps = stepper(run.step, run.now, kinds, batch, run.key)
     size, floor = megabytes(run.now[1]), None
     if fisher != "exact":
@@ -228,7 +251,7 @@ def adaptive_job(
         taken = max(1, run.taken - start)
         return {
             "steps": [start + 1, run.taken],
-            "mean_interval": float(np.mean(run.now[1].kfac.clock.interval)),
+            "mean_interval": float(np.mean(kfac_of(run.now[1]).clock.interval)),
             "refreshes_per_layer_and_step": float(np.mean(refreshes - counted[0]))
             / taken,
             "inversions_per_layer_and_step": float(np.mean(inversions - counted[1]))

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import optax
 
+import kfac_jax_lite as kfac
 from experiments.benchmarks.common import (
     OUT,
     PEER,
@@ -99,6 +100,11 @@ def job_makers(problem: Problem, args: argparse.Namespace) -> dict[str, Callable
                         problem, *pair, fisher, method
                     )
                 )
+            makers[f"ours {fisher} {method} adaptive damping"] = (
+                lambda fisher=fisher, method=method: ours_job(
+                    problem, *INTERVALS[-1], fisher, method, kfac.damping.adaptive()
+                )
+            )
             makers[f"ours {fisher} {method} staggered"] = (
                 lambda fisher=fisher, method=method: staggered_job(
                     problem, fisher, method, args.staggered_steps

@@ -117,6 +117,14 @@ def test_steps_do_what_their_kind_says(factor, inverse):
     assert job.state_mb > 0 and job.compile_seconds(samples) > 0
 
 
+def test_adaptive_damping_has_a_job_of_its_own():
+    """Its kinds of step are those of a fixed damping; its damping moves."""
+    rule = ours.kfac.damping.adaptive()
+    job = ours.ours_job(tiny(), 2, 4, "empirical", "cholesky", rule)
+    assert job.name.endswith("(2, 4), adaptive damping")
+    assert {kind for kind, _ in job.run()} == {"refresh+invert", "refresh", "nothing"}
+
+
 def test_adaptive_job_goes_on_training():
     job = ours.adaptive_job(tiny(True), "mc", "cholesky", 2, 3, 0.3, 0.5)
     assert len(job.run()) == 3
