@@ -190,7 +190,8 @@ def traffic(
         inverse: Inversion method.
         inverse_interval: Least number of steps between inversions.
         mapped: Under ``pmap`` or ``shard_map``. False: ``jit`` with a sharded batch,
-            where XLA reduces the statistics, whole and in their own precision.
+            where XLA reduces the statistics, whole and in their own precision (of a
+            convolution it may reduce the products they are made of, which are more).
         itemsize: Bytes of an entry of the statistics.
         memory: How many past statistics the interval rule compares with.
 
