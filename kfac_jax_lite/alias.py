@@ -95,7 +95,6 @@ def kfac(
     check(learning_rate, momentum, weight_decay, kl_clip)
     rule = damping if isinstance(damping, Adaptive) else None
     given = damping.initial if isinstance(damping, Adaptive) else damping
-    judged = isinstance(given, LevenbergMarquardt)
     precondition = scale_by_kfac(
         layers,
         damping=given.initial if isinstance(given, LevenbergMarquardt) else given,
@@ -109,18 +108,18 @@ def kfac(
         packed=packed,
     )
     automatic = isinstance(learning_rate, str)
-    if automatic or judged:
+    if automatic or isinstance(given, LevenbergMarquardt):
         mapped = axis_name if reduction.mesh is None else None
         chosen = (given, learning_rate, momentum, weight_decay, mapped)
         tx = guided(precondition, Guide(automatic, *chosen))
-        return adapted(tx, rule, lag_of(inverse, inverse_interval)) if rule else tx
-    decays = not isinstance(weight_decay, (int, float)) or weight_decay != 0
-    tail = optax.chain(
-        optax.add_decayed_weights(weight_decay) if decays else optax.identity(),
-        optax.identity() if momentum is None else heavy_ball(momentum),
-        optax.scale_by_learning_rate(learning_rate),
-    )
-    tx = bounded(precondition, tail, learning_rate, kl_clip)
+    else:
+        decays = not isinstance(weight_decay, (int, float)) or weight_decay != 0
+        tail = optax.chain(
+            optax.add_decayed_weights(weight_decay) if decays else optax.identity(),
+            optax.identity() if momentum is None else heavy_ball(momentum),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+        tx = bounded(precondition, tail, learning_rate, kl_clip)
     return adapted(tx, rule, lag_of(inverse, inverse_interval)) if rule else tx
 
 

@@ -21,6 +21,7 @@ from experiments.benchmarks.common import (
 )
 from experiments.benchmarks.jobs import DAMPING, MOMENTUM, RATE, Job, stepper
 from experiments.benchmarks.networks import Problem
+from kfac_jax_lite.tree import find_states
 
 
 def flop_floor(
@@ -49,9 +50,6 @@ def flop_floor(
     parts = cost.flops_per_step(1 / factor)
     sampled = {"empirical": 0, "mc": 1}.get(tagged.fisher, 0)
     return (sum(parts) + sampled * parts.gradient / 3 / factor) / parts.gradient
-
-
-ADAPTED = kfac.AdaptedState
 
 
 class Ours:
@@ -99,12 +97,13 @@ class Ours:
 
 def kfac_of(state: Any) -> kfac.KFACState:
     """K-FAC's state inside that of ``kfac.kfac``."""
-    return kfac_of(state.inner) if isinstance(state, ADAPTED) else state.kfac
+    (found,) = find_states(state)
+    return found
 
 
 def with_kfac(state: Any, new: kfac.KFACState) -> Any:
     """The state of ``kfac.kfac`` with another state of K-FAC."""
-    if isinstance(state, ADAPTED):
+    if isinstance(state, kfac.AdaptedState):
         return state._replace(inner=with_kfac(state.inner, new))
     return state._replace(kfac=new)
 

@@ -1,12 +1,12 @@
 """The configuration of one comparison: data, network, optimisers, bookkeeping."""
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal
 
 from experiments.configs.checks import check_choice, check_integer, check_number
+from experiments.configs.fingerprint import digest
 from experiments.configs.optimizers import (
     AdamConfig,
     AdamWConfig,
@@ -193,5 +193,4 @@ class TrainConfig:
         values = self.to_dict()
         for name in NOT_IN_FINGERPRINT:
             values.pop(name)
-        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
-        return Path("runs") / f"{self.dataset}-{self.model}-{digest.hexdigest()[:8]}"
+        return Path("runs") / f"{self.dataset}-{self.model}-{digest(values)[:8]}"

@@ -1,13 +1,12 @@
 """The configuration of ``tune``: what a trial trains, what is searched, who works."""
 
 import dataclasses
-import hashlib
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from experiments.configs.checks import check_choice, check_integer, check_number
 from experiments.configs.defaults import default_config
+from experiments.configs.fingerprint import digest, json_values
 from experiments.configs.train import (
     DATASETS,
     MODELS,
@@ -171,18 +170,16 @@ class TuneConfig:
 
     def shared(self) -> dict[str, Any]:
         """What decides a trial beside its values, as JSON values."""
-        values = json.loads(json.dumps(dataclasses.asdict(self), default=str))
         left_out = {*NOT_IN_FINGERPRINT, *TUNED} - {self.optimizer}
         if self.optimizer != "kfac":
             left_out.add("curvature")
-        return {name: item for name, item in values.items() if name not in left_out}
+        return json_values(self, left_out)
 
     def name(self) -> str:
         """Name of the study and of its folder."""
         if self.study is not None:
             return self.study
-        digest = hashlib.sha256(json.dumps(self.shared(), sort_keys=True).encode())
-        parts = (self.dataset, self.model, self.optimizer, digest.hexdigest()[:8])
+        parts = (self.dataset, self.model, self.optimizer, digest(self.shared())[:8])
         return "tune-" + "-".join(parts)
 
     def folder(self) -> Path:

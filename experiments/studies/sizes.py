@@ -5,13 +5,12 @@ same in every cell.
 """
 
 import dataclasses
-import hashlib
 import itertools
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from experiments.configs.checks import check_choice, check_integer, check_number
+from experiments.configs.fingerprint import digest, json_values
 from experiments.errors import ConfigError
 
 SizeName = Literal["tiny", "small", "medium", "paper"]
@@ -147,13 +146,11 @@ class IntervalStudy:
 
     def shared(self) -> dict[str, Any]:
         """What decides a cell beside its rule, threshold and seed, as JSON values."""
-        values = json.loads(json.dumps(dataclasses.asdict(self), default=str))
-        return {k: v for k, v in values.items() if k not in NOT_IN_FINGERPRINT}
+        return json_values(self, NOT_IN_FINGERPRINT)
 
     def fingerprint(self) -> str:
         """Short digest of `shared`."""
-        text = json.dumps(self.shared(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return digest(self.shared())
 
 
 # Two cells of a moment, for tests and to try the command.

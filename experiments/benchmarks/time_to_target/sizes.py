@@ -5,13 +5,12 @@ numbers is in `TaskSize`; its fingerprint goes into every record.
 """
 
 import dataclasses
-import hashlib
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from experiments.configs import NetConfig
 from experiments.configs.checks import check_integer
+from experiments.configs.fingerprint import digest, json_values
 from experiments.errors import ConfigError
 
 SizeName = Literal["tiny", "small", "medium", "gpu"]
@@ -83,7 +82,7 @@ class TaskSize:
 
     def shared(self) -> dict[str, Any]:
         """The values, as JSON values."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        return json_values(self)
 
     def fingerprint(self, optimiser: str | None = None) -> str:
         """Short digest of what decides the runs of an optimiser."""
@@ -94,8 +93,7 @@ class TaskSize:
             values |= {**peer, "factor_decay": curvature["factor_decay"]}
         elif optimiser == "ours":
             values |= {k: v for k, v in curvature.items() if k not in peer}
-        text = json.dumps(values, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return digest(values)
 
 
 @dataclasses.dataclass(frozen=True)

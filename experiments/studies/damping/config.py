@@ -1,12 +1,11 @@
 """The damping study's configuration and its sizes; JAX is not needed."""
 
 import dataclasses
-import hashlib
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from experiments.configs.checks import check_choice, check_integer, check_number
+from experiments.configs.fingerprint import digest, json_values
 from experiments.errors import ConfigError
 
 SizeName = Literal["tiny", "small", "paper"]
@@ -114,13 +113,11 @@ class DampingStudy:
 
     def shared(self) -> dict[str, Any]:
         """What decides a trial beside its cell and values, as JSON values."""
-        values = json.loads(json.dumps(dataclasses.asdict(self), default=str))
-        return {k: v for k, v in values.items() if k not in NOT_IN_FINGERPRINT}
+        return json_values(self, NOT_IN_FINGERPRINT)
 
     def fingerprint(self) -> str:
         """Short digest of `shared`."""
-        text = json.dumps(self.shared(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return digest(self.shared())
 
 
 TINY = DampingStudy(

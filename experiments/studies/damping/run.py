@@ -23,7 +23,6 @@ import optuna
 from rich.console import Console
 from rich.progress import Progress
 
-import kfac_jax_lite as kfac
 from experiments import metrics
 from experiments.benchmarks.common import machine
 from experiments.errors import MetricsError
@@ -43,6 +42,7 @@ from experiments.studies.damping.problem import (
     make_program,
 )
 from experiments.tuning.ranges import Linear, Log
+from kfac_jax_lite.tree import find_states
 
 SPACE = {
     "rate": Log(1e-4, 3.0).distribution(),
@@ -213,22 +213,14 @@ def eigenvalues(method: str, carry: Any) -> Record:
     """Smallest and largest eigenvalue of every factor of K-FAC, by layer."""
     if method == SGD:
         return {}
-    states = optax_states(carry[1])
+    (state,) = find_states(carry[1])
     found = {}
-    for name, factors in sorted(states.factors.items()):
+    for name, factors in sorted(state.factors.items()):
         for side in ("a", "g"):
             matrix = np.asarray(getattr(factors, side), np.float64)
             values = np.linalg.eigvalsh(matrix)
             found[f"{name} {side}"] = [values[0], values[-1]]
     return found
-
-
-def optax_states(opt_state: Any) -> kfac.KFACState:
-    """The K-FAC state inside an optimiser's."""
-    leaves = jax.tree.leaves(
-        opt_state, is_leaf=lambda node: isinstance(node, kfac.KFACState)
-    )
-    return next(leaf for leaf in leaves if isinstance(leaf, kfac.KFACState))
 
 
 def show_winner(
