@@ -6,12 +6,18 @@ short; ``r = 0``: it ended at the minimum along its direction; ``r < 0``: it wen
 far. Two inner products per step, no evaluation of the loss and no product with the
 curvature.
 
+A step that ended steeper uphill than any of late was steep is taken back: the update is
+``−d``, the velocity is forgotten, the damping grows at once, and what was measured out
+there is refused. Only then can a first damping be far too small, and momentum not carry
+a run away whose new steps the trust region has made tiny.
+
 References:
     Pflug, 1990, "Non-asymptotic confidence bounds for stochastic approximation
     algorithms with constant step size" (successive gradients' product turns negative
     where noise rules); Almeida et al., 1999, and Baydin et al., 2018, arXiv:1703.04782
     (the same product as the learning rate's hypergradient); Moré, 1978 (damping by how
-    well the model predicts).
+    well the model predicts, steps that are refused); O'Donoghue & Candès, 2015,
+    arXiv:1204.3982, Sec. 3.2 (momentum forgotten where the step points uphill).
 """
 
 from typing import Any, NamedTuple
@@ -25,23 +31,31 @@ from kfac_jax_lite.refresh import gated
 from kfac_jax_lite.tree import choose, find_states, vary, varying_axes
 from kfac_jax_lite.types import Array
 
+# Weight of the greatest slope before: that of a step long ago is no measure.
+MEMORY = 0.9
+
 
 class AdaptedState(NamedTuple):
     """State of an optimiser whose damping is adapted.
 
     Attributes:
         inner: State of the optimiser.
-        damping: ``λ`` in force.
         step: ``d``, the last update.
-        slope: ``dᵀ∇L`` where it began, on its own batch; 0 before the first step.
-        agreement: ``r`` of the last step; NaN before there is one.
+        damping: ``λ`` in force.
+        slope: ``dᵀ∇L`` where ``d`` began, on its own batch; 0 before the first step and
+            after one that was taken back.
+        scale: The greatest ``|dᵀ∇L|`` of late: ``σ ← max(|dᵀ∇L|, 0.9 σ)``.
+        agreement: ``r`` of the last step; NaN where there is none.
+        retreats: Steps that were taken back.
     """
 
     inner: Any
-    damping: Array
     step: Any
+    damping: Array
     slope: Array
+    scale: Array
     agreement: Array
+    retreats: Array
 
 
 def adapted(
@@ -53,22 +67,28 @@ def adapted(
     """An optimiser whose damping follows a rule.
 
     Args:
-        inner: It takes ``damping=`` in ``update``.
+        inner: It takes ``damping=`` and ``reject=`` in ``update``.
         rule: The rule.
         lag: Steps until a new damping is in force: the least number of steps between
             inversions where the inverses hold it.
         sign: That of ``dᵀ∇L`` for a step downhill: −1 for updates that are added to
-            parameters, 1 for preconditioned gradients.
+            parameters, 1 for preconditioned gradients, which cannot be taken back.
 
     Returns:
-        The transformation. A batch that ``inner`` rejects changes nothing here.
+        The transformation. A batch that ``inner`` finds not to be finite changes
+        nothing here.
     """
 
     def init_fn(params):
-        numbers = [jnp.asarray(x, jnp.float32) for x in (rule.initial, 0, jnp.nan)]
-        damping, slope, agreement = numbers
-        step = jax.tree.map(jnp.zeros_like, params)
-        return AdaptedState(inner.init(params), damping, step, slope, agreement)
+        return AdaptedState(
+            inner=inner.init(params),
+            step=jax.tree.map(jnp.zeros_like, params),
+            damping=jnp.asarray(rule.initial, jnp.float32),
+            slope=jnp.zeros((), jnp.float32),
+            scale=jnp.zeros((), jnp.float32),
+            agreement=jnp.asarray(jnp.nan, jnp.float32),
+            retreats=jnp.zeros((), jnp.int32),
+        )
 
     def update_fn(updates, state, params=None, **extra_args):
         grads = updates
@@ -76,14 +96,25 @@ def adapted(
         end = slope_along(state.step, grads, always)
         agreement = jnp.where(state.slope * sign > 0, end / state.slope, -jnp.inf)
         agreement = jnp.where(state.slope == 0, jnp.nan, agreement)
-        damping = rule.adjust(state.damping, agreement, lag)
+        damping, back = rule.adjust(state.damping, agreement, lag), jnp.asarray(False)
+        if rule.retreat is not None and sign < 0:
+            back = (state.slope != 0) & (end > state.scale)
+            raised = rule.raised(state.damping, end / state.scale)
+            damping = jnp.where(back, raised, damping)
+            extra_args["reject"] = back
         extra_args["damping"] = damping
         d, new = inner.update(grads, state.inner, params, **extra_args)
         pairs = zip(find_states(new), find_states(state.inner), strict=True)
         accepted = jnp.all(jnp.stack([n.skipped == o.skipped for n, o in pairs]))
+        if rule.retreat is not None and sign < 0:
+            d = choose(back, jax.tree.map(jnp.negative, state.step), d)
         slope = slope_along(d, grads, always)
-        found = AdaptedState((), damping, d, slope, agreement)
-        kept = choose(accepted, found, state._replace(inner=()))
+        scale = jnp.maximum(jnp.abs(slope), MEMORY * state.scale)
+        slope = jnp.where(back, 0, slope)
+        scale = jnp.where(back, state.scale, scale)
+        retreats = state.retreats + back
+        found = AdaptedState((), d, damping, slope, scale, agreement, retreats)
+        kept = choose(accepted | back, found, state._replace(inner=()))
         return d, kept._replace(inner=new)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

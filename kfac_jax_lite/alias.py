@@ -194,12 +194,27 @@ def bounded(
             # In their own dtype: the momentum's must not change.
             updates = jax.tree.map(lambda u: (trust * u).astype(u.dtype), updates)
         updates, new_tail = tail.update(updates, state.tail, params, count=count)
-        new_tail = choose(accepted, new_tail, state.tail)
+        kept = without_velocity(state.tail, extra_args.get("reject", False))
+        new_tail = choose(accepted, new_tail, kept)
         updates = jax.tree.map(lambda u: jnp.where(accepted, u, 0), updates)
         trust = jnp.where(accepted, trust, state.trust).astype(jnp.float32)
         return updates, KFACChainState(inner, new_tail, trust)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def without_velocity(tail: Any, flag: Any) -> Any:
+    """The state of ``tail`` with a velocity of zero where ``flag``."""
+    if flag is False:
+        return tail
+
+    def is_velocity(x):
+        return isinstance(x, optax.TraceState)
+
+    def forget(x):
+        return jax.tree.map(lambda v: jnp.where(flag, 0, v), x) if is_velocity(x) else x
+
+    return jax.tree.map(forget, tail, is_leaf=is_velocity)
 
 
 def check(learning_rate: Any, momentum: Any, weight_decay: Any, kl_clip: Any) -> None:

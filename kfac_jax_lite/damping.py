@@ -73,6 +73,7 @@ class Adaptive:
     gain: float
     minimum: float
     maximum: float
+    retreat: float | None
 
     def adjust(self, damping: Array, agreement: Array, lag: Any = 1) -> Array:
         """The next damping, given ``r``; unchanged where that is not a number."""
@@ -80,12 +81,27 @@ class Adaptive:
         new = damping * jnp.exp(-self.gain * r / lag)
         return jnp.clip(new, self.minimum, self.maximum).astype(damping.dtype)
 
+    def raised(self, damping: Array, excess: Array) -> Array:
+        """The damping after a step that is taken back.
+
+        Args:
+            damping: ``λ`` of that step.
+            excess: Its slope uphill where it ended, over the greatest of late.
+
+        Returns:
+            ``λ`` times ``excess``, but at least ``retreat`` and at most its square.
+        """
+        least = 1.0 if self.retreat is None else self.retreat
+        new = damping * jnp.clip(excess, least, least**2)
+        return jnp.minimum(new, self.maximum).astype(damping.dtype)
+
 
 def adaptive(
     initial: float = 1.0,
     gain: float = 0.5,
     minimum: float = 1e-8,
     maximum: float = 1e8,
+    retreat: float | None = 10.0,
 ) -> Adaptive:
     """Damping with which steps end, on average, at the minimum along their direction.
 
@@ -98,12 +114,21 @@ def adaptive(
     ``"ekfac"``, ``"low_rank"``) comes into force with the next inversion: ``γ`` is then
     divided by ``inverse_interval``.
 
+    In ``kfac.kfac``, a step that ended steeper uphill than any of late was steep,
+    ``dᵀ∇L₊ > max |dᵀ∇L|``, is taken back: the next update is ``−d``, momentum starts
+    anew, that batch is refused, ``λ`` grows tenfold or more, and inverses are made anew
+    with it. So a first ``λ`` many decades too small costs a few steps, not the run.
+    What follows in an ``optax.chain`` must leave updates as they are for this to be
+    exact; running averages of a network, as batch norm's, are not taken back.
+
     Args:
         initial: First ``λ``. Too large costs some steps, ``ln(λ₀/λ)/γ`` at most as
-            many; far too small can ruin the first step, for which there is no ``r``.
+            many; too small some that are taken back.
         gain: ``γ``.
         minimum: Lower bound of ``λ``.
         maximum: Upper bound of ``λ``.
+        retreat: Least factor, of the damping, of a step that is taken back; None takes
+            none back, as does ``kfac.scale_by_kfac``, which does not know the steps.
 
     Returns:
         A damping for ``kfac.kfac`` and ``kfac.scale_by_kfac``.
@@ -113,12 +138,16 @@ def adaptive(
 
     References:
         Pflug, 1990, used the signal to detect stationarity, Almeida et al., 1999, and
-        Baydin et al., 2018, arXiv:1703.04782, to adapt learning rates.
+        Baydin et al., 2018, arXiv:1703.04782, to adapt learning rates; Moré, 1978,
+        refuses steps and raises damping; O'Donoghue & Candès, 2015, arXiv:1204.3982,
+        restart momentum where it points uphill.
     """
     check_range(initial, minimum, maximum)
     if not 0 < gain <= 2:
         raise ValueError(f"gain must be in (0, 2], got {gain}.")
-    return Adaptive(initial, gain, minimum, maximum)
+    if retreat is not None and not 1 < retreat < 1e4:
+        raise ValueError(f"retreat must be in (1, 1e4) or None, got {retreat}.")
+    return Adaptive(initial, gain, minimum, maximum, retreat)
 
 
 def check_range(initial: float, minimum: float, maximum: float) -> None:

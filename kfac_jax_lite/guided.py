@@ -160,7 +160,9 @@ def guided(
         asked = guide.consult(state, due, model, params, updates, u)
         asked = choose(accepted, asked, state)
         d = guide.direction(asked, state.velocity, params, u)
-        velocity = choose(accepted, d, state.velocity)
+        none = jax.tree.map(jnp.zeros_like, d)
+        kept = choose(extra_args.get("reject", False), none, state.velocity)
+        velocity = choose(accepted, d, kept)
         d = jax.tree.map(lambda x: jnp.where(accepted, x, 0), d)
         return d, asked._replace(kfac=new, velocity=velocity)
 

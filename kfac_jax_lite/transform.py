@@ -107,7 +107,8 @@ def scale_by_kfac(
         statistics=statistics)``; gradients are expected to be averaged over devices
         already; ``damping=`` there overrides the one given here. A batch with a NaN
         or Inf in gradients or statistics gives zero updates and changes nothing in the
-        state but ``skipped``.
+        state but ``skipped``; so does one with ``reject=True``, after which inverses
+        that hold damping are made anew.
 
     Raises:
         ValueError: A value is out of range; layers of another model; at ``update``,
@@ -137,7 +138,14 @@ def scale_by_kfac(
         return init_state(options, params)
 
     def update_fn(
-        updates, state, params=None, *, statistics=None, damping=None, **extra_args
+        updates,
+        state,
+        params=None,
+        *,
+        statistics=None,
+        damping=None,
+        reject=False,
+        **extra_args,
     ):
         del params, extra_args
         now = (
@@ -145,7 +153,7 @@ def scale_by_kfac(
             if damping is None
             else dataclasses.replace(options, damping=damping)
         )
-        return placed_step(now, updates, state, statistics)
+        return placed_step(now, updates, state, statistics, reject)
 
     tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
     return adapted(tx, rule, lag_of(inverse, inverse_interval), 1) if rule else tx
@@ -265,12 +273,14 @@ def typed(run: Callable, grads: Any, state: KFACState, statistics: Any):
     return automatic(run, grads, state, statistics, out_specs=specs)
 
 
-def placed_step(options: Options, grads: Any, state: KFACState, statistics: Any):
+def placed_step(
+    options: Options, grads: Any, state: KFACState, statistics: Any, reject: Any
+):
     """``step``, under ``jit`` on every device of ``Reduction.mesh``."""
     if statistics is None:  # before any mapping makes the flags unknown
         check_nothing_due(state)
     mesh = options.reduction.mesh
-    run = functools.partial(step, options)
+    run = functools.partial(step, options, reject=reject)
     if mesh is None or options.reduction.mode == "all":
         return typed(run, grads, state, statistics)
     statistics = computed(statistics, gated=True)
@@ -291,7 +301,7 @@ def placed_step(options: Options, grads: Any, state: KFACState, statistics: Any)
     return resharded(updates, typed_mesh, specs_of(grads)), state
 
 
-def step(options: Options, grads: Any, state: KFACState, statistics: Any):
+def step(options: Options, grads: Any, state: KFACState, statistics: Any, reject: Any):
     """One update: reduce, average, invert, precondition."""
     layers = present_layers(options.layers, grads)
     plan = options.plan(layers)
@@ -301,6 +311,7 @@ def step(options: Options, grads: Any, state: KFACState, statistics: Any):
     shift = damping_lib.value_at(options.damping, state.count)
     number, clock = state.count + 1, state.clock
     accepted = everywhere(all_finite(grads), options.axis_name)
+    accepted &= ~jnp.asarray(reject)
     factors, previous = dict(state.factors), dict(state.previous)
     if statistics is not None:
         record = (factors, previous, clock, statistics, accepted, number)
@@ -311,6 +322,9 @@ def step(options: Options, grads: Any, state: KFACState, statistics: Any):
     record = (factors, dict(state.inverses), shift, gates, first)
     factors, inverses, good = inversions(options, plan, layers, *record)
     clock = clock_after_inversion(clock, gates, good, shift, number)
+    if options.method.damped:
+        void = jnp.where(reject, 0, clock.last_inverse)
+        clock = clock._replace(last_inverse=void)
     due = refreshes_due(options, layers, clock, number + 1)
     new_state = KFACState(
         count=state.count + accepted,

@@ -97,7 +97,8 @@ class KFACState(NamedTuple):
 
     Attributes:
         count: Steps taken (batches accepted).
-        skipped: Batches rejected because a gradient or statistic was not finite.
+        skipped: Batches rejected: a gradient or statistic was not finite, or an
+            adaptive damping took the last step back.
         damping: Damping of the last step.
         clock: Refresh bookkeeping, vectors over layers in sorted-name order.
         factors: Layer name to averaged, bias-corrected statistics.
