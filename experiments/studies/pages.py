@@ -296,8 +296,8 @@ def markdown_part(part: Part) -> str:
     if isinstance(part, Plot):
         return f"![{plain(part.title)}]({quote(part.path.name)})"
     rows = [[plain(show(value)) for value in row] for row in (part.header, *part.rows)]
-    rows.insert(1, ["---"] * len(part.header))
     lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|" + "---|" * len(part.header))
     caption = [plain(part.caption), ""] if part.caption else []
     return "\n".join([*caption, *lines])
 

@@ -133,6 +133,22 @@ def query(source: Source, sql: str, **parameters: Any) -> list[dict[str, Any]]:
     return [json.loads(text) for (text,) in rows]
 
 
+def without_nulls(value: Any) -> Any:
+    """Drops the null fields of objects, as of records that lack what others have.
+
+    Args:
+        value: JSON value of a query.
+
+    Returns:
+        The same without the fields; nulls in lists stay.
+    """
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
 def flat_columns(name: str, kind: Any, path: str = "") -> list[tuple[str, str]]:
     """Columns for Parquet: structs are unfolded, numbers and lists of them are kept.
 
