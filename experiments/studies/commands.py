@@ -7,15 +7,20 @@ from collections.abc import Sequence
 import tyro
 from rich.console import Console
 
+from experiments.studies.batch_size.config import SIZES as BATCH_SIZES
+from experiments.studies.batch_size.config import BatchStudy
 from experiments.studies.damping.config import SIZES as DAMPING_SIZES
 from experiments.studies.damping.config import DampingReport, DampingStudy
 from experiments.studies.sizes import SIZES, IntervalReport, IntervalStudy
 
 HOST_DEVICES = "--xla_force_host_platform_device_count"
-Command = IntervalStudy | IntervalReport | DampingStudy | DampingReport
-REPORTS = {"intervals-report": IntervalReport, "damping-report": DampingReport}
+Command = IntervalStudy | IntervalReport | DampingStudy | DampingReport | BatchStudy
+REPORTS = {
+    "intervals-report": IntervalReport,
+    "damping-report": DampingReport,
+}
 # Name to configurations by size.
-STUDIES = {"intervals": SIZES, "damping": DAMPING_SIZES}
+STUDIES = {"intervals": SIZES, "damping": DAMPING_SIZES, "batch-size": BATCH_SIZES}
 
 
 def parse_study(arguments: Sequence[str], prog: str) -> Command:
@@ -62,6 +67,11 @@ def run_study(config: Command, console: Console) -> int:
         from experiments.studies.damping.report import save_report as save_page
 
         save_page(config, console)
+        return 0
+    if isinstance(config, BatchStudy):
+        from experiments.studies.batch_size.run import run_batch_size
+
+        run_batch_size(config, console)
         return 0
     if isinstance(config, IntervalStudy):
         set_host_devices(config.host_devices)
