@@ -277,12 +277,13 @@ def test_a_pruned_trial_never_wins():
 def test_the_pruner_ends_what_is_below_the_median():
     config = dataclasses.replace(TINY, startup_trials=3, prune_from=1, epochs=2)
     space = {"learning_rate": config.sgd.learning_rate.distribution()}
-    known = [make_record("trial", i, 0.5, accuracy=[a, 0.5]) for i, a in
-             enumerate((0.2, 0.3, 0.4))]  # fmt: skip
+    known = [make_record("trial", i, 0.5) for i in range(3)]
+    for record, first in zip(known, (0.2, 0.3, 0.4), strict=True):
+        record["accuracy"] = [first, 0.5]
     for accuracy, pruned in ((0.25, True), (0.35, False)):
         trial = run.make_study(config, space, known).ask(space)
         trial.report(accuracy, 1)
-        assert trial.should_prune() is pruned
+        assert bool(trial.should_prune()) is pruned
 
 
 def test_a_half_line_is_dropped(tmp_path):

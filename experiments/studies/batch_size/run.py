@@ -181,7 +181,7 @@ def search(
         def ends(epoch: int, accuracy: float, trial: Any = trial) -> bool:
             trial.report(accuracy, epoch)
             allowed = config.prune_from and epoch < config.epochs
-            return bool(allowed) and trial.should_prune()
+            return bool(allowed and trial.should_prune())
 
         values = dict(trial.params)
         run = train(config, problem, cell, get_program(), values, 0, measure, ends)
