@@ -127,4 +127,4 @@ def test_the_papers_table_is_beside_ours(tmp_path):
         path.write_text(text)
     table = report.accuracy_table(results.read_results(tmp_path))
     assert table.header[-3:] == ("paper: SGD", "paper: Adam", "paper: K-FAC")
-    assert table.rows[0] == ("512", "4", "50.00", "60.00", "85.00", "81.93", "71.32")
+    assert table.rows[0] == ("512", "2", "50.00", "60.00", "85.00", "81.93", "71.32")

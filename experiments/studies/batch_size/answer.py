@@ -37,7 +37,8 @@ def verdict(found: dict[int, Estimate], other: str) -> str:
     """One sentence on where K-FAC is better, worse, or neither.
 
     Args:
-        found: differences by batch size, at least one.
+        found: differences by batch size, at least one; those of a single seed have no
+            interval and cannot be told apart from 0.
         other: what K-FAC is compared with, in words.
 
     Returns:
@@ -97,8 +98,8 @@ def answer(results: Results, config: dict[str, Any]) -> str:
     trials = sorted({len(r.trials) for r in results.values()})
     seeds = sorted({len(r.seeds) for r in results.values()})
     sentences = [
-        f"With {counts(trials)} trials each, {counts(seeds)} seeds for the winners and "
-        f"{config['epochs']} epochs at every batch size, {verdict(over_sgd, 'SGD')}",
+        f"With {counts(trials, 'trial')} each, {counts(seeds, 'seed')} for the winners "
+        f"and {config['epochs']} epochs at every batch size, {verdict(over_sgd, 'SGD')}",
         growth(slope(leads(results, SGD))),
     ]
     against = {}
@@ -121,7 +122,8 @@ def answer(results: Results, config: dict[str, Any]) -> str:
     return " ".join(sentences)
 
 
-def counts(numbers: list[int]) -> str:
-    """One number, or from the least to the greatest."""
+def counts(numbers: list[int], noun: str) -> str:
+    """One number, or from the least to the greatest, and what is counted."""
     low, high = min(numbers), max(numbers)
-    return str(low) if low == high else f"{low} to {high}"
+    number = str(low) if low == high else f"{low} to {high}"
+    return f"{number} {noun}{'s' * (high != 1)}"

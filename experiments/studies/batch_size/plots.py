@@ -5,6 +5,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from experiments.studies.batch_size.config import Cell
 from experiments.studies.batch_size.results import (
@@ -19,13 +20,14 @@ from experiments.studies.batch_size.statistics import estimate
 COLOURS = {"sgd": "#000000", "adamw": "#0072b2", "muon": "#009e73", "kfac": "#d55e00"}
 
 
-def panels(titles: list[str], xlabel: str, ylabel: str):
+def panels(titles: list[str], xlabel: str, ylabel: str, same_x: bool = True):
     """A row of plots with a common vertical axis.
 
     Args:
         titles: one for each.
         xlabel: of all.
         ylabel: of the first.
+        same_x: whether the horizontal axis is common, too.
 
     Returns:
         The figure and its axes.
@@ -33,6 +35,7 @@ def panels(titles: list[str], xlabel: str, ylabel: str):
     figure, grid = plt.subplots(
         1,
         len(titles),
+        sharex=same_x,
         sharey=True,
         squeeze=False,
         figsize=(max(5, 3 * len(titles)), 3.5),
@@ -46,7 +49,13 @@ def panels(titles: list[str], xlabel: str, ylabel: str):
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a figure and forgets it."""
+    """Writes a figure, with one legend for all of its plots, and forgets it."""
+    named = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
+    place = {"loc": "outside upper center", "ncols": max(1, len(named))}
+    figure.legend(list(named.values()), list(named), fontsize=8, **place)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -69,7 +78,6 @@ def plot_final(results: Results, path: Path) -> None:
     sizes = sizes_of(results)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, map(str, sizes))
-    axes.legend()
     save(figure, path)
 
 
@@ -87,7 +95,6 @@ def plot_iterations(results: Results, path: Path) -> None:
                 at = result.steps() * np.arange(1, len(curve) + 1)
                 axes.plot(at, curve, ".-", color=colour, label=f"batch {size}")
         axes.set_xscale("log")
-    grid[0].legend(fontsize=8)
     save(figure, path)
 
 
@@ -95,14 +102,13 @@ def plot_seconds(results: Results, path: Path) -> None:
     """Test accuracy against training seconds: a panel per batch, a line per method."""
     sizes = sizes_of(results)
     figure, grid = panels(
-        [f"batch {size}" for size in sizes], "training seconds", "test accuracy"
+        [f"batch {size}" for size in sizes], "training seconds", "test accuracy", False
     )
     for cell, result in results.items():
         axes = grid[sizes.index(cell.batch_size)]
         curve, name = result.curve("accuracy"), cell.optimizer
         seconds = np.cumsum(result.curve("wall"))[: len(curve)]
         axes.plot(seconds, curve, ".-", color=COLOURS[name], label=TITLES[name])
-    grid[0].legend(fontsize=8)
     save(figure, path)
 
 
@@ -118,5 +124,5 @@ def plot_search(results: Results, path: Path) -> None:
         best = np.maximum.accumulate(ends)
         numbers = np.arange(1, len(best) + 1)
         axes.plot(numbers, best, ".-", color=COLOURS[name], label=TITLES[name])
-    grid[0].legend(fontsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     save(figure, path)
