@@ -99,7 +99,8 @@ def answer(results: Results, config: dict[str, Any]) -> str:
     seeds = sorted({len(r.seeds) for r in results.values()})
     sentences = [
         f"With {counts(trials, 'trial')} each, {counts(seeds, 'seed')} for the winners "
-        f"and {config['epochs']} epochs at every batch size, {verdict(over_sgd, 'SGD')}",
+        f"and {config['epochs']} epochs at every batch size, "
+        f"{verdict(over_sgd, 'SGD')}",
         growth(slope(leads(results, SGD))),
     ]
     against = {}

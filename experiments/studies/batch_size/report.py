@@ -71,9 +71,9 @@ FITTED = (
 )
 BEFORE = (
     "The default ranges and the first trial's usual values were set by hand after "
-    "short runs at batch 128, 512 and 2048, judged on validation images: 20 of K-FAC, 8 "
-    "of SGD, 3 of AdamW and 2 of Muon. That is more than the others had, and it may "
-    "favour K-FAC's first trial."
+    "short runs at batch 128, 512 and 2048, judged on validation images: 20 of K-FAC, "
+    "8 of SGD, 3 of AdamW and 2 of Muon. K-FAC had the most of them, which may favour "
+    "its first trial."
 )
 COST = (
     "Seconds are those of all training steps of a run; compilation and evaluation are "
