@@ -23,6 +23,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import kfac_jax_lite as kfac
+from experiments.benchmarks.commits import commit
 from experiments.metrics import to_json
 
 OUT = Path("runs/benchmarks")
@@ -276,7 +277,7 @@ def machine() -> dict[str, Any]:
     """Describes what a measurement was made with.
 
     Returns:
-        JSON values: processor, cores, devices, versions, date.
+        JSON values: processor, cores, devices, versions, date, commit of the code.
     """
     peer, reason = import_peer()
     versions = {
@@ -294,6 +295,7 @@ def machine() -> dict[str, Any]:
         "kfac_jax": getattr(peer, "__version__", "unknown") if peer else None,
         "kfac_jax_missing": reason or None,
         "kfac_jax_lite": kfac.__version__,
+        "commit": commit(),
         "OPENBLAS_NUM_THREADS": os.environ.get("OPENBLAS_NUM_THREADS"),
     }
 

@@ -7,15 +7,23 @@ from collections.abc import Sequence
 import tyro
 from rich.console import Console
 
+from experiments.studies.batch_size.config import SIZES as BATCH_SIZES
+from experiments.studies.batch_size.config import BatchReport, BatchStudy
 from experiments.studies.damping.config import SIZES as DAMPING_SIZES
 from experiments.studies.damping.config import DampingReport, DampingStudy
 from experiments.studies.sizes import SIZES, IntervalReport, IntervalStudy
 
 HOST_DEVICES = "--xla_force_host_platform_device_count"
-Command = IntervalStudy | IntervalReport | DampingStudy | DampingReport
-REPORTS = {"intervals-report": IntervalReport, "damping-report": DampingReport}
+Study = IntervalStudy | DampingStudy | BatchStudy
+Report = IntervalReport | DampingReport | BatchReport
+Command = Study | Report
+REPORTS = {
+    "intervals-report": IntervalReport,
+    "damping-report": DampingReport,
+    "batch-size-report": BatchReport,
+}
 # Name to configurations by size.
-STUDIES = {"intervals": SIZES, "damping": DAMPING_SIZES}
+STUDIES = {"intervals": SIZES, "damping": DAMPING_SIZES, "batch-size": BATCH_SIZES}
 
 
 def parse_study(arguments: Sequence[str], prog: str) -> Command:
@@ -62,6 +70,15 @@ def run_study(config: Command, console: Console) -> int:
         from experiments.studies.damping.report import save_report as save_page
 
         save_page(config, console)
+        return 0
+    if isinstance(config, BatchStudy):
+        from experiments.studies.batch_size.run import run_batch_size
+
+        config = BatchReport(run_batch_size(config, console))
+    if isinstance(config, BatchReport):
+        from experiments.studies.batch_size.report import save_report as save_batch
+
+        save_batch(config, console)
         return 0
     if isinstance(config, IntervalStudy):
         set_host_devices(config.host_devices)

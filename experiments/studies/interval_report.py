@@ -1,4 +1,4 @@
-"""Table, summary and plots of the interval study, from its JSON lines alone."""
+"""Table, summary, plots and page of the interval study, from its JSON lines alone."""
 
 import re
 import statistics
@@ -13,9 +13,12 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from experiments import metrics
+from experiments.benchmarks.common import cell as cell_text
 from experiments.benchmarks.common import text_table, write_json
 from experiments.errors import MetricsError
+from experiments.studies.interval_page import save_interval_page
+from experiments.studies.pages import Plot, Table
+from experiments.studies.records import query
 from experiments.studies.sizes import EVERY, RULES, IntervalReport
 
 Line = dict[str, Any]
@@ -29,6 +32,10 @@ COLOURS = {
 # Records over which refreshes are counted in the heat maps.
 SPAN = 5
 MARKERS = ("o", "s", "^", "D", "v", "P")
+HEADER = (
+    "rule", "λ", "seeds", "accuracy %", "range", "paired", "in spread",
+    "train loss", "traffic %", "range", "2nd half %", "unlike", "MB", "seconds",
+)  # fmt: skip
 
 
 def read_lines(path: Path) -> list[Line]:
@@ -43,7 +50,8 @@ def read_lines(path: Path) -> list[Line]:
     Raises:
         MetricsError: if there is none, no baseline, or two configurations in the file.
     """
-    lines = metrics.read_records(path)
+    written = path.is_file() and path.stat().st_size
+    lines = query(path, "FROM runs") if written else []
     if not lines:
         raise MetricsError(f"{path} holds no finished cell of an interval study.")
     prints = sorted({line["fingerprint"] for line in lines})
@@ -155,19 +163,13 @@ def unlike(line: Line) -> float:
 
 
 def show(rows: Sequence[dict[str, Any]]) -> str:
-    """The table.
+    """The table as lines of text, of the rows of `summarise`."""
+    return text_table(HEADER, table_cells(rows))
 
-    Args:
-        rows: from `summarise`.
 
-    Returns:
-        Lines of text.
-    """
-    header = (
-        "rule", "λ", "seeds", "accuracy %", "range", "paired", "in spread",
-        "train loss", "traffic %", "range", "2nd half %", "unlike", "MB", "seconds",
-    )  # fmt: skip
-    cells = [
+def table_cells(rows: Sequence[dict[str, Any]]) -> list[tuple]:
+    """Rows of `summarise` as cells of the table."""
+    return [
         (
             row["rule"],
             row["threshold"],
@@ -186,7 +188,6 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
         )
         for row in rows
     ]
-    return text_table(header, cells)
 
 
 def depth(name: str) -> tuple:
@@ -357,7 +358,7 @@ def save_trade_off(
 
 
 def save_report(config: IntervalReport, console: Console) -> list[Path]:
-    """Writes summary and plots beside the results, and prints the table.
+    """Writes summary, plots and page beside the results, and prints the table.
 
     Args:
         config: which results, and where to write.
@@ -382,9 +383,15 @@ def save_report(config: IntervalReport, console: Console) -> list[Path]:
     paths = [folder / f"{stem}.json", folder / f"{stem}.png"]
     write_json(paths[0], summary)
     save_trade_off(lines, rows, paths[1])
+    plots = [Plot(paths[1], "Accuracy against traffic, every run and the means")]
     heat = folder / f"{stem}_layers.png"
     if save_heat_maps(lines, config.heat_threshold, heat):
         paths.append(heat)
+        caption = "Intervals and steps per refresh, layers × steps"
+        plots.append(Plot(heat, f"{caption}, λ = {config.heat_threshold:g}"))
+    cells = tuple(tuple(map(cell_text, row)) for row in table_cells(rows))
+    table = Table(HEADER, cells, "Means over the seeds")
+    paths += save_interval_page(config.file, summary, table, plots, folder)
     for path in paths:
         console.print(f"Written: {path}", soft_wrap=True, highlight=False)
     return paths

@@ -5,6 +5,8 @@ import dataclasses
 import json
 import os
 import platform
+import shutil
+import subprocess
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 import experiments
 from experiments.benchmarks import (
     autoencoder,
+    commits,
     common,
     inverses,
     low_rank_error,
@@ -33,6 +36,42 @@ def tiny(bernoulli: bool = False) -> Problem:
 def test_openblas_has_one_thread():
     assert os.environ["OPENBLAS_NUM_THREADS"]
     assert common.machine()["OPENBLAS_NUM_THREADS"] is not None
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_of_a_checkout(tmp_path):
+    """Short hash; modified are tracked files, except for results."""
+
+    def git(*arguments):
+        who = "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"
+        command = ["git", "-C", str(tmp_path), *who, *arguments]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True
+        ).stdout
+
+    folder = tmp_path / "some" / "code"
+    (folder / "results").mkdir(parents=True)
+    assert commits.commit(folder, "some/code/") is None  # no checkout
+    git("init", "-q")
+    assert commits.commit(folder, "some/code/") is None  # nothing committed
+    for name in ("a.py", "results/b.json"):
+        (folder / name).write_text("1\n")
+    git("add", "-A")
+    git("commit", "-q", "-m", "first")
+    found = git("rev-parse", "--short", "HEAD").strip()
+    assert commits.commit(folder, "some/code/") == found
+    assert commits.commit(folder, "other/") is None  # in another repository
+    (folder / "results" / "b.json").write_text("2\n")
+    (folder / "new.txt").write_text("2\n")
+    assert commits.commit(folder, "some/code/") == found
+    (folder / "a.py").write_text("2\n")
+    assert commits.commit(folder, "some/code/") == f"{found}, modified"
+
+
+def test_no_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert commits.commit() is None
+    assert common.machine()["commit"] is None
 
 
 def test_the_c_library_is_told_to_keep_memory():

@@ -2,6 +2,7 @@
 
 import json
 
+import duckdb
 import jax
 import numpy as np
 import pytest
@@ -52,9 +53,71 @@ def test_the_page_has_the_table_and_the_plots(folder):
     for name in ("sensitivity", "curves", "squares", "eigenvalues"):
         assert (folder / f"{name}.png").stat().st_size > 1000
         assert f"{name}.png" in page
+    html = (folder / "page.html").read_text()
+    assert html.count("data:image/png;base64,") == 4
+    assert all(part in html for part in ("adaptive damping", "λ = 1e-02", "SGD"))
     rows = json.loads((folder / "summary.json").read_text())["cells"]
     records = lines(folder / "adaptive.jsonl")
     assert rows["adaptive"]["best"] == min(run.final(r) for r in records[:2])
+
+
+def test_the_page_has_the_untuned_runs_and_how_it_was_made(folder):
+    page = (folder / "page.md").read_text()
+    for record in lines(folder / "sensitivity.jsonl"):
+        loss = f"{run.final(record):.4f}"
+        row = f"| 1e-02 | {record['method']} | 1 | {loss} | {loss} | {loss} |"
+        assert row in page
+    record = lines(folder / "sgd.jsonl")[0]
+    assert f"Commit: {record['machine']['commit'] or 'not recorded'}." in page
+    assert "| eval_every | 4 |" in page and "| kl_clip | – |" in page
+    assert f"| jax | {jax.__version__} |" in page
+
+
+def test_the_runs_as_parquet(folder):
+    with duckdb.connect() as base:
+        table = base.read_parquet(str(folder / "runs.parquet"))
+        found = table.select('cell, kind, "values.rate", "values.damping"').fetchall()
+        assert "seen" not in " ".join(table.columns)
+    wanted = [
+        (path.stem, r["kind"], r["values"]["rate"], r["values"].get("damping"))
+        for path in sorted(folder.glob("*.jsonl"))
+        for r in lines(path)
+    ]
+    assert found == wanted
+
+
+def test_records_are_those_of_the_files(folder):
+    """What DuckDB infers changes no value, and gives no cell another's keys."""
+    cells = report.read_cells(folder)
+    assert list(cells) == [
+        "sgd",
+        "levenberg_marquardt",
+        "adaptive",
+        "fixed_1e-02",
+        "sensitivity",
+    ]
+    for name, records in cells.items():
+        for record, written in zip(
+            records, lines(folder / f"{name}.jsonl"), strict=True
+        ):
+            for key in written.keys() - {"machine"}:
+                assert record[key] == written[key], (name, key)
+
+
+def test_old_records_without_a_commit(folder, tmp_path):
+    for path in folder.glob("*.jsonl"):
+        records = lines(path)
+        for record in records:
+            del record["machine"]["commit"]
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        (tmp_path / path.name).write_text(text)
+    report.save_report(configs.DampingReport(tmp_path), Console(quiet=True))
+    assert "Commit: not recorded." in (tmp_path / "page.html").read_text()
+    old, new = (
+        json.loads((at / "summary.json").read_text())["cells"]
+        for at in (tmp_path, folder)
+    )
+    assert old == new
 
 
 def test_a_search_goes_on_as_if_it_had_not_stopped(folder, tmp_path):

@@ -168,13 +168,37 @@ def test_report_of_a_run(study, tmp_path):
         "cells.json",
         "cells.png",
         "cells_layers.png",
+        "cells.html",
+        "cells.md",
+        "cells.parquet",
     ]
-    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths[1:])
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths[1:3])
     summary = json.loads(paths[0].read_text())
     assert [row["rule"] for row in summary["rows"]] == ["every", "multiple", "elapsed"]
-    assert str(tmp_path) not in paths[0].read_text() + study.out.read_text()
+    page, markdown = (path.read_text(encoding="utf-8") for path in paths[3:5])
+    for text in (paths[0].read_text(), study.out.read_text(), page, markdown):
+        assert str(tmp_path) not in text
+    check_page(page, markdown, summary, read_records(study.out))
     none = dataclasses.replace(config, heat_threshold=0.7, out=tmp_path / "other")
-    assert len(interval_report.save_report(none, console)) == 2
+    assert len(interval_report.save_report(none, console)) == 5
+
+
+def check_page(page, markdown, summary, lines):
+    """The page has the table's numbers, the curves', both plots and the commit."""
+    assert page.count("data:image/png;base64,") == 2
+    for name in ("cells.png", "cells_layers.png"):
+        assert f"]({name})" in markdown
+    for row in summary["rows"]:
+        numbers = f"{100 * row['accuracy']:.2f}", f"{100 * row['ratio']:.1f}"
+        for number in numbers:
+            assert f"| {number} |" in markdown and f">{number}</td>" in page
+    # One seed: the means during training are the values themselves.
+    for line in lines:
+        rule, threshold = line["cell"]["rule"], line["cell"]["threshold"] or "–"
+        values = [f"{100 * x['accuracy']:.2f}" for x in line["evaluations"]]
+        assert f"| {' | '.join([rule, str(threshold), *values])} |\n" in markdown
+    commit = lines[0]["machine"]["commit"] or "not recorded"
+    assert f"Commit: {commit}." in page and f"Commit: {commit}." in markdown
 
 
 def made_up(rule, threshold, seed, accuracy, ratio):

@@ -1,4 +1,4 @@
-"""The page of the damping study: tables in Markdown, plots, a summary in JSON."""
+"""The page of the damping study: HTML, Markdown, plots, a summary, runs as Parquet."""
 
 import json
 from pathlib import Path
@@ -18,17 +18,49 @@ from experiments.studies.damping.config import (
     DampingReport,
 )
 from experiments.studies.damping.run import EDGES, WORST, final
+from experiments.studies.pages import (
+    Page,
+    Plot,
+    Section,
+    Table,
+    markdown_part,
+    save_page,
+)
+from experiments.studies.records import (
+    commits,
+    machines,
+    query,
+    save_parquet,
+    without_nulls,
+)
 
 TITLES = {
     SGD: "SGD",
     ADAPTIVE: "adaptive damping",
     JUDGED: "Levenberg-Marquardt",
 }
+CAPTIONS = {
+    "curves": "Training loss: mean of the best third of the trials, with its range",
+    "sensitivity": "Final training loss against damping",
+    "squares": "Squared gradients of the best trials, by layer and iteration",
+    "eigenvalues": "Smallest eigenvalue of every factor after the best trials",
+}
+EXPLAINED = (
+    "Each cell has its own search over learning rate, the share of it left at the end "
+    "and momentum. Losses are those of training images after the last step; "
+    f"{WORST:g} stands for everything above and for what is not finite."
+)
+UNTUNED_LOSSES = """
+    SELECT method, values.damping AS damping, count(*) AS seeds, avg(loss) AS mean,
+        min(loss) AS low, max(loss) AS high
+    FROM (SELECT *, least(coalesce(curve[-1], $worst), $worst) AS loss FROM runs)
+    WHERE cell = 'sensitivity' GROUP BY ALL ORDER BY damping, method
+"""
 Record = dict[str, Any]
 
 
 def read_cells(folder: Path) -> dict[str, list[Record]]:
-    """Finished runs by cell, the fixed dampings in order.
+    """Finished runs by cell, those without a fixed damping first, then by damping.
 
     Args:
         folder: of the results.
@@ -39,13 +71,20 @@ def read_cells(folder: Path) -> dict[str, list[Record]]:
     Raises:
         MetricsError: if there are none.
     """
-    found = {path.stem: metrics.read_records(path) for path in folder.glob("*.jsonl")}
-    if not found:
+    if not any(path.stat().st_size for path in folder.glob("*.jsonl")):
         raise MetricsError(f"{folder} holds no results of the damping study.")
+    found: dict[str, list[Record]] = {}
+    for record in query(folder, "FROM runs"):
+        # Cells have other hyper-parameters, and SGD has no factors.
+        nested = {name: without_nulls(record.get(name)) for name in ("values", "seen")}
+        found.setdefault(record["cell"], []).append(record | nested)
+
+    first = [SGD, JUDGED, ADAPTIVE]
 
     def order(name):
-        fixed = name.startswith(f"{FIXED}_")
-        return (fixed, float(name.split("_")[1])) if fixed else (False, 0.0)
+        if name.startswith(f"{FIXED}_"):
+            return len(first), float(name.removeprefix(f"{FIXED}_"))
+        return (first.index(name) if name in first else len(first) + 1), 0.0
 
     return {name: found[name] for name in sorted(found, key=order)}
 
@@ -81,21 +120,43 @@ def summary(cells: dict[str, list[Record]]) -> dict[str, Any]:
     return rows
 
 
-def table(rows: dict[str, Any]) -> list[str]:
-    """Lines of the Markdown table."""
-    lines = [
-        "| damping | trials | mean of the best third | best | median | not finite | "
-        "learning rate, share left, momentum of the best |",
-        "|---|---|---|---|---|---|---|",
-    ]
+def table(rows: dict[str, Any]) -> Table:
+    """The table: a row for every cell."""
+    header = (
+        "damping", "trials", "mean of the best third", "best", "median", "not finite",
+        "learning rate, share left, momentum of the best",
+    )  # fmt: skip
+    cells = []
     for name, row in rows.items():
         v = row["values"]
-        lines.append(
-            f"| {title(name)} | {row['trials']} | {row['best_third']:.4f} | "
-            f"{row['best']:.4f} | {row['median']:.4f} | {row['diverged']:.0%} | "
-            f"{v['rate']:.3g}, {v['end']:.2f}, {v['momentum']:.2f} |"
+        losses = (f"{row[which]:.4f}" for which in ("best_third", "best", "median"))
+        best = f"{v['rate']:.3g}, {v['end']:.2f}, {v['momentum']:.2f}"
+        counts = title(name), str(row["trials"])
+        cells.append((*counts, *losses, f"{row['diverged']:.0%}", best))
+    return Table(header, tuple(cells))
+
+
+def untuned(folder: Path) -> Table:
+    """The runs with settings that nobody tuned, by damping."""
+    found = query(folder, UNTUNED_LOSSES, worst=WORST)
+    rows = [
+        (
+            f"{row['damping']:.0e}",
+            row["method"],
+            str(row["seeds"]),
+            *(f"{row[which]:.4f}" for which in ("mean", "low", "high")),
         )
-    return lines
+        for row in found
+    ]
+    header = (
+        "damping, or its first value",
+        "method",
+        "seeds",
+        "mean",
+        "lowest",
+        "highest",
+    )
+    return Table(header, tuple(rows), "Final training loss of untuned runs")
 
 
 def curve_of(record: Record, length: int) -> np.ndarray:
@@ -235,8 +296,15 @@ def save_report(config: DampingReport, console: Console) -> None:
     first = next(records[0] for records in cells.values() if records)
     facts = {"config": first["config"], "machine": first["machine"], "cells": rows}
     (out / "summary.json").write_text(json.dumps(metrics.to_json(facts), indent=1))
-    lines = ["# Damping study", "", *table(rows), ""]
-    lines += [f"![{name}]({name}.png)\n" for name in plots]
-    (out / "page.md").write_text("\n".join(lines))
-    console.print("\n".join(table(rows)), markup=False, highlight=False)
-    console.print(f"Page: {out / 'page.md'}", soft_wrap=True, highlight=False)
+    tuned = table(rows)
+    pictures = [Plot(out / f"{name}.png", CAPTIONS[name]) for name in plots]
+    sections = [Section("Result", (EXPLAINED, tuned, *pictures))]
+    if "sensitivity" in cells:
+        sections.append(Section("Untuned runs", (untuned(config.folder),)))
+    save_parquet(config.folder, out / "runs.parquet")
+    made_with = machines(config.folder), commits(config.folder)
+    page = Page("Damping study", tuple(sections), first["config"], *made_with)
+    paths = save_page(page, out)
+    console.print(markdown_part(tuned), markup=False, highlight=False)
+    for path in paths:
+        console.print(f"Page: {path}", soft_wrap=True, highlight=False)

@@ -23,9 +23,7 @@ import optuna
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments import metrics
-from experiments.benchmarks.common import machine
-from experiments.errors import MetricsError
+from experiments.studies.cells import Cells, Record
 from experiments.studies.damping.config import (
     ADAPTIVE,
     FIXED,
@@ -55,55 +53,6 @@ WORST = 10.0
 # The library's default trust region, and settings that nobody has tuned.
 CLIP, UNTUNED = 1e-3, {"rate": 0.1, "end": 0.0, "momentum": 0.9}
 EDGES = np.arange(-20.0, 3.0)
-Record = dict[str, Any]
-
-
-class Cells:
-    """The files of the finished runs, one for each cell."""
-
-    def __init__(self, config: DampingStudy):
-        """Remembers the folder.
-
-        Args:
-            config: the study.
-        """
-        self.config, self.machine = config, machine()
-
-    def read(self, name: str) -> list[Record]:
-        """What a cell has finished.
-
-        Args:
-            name: of the cell.
-
-        Returns:
-            Its records.
-
-        Raises:
-            MetricsError: if they are of another configuration.
-        """
-        path = self.path(name)
-        found = metrics.read_records(path)
-        for record in found:
-            if record["fingerprint"] != self.config.fingerprint():
-                raise MetricsError(
-                    f"{path} holds runs of another configuration: "
-                    f"{record['config']}, not {self.config.shared()}. Give another "
-                    "folder with --out."
-                )
-        return found
-
-    def path(self, name: str) -> Path:
-        """The file of a cell."""
-        return self.config.out / f"{name}.jsonl"
-
-    def append(self, name: str, kind: str, **values: Any) -> Record:
-        """Writes a finished run."""
-        shared = {"fingerprint": self.config.fingerprint()}
-        shared |= {"config": self.config.shared(), "machine": self.machine}
-        file = metrics.MetricsFile(self.path(name))
-        file.append(kind, self.config.steps, **values, **shared)
-        file.close()
-        return {"kind": kind, **metrics.to_json(values)}
 
 
 def train(
@@ -192,7 +141,7 @@ def search(
             values["damping"] = cell.damping
         record = train(config, images, program, values, 0)
         study.tell(trial, final(record))
-        tell(cells.append(cell.name, "trial", number=number, **record))
+        tell(cells.append(cell.name, "trial", config.steps, number=number, **record))
     return program
 
 
@@ -233,7 +182,7 @@ def show_winner(
     best = min((r for r in records if r["kind"] == "trial"), key=final)
     look = look_at(cell.method, program)
     record = train(config, images, program, best["values"], 0, look)
-    cells.append(cell.name, "winner", number=best["number"], **record)
+    cells.append(cell.name, "winner", config.steps, number=best["number"], **record)
 
 
 def sensitivity(
@@ -253,7 +202,7 @@ def sensitivity(
                 values = UNTUNED | {"damping": damping}
                 record = train(config, images, program, values, seed)
                 record = {"method": method, **record}
-                tell(cells.append("sensitivity", "run", **record))
+                tell(cells.append("sensitivity", "run", config.steps, **record))
 
 
 def run_damping(config: DampingStudy, console: Console) -> Path:

@@ -1,0 +1,201 @@
+"""The images of the batch-size study, and a cell's compiled step."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import datasets
+from experiments.configs import NetConfig
+from experiments.configs.tune import CurvatureConfig, TuneConfig
+from experiments.datasets import Dataset, make_augmentation
+from experiments.errors import ConfigError
+from experiments.metrics import make_evaluate
+from experiments.models import Task, make_task
+from experiments.studies.batch_size.config import BatchStudy, Cell
+from experiments.studies.images import pooled
+from experiments.tuning.optimisers import make_rule, rate_at
+
+SPLIT_SEED = 0
+Values = dict[str, Any]
+Measure = Callable[[Any], dict[str, float]]
+
+
+class Problem(NamedTuple):
+    """What all cells share.
+
+    Attributes:
+        data: training and test images; the held-out ones are in neither.
+        held: validation images and labels.
+        images: the training images on the device.
+        labels: their labels.
+        task: network and loss.
+    """
+
+    data: Dataset
+    held: tuple[np.ndarray, np.ndarray]
+    images: jax.Array
+    labels: jax.Array
+    task: Task
+
+
+class Program(NamedTuple):
+    """A cell, compiled; hyper-parameters are arguments.
+
+    Attributes:
+        start: ``(seed, values) -> carry``, parameters first and model state second.
+        step: ``(carry, values, rows [B], number, key) -> (carry, mean loss)``; the
+            carry is donated. `rows` are the numbers of the batch's images, `number`
+            the steps taken before.
+    """
+
+    start: Callable[[int, Values], Any]
+    step: Callable[..., tuple[Any, jax.Array]]
+
+
+def load(config: BatchStudy) -> Problem:
+    """Loads the images and splits the training set, always in the same way.
+
+    Args:
+        config: the study.
+
+    Returns:
+        The problem. Training images are the first of a fixed permutation, validation
+        images its last.
+
+    Raises:
+        ConfigError: if there are too few images, or the squares do not fit.
+    """
+    data = datasets.load(config.dataset, config.data_dir)
+    total = len(data.x_train)
+    if config.train_examples + config.validation_examples > total:
+        raise ConfigError(
+            f"train-examples is {config.train_examples} and validation-examples "
+            f"{config.validation_examples}; {data.title} has {total} training images."
+        )
+    height, width, _ = data.image_shape
+    if height % config.pool or width % config.pool:
+        raise ConfigError(
+            f"pool is {config.pool}; wanted a divisor of the images' {height} and "
+            f"{width} pixels."
+        )
+    order = np.random.default_rng(SPLIT_SEED).permutation(total)
+    rows, held = order[: config.train_examples], order[-config.validation_examples :]
+
+    def shrunk(x: np.ndarray) -> np.ndarray:
+        return x if config.pool == 1 else pooled(x, config.pool)
+
+    validation = shrunk(data.x_train[held]), data.y_train[held]
+    data = dataclasses.replace(
+        data,
+        x_train=shrunk(data.x_train[rows]),
+        y_train=data.y_train[rows],
+        x_test=shrunk(data.x_test),
+    )
+    task = make_task(config.model, NetConfig(hidden=config.hidden), data)
+    x, y = jnp.asarray(data.x_train), jnp.asarray(data.y_train)
+    return Problem(data, validation, x, y, task)
+
+
+def make_program(config: BatchStudy, problem: Problem, cell: Cell) -> Program:
+    """Builds and compiles a cell's step.
+
+    A step is a call of its own: inside `jax.lax.scan`, jaxlib 0.10.2 computes the
+    convolutions on CPUs ten times more slowly.
+
+    Args:
+        config: the study.
+        problem: data and network.
+        cell: optimiser and batch size.
+
+    Returns:
+        The program.
+    """
+    size, every = cell.batch_size, config.refresh_every(cell.batch_size)
+    curvature = CurvatureConfig(config.fisher, every, "cholesky", every, config.kl_clip)
+    chosen: Any = cell.optimizer
+    tuned = TuneConfig(
+        optimizer=chosen,
+        dataset=config.dataset,
+        model=config.model,
+        curvature=curvature,
+    )
+    example = problem.data.x_train[:size], problem.data.y_train[:size]
+    rule = make_rule(tuned, problem.task, example)
+    changed = make_augmentation(config.augmentation, 0.0, problem.data)
+    remembered, steps = changed.init(example), config.steps(size)
+
+    def start(seed, values):
+        params, model_state = problem.task.init(jax.random.key(seed))
+        return params, model_state, rule.init(params, values)
+
+    def step(carry, values, images, labels, rows, number, key):
+        of_images, of_labels = jax.random.split(jax.random.fold_in(key, number))
+        batch = images[rows], labels[rows]
+        _, batch = changed.apply(remembered, batch, of_images)
+        return rule.step(
+            carry, values, rate_at(values, number, steps), batch, of_labels
+        )
+
+    begin = jax.jit(start)
+    values = as_floats(dict.fromkeys(config.space(cell.optimizer).ranges(), 0.5))
+    carry = jax.eval_shape(begin, 0, values)
+    rows, number = order_of(config, problem, size, 0, 0)[0], np.int32(0)
+    inputs = problem.images, problem.labels, rows, number, jax.random.key(0)
+    compiled = jax.jit(step, donate_argnums=0).lower(carry, values, *inputs).compile()
+
+    def take(carry, values, *rest):
+        return compiled(carry, values, problem.images, problem.labels, *rest)
+
+    return Program(begin, take)
+
+
+def as_floats(values: Values) -> dict[str, jax.Array]:
+    """Hyper-parameters as the program takes them."""
+    return {name: jnp.float32(value) for name, value in values.items()}
+
+
+def order_of(
+    config: BatchStudy, problem: Problem, batch_size: int, seed: int, epoch: int
+) -> np.ndarray:
+    """Numbers of an epoch's images, the same order at every batch size.
+
+    Args:
+        config: the study.
+        problem: data and network.
+        batch_size: examples per step.
+        seed: of the run.
+        epoch: from 0.
+
+    Returns:
+        Integers ``[steps, batch]``.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(len(problem.data.x_train))
+    steps = config.steps_per_epoch(batch_size)
+    return order[: steps * batch_size].astype(np.int32).reshape(steps, batch_size)
+
+
+def measures(problem: Problem) -> tuple[Measure, Measure]:
+    """What a trial and what a winner's run are measured by after every epoch.
+
+    Args:
+        problem: data and network.
+
+    Returns:
+        Functions of the carry: the first to `accuracy` and `loss` on the validation
+        images; the second to the same on the test images, and `train_accuracy` and
+        `train_loss` on as many training images as are held out, not augmented.
+    """
+    count, data = len(problem.held[0]), problem.data
+    held = make_evaluate(problem.task, *problem.held)
+    test = make_evaluate(problem.task, data.x_test, data.y_test)
+    part = make_evaluate(problem.task, data.x_train[:count], data.y_train[:count])
+
+    def winner(carry):
+        seen = {f"train_{k}": v for k, v in part(*carry[:2]).items()}
+        return test(*carry[:2]) | seen
+
+    return (lambda carry: held(*carry[:2])), winner

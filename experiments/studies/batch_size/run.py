@@ -1,0 +1,288 @@
+"""Runs the batch-size study: searches on validation images, winners on test images.
+
+    python -m experiments.main study batch-size --data-dir <folder>
+
+Does a properly tuned K-FAC beat a properly tuned SGD, and does its lead grow with the
+batch? Each optimiser at each batch size is searched by the tree-structured Parzen
+estimator with the same number of trials, for the accuracy on held-out training images
+after the last epoch; test images take no part. A trial that is worse than the median of
+the trials before it may end early; it counts as a trial. The winner is then trained
+again from several seeds and measured on the test images: what counts is the accuracy
+at the end, not the best on the way. Runs of the same seed and batch size share initial
+parameters, order of the images and augmentation, whatever the optimiser. Optax has
+neither SOAP nor Shampoo: Muon is the peer that works with matrices.
+
+Every finished run is a line of its cell's file; the same command goes on after it, and
+with more ``--trials`` it extends the searches. Several processes may run different
+cells (``--only``) into the same folder. Seconds are those of the training steps alone.
+
+References:
+    Naganuma et al., 2018, "Hyper-parameter optimisation for large-scale parallel deep
+    learning with an approximate natural gradient method" (in Japanese); Bergstra et
+    al., 2011, "Algorithms for hyper-parameter optimization", NeurIPS.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optuna
+from optuna.trial import TrialState
+from rich.console import Console
+from rich.progress import Progress
+
+from experiments.studies.batch_size.config import BatchStudy, Cell
+from experiments.studies.batch_size.problem import (
+    Measure,
+    Problem,
+    Program,
+    as_floats,
+    load,
+    make_program,
+    measures,
+    order_of,
+)
+from experiments.studies.cells import Cells, Record
+
+CHANCE = 0.1  # accuracy of a network that has diverged: there are ten labels
+
+
+def train(
+    config: BatchStudy,
+    problem: Problem,
+    cell: Cell,
+    program: Program,
+    values: dict[str, float],
+    seed: int,
+    measure: Measure,
+    ends: Callable[[int, float], bool] = lambda epoch, accuracy: False,
+) -> Record:
+    """A run.
+
+    Args:
+        config: the study.
+        problem: data and network.
+        cell: optimiser and batch size.
+        program: the same compiled.
+        values: hyper-parameters.
+        seed: of parameters, order of the images, augmentation and sampled labels.
+        measure: is asked after every epoch.
+        ends: epoch, from 1, and accuracy to whether the run ends there.
+
+    Returns:
+        Lists with an item per epoch: what was measured, the mean loss of the batches as
+        `batch_loss`, and the wall-clock and processor seconds of its steps. A loss that
+        is not finite ends the run.
+    """
+    numbers = as_floats(values)
+    carry = jax.block_until_ready(program.start(seed, numbers))
+    key, number = jax.random.key(seed + 1), 0
+    curves: dict[str, list[float]] = {}
+    diverged = pruned = False
+    for epoch in range(1, config.epochs + 1):
+        losses = []
+        wall, processor = time.perf_counter(), time.process_time()
+        for rows in order_of(config, problem, cell.batch_size, seed, epoch - 1):
+            carry, loss = program.step(carry, numbers, rows, np.int32(number), key)
+            losses.append(loss)
+            number += 1
+        jax.block_until_ready(carry)
+        seen = {
+            "wall": time.perf_counter() - wall,
+            "processor": time.process_time() - processor,
+            "batch_loss": float(np.mean(jax.device_get(losses))),
+            **measure(carry),
+        }
+        for name, value in seen.items():
+            curves.setdefault(name, []).append(value)
+        diverged = not np.isfinite(seen["batch_loss"])
+        pruned = not diverged and ends(epoch, seen["accuracy"])
+        if diverged or pruned:
+            break
+    flags = {"diverged": diverged, "pruned": pruned}
+    return {"values": values, "seed": seed, "steps": number, **flags, **curves}
+
+
+def final(record: Record) -> float:
+    """The accuracy at the end of a run; `CHANCE` if it has diverged."""
+    return CHANCE if record["diverged"] else record["accuracy"][-1]
+
+
+def winner_of(records: list[Record]) -> Record:
+    """The best trial that was trained to the end, the first of equals."""
+    trials = [r for r in records if r["kind"] == "trial" and not r["pruned"]]
+    return max(trials, key=final)
+
+
+def make_study(config: BatchStudy, space: dict, known: list[Record]) -> optuna.Study:
+    """The search after some trials, which alone decide what comes next.
+
+    Args:
+        config: the study.
+        space: Optuna's distributions by name.
+        known: the finished trials in order.
+
+    Returns:
+        Optuna's study.
+    """
+    first = config.startup_trials
+    study = optuna.create_study(
+        direction="maximize",
+        sampler=optuna.samplers.TPESampler(seed=len(known), n_startup_trials=first),
+        pruner=optuna.pruners.MedianPruner(first, max(0, config.prune_from - 1)),
+    )
+    for record in known:
+        # Of a diverged run, only the value: its accuracies are not its best.
+        seen = () if record["diverged"] else record["accuracy"]
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=TrialState.PRUNED if record["pruned"] else TrialState.COMPLETE,
+                params={name: record["values"][name] for name in space},
+                distributions=space,
+                value=final(record),
+                intermediate_values=dict(enumerate(seen, start=1)),
+            )
+        )
+    return study
+
+
+def search(
+    config: BatchStudy,
+    cells: Cells,
+    cell: Cell,
+    problem: Problem,
+    get_program: Callable[[], Program],
+    measure: Measure,
+    tell: Callable[[Record], None],
+) -> None:
+    """Runs the trials of a cell that are missing.
+
+    Args:
+        config: the study.
+        cells: the files.
+        cell: what is searched.
+        problem: data and network.
+        get_program: to the cell's program.
+        measure: on the validation images.
+        tell: is given a finished trial's record.
+    """
+    space = config.space(cell.optimizer)
+    drawn = space.distributions()
+    known = [r for r in cells.read(cell.name) if r["kind"] == "trial"]
+    for number in range(len(known), config.trials):
+        study = make_study(config, drawn, known)
+        if number == 0:
+            study.enqueue_trial(space.usual())
+        trial = study.ask(drawn)
+
+        def ends(epoch: int, accuracy: float, trial: Any = trial) -> bool:
+            trial.report(accuracy, epoch)
+            allowed = config.prune_from and epoch < config.epochs
+            return bool(allowed and trial.should_prune())
+
+        values = dict(trial.params)
+        run = train(config, problem, cell, get_program(), values, 0, measure, ends)
+        record = {"number": number, **identity(cell), **run}
+        known.append(cells.append(cell.name, "trial", record.pop("steps"), **record))
+        tell(known[-1])
+
+
+def run_seeds(
+    config: BatchStudy,
+    cells: Cells,
+    cell: Cell,
+    problem: Problem,
+    get_program: Callable[[], Program],
+    measure: Measure,
+    tell: Callable[[Record], None],
+) -> None:
+    """Trains a cell's winner from the seeds that are missing.
+
+    Args:
+        config: the study.
+        cells: the files.
+        cell: optimiser and batch size.
+        problem: data and network.
+        get_program: to the cell's program.
+        measure: on the test images.
+        tell: is given a finished run's record.
+    """
+    records = cells.read(cell.name)
+    best = winner_of(records)
+    done = seeds_of(records, best["number"])
+    for seed in range(1, config.seeds + 1):
+        if seed in done:
+            continue
+        run = train(config, problem, cell, get_program(), best["values"], seed, measure)
+        record = {"number": best["number"], **identity(cell), **run}
+        tell(cells.append(cell.name, "seed", record.pop("steps"), **record))
+
+
+def identity(cell: Cell) -> dict[str, Any]:
+    """The fields of a cell in its records."""
+    return {"optimizer": cell.optimizer, "batch_size": cell.batch_size}
+
+
+def seeds_of(records: list[Record], number: int) -> dict[int, Record]:
+    """The runs of a trial's hyper-parameters on the test images, by seed.
+
+    Args:
+        records: of a cell.
+        number: of the trial.
+
+    Returns:
+        By seed, in order.
+    """
+    found = {
+        r["seed"]: r for r in records if r["kind"] == "seed" and r["number"] == number
+    }
+    return dict(sorted(found.items()))
+
+
+def run_batch_size(config: BatchStudy, console: Console) -> Path:
+    """Runs what is missing.
+
+    Args:
+        config: the study.
+        console: where to report.
+
+    Returns:
+        The folder of the results.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    problem, cells, wanted = load(config), Cells(config), config.cells()
+    data, sizes = problem.data, (config.train_examples, len(problem.data.x_test))
+    console.print(f"Data: {data.title}, {sizes[0]} to train, {sizes[1]} to test")
+    of_trials, of_seeds = measures(problem)
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("runs", total=len(wanted) * (config.trials + config.seeds))
+
+        def tell(record: Record) -> None:
+            bar.advance(task)
+            text = ", ".join(f"{k} {v:.3g}" for k, v in record["values"].items())
+            end = " pruned," * record["pruned"] + " diverged," * record["diverged"]
+            console.print(
+                f"{record['kind']}, seed {record['seed']}: {text}:{end} accuracy "
+                f"{final(record):.4f}, {sum(record['wall']):.1f} s",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+        for position, cell in enumerate(wanted):
+            bar.update(task, description=cell.name)
+            console.print(cell.name)
+            made: list[Program] = []
+
+            def get_program(cell: Cell = cell, made: list[Program] = made) -> Program:
+                if not made:  # a finished cell is not compiled
+                    made.append(make_program(config, problem, cell))
+                return made[0]
+
+            shared = cells, cell, problem, get_program
+            search(config, *shared, of_trials, tell)
+            run_seeds(config, *shared, of_seeds, tell)
+            bar.update(task, completed=(position + 1) * (config.trials + config.seeds))
+    return config.out

@@ -1,0 +1,247 @@
+"""Queries over the JSON lines of a study, through DuckDB.
+
+Every study appends a line per finished run. `query` makes them one table, ``runs``,
+whatever file they are in: columns go by name, a field that a record lacks is null, and
+so is a number that was not finite when it was written.
+"""
+
+import contextlib
+import glob
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from experiments.errors import MetricsError
+
+Source = Path | Iterable[Path]
+# Types are inferred from all records, and objects are structs however few records have
+# a key. No string is taken for a date, which the formats below cannot match: what was
+# written is what is read.
+OPTIONS = (
+    "filename = 'runs_file', union_by_name = true, sample_size = -1, "
+    "maximum_sample_files = 1000000, map_inference_threshold = -1, "
+    "field_appearance_threshold = 0, dateformat = 'never %Y', "
+    "timestampformat = 'never %Y'"
+)
+# Nothing is downloaded; one thread keeps Parquet files the same byte for byte.
+SETTINGS = {
+    "autoinstall_known_extensions": False,
+    "autoload_known_extensions": False,
+    "threads": 1,
+}
+NOT_RECORDED = "not recorded"
+
+
+def files_of(source: Source) -> list[Path]:
+    """The files with records, by name.
+
+    Args:
+        source: a folder with ``*.jsonl``, a file, or several files.
+
+    Returns:
+        The files that are not empty.
+
+    Raises:
+        MetricsError: if there is none.
+    """
+    if isinstance(source, Path):
+        found = sorted(source.glob("*.jsonl")) if source.is_dir() else [source]
+    else:
+        found = list(source)
+    found = [path for path in found if path.is_file() and path.stat().st_size]
+    if not found:
+        wanted = source if isinstance(source, Path) else ", ".join(map(str, source))
+        raise MetricsError(f"{wanted or 'No file'} holds no results: no JSON lines.")
+    return found
+
+
+def whole_lines(path: Path, scratch: Path) -> Path:
+    """A file without a last line that has no end (a killed run).
+
+    Args:
+        path: the file.
+        scratch: folder for a shortened copy.
+
+    Returns:
+        The file itself, or the copy of the same name.
+    """
+    content = path.read_bytes()
+    if content.endswith(b"\n"):
+        return path
+    copy = scratch / path.name
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_bytes(content[: content.rfind(b"\n") + 1])
+    return copy
+
+
+@contextlib.contextmanager
+def connect(source: Source) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A database in memory with the records in the table ``runs``.
+
+    Args:
+        source: a folder with ``*.jsonl``, a file, or several files.
+
+    Yields:
+        The connection; rows are in the order of the files and their lines.
+
+    Raises:
+        MetricsError: if there are no records, or a line is not one.
+    """
+    files = files_of(source)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        duckdb.connect(config=SETTINGS) as base,
+    ):
+        whole = [whole_lines(p, Path(scratch, str(i))) for i, p in enumerate(files)]
+        names = [glob.escape(str(path)) for path in whole]
+        read = f"CREATE TABLE lines AS SELECT * FROM read_ndjson($files, {OPTIONS})"
+        try:
+            base.execute(read, {"files": names})
+        except duckdb.Error as error:
+            shown = ", ".join(map(str, files))
+            raise MetricsError(f"{shown} cannot be read as records: {error}") from error
+        columns = [name for name, *_ in base.execute("DESCRIBE lines").fetchall()]
+        if "kind" not in columns:
+            raise MetricsError(f"{', '.join(map(str, files))}: no record has a kind.")
+        cell = "" if "cell" in columns else "parse_filename(runs_file, true) AS cell, "
+        base.execute(
+            f"CREATE VIEW runs AS SELECT {cell}* EXCLUDE (runs_file) FROM lines"
+        )
+        yield base
+
+
+def query(source: Source, sql: str, **parameters: Any) -> list[dict[str, Any]]:
+    """Asks the records.
+
+    Args:
+        source: a folder with ``*.jsonl``, a file, or several files.
+        sql: DuckDB's SQL over ``runs``: the records, with the stem of their file as
+            ``cell`` unless they have a field of that name.
+        **parameters: values of ``$name`` in the query.
+
+    Returns:
+        The rows as JSON values: nested columns are dicts and lists.
+    """
+    with connect(source) as base:
+        rows = base.execute(
+            f"SELECT to_json(answer) FROM ({sql}) AS answer", parameters or None
+        ).fetchall()
+    return [json.loads(text) for (text,) in rows]
+
+
+def without_nulls(value: Any) -> Any:
+    """Drops the null fields of objects, as of records that lack what others have.
+
+    Args:
+        value: JSON value of a query.
+
+    Returns:
+        The same without the fields; nulls in lists stay.
+    """
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def flat_columns(name: str, kind: Any, path: str = "") -> list[tuple[str, str]]:
+    """Columns for Parquet: structs are unfolded, numbers and lists of them are kept.
+
+    Args:
+        name: of the column, such as ``values``.
+        kind: its type.
+        path: what selects the struct that it is in, with a dot.
+
+    Returns:
+        Pairs of an expression and a dotted name; none for what is nested in lists.
+    """
+    expression = path + '"' + name.replace('"', '""') + '"'
+    if kind.id == "struct":
+        return [
+            (inner, f"{name}.{label}")
+            for child, child_kind in kind.children
+            for inner, label in flat_columns(child, child_kind, f"{expression}.")
+        ]
+    if kind.id == "list":
+        nested = dict(kind.children)["child"].id in ("struct", "list", "map")
+        return [] if nested else [(expression, name)]
+    return [(expression, name)]
+
+
+def save_parquet(source: Source, path: Path) -> None:
+    """Writes the flat columns of the records, for any program that reads Parquet.
+
+    Args:
+        source: a folder with ``*.jsonl``, a file, or several files.
+        path: the file; its folder is made. The columns of an object have dotted names
+            such as ``values.rate``; lists of lists or objects are left out.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with connect(source) as base:
+        runs = base.table("runs")
+        pairs = [
+            pair
+            for name, kind in zip(runs.columns, runs.types, strict=True)
+            for pair in flat_columns(name, kind)
+        ]
+        names = [label.replace('"', '""') for _, label in pairs]
+        chosen = [f'{e} AS "{n}"' for (e, _), n in zip(pairs, names, strict=True)]
+        sql = f"SELECT {', '.join(chosen)} FROM runs"
+        base.sql(sql).write_parquet(str(path), compression="zstd")
+
+
+def all_machines(source: Source) -> list[dict[str, Any]]:
+    """The different values of the records' ``machine``, in no order."""
+    sql = "SELECT DISTINCT machine FROM runs WHERE machine IS NOT NULL"
+    return [row["machine"] for row in query(source, sql)]
+
+
+def machines(source: Source) -> dict[str, Any]:
+    """What all runs were made with.
+
+    Args:
+        source: a folder with ``*.jsonl``, a file, or several files.
+
+    Returns:
+        The fields of ``machine``, without the commit; a field that differs between runs
+        is the list of its values, or says the range if there are more than three.
+    """
+    found = all_machines(source)
+    merged = {}
+    for name in found[0] if found else ():
+        if name == "commit":
+            continue
+        seen = {json.dumps(machine[name]): machine[name] for machine in found}
+        values = sorted((v for v in seen.values() if v is not None), key=str)
+        if len(seen) == 1:
+            merged[name] = found[0][name]
+        elif len(values) > 3:
+            first, last = min(values), max(values)
+            merged[name] = f"from {text_of(first)} to {text_of(last)}"
+        else:
+            merged[name] = values
+    return merged
+
+
+def text_of(value: Any) -> str:
+    """A value of `machines` as text: of a list its first item, as of the loads."""
+    first = value[0] if isinstance(value, list) and value else value
+    return f"{first:.3g}" if isinstance(first, float) else str(first)
+
+
+def commits(source: Source) -> tuple[str, ...]:
+    """The commits of the code that made the runs.
+
+    Args:
+        source: a folder with ``*.jsonl``, a file, or several files.
+
+    Returns:
+        Each once, sorted; runs that do not know theirs count as "not recorded".
+    """
+    found = {machine.get("commit") or NOT_RECORDED for machine in all_machines(source)}
+    return tuple(sorted(found))
