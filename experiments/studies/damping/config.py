@@ -11,9 +11,21 @@ from experiments.errors import ConfigError
 SizeName = Literal["tiny", "small", "paper"]
 DATASETS = ("digits", "mnist")
 SGD, ADAPTIVE, JUDGED, FIXED = "sgd", "adaptive", "levenberg_marquardt", "fixed"
+DEFAULT = "default"
+TaskName = Literal["autoencoder", "mlp", "lenet", "resnet"]
 
 # Which cells are run, how often and where files lie decides nothing about a trial.
-NOT_IN_FINGERPRINT = ("size", "only", "dampings", "trials", "seeds", "data_dir", "out")
+NOT_IN_FINGERPRINT = (
+    "size",
+    "only",
+    "dampings",
+    "trials",
+    "seeds",
+    "tasks",
+    "task_rates",
+    "data_dir",
+    "out",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +53,14 @@ class DampingStudy:
     size: SizeName = "small"
     """Rung of the ladder; decides the defaults of all other options."""
     only: tuple[str, ...] = ()
-    """Names of the cells to run, such as sgd, adaptive or fixed_1e-03; all if empty."""
+    """Names of the cells to run, such as sgd, adaptive, fixed_1e-03, sensitivity or
+    tasks; all if empty."""
     dampings: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
     """Fixed dampings; also the first ones of the sensitivity runs."""
     trials: int = 30
     """Trials of each cell's search; the paper had 300."""
     seeds: int = 3
-    """Seeds of the sensitivity runs."""
+    """Seeds of the sensitivity runs, and of the winners on other tasks."""
     dataset: Literal["digits", "mnist"] = "mnist"
     """Images, scaled to [0, 1]."""
     hidden: int = 5
@@ -68,6 +81,10 @@ class DampingStudy:
     """Trust region of the searches; None for none, as damping is what is studied."""
     inverse_interval: int = 5
     """Steps between inversions."""
+    tasks: tuple[TaskName, ...] = ("autoencoder", "mlp", "lenet", "resnet")
+    """Tasks of time_to_target on which adaptive and default damping are compared."""
+    task_rates: tuple[float, ...] = (0.03, 0.1, 0.3)
+    """Learning rates tried there."""
     data_dir: Path | None = None
     """Folder with the data; KFAC_DATA_DIR if not given."""
     out: Path = Path("runs/studies/damping")
@@ -86,6 +103,8 @@ class DampingStudy:
         check_integer("eval-examples", self.eval_examples, at_least=1)
         for damping in self.dampings:
             check_number("dampings", damping, above=0)
+        for rate in self.task_rates:
+            check_number("task-rates", rate, above=0)
         if self.kl_clip is not None:
             check_number("kl-clip", self.kl_clip, above=0)
         if self.steps % self.eval_every or self.steps < 1:
@@ -95,7 +114,7 @@ class DampingStudy:
             )
         known = [cell.name for cell in self.all_cells()]
         for name in self.only:
-            check_choice("only", name, (*known, "sensitivity"))
+            check_choice("only", name, (*known, "sensitivity", "tasks"))
 
     def all_cells(self) -> list[Cell]:
         """All cells, the fixed dampings from small to large."""
@@ -110,6 +129,11 @@ class DampingStudy:
     def wants_sensitivity(self) -> bool:
         """Whether the sensitivity runs are wanted."""
         return not self.only or "sensitivity" in self.only
+
+    @property
+    def wants_tasks(self) -> bool:
+        """Whether the runs on other tasks are wanted."""
+        return bool(self.tasks) and (not self.only or "tasks" in self.only)
 
     def shared(self) -> dict[str, Any]:
         """What decides a trial beside its cell and values, as JSON values."""
@@ -132,6 +156,8 @@ TINY = DampingStudy(
     steps=40,
     eval_every=10,
     eval_examples=500,
+    tasks=("mlp",),
+    task_rates=(0.1, 0.3),
 )
 SMALL = DampingStudy()
 PAPER = DampingStudy(size="paper", trials=300)

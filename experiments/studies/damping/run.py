@@ -3,7 +3,8 @@
     python -m experiments.main study damping --data-dir <folder>
 
 Each cell is searched by the tree-structured Parzen estimator over learning rate, its
-linear decay and momentum, for the lowest training loss after the last step. Every
+linear decay and momentum, for the lowest training loss after the last step; `tasks`
+compares adaptive and default damping on other networks. Every
 finished trial is a line of its cell's file; the same command goes on after it. Several
 processes may run different cells (``--only``) into the same folder.
 
@@ -24,6 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from experiments.studies.cells import Cells, Record
+from experiments.studies.damping import tasks
 from experiments.studies.damping.config import (
     ADAPTIVE,
     FIXED,
@@ -221,13 +223,18 @@ def run_damping(config: DampingStudy, console: Console) -> Path:
     wanted = config.cells()
     total = len(wanted) * config.trials
     total += config.wants_sensitivity * 2 * len(config.dampings) * config.seeds
+    each = len(tasks.METHODS) * (len(config.task_rates) + config.seeds)
+    total += config.wants_tasks * len(config.tasks) * each
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("runs", total=total)
 
-        def tell(record: Record) -> None:
+        def say(record: Record, loss: float) -> None:
             bar.advance(task)
             text = ", ".join(f"{k} {v:.3g}" for k, v in record["values"].items())
-            console.print(f"{text}: loss {final(record):.4f}", highlight=False)
+            console.print(f"{text}: loss {loss:.4f}", highlight=False)
+
+        def tell(record: Record) -> None:
+            say(record, final(record))
 
         for cell in wanted:
             bar.update(task, description=cell.name)
@@ -239,4 +246,8 @@ def run_damping(config: DampingStudy, console: Console) -> Path:
         if config.wants_sensitivity:
             console.print("sensitivity")
             sensitivity(config, cells, images, tell)
+        if config.wants_tasks:
+            bar.update(task, description=tasks.CELL)
+            console.print(tasks.CELL)
+            tasks.run_tasks(config, cells, lambda r: say(r, tasks.final(r)))
     return config.out

@@ -1,0 +1,168 @@
+"""Adaptive against default damping on other networks, nothing else being changed.
+
+The tasks are those of ``experiments.benchmarks.time_to_target``. Both methods are
+``kfac.kfac`` with its defaults, one with ``damping=kfac.damping.adaptive()``. Each runs
+with every learning rate of a grid; that with the lowest training loss at the end is run
+with further seeds, which share initial parameters, batches and sampled labels.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+import kfac_jax_lite as kfac
+from experiments import metrics
+from experiments.benchmarks.time_to_target.optimisers import Program, compiled
+from experiments.benchmarks.time_to_target.problems import Problem, make_problem
+from experiments.benchmarks.time_to_target.sizes import SIZES
+from experiments.datasets import batches
+from experiments.studies.cells import Cells, Record
+from experiments.studies.damping.config import ADAPTIVE, DEFAULT, DampingStudy
+
+CELL = "tasks"
+METHODS = (DEFAULT, ADAPTIVE)
+SEARCH_SEED = 0
+# Factors and inverses are made anew every so many steps; kfac's default, every step,
+# is no one's choice for layers of a thousand.
+EVERY = 5
+LARGEST = 1e6
+
+
+def make_program(problem: Problem, method: str) -> Program:
+    """Compiles K-FAC for a task; the learning rate is an argument.
+
+    Args:
+        problem: the task.
+        method: one of `METHODS`.
+
+    Returns:
+        The program.
+    """
+    tagged, steps = problem.tagged(), problem.size.steps
+    rule = kfac.damping.adaptive()
+    chosen: dict[str, Any] = {"damping": rule} if method == ADAPTIVE else {}
+
+    def make_tx(rate):
+        return kfac.kfac(
+            tagged.layers,
+            rate,
+            interval=kfac.intervals.every(EVERY),
+            inverse_interval=EVERY,
+            **chosen,
+        )
+
+    def step(carry, values, number, batch, key):
+        params, model_state, state = carry
+        (_, model_state), grads, statistics = tagged.value_and_grad(
+            params, model_state, *batch, opt_state=state, key=key, deferred=True
+        )
+        tx = make_tx(values["rate"] * (1 - number / steps))
+        updates, state = tx.update(grads, state, params, statistics=statistics)
+        return optax.apply_updates(params, updates), model_state, state
+
+    return compiled(problem, lambda p: make_tx(1.0).init(p), step, ("rate",))
+
+
+def train(problem: Problem, program: Program, rate: float, seed: int) -> Record:
+    """A run.
+
+    Args:
+        problem: the task.
+        program: the method.
+        rate: first learning rate; it falls linearly to 0.
+        seed: of the parameters, the order of the data and sampled labels.
+
+    Returns:
+        Losses on held-out and as many training examples at ten points of the run, and
+        the damping there; a loss that is not finite, None, ends the run.
+    """
+    size, data = problem.size, problem.data
+    params, model_state = jax.jit(problem.task.init)(jax.random.key(seed))
+    carry = params, model_state, program.start(params, {"rate": rate})
+    count, key = size.validation, jax.random.key(seed + 1)
+    fitted = metrics.make_evaluate(
+        problem.task, data.x_train[:count], data.y_train[:count]
+    )
+    every = max(1, size.steps // 10)
+    steps: list[int] = []
+    found: dict[str, list[Any]] = {"train_loss": [], "loss": [], "damping": []}
+    for number, batch in enumerate(batches(data, size.batch, seed, 0, size.steps)):
+        key, sub = jax.random.split(key)
+        carry = program.step(carry, {"rate": rate}, number, batch, sub)
+        if (number + 1) % every and number + 1 < size.steps:
+            continue
+        losses = [
+            evaluate(*carry[:2])["loss"] for evaluate in (fitted, problem.evaluate)
+        ]
+        finite = all(math.isfinite(x) and x < LARGEST for x in losses)
+        losses = losses if finite else [None, None]
+        damping = kfac.report(carry[2])[0]["damping"]
+        steps.append(number + 1)
+        for name, value in zip(found, (*losses, damping), strict=True):
+            found[name].append(value)
+        if not finite:
+            break
+    return {"values": {"rate": rate}, "seed": seed, "steps": steps, **found}
+
+
+def final(record: Record) -> float:
+    """The training loss at the end; infinite where it was not a number."""
+    last = record["train_loss"][-1]
+    return math.inf if last is None else last
+
+
+def best_rate(records: list[Record], task: str, method: str) -> float:
+    """The rate with the lowest training loss of the search's seed."""
+    chosen = [r for r in records if (r["task"], r["method"]) == (task, method)]
+    runs = [r for r in chosen if r["seed"] == SEARCH_SEED]
+    return min(runs, key=final)["values"]["rate"]
+
+
+def run_tasks(
+    config: DampingStudy, cells: Cells, tell: Callable[[Record], None]
+) -> None:
+    """Runs what is missing.
+
+    Args:
+        config: the study.
+        cells: the files.
+        tell: is given a finished run's record.
+    """
+    sizes = SIZES["tiny" if config.size == "tiny" else "small"].tasks
+    records = [r for r in cells.read(CELL) if r["kind"] == "run"]
+    for task in config.tasks:
+        size, problem = sizes[task], None
+        for method in METHODS:
+            program = None
+            for seed in range(config.seeds + 1):
+                rates = config.task_rates
+                if seed != SEARCH_SEED:
+                    rates = (best_rate(records, task, method),)
+                for rate in rates:
+                    name = {"task": task, "method": method}
+                    name["task_fingerprint"] = size.fingerprint("ours")
+                    if any(same(r, name, rate, seed) for r in records):
+                        continue
+                    if problem is None:
+                        problem = make_problem(size, config.data_dir)
+                    if program is None:
+                        program = make_program(problem, method)
+                    run = train(problem, program, rate, seed)
+                    kept = cells.append(CELL, "run", run["steps"][-1], **name, **run)
+                    records.append(kept)
+                    tell(kept)
+        jax.clear_caches()
+
+
+def same(record: Record, name: dict[str, str], rate: float, seed: int) -> bool:
+    """Whether a record is that of a run."""
+    found = np.isclose(record["values"]["rate"], rate, rtol=1e-9)
+    return bool(
+        found
+        and record["seed"] == seed
+        and all(record[key] == value for key, value in name.items())
+    )
