@@ -73,6 +73,7 @@ SIGNATURES = {
         "gain": 0.5,
         "minimum": 1e-8,
         "maximum": 1e8,
+        "retreat": 10.0,
     },
     "intervals.every": {"n": EMPTY},
     "intervals.adaptive": {

@@ -46,15 +46,50 @@ def test_every_cell_has_its_trials_and_winner(folder):
     assert len(lines(folder / "sensitivity.jsonl")) == 2
 
 
+def test_tasks_have_their_rates_and_seeds(folder):
+    """Both methods: every rate once, then the best one with the other seeds."""
+    records = lines(folder / "tasks.jsonl")
+    for method in ("default", "adaptive"):
+        mine = [r for r in records if r["method"] == method]
+        tried = {
+            r["values"]["rate"]: r["train_loss"][-1] for r in mine if not r["seed"]
+        }
+        assert set(tried) == {0.1, 0.3}
+        (again,) = [r for r in mine if r["seed"]]
+        assert again["values"]["rate"] == min(tried, key=tried.__getitem__)
+    dampings = {r["method"]: r["damping"] for r in records}
+    np.testing.assert_allclose(dampings["default"], 1e-3)
+    assert 0.5 < dampings["adaptive"][0] <= 1.0
+    found = json.loads((folder / "summary.json").read_text())["tasks"]["mlp"]
+    default, adaptive = (
+        next(r for r in records if r["method"] == m and r["seed"])
+        for m in ("default", "adaptive")
+    )
+    for name, key in (("ratio", "train_loss"), ("held_ratio", "loss")):
+        assert found[name] == pytest.approx(adaptive[key][-1] / default[key][-1])
+
+
+def test_tasks_that_are_finished_are_not_run_again(folder, tmp_path):
+    records = (folder / "tasks.jsonl").read_text().splitlines()
+    for kept in (len(records), 2):
+        (tmp_path / "tasks.jsonl").write_text("\n".join(records[:kept]) + "\n")
+        only = ["--only", "tasks", "--out", str(tmp_path)]
+        assert main([*ARGUMENTS, *only]) == 0
+        again = lines(tmp_path / "tasks.jsonl")
+        for old, new in zip(map(json.loads, records), again, strict=True):
+            assert (old["method"], old["seed"]) == (new["method"], new["seed"])
+            np.testing.assert_allclose(old["train_loss"], new["train_loss"], rtol=1e-4)
+
+
 def test_the_page_has_the_table_and_the_plots(folder):
     page = (folder / "page.md").read_text()
     for part in ("adaptive damping", "λ = 1e-02", "Levenberg-Marquardt", "SGD"):
         assert part in page
-    for name in ("sensitivity", "curves", "squares", "eigenvalues"):
+    for name in ("sensitivity", "curves", "squares", "eigenvalues", "tasks"):
         assert (folder / f"{name}.png").stat().st_size > 1000
         assert f"{name}.png" in page
     html = (folder / "page.html").read_text()
-    assert html.count("data:image/png;base64,") == 4
+    assert html.count("data:image/png;base64,") == 5
     assert all(part in html for part in ("adaptive damping", "λ = 1e-02", "SGD"))
     rows = json.loads((folder / "summary.json").read_text())["cells"]
     records = lines(folder / "adaptive.jsonl")
@@ -95,6 +130,7 @@ def test_records_are_those_of_the_files(folder):
         "adaptive",
         "fixed_1e-02",
         "sensitivity",
+        "tasks",
     ]
     for name, records in cells.items():
         for record, written in zip(

@@ -18,6 +18,13 @@ from experiments.studies.damping.config import (
     DampingReport,
 )
 from experiments.studies.damping.run import EDGES, WORST, final
+from experiments.studies.damping.tasks import CELL as TASKS
+from experiments.studies.damping.tasks_report import (
+    has_seeds,
+    plot_tasks,
+    tasks_tables,
+    wins,
+)
 from experiments.studies.pages import (
     Page,
     Plot,
@@ -44,16 +51,22 @@ CAPTIONS = {
     "sensitivity": "Final training loss against damping",
     "squares": "Squared gradients of the best trials, by layer and iteration",
     "eigenvalues": "Smallest eigenvalue of every factor after the best trials",
+    "tasks": "Other networks: training loss and damping at the best learning rates",
 }
 EXPLAINED = (
     "Each cell has its own search over learning rate, the share of it left at the end "
     "and momentum. Losses are those of training images after the last step; "
     f"{WORST:g} stands for everything above and for what is not finite."
 )
+OTHERS = (
+    "kfac.kfac with its defaults, factors and inverses every five steps, the learning "
+    "rate falling linearly to 0; adaptive stands for damping=kfac.damping.adaptive(), "
+    "and nothing else differs."
+)
 UNTUNED_LOSSES = """
-    SELECT method, values.damping AS damping, count(*) AS seeds, avg(loss) AS mean,
-        min(loss) AS low, max(loss) AS high
-    FROM (SELECT *, least(coalesce(curve[-1], $worst), $worst) AS loss FROM runs)
+    SELECT method, values.damping AS damping, count(*) AS seeds, avg(ended) AS mean,
+        min(ended) AS low, max(ended) AS high
+    FROM (SELECT *, least(coalesce(curve[-1], $worst), $worst) AS ended FROM runs)
     WHERE cell = 'sensitivity' GROUP BY ALL ORDER BY damping, method
 """
 Record = dict[str, Any]
@@ -284,23 +297,31 @@ def save_report(config: DampingReport, console: Console) -> None:
     cells = read_cells(config.folder)
     rows = summary(cells)
     seen = [r["seen"][-1] for r in winners(cells).values()]
+    others = has_seeds(cells.get(TASKS, []))
     plots = {
         "curves": (plot_curves, bool(rows)),
         "sensitivity": (plot_sensitivity, bool(rows) or "sensitivity" in cells),
         "squares": (plot_squares, bool(seen)),
         "eigenvalues": (plot_eigenvalues, any(s["eigenvalues"] for s in seen)),
+        "tasks": (plot_tasks, others),
     }
     plots = {name: draw for name, (draw, wanted) in plots.items() if wanted}
     for name, draw in plots.items():
         draw(cells, out / f"{name}.png")
     first = next(records[0] for records in cells.values() if records)
     facts = {"config": first["config"], "machine": first["machine"], "cells": rows}
+    if others:
+        facts["tasks"] = wins(config.folder)
     (out / "summary.json").write_text(json.dumps(metrics.to_json(facts), indent=1))
     tuned = table(rows)
-    pictures = [Plot(out / f"{name}.png", CAPTIONS[name]) for name in plots]
-    sections = [Section("Result", (EXPLAINED, tuned, *pictures))]
+    pictures = {name: Plot(out / f"{name}.png", CAPTIONS[name]) for name in plots}
+    shown = [plot for name, plot in pictures.items() if name != TASKS]
+    sections = [Section("Result", (EXPLAINED, tuned, *shown))]
     if "sensitivity" in cells:
         sections.append(Section("Untuned runs", (untuned(config.folder),)))
+    if others:
+        parts = (OTHERS, *tasks_tables(config.folder), pictures[TASKS])
+        sections.append(Section("Other networks", parts))
     save_parquet(config.folder, out / "runs.parquet")
     made_with = machines(config.folder), commits(config.folder)
     page = Page("Damping study", tuple(sections), first["config"], *made_with)
