@@ -18,13 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from kfac_jax_lite.factors.estimate import TaggedLoss
-from kfac_jax_lite.likelihoods import (
-    count_terms,
-    fisher_product,
-    masked_rows,
-    outputs_of,
-)
-from kfac_jax_lite.tagging.interpreter import Interpreter
+from kfac_jax_lite.likelihoods import fisher_product, masked_rows
+from kfac_jax_lite.outputs import marked_loss
 from kfac_jax_lite.types import Array
 
 
@@ -59,29 +54,15 @@ def quadratic_model(tagged: TaggedLoss, params: Any, *args: Any) -> QuadraticMod
     Raises:
         ValueError: No output is marked, or it is marked inside a loop or a branch.
     """
-    found = tagged.trace(params, args, True)
-    for sites in found.sites.values():
-        for site in sites:
-            site.layer = None  # untapped: a tap has no forward mode
-    run = Interpreter(lambda site, output, inputs, slot: output, {}).run
-    data = jax.tree.leaves(args)
-
-    def outputs(params):
-        operands = [*jax.tree.leaves(params), *data]
-        jaxpr, consts = found.closed.jaxpr, found.closed.consts
-        out, marked = run(found.plan, jaxpr, consts, operands, {})
-        return out[0], marked
+    model = marked_loss(tagged, params, args)
 
     def products(vectors):
-        (loss, marked), forward = jax.linearize(outputs, params)
+        (loss, marked), forward = jax.linearize(model.values, params)
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *vectors)
         slopes, tangents = jax.vmap(forward)(stacked)
         gram = jnp.zeros((len(vectors),) * 2, jnp.promote_types(loss.dtype, "float32"))
-        whole = outputs_of(found.marks, marked)
-        moves = outputs_of(found.marks, tangents)
-        terms = count_terms(whole)
-        n = found.num_examples if terms is None else terms
-        for output, (name, dz, _) in zip(whole, moves, strict=True):
+        n, moves = model.num_terms(marked), model.outputs(tangents)
+        for output, (name, dz, _) in zip(model.outputs(marked), moves, strict=True):
 
             def product(t, name=name, output=output):
                 return masked_rows(output, fisher_product(name, output.value, t))
@@ -91,4 +72,4 @@ def quadratic_model(tagged: TaggedLoss, params: Any, *args: Any) -> QuadraticMod
             gram += (rows[0] @ rows[1].T).astype(gram.dtype) / n
         return loss, slopes, gram
 
-    return QuadraticModel(lambda p: outputs(p)[0], products)
+    return QuadraticModel(lambda p: model.values(p)[0], products)

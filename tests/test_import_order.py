@@ -37,6 +37,7 @@ ORDER = [
     {"telemetry", "accuracy"},
     {"adapted"},
     {"transform"},
+    {"outputs"},
     {"quadratic"},
     {"guided"},
     {"alias"},

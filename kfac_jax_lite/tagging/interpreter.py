@@ -27,10 +27,17 @@ class Interpreter:
         on_site: ``(site, output, inputs, slot) -> output`` for every site, where
             ``slot`` is the site's layer's entry of ``slots``.
         stack_leaf: Layer name to the leaf that a ``scan`` may consume by slices.
+        on_mark: ``(likelihood, output) -> output`` for marked outputs; None leaves
+            them.
     """
 
-    def __init__(self, on_site: OnSite, stack_leaf: dict[str, int]):
-        self.on_site, self.stack_leaf = on_site, stack_leaf
+    def __init__(
+        self,
+        on_site: OnSite,
+        stack_leaf: dict[str, int],
+        on_mark: Callable[[str, Array], Array] | None = None,
+    ):
+        self.on_site, self.stack_leaf, self.on_mark = on_site, stack_leaf, on_mark
         self.envs: dict[Plan, dict] = {}
 
     def run(
@@ -57,6 +64,8 @@ class Interpreter:
             else:
                 results = bind(jaxpr, eqn, operands)
             if index in plan.marks:
+                if self.on_mark is not None:
+                    results = [self.on_mark(plan.marks[index], *results)]
                 marked += results
             env.update(zip(eqn.outvars, results, strict=True))
             for site in plan.sites.get(index, ()):
