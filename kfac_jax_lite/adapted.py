@@ -27,8 +27,8 @@ import jax.numpy as jnp
 import optax
 
 from kfac_jax_lite.damping import Adaptive
-from kfac_jax_lite.refresh import gated
-from kfac_jax_lite.tree import choose, find_states, vary, varying_axes
+from kfac_jax_lite.refresh import apart
+from kfac_jax_lite.tree import choose, find_states
 from kfac_jax_lite.types import Array
 
 # Weight of the greatest slope before: that of a step long ago is no measure.
@@ -121,21 +121,9 @@ def adapted(
 
 
 def slope_along(step: Any, grads: Any, flag: Array) -> Array:
-    """``dᵀ∇L`` in a loop of one turn.
+    """``dᵀ∇L``, a float32 scalar; ``flag`` must be true and traced."""
 
-    All that leads to a scalar would else be compiled into every kernel that reads it.
+    def product():
+        return jnp.asarray(optax.tree.vdot(step, grads), jnp.float32)
 
-    Args:
-        step: ``d``.
-        grads: ``∇L``.
-        flag: True; a traced value, or XLA would unroll the loop.
-
-    Returns:
-        A float32 scalar.
-    """
-    axes = varying_axes((step, grads, flag))
-
-    def product(_):
-        return vary(jnp.asarray(optax.tree.vdot(step, grads), jnp.float32), axes)
-
-    return gated(vary(flag, axes), product, vary(jnp.zeros((), jnp.float32), axes))
+    return apart(flag, product, 0, (step, grads))

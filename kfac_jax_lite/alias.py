@@ -14,9 +14,9 @@ from kfac_jax_lite.guided import Guide, guided
 from kfac_jax_lite.intervals import Interval
 from kfac_jax_lite.inverse import Method
 from kfac_jax_lite.reduce import Reduction
-from kfac_jax_lite.refresh import gated
+from kfac_jax_lite.refresh import apart
 from kfac_jax_lite.transform import ALL_REDUCE, EVERY_STEP, lag_of, scale_by_kfac
-from kfac_jax_lite.tree import choose, vary, varying_axes
+from kfac_jax_lite.tree import choose
 from kfac_jax_lite.types import Array, LayerTag, accumulation_dtype
 
 
@@ -184,13 +184,10 @@ def bounded(
             clip = value_at(kl_clip, count) if callable(kl_clip) else kl_clip
             preconditioned = updates
 
-            # Behind a gate: all that leads to a scalar would else be compiled into the
-            # kernel of every parameter that is multiplied by it.
-            def region(_):
+            def region():
                 return trust_region(preconditioned, grads, rate, clip)
 
-            one = jnp.ones_like(jax.eval_shape(region, None))
-            trust = gated(accepted, region, vary(one, varying_axes(updates)))
+            trust = apart(accepted, region, 1, updates)
             # In their own dtype: the momentum's must not change.
             updates = jax.tree.map(lambda u: (trust * u).astype(u.dtype), updates)
         updates, new_tail = tail.update(updates, state.tail, params, count=count)

@@ -18,7 +18,7 @@ from kfac_jax_lite.linalg import relative_change
 from kfac_jax_lite.options import Options
 from kfac_jax_lite.ownership import Plan
 from kfac_jax_lite.slices import is_packed, packed_statistics, sliced_change
-from kfac_jax_lite.tree import choose
+from kfac_jax_lite.tree import choose, vary, varying_axes
 from kfac_jax_lite.types import Array, LayerTag, computed
 
 
@@ -42,6 +42,29 @@ def gated(flag: Array, function: Callable[[Any], Any], carry: Any) -> Any:
         return jnp.zeros_like(flag), function(carry)
 
     return lax.while_loop(lambda loop: loop[0], turn, (flag, carry))[1]
+
+
+def apart(flag: Array, function: Callable[[], Array], otherwise: Any, tree: Any):
+    """A scalar, computed in a loop of one turn.
+
+    All that leads to a scalar would else be compiled into every kernel that reads it.
+
+    Args:
+        flag: Whether to compute it; a traced value, or XLA would unroll the loop.
+        function: Computes it.
+        otherwise: Its value where it is not computed.
+        tree: What it is computed from.
+
+    Returns:
+        The scalar, of the dtype that ``function`` gives.
+    """
+    axes = varying_axes((tree, flag))
+    dtype = jax.eval_shape(function).dtype
+
+    def compute(_):
+        return vary(function(), axes)
+
+    return gated(vary(flag, axes), compute, vary(jnp.asarray(otherwise, dtype), axes))
 
 
 def absorbed(
