@@ -1,5 +1,6 @@
 """``kfac``: preconditioning, trust region, weight decay, momentum, learning rate."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -111,7 +112,7 @@ def kfac(
     if automatic or isinstance(given, LevenbergMarquardt):
         mapped = axis_name if reduction.mesh is None else None
         chosen = (given, learning_rate, momentum, weight_decay, mapped)
-        tx = guided(precondition, Guide(automatic, *chosen))
+        tx, trust = guided(precondition, Guide(automatic, *chosen)), None
     else:
         decays = not isinstance(weight_decay, (int, float)) or weight_decay != 0
         tail = optax.chain(
@@ -120,7 +121,9 @@ def kfac(
             optax.scale_by_learning_rate(learning_rate),
         )
         tx = bounded(precondition, tail, learning_rate, kl_clip)
-    return adapted(tx, rule, lag_of(inverse, inverse_interval)) if rule else tx
+        trust = operator.attrgetter("trust")
+    lag = lag_of(inverse, inverse_interval)
+    return adapted(tx, rule, lag, trust=trust) if rule else tx
 
 
 def heavy_ball(momentum: Any) -> optax.GradientTransformation:
