@@ -66,7 +66,7 @@ def matrix_of(eigenvalues, seed=0, dtype=np.float64):
 @st.composite
 def spectra_lists(draw):
     """Spectra: continuous, clustered, repeated, rank-deficient, of either sign."""
-    size = draw(st.integers(1, 24))
+    size = draw(st.sampled_from([1, 2, 7, 24]))  # few: every size compiles
     kind = draw(st.sampled_from(["normal", "clusters", "repeated", "low rank", "zero"]))
     rng = np.random.default_rng(draw(st.integers(0, 10**6)))
     values = rng.normal(size=size)

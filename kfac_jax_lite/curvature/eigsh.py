@@ -73,7 +73,7 @@ def eigsh(
     - ``"lanczos"``: Rayleigh-Ritz on a Krylov space with full reorthogonalisation and
       thick restarts. A single vector's Krylov space holds each eigenvalue once; so once
       converged it looks again, with a fresh random vector beside the ``k`` found,
-      until another filling of the space changes nothing. Clusters narrower than
+      until ``SPARE`` more products or a filling of the space change nothing. Clusters narrower than
       ``tol`` may still be found in part.
     - ``"lobpcg"``: JAX's, on blocks of ``k`` vectors; needs a traceable ``mv`` and
       ``P > 5 k``. ``"magnitude"`` runs it at both ends.
@@ -87,14 +87,14 @@ def eigsh(
         key: PRNG key of the first vectors.
         method: ``"lanczos"`` or ``"lobpcg"``.
         which: ``"largest"``, ``"smallest"`` (both by value) or ``"magnitude"``.
-        num_vectors: Lanczos: vectors kept, ``m``, ``k < m`` or ``m = P``; by default
-            ``2 k + 20``.
+        num_vectors: Lanczos: vectors kept, ``m``, ``k + 2 ≤ m`` or ``m = P``; by
+            default ``2 k + 20``.
         max_products: The most products, without the ``k`` that measure residuals, at
             least ``k``; by default ``20 m``, and 100 iterations of LOBPCG.
         tol: Residual at which an eigenpair has converged, relative to the largest
-            ``|θ|`` (LOBPCG: see there); by default the root of the dtype's rounding
-            unit, which makes the eigenvalues accurate to about that unit where they
-            are well apart.
+            ``|θ|`` (LOBPCG: to the pair's own); by default the root of the dtype's
+            rounding unit, which makes the eigenvalues accurate to about that unit where
+            they are well apart.
         mm: The product with several trees at once, leading axis on every leaf.
         progress: Called as ``progress(done, total)``; ends early on convergence.
 
@@ -113,6 +113,7 @@ def eigsh(
     matrix = flatten(mv, like, mm)
     if whole_number("k", k, 1) > matrix.size:
         raise ValueError(f"k is {k}, wanted at most P = {matrix.size}")
+    tol = matrix.eps**0.5 if tol is None else tol
     if method == "lobpcg":
         limit = 100 * k if max_products is None else max_products
         whole_number("max_products", limit, k)
@@ -121,11 +122,10 @@ def eigsh(
         tick(limit)
     else:
         size = min(matrix.size, 2 * k + SPARE if num_vectors is None else num_vectors)
-        whole_number("num_vectors", size, min(k + 1, matrix.size))
+        whole_number("num_vectors", size, min(k + 2, matrix.size))
         limit = CYCLES * size if max_products is None else max_products
         whole_number("max_products", limit, k)
         tick = counter(progress, limit + k)
-        tol = matrix.eps**0.5 if tol is None else tol
         vectors = _Restarted(matrix, k, which, size, limit, tol, tick).run(key)
     return _measured(matrix, vectors, which, tick)
 
@@ -150,12 +150,9 @@ def _measured(matrix: Flat, vectors: Array, which: str, tick: Tick) -> Eigenpair
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _rotate(basis: Array, turn: Array, last: Array) -> Array:
-    """Puts the rows ``turnᵀ @ basis`` first, then row ``last``, then zeros."""
-    count = turn.shape[1]
-    kept = dot(turn.T, basis[: turn.shape[0]])
-    rest = jnp.zeros((basis.shape[0] - count - 1, basis.shape[1]), basis.dtype)
-    return jnp.concatenate([kept, basis[last][None], rest])
+def _rotate(basis: Array, turn: Array) -> Array:
+    """Rows ``turnᵀ @ basis``, in the basis's memory."""
+    return dot(turn.T, basis)
 
 
 class _Restarted:
@@ -184,30 +181,39 @@ class _Restarted:
         """Orthonormal ``[k, P]`` whose span is all but invariant."""
         self.key, key = jax.random.split(key)
         basis = fresh_basis(self.matrix, self.size + 1, normals(key, 1, self.matrix)[0])
-        kept, before = 0, np.full(self.k, np.inf)
+        kept, before, look = 0, None, 0
         while True:
             basis, filled, beta = self.fill(basis, kept)
             values, vectors = np.linalg.eigh(self.inner[:filled, :filled])
             order = self.order(values)
             values, vectors = values[order], vectors[:, order]
-            wanted = values[: self.k]
             close = self.tol * self.scale
-            spent = self.done >= self.limit or self.size == self.matrix.size
             converged = (beta * np.abs(vectors[-1, : self.k]) <= close).all()
-            same = np.abs(wanted - before).max() <= close
-            if spent or (converged and same):
-                turn = jnp.asarray(vectors[:, : self.k], self.matrix.dtype)
-                return _orthonormal(dot(turn.T, basis[:filled]))
-            before = wanted if converged else before
-            # After convergence only what converged is kept: the remainder goes.
-            kept = self.k if converged else (self.k + filled) // 2
-            kept = min(kept, self.size - 1)
-            turn = jnp.asarray(vectors[:, :kept], self.matrix.dtype)
-            basis = _rotate(basis, turn, filled)
-            self.inner = np.zeros_like(self.inner)
-            self.inner[range(kept), range(kept)] = values[:kept]
-            if converged:
+            same = before is not None and (np.abs(values[: self.k] - before) <= close)
+            looked = before is None or self.done - look >= SPARE
+            spent = self.done >= self.limit or self.size == self.matrix.size
+            if spent or (converged and looked and np.all(same)):
+                basis = self.restart(basis, vectors, filled, self.k)
+                return _orthonormal(basis[: self.k])
+            if converged and looked:
+                # Only what converged is kept: the remainder goes.
+                before, look, kept = values[: self.k], self.done, self.k
+                basis = self.restart(basis, vectors, filled, kept)
                 basis = self.fresh(basis, kept)
+            else:
+                kept = (self.k + filled) // 2
+                basis = self.restart(basis, vectors, filled, kept)
+            self.inner[:] = 0
+            self.inner[range(kept), range(kept)] = values[:kept]
+
+    def restart(
+        self, basis: Array, vectors: np.ndarray, filled: int, kept: int
+    ) -> Array:
+        """Leaves the first Ritz vectors and the remainder, then zeros."""
+        turn = np.zeros((self.size + 1,) * 2)
+        turn[:filled, :kept] = vectors[:, :kept]
+        turn[filled, kept] = 1
+        return _rotate(basis, jnp.asarray(turn, self.matrix.dtype))
 
     def fill(self, basis: Array, start: int) -> tuple[Array, int, float]:
         """Fills rows and columns of ``H`` from ``start`` on; the last remainder."""
@@ -246,7 +252,7 @@ def _orthonormal(vectors: Array) -> Array:
 
 
 def _lobpcg(
-    matrix: Flat, k: int, key: Array, which: str, steps: int, tol: float | None
+    matrix: Flat, k: int, key: Array, which: str, steps: int, tol: float
 ) -> Array:
     """Orthonormal ``[k, P]`` by LOBPCG."""
     if matrix.size <= 5 * k:
@@ -256,6 +262,8 @@ def _lobpcg(
         )
     mm = jax.vmap(matrix.mv) if matrix.mm is None else matrix.mm
     start = normals(key, k, matrix).T
+    # There a pair has converged if ‖M v − θ v‖ < 10 P tol (θ + ‖M v‖).
+    tol /= 20 * matrix.size
 
     def end(sign):
         def product(columns):
