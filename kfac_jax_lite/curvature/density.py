@@ -77,9 +77,10 @@ class Quadrature:
                 axes in front.
 
         Returns:
-            The trace and its error: the samples' standard error and the change by the
-            last step of Lanczos, which stands for the quadrature's own error, added in
-            quadrature.
+            The trace and its error: the root of the sum of squares of the samples'
+            standard error and of the change by the last step of Lanczos. The latter
+            stands for the quadrature's own error, and is less than that where it falls
+            slowly: then take more steps.
         """
 
         def samples(nodes, weights):
@@ -189,7 +190,8 @@ def density_of(
     """The spectral density of a ``quadrature``; see ``spectral_density``."""
     low, high = float(found.nodes.min()), float(found.nodes.max())
     if width is None:
-        width = WIDTH * ((high - low) or abs(high) or 1.0)
+        scale = max(abs(low), abs(high))
+        width = WIDTH * (high - low if high - low > 1e-6 * scale else scale or 1.0)
     if not width > 0:
         raise ValueError(f"width is {width!r}, wanted a positive number")
     if grid is None:

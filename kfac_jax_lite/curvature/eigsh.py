@@ -72,9 +72,9 @@ def eigsh(
 
     - ``"lanczos"``: Rayleigh-Ritz on a Krylov space with full reorthogonalisation and
       thick restarts. A single vector's Krylov space holds each eigenvalue once; so once
-      converged it looks again, with a fresh random vector beside the ``k`` found,
-      until ``SPARE`` more products or a filling of the space change nothing. Clusters narrower than
-      ``tol`` may still be found in part.
+      converged it looks again, with a fresh random vector beside the ``k`` found, until
+      a filling of the space (at least ``SPARE`` products) changes nothing. Clusters
+      narrower than ``tol`` may still be found in part.
     - ``"lobpcg"``: JAX's, on blocks of ``k`` vectors; needs a traceable ``mv`` and
       ``P > 5 k``. ``"magnitude"`` runs it at both ends.
 
@@ -218,9 +218,10 @@ class _Restarted:
     def fill(self, basis: Array, start: int) -> tuple[Array, int, float]:
         """Fills rows and columns of ``H`` from ``start`` on; the last remainder."""
         matrix, beta, row = self.matrix, 0.0, start
+        vector = basis[row]
         while row < self.size and self.done < self.limit:
-            image = matrix.product(basis[row])
-            basis, coefficients, norm = extend(basis, image, row + 1)
+            image = matrix.product(vector)
+            basis, vector, coefficients, norm = extend(basis, image, row + 1)
             self.done += 1
             self.tick(1)
             column = finite(coefficients, "a product with the matrix")[: row + 1]
@@ -233,6 +234,7 @@ class _Restarted:
             elif beta <= BREAKDOWN * matrix.eps * self.scale:
                 # The space is invariant: go on outside of it.
                 basis, beta = self.fresh(basis, row), 0.0
+                vector = basis[row]
         return basis, row, beta
 
     def fresh(self, basis: Array, row: int) -> Array:

@@ -193,12 +193,17 @@ def whole_number(name: str, value: Any, least: int) -> int:
 
 def signs(key: Array, count: int, matrix: Flat) -> Array:
     """``[count, P]`` independent entries of ±1 (Rademacher)."""
-    return jax.random.rademacher(key, (count, matrix.size), matrix.dtype)
+    return _draw(key, "rademacher", (count, matrix.size), matrix.dtype)
 
 
 def normals(key: Array, count: int, matrix: Flat) -> Array:
     """``[count, P]`` independent standard normal entries."""
-    return jax.random.normal(key, (count, matrix.size), matrix.dtype)
+    return _draw(key, "normal", (count, matrix.size), matrix.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _draw(key: Array, name: str, shape: tuple, dtype: Any) -> Array:
+    return getattr(jax.random, name)(key, shape, dtype)
 
 
 def finite(value: Any, what: str) -> Any:

@@ -52,7 +52,9 @@ class Tridiagonal(NamedTuple):
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def extend(basis: Array, vector: Array, row: Array) -> tuple[Array, Array, Array]:
+def extend(
+    basis: Array, vector: Array, row: Array
+) -> tuple[Array, Array, Array, Array]:
     """Orthogonalises a vector against a basis and puts it there, normalised.
 
     Two passes of Gram-Schmidt; a third after the normalisation serves vectors that
@@ -64,7 +66,8 @@ def extend(basis: Array, vector: Array, row: Array) -> tuple[Array, Array, Array
         row: Where it goes; what was there is forgotten.
 
     Returns:
-        The basis, the vector's coefficients ``[m]`` in it, and the remainder's norm.
+        The basis, what was put there, the vector's coefficients ``[m]`` in it, and the
+        remainder's norm.
     """
     basis = basis.at[row].set(0)
     first = dot(basis, vector)
@@ -76,7 +79,7 @@ def extend(basis: Array, vector: Array, row: Array) -> tuple[Array, Array, Array
     vector = vector - dot(dot(basis, vector), basis)
     length = jnp.linalg.norm(vector)
     vector = vector / jnp.where(length > 0, length, 1)
-    return basis.at[row].set(vector), first + second, norm
+    return basis.at[row].set(vector), vector, first + second, norm
 
 
 def fresh_basis(matrix: Flat, rows: int, start: Array) -> Array:
@@ -103,9 +106,10 @@ def lanczos_flat(
         ValueError: The products are far from those of a symmetric matrix.
     """
     basis = fresh_basis(matrix, steps + 1, start)
+    vector = basis[0]
     alphas, betas, scale = [], [], 0.0
     for i in range(steps):
-        basis, coefficients, beta = extend(basis, matrix.product(basis[i]), i + 1)
+        basis, vector, coefficients, beta = extend(basis, matrix.product(vector), i + 1)
         tick(1)
         h = finite(coefficients, "a product with the matrix")[: i + 1]
         scale = max(scale, float(np.abs(h).max()), float(beta))
