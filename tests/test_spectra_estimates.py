@@ -99,7 +99,7 @@ def test_errors_of_the_diagonal_cover():
 
 
 @functools.cache
-def many_quadratures(size=200, samples=12):
+def many_quadratures(size=150, samples=10):
     """Independent quadratures of a matrix with three different eigenvalues.
 
     Three steps exhaust every Krylov space: only the samples are left to chance.

@@ -113,12 +113,12 @@ def eigsh(
     matrix = flatten(mv, like, mm)
     if whole_number("k", k, 1) > matrix.size:
         raise ValueError(f"k is {k}, wanted at most P = {matrix.size}")
-    tol = matrix.eps**0.5 if tol is None else tol
+    close = matrix.eps**0.5 if tol is None else tol
     if method == "lobpcg":
         limit = 100 * k if max_products is None else max_products
         whole_number("max_products", limit, k)
         tick = counter(progress, limit + k)
-        vectors = _lobpcg(matrix, k, key, which, limit // k, tol)
+        vectors = _lobpcg(matrix, k, key, which, limit // k, close)
         tick(limit)
     else:
         size = min(matrix.size, 2 * k + SPARE if num_vectors is None else num_vectors)
@@ -126,7 +126,7 @@ def eigsh(
         limit = CYCLES * size if max_products is None else max_products
         whole_number("max_products", limit, k)
         tick = counter(progress, limit + k)
-        vectors = _Restarted(matrix, k, which, size, limit, tol, tick).run(key)
+        vectors = _Restarted(matrix, k, which, size, limit, close, tick).run(key)
     return _measured(matrix, vectors, which, tick)
 
 

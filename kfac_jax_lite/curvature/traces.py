@@ -170,7 +170,7 @@ def leave_one_out(
     pivots = np.diag(upper)
     floor = max(matrix.eps * np.abs(upper).max(), 1e-100)
     solved = upper + np.diag(np.where(np.abs(pivots) < floor, floor - pivots, 0.0))
-    s = scipy.linalg.solve_triangular(solved, np.eye(k), trans="T")
+    s = scipy.linalg.solve_triangular(solved.T, np.eye(k), lower=True)
     s /= np.linalg.norm(s, axis=0)
     curved = inner @ inside
 
