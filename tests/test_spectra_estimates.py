@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from kfac_jax_lite.curvature import spectra
+from kfac_jax_lite.curvature import spectra, traces
+from kfac_jax_lite.curvature.flat import flatten
 from tests.spectra import matrix_of, spectra_lists
 
 KEY = jax.random.key(1)
@@ -135,6 +136,24 @@ def test_errors_of_the_density_cover():
         [spectra.Estimate(e.density, e.error) for e in estimates],
         kernel.mean(1), len(found[0].nodes) - 1,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_jackknife_leaves_vectors_out(seed):
+    """Its error equals that of XTrace run anew, from the start, without each vector."""
+    matrix, k = matrix_of(DECAYING), 7
+    vectors = np.random.default_rng(seed).normal(size=(40, k))
+    vectors *= 40**0.5 / np.linalg.norm(vectors, axis=0)
+
+    def run(columns):
+        q, r = np.linalg.qr(matrix.dense @ columns)
+        return traces.leave_one_out(
+            q.T @ matrix.dense @ q, r, q.T @ columns, flatten(matrix.mv, matrix.like)
+        )
+
+    without = np.array([run(np.delete(vectors, j, 1)).value for j in range(k)])
+    wanted = ((k - 1) / k * ((without - without.mean()) ** 2).sum()) ** 0.5
+    np.testing.assert_allclose(run(vectors).error, wanted, rtol=1e-8)
 
 
 # --------------------------------------------------------- exact cases

@@ -194,7 +194,7 @@ def leave_one_out(
     # s_j in rows, and what is new in s_i: (s_i − c s_j) / √(1 − c²).
     sine = np.sqrt(np.maximum(1 - cosine**2, 1e-12))
     new = [
-        (one - cosine * all_) / sine for one, all_ in zip(own, (w, r, hw), strict=False)
+        (one - cosine * row) / sine for one, row in zip(own, (w, r, hw), strict=False)
     ]
     first, cross = own[3][:, None], (h - cosine * own[3][:, None]) / sine
     second = (own[3] - 2 * cosine * h + cosine**2 * first) / sine**2
