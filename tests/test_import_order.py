@@ -46,8 +46,8 @@ ORDER = [
     {"memory"},
     {"cost"},
     {"simulate"},
-    {"__init__"},
     {"curvature", "ntk", "bayes"},
+    {"__init__"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))
