@@ -23,7 +23,7 @@ class PinnStudy:
     """Rung of the ladder; decides the defaults of all other options."""
     only: tuple[MethodName, ...] = METHODS
     """Methods to run."""
-    seconds: float = 10.0
+    seconds: float = 5.0
     """Processor seconds of a run, without compiling and evaluations."""
     seeds: int = 3
     """Runs with the best setting; settings are judged on another seed."""
