@@ -11,9 +11,8 @@ from kfac_jax_lite import damping as damping_lib
 from kfac_jax_lite.factors.estimate import TaggedLoss
 from kfac_jax_lite.linalg import all_finite
 from kfac_jax_lite.ntk.jacobian import (
-    CHUNK,
     Batch,
-    check_chunk,
+    checked,
     flat,
     join,
     make_batch,
@@ -44,7 +43,7 @@ def dual_natural_gradient(
     *,
     solver: str = "cholesky",
     independent: bool = False,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The exact natural gradient ``(F + λI)⁻¹ g`` of one batch, by its dual.
 
@@ -54,19 +53,23 @@ def dual_natural_gradient(
     ``u = Kᵀ (K Kᵀ + λI)⁻¹ w / √n``.
 
     The residuals ``r`` lie in the range of ``S``, also where ``Λ`` is singular
-    (categorical: ``w = r / √p``). Nothing is divided by ``λ`` and no difference of
-    large numbers taken, unlike in Woodbury's formula for a general vector,
-    ``(g − Kᵀ (K Kᵀ + λI)⁻¹ K g) / λ``, which loses ``λ_max/λ`` in accuracy. Whatever
-    ``g`` is, its part along ``∇L`` is taken the first way and the remainder (weight
-    decay, a regulariser in the loss, gradients of other batches) by Woodbury: the
-    result is ``(F + λI)⁻¹ g`` for every ``g``. A remainder below the rounding of
-    ``Kᵀ w`` is dropped, else it would come back divided by ``λ``.
+    (categorical: ``w = r / √p``). Nothing is divided by ``λ``, and ``Kᵀ`` takes back
+    what rounding adds to the solution in directions of small eigenvalues. Woodbury's
+    formula, ``(g − Kᵀ (K Kᵀ + λI)⁻¹ K g) / λ``, takes the difference of nearly equal
+    numbers instead: an error of ``ε |g| / λ``, a thousand times and more what the other
+    has where ``g`` lies in directions of large eigenvalues. Whatever ``g`` is, its part
+    along ``∇L`` is taken the first way and the remainder (weight decay, a regulariser
+    in the loss, gradients of other batches) by Woodbury: the result is ``(F + λI)⁻¹ g``
+    for every ``g``. A remainder below the rounding of ``Kᵀ w`` is dropped, else it
+    would come back divided by ``λ``.
 
-    ``solver="cholesky"`` makes ``K Kᵀ``: cheapest, ``K`` is streamed, and accurate to
-    about ``ε λ_max / λ``. ``solver="qr"`` factorises ``[Kᵀ; √λ I] = Q R`` and takes
-    ``u = Q₁ R⁻ᵀ w / √n``: ``K`` is held in memory (``D`` gradients), four times the
-    arithmetic, and accurate to about ``ε √(λ_max / λ)``, for a tiny damping such as
-    1e-10 with ``λ_max`` of hundreds.
+    ``solver="cholesky"`` makes ``K Kᵀ``: cheapest, ``K`` is streamed, errors up to
+    about ``ε λ_max / λ``, largest in directions whose eigenvalue is near ``λ``.
+    ``solver="qr"`` factorises ``[Kᵀ; √λ I] = Q R`` and takes ``u = Q₁ R⁻ᵀ w / √n``:
+    ``K`` is held in memory (``D`` gradients), several times the arithmetic, errors up
+    to about ``ε √(λ_max / λ)``. In float64 and with ``λ = 1e-10`` the first is good to
+    some digits up to ``λ_max`` of 1e4, the second far beyond. Where ``λ`` is below
+    ``ε λ_max`` a Cholesky factorisation may fail, which makes the update zero.
 
     Cost: the kernel, two or three passes over the batch, and ``D³/3`` operations.
 
@@ -93,7 +96,7 @@ def dual_natural_gradient(
     damping_lib.check(damping)
     if isinstance(damping, damping_lib.Adaptive):
         raise TypeError("dual_natural_gradient wants a number or a schedule.")
-    check_chunk(chunk)
+    chunk = checked(chunk)
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {tuple(SOLVERS)}, got {solver!r}.")
     solve = SOLVERS[solver]

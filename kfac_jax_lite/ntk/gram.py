@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from kfac_jax_lite.factors.estimate import TaggedLoss
-from kfac_jax_lite.ntk.jacobian import CHUNK, check_chunk, make_batch, products
+from kfac_jax_lite.ntk.jacobian import checked, make_batch, products
 from kfac_jax_lite.sharding import automatic
 from kfac_jax_lite.types import Array
 
@@ -18,7 +18,7 @@ def kernel(
     *,
     trace: bool = False,
     independent: bool = False,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Array:
     """The empirical neural tangent kernel ``J(x) J(x')ᵀ`` of the marked output.
 
@@ -34,7 +34,8 @@ def kernel(
         trace: Whether to sum over ``c = e``.
         independent: Whether every row of the output depends only on the example, along
             the leading axis of all arguments, that it belongs to (no batch norm).
-        chunk: Rows of ``J`` (examples if ``independent``) in memory at a time.
+        chunk: Rows of ``J`` (examples if ``independent``) in memory at a time; 256 if
+            None.
 
     Returns:
         ``[n, C, m, C]``, or ``[n, m]`` with ``trace``; float32 or float64. Rows are all
@@ -44,7 +45,7 @@ def kernel(
         ValueError: No output is marked, or more than one; the widths of both batches
             differ; ``independent`` and the arguments do not share a leading axis.
     """
-    check_chunk(chunk)
+    chunk = checked(chunk)
     options = independent, chunk
 
     def compute(params, batch, other):
@@ -69,7 +70,7 @@ def eigenvalues(
     batch: tuple,
     *,
     independent: bool = False,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Array:
     """Eigenvalues of ``Sᵀ J Jᵀ S / n``: those of the Fisher matrix that are not zero.
 
@@ -86,7 +87,7 @@ def eigenvalues(
     Returns:
         ``[D]``, descending, ``D`` the size of the square root's columns: ``n·C``.
     """
-    check_chunk(chunk)
+    chunk = checked(chunk)
 
     def compute(params, batch):
         rows = make_batch(tagged, params, batch, independent, chunk)

@@ -23,10 +23,13 @@ from kfac_jax_lite.types import Array, accumulation_dtype
 CHUNK = 256
 
 
-def check_chunk(chunk: int) -> None:
-    """It must be a whole number, at least 1."""
+def checked(chunk: int | None) -> int:
+    """``chunk``, or its default; it must be a whole number, at least 1."""
+    if chunk is None:
+        return CHUNK
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"chunk must be a whole number >= 1, got {chunk!r}.")
+    return chunk
 
 
 @dataclasses.dataclass(frozen=True)
