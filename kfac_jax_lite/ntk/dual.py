@@ -33,7 +33,7 @@ class DualState(NamedTuple):
         skipped: Steps refused because something was not finite, int32.
     """
 
-    count: Array
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
     skipped: Array
 
 
@@ -198,14 +198,12 @@ def split(batch: Batch, grads: Any, w: Array, scale: Array) -> tuple[Array, Any]
     pulled = batch.pull(batch.colour(w))
     raised = jax.tree.map(lambda g: g.astype(accumulation_dtype(g.dtype)), grads)
     own = jax.tree.map(lambda p, g: p.astype(g.dtype) / batch.terms, pulled, raised)
-    vdot = optax.tree_utils.tree_vdot
-    square = vdot(own, own)
-    share = jnp.where(
-        square > 0, vdot(raised, own) / jnp.where(square > 0, square, 1), 0
-    )
+    first, vector = flat(own), flat(raised)
+    square = jnp.vdot(first, first)
+    projected = jnp.vdot(vector, first) / jnp.where(square > 0, square, 1)
+    share = jnp.where(square > 0, projected, 0)
     rest = jax.tree.map(lambda g, o: g - share * o, raised, own)
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(grads))
     noise = (ROUNDINGS * eps) ** 2 * scale * jnp.vdot(w, w) / batch.terms
-    return share, choose(
-        vdot(rest, rest) > noise, rest, jax.tree.map(jnp.zeros_like, rest)
-    )
+    large = jnp.sum(jnp.square(flat(rest))) > noise
+    return share, choose(large, rest, jax.tree.map(jnp.zeros_like, rest))
