@@ -54,7 +54,8 @@ def test_loss_of_the_solution_is_zero(monkeypatch):
 def test_steps_lower_the_loss_of_the_equation(method):
     """From the same start, every method is a descent method here."""
     with jax.enable_x64(True):
-        program = problem.make_program(SMALLEST, method)
+        config = dataclasses.replace(SMALLEST, step_sizes=20)
+        program = problem.make_program(config, method)
         value = SMALLEST.settings(method)[-1]
         carry = program.start(0, value)
         before, _ = program.measure(carry)
