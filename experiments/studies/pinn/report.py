@@ -29,8 +29,9 @@ EXPLAINED = (
     "Relative L2 error of u against the known solution on a grid of 50 × 50 points. "
     "Every method has one hyper-parameter; its values are tried on a seed of their own "
     "and the best is run with the others. Seconds are processor time of training "
-    "alone: waiting for a busy machine, compiling and evaluations are not in them. A time to an error is the median of the seeds, a "
-    "dash where less than half of them reach it."
+    "alone: waiting for a busy machine, compiling and evaluations are not in them. A "
+    "time to an error is the median of the seeds, a dash where less than half of them "
+    "reach it."
 )
 Record = dict[str, Any]
 
