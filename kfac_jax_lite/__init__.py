@@ -6,7 +6,7 @@ value, grads, statistics = tagged.value_and_grad(params, *batch, opt_state=state
 updates, state = tx.update(grads, state, params, statistics=statistics)
 """
 
-from kfac_jax_lite import damping, intervals, simulate
+from kfac_jax_lite import damping, intervals, ntk, simulate
 from kfac_jax_lite.accuracy import choose_ranks, inverse_error
 from kfac_jax_lite.adapted import AdaptedState
 from kfac_jax_lite.alias import KFACChainState, kfac
@@ -70,6 +70,7 @@ __all__ = [
     "layer_rows",
     "low_rank",
     "normal",
+    "ntk",
     "quadratic_model",
     "register_rule",
     "relayout",

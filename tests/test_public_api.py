@@ -75,6 +75,29 @@ SIGNATURES = {
         "maximum": 1e8,
         "retreat": 10.0,
     },
+    "ntk.kernel": {
+        "tagged": EMPTY,
+        "params": EMPTY,
+        "batch": EMPTY,
+        "other": None,
+        "trace": False,
+        "independent": False,
+        "chunk": None,
+    },
+    "ntk.eigenvalues": {
+        "tagged": EMPTY,
+        "params": EMPTY,
+        "batch": EMPTY,
+        "independent": False,
+        "chunk": None,
+    },
+    "ntk.dual_natural_gradient": {
+        "tagged": EMPTY,
+        "damping": EMPTY,
+        "solver": "cholesky",
+        "independent": False,
+        "chunk": None,
+    },
     "intervals.every": {"n": EMPTY},
     "intervals.adaptive": {
         "threshold": EMPTY,
@@ -89,7 +112,7 @@ SIGNATURES = {
     },
 }
 NAMES = {name for name in SIGNATURES if "." not in name}
-NAMES |= {"Reduction", "intervals", "damping", "simulate"}
+NAMES |= {"Reduction", "intervals", "damping", "ntk", "simulate"}
 
 
 def lookup(name):

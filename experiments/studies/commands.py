@@ -11,19 +11,27 @@ from experiments.studies.batch_size.config import SIZES as BATCH_SIZES
 from experiments.studies.batch_size.config import BatchReport, BatchStudy
 from experiments.studies.damping.config import SIZES as DAMPING_SIZES
 from experiments.studies.damping.config import DampingReport, DampingStudy
+from experiments.studies.pinn.config import SIZES as PINN_SIZES
+from experiments.studies.pinn.config import PinnReport, PinnStudy
 from experiments.studies.sizes import SIZES, IntervalReport, IntervalStudy
 
 HOST_DEVICES = "--xla_force_host_platform_device_count"
-Study = IntervalStudy | DampingStudy | BatchStudy
-Report = IntervalReport | DampingReport | BatchReport
+Study = IntervalStudy | DampingStudy | BatchStudy | PinnStudy
+Report = IntervalReport | DampingReport | BatchReport | PinnReport
 Command = Study | Report
 REPORTS = {
     "intervals-report": IntervalReport,
     "damping-report": DampingReport,
     "batch-size-report": BatchReport,
+    "pinn-report": PinnReport,
 }
 # Name to configurations by size.
-STUDIES = {"intervals": SIZES, "damping": DAMPING_SIZES, "batch-size": BATCH_SIZES}
+STUDIES = {
+    "intervals": SIZES,
+    "damping": DAMPING_SIZES,
+    "batch-size": BATCH_SIZES,
+    "pinn": PINN_SIZES,
+}
 
 
 def parse_study(arguments: Sequence[str], prog: str) -> Command:
@@ -79,6 +87,15 @@ def run_study(config: Command, console: Console) -> int:
         from experiments.studies.batch_size.report import save_report as save_batch
 
         save_batch(config, console)
+        return 0
+    if isinstance(config, PinnStudy):
+        from experiments.studies.pinn.run import run_pinn
+
+        config = PinnReport(run_pinn(config, console))
+    if isinstance(config, PinnReport):
+        from experiments.studies.pinn.report import save_report as save_pinn
+
+        save_pinn(config, console)
         return 0
     if isinstance(config, IntervalStudy):
         set_host_devices(config.host_devices)

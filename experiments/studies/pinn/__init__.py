@@ -1,0 +1,1 @@
+"""A physics-informed network for Poisson's equation, by four optimisers."""
