@@ -46,8 +46,9 @@ ORDER = [
     {"memory"},
     {"cost"},
     {"simulate"},
+    {"curvature", "ntk"},
     {"__init__"},
-    {"curvature", "ntk", "bayes"},
+    {"bayes"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))
