@@ -171,12 +171,35 @@ def eigenvalues(parts: Sequence[Part]) -> np.ndarray:
     return np.sort(np.concatenate(found))[::-1]
 
 
-def eigenpairs(parts: Sequence[Part], size: int, k: int) -> tuple[Array, Array]:
-    """The ``k`` largest eigenvalues, descending, and their vectors ``[k, P]``."""
+def eigenpairs(
+    parts: Sequence[Part], size: int, k: int, which: str = "largest"
+) -> tuple[np.ndarray, Array]:
+    """``k`` extreme eigenvalues and their vectors.
+
+    Args:
+        parts: The blocks; they hold every parameter.
+        size: ``P``.
+        k: How many.
+        which: ``"largest"``, ``"smallest"`` or ``"magnitude"``.
+
+    Returns:
+        Values ``[k]`` float64, descending (by ``|λ|`` for ``"magnitude"``), and vectors
+        ``[k, P]``.
+
+    Raises:
+        ValueError: Another ``which``.
+    """
+    if which not in ("largest", "smallest", "magnitude"):
+        raise ValueError(
+            f"which is {which!r}, wanted 'largest', 'smallest' or 'magnitude'."
+        )
     eigens = [part.eigen() for part in parts]
-    values = np.concatenate([np.asarray(e[0]).ravel() for e in eigens])
-    cuts = np.cumsum([0, *(e[0].size for e in eigens)])
-    order = np.argsort(-values, kind="stable")[:k]
+    values = [np.asarray(e[0], np.float64).ravel() for e in eigens]
+    cuts = np.cumsum([0, *map(len, values)])
+    values = np.concatenate(values)
+    size_of = np.abs(values) if which == "magnitude" else values
+    order = np.argsort(-size_of, kind="stable")
+    order = order[-k:] if which == "smallest" else order[:k]
     vectors = []
     for at in order:
         p = int(np.searchsorted(cuts, at, side="right")) - 1
@@ -184,4 +207,4 @@ def eigenpairs(parts: Sequence[Part], size: int, k: int) -> tuple[Array, Array]:
         vector = parts[p].vector(eigens[p], block, number)
         place = parts[p].index[block]
         vectors.append(jnp.zeros(size, vector.dtype).at[place].set(vector))
-    return jnp.asarray(values[order]), jnp.stack(vectors)
+    return values[order], jnp.stack(vectors)

@@ -44,6 +44,8 @@ from kfac_jax_lite.types import Array
 class Law:
     """Which matrix it is; hashable, so that programs are compiled once.
 
+    Laws that differ in name or centring run the same programs.
+
     Attributes:
         name: As in ``kfac_jax_lite.curvature``.
         kernel: ``"hessian"`` (of the whole loss, no kernel), ``"exact"`` (``Λ``),
@@ -52,9 +54,9 @@ class Law:
         num_samples: ``S``, labels drawn for every row.
     """
 
-    name: str
+    name: str = dataclasses.field(compare=False)
     kernel: str
-    centred: bool = False
+    centred: bool = dataclasses.field(default=False, compare=False)
     num_samples: int = 1
 
     @property

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfac_jax_lite.curvature import blocks
+from kfac_jax_lite.curvature import blocks, spectra
 from kfac_jax_lite.curvature.blocks import DensePart, Part
-from kfac_jax_lite.curvature.flat import Estimate
 from kfac_jax_lite.curvature.layout import Layout
+from kfac_jax_lite.curvature.spectra import Eigenpairs, Estimate
 from kfac_jax_lite.curvature.stream import Stream, ravel, unraveller
 from kfac_jax_lite.types import Array
 
@@ -227,9 +227,8 @@ class Operator:
             The diagonal; with ``key``, an ``Estimate`` of two such trees.
         """
         if key is not None and isinstance(self.form, Streamed):
-            from kfac_jax_lite.curvature import spectra
-
-            return spectra.diagonal(self.mv, self.structure, key, num_samples)
+            record = self.mv, self.structure, key, num_samples
+            return spectra.diagonal(*record, mm=self.mm)
         _, unravel = unraveller(self.structure)
         exact = unravel(self.form.diagonal())
         if key is None:
@@ -248,24 +247,27 @@ class Operator:
             The trace; with ``key``, an ``Estimate``.
         """
         if key is not None and isinstance(self.form, Streamed):
-            from kfac_jax_lite.curvature import spectra
-
-            return spectra.trace(self.mv, self.structure, key, num_samples, **options)
+            record = self.mv, self.structure, key, num_samples
+            return spectra.trace(*record, mm=self.mm, **options)
         return exact_or_estimate(jnp.sum(self.form.diagonal()), key)
 
-    def eigsh(self, k: int, key: Any = None, **options: Any) -> tuple[Array, Any, Any]:
-        """The ``k`` largest eigenvalues (not by magnitude) and their vectors.
+    def eigsh(
+        self, k: int, key: Any = None, which: str = "largest", **options: Any
+    ) -> Eigenpairs:
+        """``k`` extreme eigenvalues and their vectors.
 
         Closed forms for matrices of kept blocks; else ``spectra.eigsh``.
 
         Args:
             k: How many.
             key: PRNG key of the first vectors; not needed for kept blocks.
-            **options: Those of ``spectra.eigsh``.
+            which: ``"largest"``, ``"smallest"`` (both by value) or ``"magnitude"``.
+            **options: Further ones of ``spectra.eigsh``.
 
         Returns:
-            Values ``[k]``, descending; vectors, parameter-shaped trees with a leading
-            axis ``k``; norms of the residuals ``M q − λ q``, ``[k]``.
+            Values ``[k]``, descending (by ``|λ|`` for ``"magnitude"``); vectors,
+            parameter-shaped trees with a leading axis ``k``; residuals
+            ``‖M q − λ q‖ [k]``.
 
         Raises:
             ValueError: ``k`` out of range; no key where one is needed.
@@ -273,14 +275,15 @@ class Operator:
         if not 1 <= k <= self.shape[0]:
             raise ValueError(f"eigsh wants 1 <= k <= {self.shape[0]}, got {k!r}.")
         if isinstance(self.form, Streamed):
-            from kfac_jax_lite.curvature import spectra
-
             self.want_key(key, "eigsh")
-            return spectra.eigsh(self.mv, self.structure, k, key, **options)
-        values, flat = blocks.eigenpairs(self.form.parts, self.form.size, k)
-        image = jax.vmap(lambda x: blocks.apply(self.form.parts, x))(flat)
-        residuals = jnp.linalg.norm(image - values[:, None] * flat, axis=-1)
-        return values, unraveller(self.structure)[1](flat), residuals
+            record = self.mv, self.structure, k, key
+            return spectra.eigsh(*record, which=which, mm=self.mm, **options)
+        parts = self.form.parts
+        values, flat = blocks.eigenpairs(parts, self.form.size, k, which)
+        image = jax.vmap(lambda x: blocks.apply(parts, x))(flat)
+        rests = jnp.linalg.norm(image - jnp.asarray(values)[:, None] * flat, axis=-1)
+        vectors = unraveller(self.structure)[1](flat)
+        return Eigenpairs(values, vectors, np.asarray(rests))
 
     def eigenvalues(self) -> np.ndarray:
         """All eigenvalues, descending, ``[P]`` float64; of streamed ones by ``eigh``.
@@ -295,14 +298,23 @@ class Operator:
             return blocks.eigenvalues(self.form.parts())
         return np.linalg.eigvalsh(np.asarray(self.to_dense(), np.float64))[::-1]
 
-    def logdet(self, damping: float, key: Any = None, **options: Any) -> Any:
+    def logdet(
+        self,
+        damping: float,
+        key: Any = None,
+        num_samples: int = 16,
+        num_steps: int = 64,
+        **options: Any,
+    ) -> Any:
         """``log det (M + λ I)``.
 
         Args:
             damping: ``λ``.
             key: PRNG key, for an estimate by stochastic Lanczos quadrature where no
                 closed form is known; without one a streamed matrix is formed.
-            **options: Those of ``spectra.logdet``: ``num_samples``, ``num_steps``.
+            num_samples: Vectors of that estimate.
+            num_steps: Products for every vector.
+            **options: Further ones of ``spectra.logdet``.
 
         Returns:
             The figure; with ``key``, an ``Estimate``.
@@ -311,9 +323,8 @@ class Operator:
             ValueError: ``M + λ I`` is not positive definite.
         """
         if key is not None and isinstance(self.form, Streamed):
-            from kfac_jax_lite.curvature import spectra
-
-            return spectra.logdet(self.mv, self.structure, key, damping, **options)
+            record = self.mv, self.structure, key, damping, num_samples, num_steps
+            return spectra.logdet(*record, **options)
         values = self.eigenvalues() + damping
         if not values[-1] > 0:
             raise ValueError(

@@ -24,7 +24,10 @@ from kfac_jax_lite.types import (
     accumulation_dtype,
 )
 
-static = functools.partial(jax.jit, static_argnames=("tagged", "law", "chunk"))
+
+def static(*names: str):
+    """``jax.jit`` with these arguments hashed."""
+    return functools.partial(jax.jit, static_argnames=names)
 
 
 def linear_map(tagged: TaggedLoss, law: Law, params: Any, args: tuple, key: Any):
@@ -61,7 +64,7 @@ def wide(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(accumulation_dtype(x.dtype)), tree)
 
 
-@static
+@static("tagged", "law")
 def product(
     tagged: TaggedLoss, law: Law, params: Any, args: tuple, key: Any, v: Any
 ) -> tuple[Any, Any]:
@@ -70,7 +73,7 @@ def product(
     return wide(apply(v)), n
 
 
-@static
+@static("tagged", "law", "chunk")
 def products(
     tagged: TaggedLoss,
     law: Law,
@@ -87,7 +90,7 @@ def products(
     return wide(lax.map(apply, vs, batch_size=chunk)), n
 
 
-@static
+@static("tagged", "law")
 def block_product(
     tagged: TaggedLoss,
     law: Law,
@@ -126,7 +129,7 @@ def block_product(
     return lax.scan(add, zeros, blocks)[0], n
 
 
-@static
+@static("tagged", "law", "chunk")
 def row_moments(
     tagged: TaggedLoss,
     law: Law,
@@ -176,7 +179,7 @@ def row_moments(
     return lax.scan(add, zeros, numbers)[0], model.num_terms(marks)
 
 
-@static
+@static("tagged")
 def gradient(tagged: TaggedLoss, params: Any, args: tuple) -> tuple[Any, Any]:
     """``(Σ_n J_nᵀ r_n, N)``: ``N`` times the gradient through the marked outputs."""
     model = marked_loss(tagged, params, args)
@@ -187,14 +190,14 @@ def gradient(tagged: TaggedLoss, params: Any, args: tuple) -> tuple[Any, Any]:
     return wide(total), model.num_terms(marks)
 
 
-@static
+@static("tagged")
 def count(tagged: TaggedLoss, params: Any, args: tuple) -> Any:
     """``N``."""
     model = marked_loss(tagged, params, args)
     return jnp.asarray(model.num_terms(model.values(params)[1]))
 
 
-@static
+@static("tagged")
 def statistics(
     tagged: TaggedLoss, params: Any, args: tuple, keys: Any, opt_state: Any
 ) -> tuple[Any, Any]:
