@@ -68,7 +68,7 @@ def kronecker_parts(stream: Stream, layout: Layout, moments: bool) -> list[Part]
         if layer.kind == "diagonal"
     ]
     alone += [rest.reshape(-1, 1) for rest in layout.rest]
-    found = stream.moments(alone, layout.size)
+    found = stream.moments(alone)
     return parts + [
         DensePart(jnp.asarray(i), m) for i, m in zip(alone, found, strict=True)
     ]
@@ -173,7 +173,7 @@ def nearest_parts(stream: Stream, layout: Layout, moments: bool) -> list[Part]:
     parts = []
     for layer, index in layout.layers:
         if layer.kind == "scale_shift":
-            (block,) = stream.moments([index], layout.size)
+            (block,) = stream.moments([index])
             parts.append(DensePart(jnp.asarray(index), block))
         elif layer.kronecker:
             n, size_a, size_g = index.shape
@@ -186,7 +186,7 @@ def nearest_parts(stream: Stream, layout: Layout, moments: bool) -> list[Part]:
                     "approximation='unit_wise' or 'diagonal' have no such limit."
                 )
             flat = index.reshape(n, -1)
-            (block,) = stream.moments([flat], layout.size)
+            (block,) = stream.moments([flat])
             a, g = nearest_product(block, size_a, size_g)
             part = KroneckerPart(jnp.asarray(index), a, g)
             parts.append(with_moments(part, block) if moments else part)

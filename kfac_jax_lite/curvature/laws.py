@@ -109,7 +109,7 @@ def samples(
 
 def kernel(
     law: Law, model: MarkedLoss, params: Any, marks: Sequence[Array], key: Any
-) -> Callable[[Sequence[Array]], list[Array]]:
+) -> Callable[[Sequence[Array]], tuple[Array, ...]]:
     """``t -> K t`` row by row, for tangents of all marks; masked rows give zeros.
 
     Args:
@@ -123,32 +123,34 @@ def kernel(
         A function of the tangents of the marks that returns their cotangents.
     """
     outputs = model.outputs(marks)
+
+    def exact(output, tangent):
+        curved = fisher_product(output.likelihood, output.value, tangent)
+        return masked_rows(output, curved)
+
     if law.kernel == "exact":
 
-        def exact(tangents):
-            moved = [t.value for t in model.outputs(tangents)]
-            pairs = zip(outputs, moved, strict=True)
-            return [
-                masked_rows(o, fisher_product(o.likelihood, o.value, t)).astype(t.dtype)
-                for o, t in pairs
-            ]
+        def curve(moved):
+            return [exact(o, t) for o, t in zip(outputs, moved, strict=True)]
 
-        curve = exact
     else:
         columns = samples(law, model, params, outputs, key)
 
-        def sampled(tangents):
-            moved = [t.value for t in model.outputs(tangents)]
+        def curve(moved):
             total = [jnp.zeros_like(o.value) for o in outputs]
             for column in columns:
                 triples = list(zip(outputs, column, moved, strict=True))
-                dots = sum(jnp.sum(as_rows(o, c * t), -1) for o, c, t in triples)
+                dots = [jnp.sum(as_rows(o, c * t), -1) for o, c, t in triples]
+                dot = sum(dots[1:], dots[0])[:, None]
                 for i, (o, c, _) in enumerate(triples):
-                    total[i] += (as_rows(o, c) * dots[:, None]).reshape(c.shape)
+                    total[i] += (as_rows(o, c) * dot).reshape(c.shape)
             return total
 
-        curve = sampled
-    return lambda tangents: among_marks(model, marks, curve(tangents))
+    def apply(tangents):
+        moved = [t.value for t in model.outputs(tangents)]
+        return among_marks(model, marks, curve(moved))
+
+    return apply
 
 
 def among_marks(
@@ -182,25 +184,12 @@ def roots(
     """
     outputs = model.outputs(marks)
     if law.kernel == "exact":
-        found = [square_root_column(o.likelihood, o.value) for o in outputs]
-        count = sum(columns for columns, _ in found)
-
-        def column(j):
-            first, values = 0, []
-            for output, (columns, of) in zip(outputs, found, strict=True):
-                inside = (j >= first) & (j < first + columns)
-                value = of(jnp.clip(j - first, 0, columns - 1))
-                values.append(masked_rows(output, jnp.where(inside, value, 0)))
-                first += columns
-            return values
-
+        count, column = exact_columns(outputs)
     else:
         drawn = samples(law, model, params, outputs, key)
         stacks = [jnp.stack(values) for values in zip(*drawn, strict=True)]
         count = len(drawn)
-
-        def column(j):
-            return [jnp.take(stack, j, axis=0) for stack in stacks]
+        column = lambda j: [jnp.take(s, j, axis=0) for s in stacks]  # noqa: E731
 
     def at(n, j):
         values = []
@@ -211,3 +200,27 @@ def roots(
         return among_marks(model, marks, values)
 
     return count, at
+
+
+def exact_columns(outputs: Sequence[Output]) -> tuple[int, Callable]:
+    """The columns of a root of ``Λ``: those of every output, one after the other.
+
+    Args:
+        outputs: The marked outputs.
+
+    Returns:
+        Their number and a function of the column's number that gives that column in
+        every row, shaped like the outputs; zero for those that it is not of.
+    """
+    found = [square_root_column(o.likelihood, o.value) for o in outputs]
+
+    def column(j):
+        first, values = 0, []
+        for output, (columns, of) in zip(outputs, found, strict=True):
+            inside = (j >= first) & (j < first + columns)
+            value = of(jnp.clip(j - first, 0, columns - 1))
+            values.append(masked_rows(output, jnp.where(inside, value, 0)))
+            first += columns
+        return values
+
+    return sum(columns for columns, _ in found), column

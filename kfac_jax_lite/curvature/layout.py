@@ -6,7 +6,6 @@ every parameter is in exactly one.
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -34,9 +33,14 @@ class Layout:
     rest: tuple[np.ndarray, ...]
     size: int
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    @property
+    def blocks(self) -> list[np.ndarray]:
         """Positions of every block of ``block_diagonal``."""
-        return iter([*(index for _, index in self.layers), *self.rest])
+        return [*(index for _, index in self.layers), *self.rest]
+
+    def __len__(self) -> int:
+        """How many blocks ``block_diagonal`` has."""
+        return len(self.layers) + len(self.rest)
 
 
 def make_layout(tagged: TaggedLoss, params: Any) -> Layout:
@@ -126,7 +130,7 @@ def unit_wise(layout: Layout) -> list[np.ndarray]:
 def owners(layout: Layout, params: Any) -> Any:
     """The number of each entry's block of ``block_diagonal``, shaped like params."""
     numbers = np.zeros(layout.size, np.int32)
-    for b, index in enumerate(layout):
+    for b, index in enumerate(layout.blocks):
         numbers[index] = b
     leaves, structure = jax.tree.flatten(params)
     cuts = np.cumsum([math.prod(leaf.shape) for leaf in leaves])[:-1]

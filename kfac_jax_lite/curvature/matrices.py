@@ -10,7 +10,7 @@ import numpy as np
 from kfac_jax_lite.curvature.blocks import DensePart
 from kfac_jax_lite.curvature.kronecker import kronecker_parts
 from kfac_jax_lite.curvature.laws import Law
-from kfac_jax_lite.curvature.layout import Layout, make_layout, owners, unit_wise
+from kfac_jax_lite.curvature.layout import make_layout, owners, unit_wise
 from kfac_jax_lite.curvature.operator import Kept, Operator, Streamed
 from kfac_jax_lite.curvature.stream import Stream, ravel
 from kfac_jax_lite.factors.estimate import TaggedLoss
@@ -18,45 +18,47 @@ from kfac_jax_lite.factors.estimate import TaggedLoss
 Batches = Sequence[tuple]
 
 
-def full(stream: Stream, layout: Layout) -> Streamed:
+def full(stream: Stream) -> Streamed:
     """The whole matrix."""
-    return Streamed(stream, layout, stream.centre())
+    return Streamed(stream, stream.size, stream.centre())
 
 
-def block_diagonal(stream: Stream, layout: Layout) -> Streamed:
+def block_diagonal(stream: Stream) -> Streamed:
     """All parameters of a layer are a block; of a fallback, each leaf."""
+    layout = make_layout(stream.tagged, stream.params)
     own = owners(layout, stream.params)
-    return Streamed(stream, layout, stream.centre(), own)
+    return Streamed(stream, stream.size, stream.centre(), layout, own)
 
 
-def diagonal(stream: Stream, layout: Layout) -> Kept:
+def diagonal(stream: Stream) -> Kept:
     """The exact diagonal."""
-    return kept(stream, layout, [np.arange(layout.size)[:, None]])
+    return kept(stream, [np.arange(stream.size)[:, None]])
 
 
-def unit_blocks(stream: Stream, layout: Layout) -> Kept:
+def unit_blocks(stream: Stream) -> Kept:
     """Exact blocks of output units, channels and rows of embeddings."""
-    return kept(stream, layout, unit_wise(layout))
+    return kept(stream, unit_wise(make_layout(stream.tagged, stream.params)))
 
 
-def kept(stream: Stream, layout: Layout, places: list[np.ndarray]) -> Kept:
+def kept(stream: Stream, places: list[np.ndarray]) -> Kept:
     """Exact blocks at these positions."""
-    found = stream.moments(places, layout.size)
-    pairs = zip(places, found, strict=True)
-    return Kept([DensePart(jnp.asarray(i), m) for i, m in pairs], layout.size)
+    pairs = zip(places, stream.moments(places), strict=True)
+    return Kept([DensePart(jnp.asarray(i), m) for i, m in pairs], stream.size)
 
 
-def kronecker(stream: Stream, layout: Layout) -> Kept:
+def kronecker(stream: Stream) -> Kept:
     """K-FAC's products."""
-    return Kept(kronecker_parts(stream, layout, moments=False), layout.size)
+    layout = make_layout(stream.tagged, stream.params)
+    return Kept(kronecker_parts(stream, layout, moments=False), stream.size)
 
 
-def ekfac(stream: Stream, layout: Layout) -> Kept:
+def ekfac(stream: Stream) -> Kept:
     """The products' eigenbases with second moments."""
-    return Kept(kronecker_parts(stream, layout, moments=True), layout.size)
+    layout = make_layout(stream.tagged, stream.params)
+    return Kept(kronecker_parts(stream, layout, moments=True), stream.size)
 
 
-APPROXIMATIONS: dict[str, Callable[[Stream, Layout], Streamed | Kept]] = {
+APPROXIMATIONS: dict[str, Callable[[Stream], Streamed | Kept]] = {
     "full": full,
     "block_diagonal": block_diagonal,
     "kronecker": kronecker,
@@ -79,6 +81,9 @@ def make_operator(
 ) -> Operator:
     """The operator of a law; see ``ggn`` for the arguments.
 
+    Returns:
+        The operator.
+
     Raises:
         ValueError: An unknown approximation; no batches, or batches that are not tuples
             and can be gone through more than once.
@@ -94,9 +99,8 @@ def make_operator(
     structure = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params
     )
-    layout = make_layout(tagged, structure)
     stream = Stream(tagged, law, params, batches, key, progress, chunk)
-    form = APPROXIMATIONS[approximation](stream, layout)
+    form = APPROXIMATIONS[approximation](stream)
     return Operator(law.name, approximation, structure, form, stream)
 
 

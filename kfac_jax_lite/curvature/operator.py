@@ -26,29 +26,29 @@ class Streamed:
 
     Attributes:
         stream: Its products.
-        layout: Where the layers are.
+        size: ``P``.
         centre: ``ḡ [P]``, whose square is taken off; or None.
-        owners: Number of the diagonal block of every entry, shaped like the parameters;
-            None: the whole matrix.
+        layout: Where the diagonal blocks are; None: the whole matrix.
+        owners: Number of the block of every entry, shaped like the parameters.
     """
 
     stream: Stream
-    layout: Layout
+    size: int
     centre: Array | None
+    layout: Layout | None = None
     owners: Any = None
 
     def mv(self, v: Any) -> Any:
         """``M v``."""
-        if self.owners is None:
+        if self.layout is None:
             image = self.stream.mv(v)
         else:
-            number = len(tuple(self.layout))
-            image = self.stream.block_mv(v, self.owners, number)
+            image = self.stream.block_mv(v, self.owners, len(self.layout))
         return self.centred(v, image)
 
     def mm(self, vs: Any, chunk: int | None) -> Any:
         """``M v_i``."""
-        if self.owners is not None:
+        if self.layout is not None:
             leading = len(jax.tree.leaves(vs)[0])
             rows = [jax.tree.map(lambda x, i=i: x[i], vs) for i in range(leading)]
             images = [self.mv(row) for row in rows]
@@ -60,34 +60,35 @@ class Streamed:
         if self.centre is None:
             return image
         flat = ravel(v).astype(self.centre.dtype)
-        if self.owners is None:
+        if self.layout is None:
             off = self.centre * (self.centre @ flat)
         else:
-            owner, count = ravel(self.owners), len(tuple(self.layout))
-            dots = jax.ops.segment_sum(self.centre * flat, owner, count)
+            owner = ravel(self.owners)
+            dots = jax.ops.segment_sum(self.centre * flat, owner, len(self.layout))
             off = self.centre * dots[owner]
         _, unravel = unraveller(image)
         return jax.tree.map(jnp.subtract, image, unravel(off))
 
     def parts(self) -> list[Part]:
         """The dense blocks of ``block_diagonal``."""
-        places = [index.reshape(1, -1) for index in self.layout]
-        found = self.stream.moments(places, self.layout.size)
+        assert self.layout is not None
+        places = [index.reshape(1, -1) for index in self.layout.blocks]
+        found = self.stream.moments(places)
         pairs = zip(places, found, strict=True)
         return [DensePart(jnp.asarray(i), m) for i, m in pairs]
 
     def diagonal(self) -> Array:
         """The exact diagonal, ``[P]``."""
-        index = np.arange(self.layout.size)[:, None]
-        return self.stream.moments([index], self.layout.size)[0][:, 0, 0]
+        index = np.arange(self.size)[:, None]
+        return self.stream.moments([index])[0][:, 0, 0]
 
     def dense(self) -> Array:
         """``[P, P]``."""
-        size = self.layout.size
-        if self.owners is not None:
+        size = self.size
+        if self.layout is not None:
             parts = self.parts()
             return blocks.dense(parts, size, parts[0].dense().dtype)
-        chunk = self.stream.at_once(size)
+        chunk = self.stream.at_once
         like, unravel = unraveller(self.stream.params)
         rows = []
         for start in range(0, size, chunk):
@@ -294,7 +295,7 @@ class Operator:
         """
         if isinstance(self.form, Kept):
             return blocks.eigenvalues(self.form.parts)
-        if self.form.owners is not None:
+        if self.form.layout is not None:
             return blocks.eigenvalues(self.form.parts())
         return np.linalg.eigvalsh(np.asarray(self.to_dense(), np.float64))[::-1]
 

@@ -44,6 +44,11 @@ class Stream:
     progress: bool
     chunk: int | None
 
+    @property
+    def size(self) -> int:
+        """``P``."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
     def total(self, function: Callable, what: str) -> tuple[Any, Any]:
         """``Σ function(number, batch)`` over the batches; a pair of sum and ``N``."""
         total = None
@@ -116,11 +121,12 @@ class Stream:
 
         return self.mean(one, "block products")
 
-    def at_once(self, size: int) -> int:
+    @property
+    def at_once(self) -> int:
         """How many vectors of ``P`` entries travel together."""
-        return self.chunk or max(1, min(64, AT_ONCE // max(size, 1)))
+        return self.chunk or max(1, min(64, AT_ONCE // max(self.size, 1)))
 
-    def moments(self, indices: Sequence[np.ndarray], size: int) -> list[Array]:
+    def moments(self, indices: Sequence[np.ndarray]) -> list[Array]:
         """Diagonal blocks ``[n, k, k]`` at positions ``[n, k]`` of the whole matrix.
 
         Of a matrix that has row roots they come from all of its rows, of the Hessian
@@ -128,14 +134,13 @@ class Stream:
 
         Args:
             indices: Positions, each entry once.
-            size: ``P``.
 
         Returns:
             The blocks.
         """
         if not indices:
             return []
-        chunk = self.at_once(size)
+        chunk = self.at_once
         if not self.law.rooted:
             return [self.columns(index, chunk) for index in indices]
 
