@@ -1,7 +1,7 @@
 """Matrices that are kept: disjoint diagonal blocks, and their closed forms.
 
-Each part holds ``n`` blocks of one size, at positions ``index [n, …]`` of the ravelled
-parameters. A vector of a block is shaped like ``index[i]``.
+Each part holds ``n`` blocks of one size, at positions ``place [n, …]`` of the ravelled
+parameters. A vector of a block is shaped like ``place[i]``.
 """
 
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ from kfac_jax_lite.types import Array
 
 
 class DensePart(NamedTuple):
-    """Blocks ``M [n, k, k]`` at ``index [n, k]``."""
+    """Blocks ``M [n, k, k]`` at ``place [n, k]``."""
 
-    index: Array
+    place: Array
     matrix: Array
 
     def apply(self, x: Array) -> Array:
@@ -44,12 +44,12 @@ class DensePart(NamedTuple):
 
 
 class KroneckerPart(NamedTuple):
-    """Blocks ``A ⊗ G`` at ``index [n, in, out]``.
+    """Blocks ``A ⊗ G`` at ``place [n, in, out]``.
 
     ``A`` is ``[n, in, in]``, or ``[n, in]`` where it is diagonal; ``G`` likewise.
     """
 
-    index: Array
+    place: Array
     a: Array
     g: Array
 
@@ -81,12 +81,12 @@ class KroneckerPart(NamedTuple):
 
 
 class EigenPart(NamedTuple):
-    """Blocks ``(Q_A ⊗ Q_G) diag(s) (Q_A ⊗ Q_G)ᵀ`` at ``index [n, in, out]``.
+    """Blocks ``(Q_A ⊗ Q_G) diag(s) (Q_A ⊗ Q_G)ᵀ`` at ``place [n, in, out]``.
 
     The bases are orthogonal, ``[n, in, in]`` and ``[n, out, out]``; ``s [n, in, out]``.
     """
 
-    index: Array
+    place: Array
     q_a: Array
     q_g: Array
     s: Array
@@ -100,7 +100,7 @@ class EigenPart(NamedTuple):
     def dense(self) -> Array:
         """``[n, in · out, in · out]``."""
         size = self.s.shape[1] * self.s.shape[2]
-        q = KroneckerPart(self.index, self.q_a, self.q_g).dense()
+        q = KroneckerPart(self.place, self.q_a, self.q_g).dense()
         return jnp.einsum("nij,nj,nkj->nik", q, self.s.reshape(-1, size), q)
 
     def diagonal(self) -> Array:
@@ -143,7 +143,7 @@ def apply(parts: Sequence[Part], x: Array) -> Array:
     """``M x`` for ``x [P]``; entries in no part give zero."""
     y = jnp.zeros_like(x)
     for part in parts:
-        y = y.at[part.index].set(part.apply(x[part.index]).astype(x.dtype))
+        y = y.at[part.place].set(part.apply(x[part.place]).astype(x.dtype))
     return y
 
 
@@ -151,7 +151,7 @@ def diagonal(parts: Sequence[Part], size: int, dtype: Any) -> Array:
     """The diagonal, ``[P]``."""
     y = jnp.zeros(size, dtype)
     for part in parts:
-        y = y.at[part.index].set(part.diagonal().astype(dtype))
+        y = y.at[part.place].set(part.diagonal().astype(dtype))
     return y
 
 
@@ -159,7 +159,7 @@ def dense(parts: Sequence[Part], size: int, dtype: Any) -> Array:
     """The matrix, ``[P, P]``."""
     y = jnp.zeros((size, size), dtype)
     for part in parts:
-        index = part.index.reshape(len(part.index), -1)
+        index = part.place.reshape(len(part.place), -1)
         block = part.dense().astype(dtype)
         y = y.at[index[:, :, None], index[:, None, :]].set(block)
     return y
@@ -205,6 +205,6 @@ def eigenpairs(
         p = int(np.searchsorted(cuts, at, side="right")) - 1
         block, number = divmod(int(at - cuts[p]), eigens[p][0].shape[1])
         vector = parts[p].vector(eigens[p], block, number)
-        place = parts[p].index[block]
+        place = parts[p].place[block]
         vectors.append(jnp.zeros(size, vector.dtype).at[place].set(vector))
     return values[order], jnp.stack(vectors)

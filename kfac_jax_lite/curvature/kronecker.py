@@ -204,9 +204,9 @@ def with_moments(part: KroneckerPart, block: Array) -> EigenPart:
         ``s = diag((Q_A ⊗ Q_G)ᵀ M (Q_A ⊗ Q_G))`` with its bases.
     """
     _, q_a, q_g = part.eigen()
-    q = KroneckerPart(part.index, q_a, q_g).dense()
-    s = jnp.einsum("nij,nik,nkj->nj", q, block, q).reshape(part.index.shape)
-    return EigenPart(part.index, q_a, q_g, s)
+    q = KroneckerPart(part.place, q_a, q_g).dense()
+    s = jnp.einsum("nij,nik,nkj->nj", q, block, q).reshape(part.place.shape)
+    return EigenPart(part.place, q_a, q_g, s)
 
 
 def nearest_product(block: Array, size_a: int, size_g: int) -> tuple[Array, Array]:

@@ -1,6 +1,6 @@
 """The six matrices as operators: one function each."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +15,8 @@ from kfac_jax_lite.curvature.operator import Kept, Operator, Streamed
 from kfac_jax_lite.curvature.stream import Stream, ravel
 from kfac_jax_lite.factors.estimate import TaggedLoss
 
-Batches = Sequence[tuple]
+# A sequence of tuples; checked by ``check_batches``, which says what it wants.
+Batches = Any
 
 
 def full(stream: Stream) -> Streamed:

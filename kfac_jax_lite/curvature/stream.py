@@ -39,7 +39,7 @@ class Stream:
     tagged: TaggedLoss
     law: Law
     params: Any
-    batches: Sequence[tuple]
+    batches: Any
     key: Any
     progress: bool
     chunk: int | None
