@@ -12,7 +12,13 @@ from tests.information import APPROXIMATIONS, LAWS, MODELS, Problem
 problem = functools.cache(lambda name: Problem(MODELS[name]))
 
 
-@pytest.mark.parametrize("name", MODELS)
+FAST = ("mlp", "embedding")
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name not in FAST
+]
+
+
+@pytest.mark.parametrize("name", [*FAST, *SLOW])
 @pytest.mark.parametrize("approximation", APPROXIMATIONS)
 @pytest.mark.parametrize("law", LAWS)
 def test_dense_oracle(law, approximation, name):

@@ -58,7 +58,9 @@ def test_rows_that_do_not_count(law, approximation, rng):
     plain = kfac.tag(masked_loss, params, *left)
     wanted = make(law, plain, params, [left], approximation)
     assert seen.num_examples == wanted.num_examples == 5
-    close(seen.to_dense(), wanted.to_dense(), 1e-9)
+    # The statistics are rescaled by a count of rows that is kept in float32.
+    tolerance = 1e-6 if approximation == "ekfac" else 1e-9
+    close(seen.to_dense(), wanted.to_dense(), tolerance)
 
 
 def test_drawn_labels_only_count_where_the_mask_says(rng):
