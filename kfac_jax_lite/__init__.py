@@ -6,7 +6,7 @@ value, grads, statistics = tagged.value_and_grad(params, *batch, opt_state=state
 updates, state = tx.update(grads, state, params, statistics=statistics)
 """
 
-from kfac_jax_lite import damping, intervals, ntk, simulate
+from kfac_jax_lite import curvature, damping, intervals, ntk, simulate
 from kfac_jax_lite.accuracy import choose_ranks, inverse_error
 from kfac_jax_lite.adapted import AdaptedState
 from kfac_jax_lite.alias import KFACChainState, kfac
@@ -63,6 +63,7 @@ __all__ = [
     "categorical",
     "choose_ranks",
     "cost_model",
+    "curvature",
     "damping",
     "intervals",
     "inverse_error",

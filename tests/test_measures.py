@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import kfac_jax_lite as kfac
 from kfac_jax_lite.curvature import measures
-from tests.helpers import close
+from tests import models
+from tests.helpers import batches_of, close
 
 SIZE = 12
 LIKE = {
@@ -121,6 +123,22 @@ def test_sharpness_of_a_quadratic_is_that_of_its_steepest_direction():
     flat, none = measures.sharpness(lambda p: jnp.sum(0 * p["w"]), start, 0.5)
     assert flat == 0
     close(none, {"w": jnp.zeros(SIZE)}, 0)
+
+
+def test_operators_are_measured():
+    """Exact figures of a network's matrices lie within the stochastic ones' errors."""
+    model = models.BY_NAME["mlp"]
+    params, batches = model.params(), batches_of(model, 3)
+    tagged = model.tag(4)
+    ggn = kfac.curvature.ggn(tagged, params, batches)
+    covariance = kfac.curvature.gradient_covariance(tagged, params, batches)
+    key = jax.random.key(0)
+    for figure in (
+        lambda key: measures.effective_dimension(ggn, 0.1, key),
+        lambda key: measures.stable_rank(ggn, key, 64),
+        lambda key: measures.tic(covariance, ggn, 12, 0.1, key, 64),
+    ):
+        within(figure(key), figure(None).value)
 
 
 def test_wrong_numbers():

@@ -21,6 +21,14 @@ TRANSFORM = {
     "stagger": False,
     "packed": False,
 }
+MATRIX = {
+    "tagged": EMPTY,
+    "params": EMPTY,
+    "batches": EMPTY,
+    "approximation": "full",
+    "progress": False,
+    "chunk": None,
+}
 SIGNATURES = {
     "tag": {
         "loss_fn": EMPTY,
@@ -98,6 +106,12 @@ SIGNATURES = {
         "independent": False,
         "chunk": None,
     },
+    "curvature.hessian": {**MATRIX, "key": None, "num_samples": 32},
+    "curvature.ggn": MATRIX,
+    "curvature.fisher": MATRIX,
+    "curvature.mc_fisher": {**MATRIX, "key": None, "num_samples": 1},
+    "curvature.empirical_fisher": MATRIX,
+    "curvature.gradient_covariance": MATRIX,
     "intervals.every": {"n": EMPTY},
     "intervals.adaptive": {
         "threshold": EMPTY,
@@ -112,7 +126,7 @@ SIGNATURES = {
     },
 }
 NAMES = {name for name in SIGNATURES if "." not in name}
-NAMES |= {"Reduction", "intervals", "damping", "ntk", "simulate"}
+NAMES |= {"Reduction", "curvature", "intervals", "damping", "ntk", "simulate"}
 
 
 def lookup(name):
@@ -161,6 +175,24 @@ def test_tagged_loss():
         assert hasattr(layer, field)
     assert isinstance(layer.params, tuple)
     assert layer.params == ("['layer0']['kernel']", "['layer0']['bias']")
+
+
+def test_operators():
+    verbs = {
+        "mv": ["v"],
+        "mm": ["vs", "chunk"],
+        "to_dense": [],
+        "diagonal": ["key", "num_samples"],
+        "trace": ["key", "num_samples", "options"],
+        "eigsh": ["k", "key", "which", "options"],
+        "eigenvalues": [],
+        "logdet": ["damping", "key", "num_samples", "num_steps", "options"],
+        "solve": ["b", "damping", "options"],
+    }
+    for name, arguments in verbs.items():
+        method = getattr(kfac.curvature.Operator, name)
+        assert list(inspect.signature(method).parameters)[1:] == arguments
+        assert inspect.getdoc(method), name
 
 
 def test_transformations_are_optax():
