@@ -65,7 +65,7 @@ def test_tasks_have_their_rates_and_seeds(folder):
         next(r for r in records if r["method"] == m and r["seed"])
         for m in ("default", "adaptive")
     )
-    for name, key in (("ratio", "train_loss"), ("held_ratio", "loss")):
+    for name, key in (("ratio", "loss"), ("train_ratio", "train_loss")):
         assert found[name] == pytest.approx(adaptive[key][-1] / default[key][-1])
 
 

@@ -51,7 +51,7 @@ CAPTIONS = {
     "sensitivity": "Final training loss against damping",
     "squares": "Squared gradients of the best trials, by layer and iteration",
     "eigenvalues": "Smallest eigenvalue of every factor after the best trials",
-    "tasks": "Other networks: training loss and damping at the best learning rates",
+    "tasks": "Other networks: held-out loss and damping at the best learning rates",
 }
 EXPLAINED = (
     "Each cell has its own search over learning rate, the share of it left at the end "

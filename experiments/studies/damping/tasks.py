@@ -2,8 +2,9 @@
 
 The tasks are those of ``experiments.benchmarks.time_to_target``. Both methods are
 ``kfac.kfac`` with its defaults, one with ``damping=kfac.damping.adaptive()``. Each runs
-with every learning rate of a grid; that with the lowest training loss at the end is run
-with further seeds, which share initial parameters, batches and sampled labels.
+with every learning rate of a grid; that with the lowest held-out loss at the end, which
+these tasks are about, is run with further seeds. Runs of a seed share initial
+parameters, batches and sampled labels. Training losses are recorded, too.
 """
 
 import math
@@ -110,13 +111,13 @@ def train(problem: Problem, program: Program, rate: float, seed: int) -> Record:
 
 
 def final(record: Record) -> float:
-    """The training loss at the end; infinite where it was not a number."""
-    last = record["train_loss"][-1]
+    """The held-out loss at the end; infinite where it was not a number."""
+    last = record["loss"][-1]
     return math.inf if last is None else last
 
 
 def best_rate(records: list[Record], task: str, method: str) -> float:
-    """The rate with the lowest training loss of the search's seed."""
+    """The rate with the lowest held-out loss of the search's seed."""
     chosen = [r for r in records if (r["task"], r["method"]) == (task, method)]
     runs = [r for r in chosen if r["seed"] == SEARCH_SEED]
     return min(runs, key=final)["values"]["rate"]

@@ -14,7 +14,7 @@ from experiments.studies.records import query
 # The seeds of the winners: of each method the rate with the lowest loss in the search.
 CHOSEN = f"""
     WITH best AS (
-        SELECT task, method, arg_min(values.rate, train_loss[-1]) AS rate
+        SELECT task, method, arg_min(values.rate, loss[-1]) AS rate
         FROM runs WHERE cell = '{CELL}' AND seed = {SEARCH_SEED} GROUP BY ALL
     ), chosen AS (
         SELECT runs.*, rate FROM runs JOIN best USING (task, method)
@@ -24,16 +24,15 @@ CHOSEN = f"""
 # Null where a loss was not a number.
 WINNERS = f"""
     {CHOSEN} SELECT task, method, rate, count(*) AS seeds,
-        avg(train_loss[-1]) AS train, min(train_loss[-1]) AS low,
-        max(train_loss[-1]) AS high, avg(loss[-1]) AS held,
-        sum(CAST(train_loss[-1] IS NULL AS INTEGER)) AS failed
+        avg(train_loss[-1]) AS train, min(loss[-1]) AS low, max(loss[-1]) AS high,
+        avg(loss[-1]) AS held, sum(CAST(loss[-1] IS NULL AS INTEGER)) AS failed
     FROM chosen GROUP BY ALL ORDER BY task, method DESC
 """
 PAIRS = f"""
     {CHOSEN} SELECT task, count(*) AS seeds,
-        sum(CAST(a.train_loss[-1] < d.train_loss[-1] AS INTEGER)) AS wins,
-        avg(a.train_loss[-1] / d.train_loss[-1]) AS ratio,
-        avg(a.loss[-1] / d.loss[-1]) AS held_ratio
+        sum(CAST(a.loss[-1] < d.loss[-1] AS INTEGER)) AS wins,
+        avg(a.loss[-1] / d.loss[-1]) AS ratio,
+        avg(a.train_loss[-1] / d.train_loss[-1]) AS train_ratio
     FROM chosen AS d JOIN chosen AS a USING (task, seed)
     WHERE d.method = '{DEFAULT}' AND a.method = '{ADAPTIVE}'
     GROUP BY ALL ORDER BY task
@@ -57,49 +56,49 @@ def tasks_tables(folder: Path) -> tuple[Table, ...]:
         The tables.
     """
     winners = Table(
-        ("task", "damping", "rate", "seeds", "training loss", "range", "held out",
+        ("task", "damping", "rate", "seeds", "held-out loss", "range", "training loss",
          "not finite"),
         tuple(
             (
                 r["task"], r["method"], f"{r['rate']:g}", str(r["seeds"]),
-                number(r["train"]), f"{number(r['low'])} – {number(r['high'])}",
-                number(r["held"]), str(r["failed"]),
+                number(r["held"]), f"{number(r['low'])} – {number(r['high'])}",
+                number(r["train"]), str(r["failed"]),
             )
             for r in query(folder, WINNERS)
         ),
         "Losses at the end at the best learning rate of each",
     )  # fmt: skip
     pairs = Table(
-        ("task", "seeds", "adaptive lower in", "training loss, adaptive / default",
-         "held-out loss, adaptive / default"),
+        ("task", "seeds", "adaptive lower in", "held-out loss, adaptive / default",
+         "training loss, adaptive / default"),
         tuple(
             (r["task"], str(r["seeds"]), str(r["wins"]), number(r["ratio"]),
-             number(r["held_ratio"]))
+             number(r["train_ratio"]))
             for r in query(folder, PAIRS)
         ),
-        "The same, seed by seed: mean of the ratios",
+        "The same, seed by seed: in how many the held-out loss is lower, mean ratios",
     )  # fmt: skip
     return winners, pairs, searched(query(folder, SEARCHED))
 
 
 def searched(records: list[Record]) -> Table:
-    """Training losses at the end by learning rate."""
+    """Held-out losses at the end by learning rate."""
     rates = sorted({r["values"]["rate"] for r in records})
     names = sorted({(r["task"], r["method"]) for r in records}, reverse=True)
     rows = []
     for name in sorted(names, key=lambda pair: pair[0]):
         found = {
-            r["values"]["rate"]: r["train_loss"][-1]
+            r["values"]["rate"]: r["loss"][-1]
             for r in records
             if (r["task"], r["method"]) == name
         }
         rows.append((*name, *(number(found.get(rate)) for rate in rates)))
     header = ("task", "damping", *(f"rate {rate:g}" for rate in rates))
-    return Table(header, tuple(rows), "Training loss at the end of the search's runs")
+    return Table(header, tuple(rows), "Held-out loss at the end of the search's runs")
 
 
 def plot_tasks(cells: dict[str, list[Record]], path: Path) -> None:
-    """Training loss and damping of the winners' runs, a column per task.
+    """Held-out loss and damping of the winners' runs, a column per task.
 
     Args:
         cells: records by cell.
@@ -121,13 +120,13 @@ def plot_tasks(cells: dict[str, list[Record]], path: Path) -> None:
                 label = f"{method}, rate {rate:g}" if i == 0 else None
                 look: dict[str, Any] = {"ls": style, "alpha": 0.8, "label": label}
                 look["color"] = "C0" if method == ADAPTIVE else "C1"
-                losses = np.array(run["train_loss"], float)
+                losses = np.array(run["loss"], float)
                 grid[0][column].plot(run["steps"], losses, **look)
                 grid[1][column].plot(run["steps"], run["damping"], **look)
         grid[0][column].set(title=task, yscale="log")
         grid[1][column].set(xlabel="step", yscale="log")
         grid[0][column].legend(fontsize=7)
-    grid[0][0].set_ylabel("training loss")
+    grid[0][0].set_ylabel("held-out loss")
     grid[1][0].set_ylabel("damping")
     figure.savefig(path, dpi=110)
     plt.close(figure)
