@@ -67,6 +67,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--adaptive-steps", type=positive_int, default=10, help="per round")
     add("--staggered-steps", type=positive_int, default=20, help="per round")
     add("--without-peer", action="store_true", help="leave kfac-jax out")
+    add(
+        "--rows",
+        nargs="*",
+        default=(),
+        help="of ours and Adam, only those with this in them",
+    )
     add("--out", type=Path, default=OUT, help="folder of the result")
     return parser.parse_args(argv)
 
@@ -121,7 +127,10 @@ def job_makers(problem: Problem, args: argparse.Namespace) -> dict[str, Callable
                     args.together,
                 )
             )
-    return makers
+    if not args.rows:
+        return makers
+    wanted = (BASELINE, FLOOR, *args.rows)
+    return {n: make for n, make in makers.items() if any(w in n for w in wanted)}
 
 
 def make_jobs(

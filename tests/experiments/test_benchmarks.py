@@ -202,6 +202,17 @@ def test_step_time(tmp_path, monkeypatch):
     assert {"Adam", step_time.FLOOR, "ours empirical (1, 2)"} < set(rows)
 
 
+def test_step_time_of_chosen_rows():
+    options = ["--inverses", "cholesky", "--fishers", "empirical", "--without-peer"]
+    every, some = (
+        set(step_time.job_makers(None, step_time.arguments([*options, *rows])))
+        for rows in ([], ["--rows", "(10, 100)", "adaptive damping"])
+    )
+    found = {"ours empirical cholesky (10, 100)"}
+    found |= {"ours empirical cholesky adaptive damping"}
+    assert some == {step_time.BASELINE, step_time.FLOOR} | found < every
+
+
 def test_other_projects_failures_are_results():
     def fail():
         raise TypeError("no")
