@@ -20,7 +20,6 @@ References:
     arXiv:1204.3982, Sec. 3.2 (momentum forgotten where the step points uphill).
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -64,7 +63,6 @@ def adapted(
     rule: Adaptive,
     lag: Any = 1,
     sign: int = -1,
-    trust: Callable[[Any], Array] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """An optimiser whose damping follows a rule.
 
@@ -75,8 +73,6 @@ def adapted(
             inversions where the inverses hold it.
         sign: That of ``dᵀ∇L`` for a step downhill: −1 for updates that are added to
             parameters, 1 for preconditioned gradients, which cannot be taken back.
-        trust: State of ``inner`` to ``ν``, the share of its length that a trust region
-            left to the last step; None: there is none.
 
     Returns:
         The transformation. A batch that ``inner`` finds not to be finite changes
@@ -100,12 +96,7 @@ def adapted(
         end = slope_along(state.step, grads, always)
         agreement = jnp.where(state.slope * sign > 0, end / state.slope, -jnp.inf)
         agreement = jnp.where(state.slope == 0, jnp.nan, agreement)
-        # That a trust region made a step short is no reason to lower the damping.
-        known = agreement
-        if trust is not None:
-            share = trust(state.inner) * jnp.minimum(agreement, 1)
-            known = jnp.where(agreement > 0, share, agreement)
-        damping, back = rule.adjust(state.damping, known, lag), jnp.asarray(False)
+        damping, back = rule.adjust(state.damping, agreement, lag), jnp.asarray(False)
         if rule.retreat is not None and sign < 0:
             back = (state.slope != 0) & (end > state.scale)
             raised = rule.raised(state.damping, end / state.scale)

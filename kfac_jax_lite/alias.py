@@ -1,6 +1,5 @@
 """``kfac``: preconditioning, trust region, weight decay, momentum, learning rate."""
 
-import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -112,7 +111,7 @@ def kfac(
     if automatic or isinstance(given, LevenbergMarquardt):
         mapped = axis_name if reduction.mesh is None else None
         chosen = (given, learning_rate, momentum, weight_decay, mapped)
-        tx, trust = guided(precondition, Guide(automatic, *chosen)), None
+        tx = guided(precondition, Guide(automatic, *chosen))
     else:
         decays = not isinstance(weight_decay, (int, float)) or weight_decay != 0
         tail = optax.chain(
@@ -121,9 +120,7 @@ def kfac(
             optax.scale_by_learning_rate(learning_rate),
         )
         tx = bounded(precondition, tail, learning_rate, kl_clip)
-        trust = operator.attrgetter("trust")
-    lag = lag_of(inverse, inverse_interval)
-    return adapted(tx, rule, lag, trust=trust) if rule else tx
+    return adapted(tx, rule, lag_of(inverse, inverse_interval)) if rule else tx
 
 
 def heavy_ball(momentum: Any) -> optax.GradientTransformation:

@@ -109,11 +109,10 @@ def adaptive(
     it ended, on the next batch, over the slope where it began. Steps that are too short
     (``r`` near 1) lower the damping, those that go too far (``r < 0``) raise it. As
     noise takes over, ``r`` falls below 0 and the damping grows: steps get shorter as
-    under a decaying learning rate. Where the trust region left ``ν`` of a step,
-    ``r > 0`` counts ``ν`` as much: that step is not short because of the damping. Costs
-    two inner products per step and one more copy of the parameters. A damping that
-    inverses hold (all methods but ``"eigh"``, ``"ekfac"``, ``"low_rank"``) comes into
-    force with the next inversion: ``γ`` is then divided by ``inverse_interval``.
+    under a decaying learning rate. Costs two inner products per step and one more copy
+    of the parameters. A damping that inverses hold (all methods but ``"eigh"``,
+    ``"ekfac"``, ``"low_rank"``) comes into force with the next inversion: ``γ`` is then
+    divided by ``inverse_interval``.
 
     In ``kfac.kfac``, a step that ended steeper uphill than any of late was steep,
     ``dᵀ∇L₊ > max |dᵀ∇L|``, is taken back: the next update is ``−d``, momentum starts

@@ -60,7 +60,6 @@ def transcribed(
             if slope:
                 r = end / slope if slope * sign > 0 else -np.inf
                 r = min(max(r, -5.0), 1.0)
-                r *= float(getattr(state, "trust", 1.0)) if r > 0 else 1.0
                 damping *= np.exp(-rule["gain"] * r / lag)
                 damping = min(max(damping, rule["minimum"]), rule["maximum"])
             tx = make(damping)
