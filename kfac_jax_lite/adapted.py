@@ -78,6 +78,7 @@ def adapted(
         The transformation. A batch that ``inner`` finds not to be finite changes
         nothing here.
     """
+    retreats = rule.retreat is not None and sign < 0
 
     def init_fn(params):
         return AdaptedState(
@@ -97,7 +98,7 @@ def adapted(
         agreement = jnp.where(state.slope * sign > 0, end / state.slope, -jnp.inf)
         agreement = jnp.where(state.slope == 0, jnp.nan, agreement)
         damping, back = rule.adjust(state.damping, agreement, lag), jnp.asarray(False)
-        if rule.retreat is not None and sign < 0:
+        if retreats:
             back = (state.slope != 0) & (end > state.scale)
             raised = rule.raised(state.damping, end / state.scale)
             damping = jnp.where(back, raised, damping)
@@ -106,14 +107,14 @@ def adapted(
         d, new = inner.update(grads, state.inner, params, **extra_args)
         pairs = zip(find_states(new), find_states(state.inner), strict=True)
         accepted = jnp.all(jnp.stack([n.skipped == o.skipped for n, o in pairs]))
-        if rule.retreat is not None and sign < 0:
+        if retreats:
             d = choose(back, jax.tree.map(jnp.negative, state.step), d)
         slope = slope_along(d, grads, always)
         scale = jnp.maximum(jnp.abs(slope), MEMORY * state.scale)
         slope = jnp.where(back, 0, slope)
         scale = jnp.where(back, state.scale, scale)
-        retreats = state.retreats + back
-        found = AdaptedState((), d, damping, slope, scale, agreement, retreats)
+        times = state.retreats + back
+        found = AdaptedState((), d, damping, slope, scale, agreement, times)
         kept = choose(accepted | back, found, state._replace(inner=()))
         return d, kept._replace(inner=new)
 

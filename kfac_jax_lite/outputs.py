@@ -10,7 +10,7 @@ References:
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -48,6 +48,24 @@ class MarkedLoss:
         """``N``: how many rows count."""
         terms = count_terms(self.outputs(marks))
         return self.num_examples if terms is None else terms
+
+    def cotangents(
+        self, marks: Sequence[Array], values: Iterable[Array]
+    ) -> tuple[Array, ...]:
+        """Cotangents of the outputs as cotangents of all marks: zeros for masks.
+
+        Args:
+            marks: From ``values``.
+            values: One for every output, of its shape.
+
+        Returns:
+            One for every mark, in its dtype.
+        """
+        waiting, pairs = iter(values), zip(self.names, marks, strict=True)
+        return tuple(
+            jnp.zeros_like(m) if name == MASK else next(waiting).astype(m.dtype)
+            for name, m in pairs
+        )
 
     def residuals(self, params: Any) -> list[Array]:
         """``r = N ∂L/∂z``, shaped like each output; zero in rows that do not count."""

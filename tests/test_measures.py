@@ -35,6 +35,9 @@ class Dense:
     def to_dense(self):
         return jnp.asarray(self.matrix)
 
+    def eigenvalues(self):
+        return np.linalg.eigvalsh(self.matrix)[::-1]
+
 
 def random(seed, rank=SIZE):
     """A positive semidefinite matrix."""

@@ -29,7 +29,6 @@ import jax.numpy as jnp
 
 from kfac_jax_lite.factors.passes import typed_like
 from kfac_jax_lite.likelihoods import (
-    MASK,
     Output,
     fisher_product,
     masked_rows,
@@ -148,21 +147,9 @@ def kernel(
 
     def apply(tangents):
         moved = [t.value for t in model.outputs(tangents)]
-        return among_marks(model, marks, curve(moved))
+        return model.cotangents(marks, curve(moved))
 
     return apply
-
-
-def among_marks(
-    model: MarkedLoss, marks: Sequence[Array], values: Sequence[Array]
-) -> tuple[Array, ...]:
-    """Cotangents of the outputs as cotangents of all marks: zeros for the masks."""
-    waiting = iter(values)
-    pairs = zip(model.names, marks, strict=True)
-    return tuple(
-        jnp.zeros_like(m) if name == MASK else next(waiting).astype(m.dtype)
-        for name, m in pairs
-    )
 
 
 def roots(
@@ -197,7 +184,7 @@ def roots(
             rows = as_rows(output, value)
             here = jnp.arange(len(rows))[:, None] == n
             values.append(jnp.where(here, rows, 0).reshape(value.shape))
-        return among_marks(model, marks, values)
+        return model.cotangents(marks, values)
 
     return count, at
 

@@ -2,8 +2,8 @@
 
 They are figures of one matrix, ``M``, or of two, ``C`` and ``F``; which of them says
 something about generalisation is a question for experiments. Without a key they are
-exact, from dense matrices in float64; with one they take products only, and what is
-stochastic comes with its error.
+exact, from all eigenvalues or dense matrices in float64; with one they take products
+only, and what is stochastic comes with its error.
 
 References:
     MacKay, 1992, "Bayesian interpolation" (the effective number of parameters);
@@ -46,11 +46,9 @@ class Matrix(Protocol):
         """``M [P, P]``."""
         ...
 
-
-def eigenvalues(matrix: Matrix) -> np.ndarray:
-    """All eigenvalues in float64, descending; ``O(P³)``."""
-    dense = np.asarray(matrix.to_dense(), np.float64)
-    return np.linalg.eigvalsh((dense + dense.T) / 2)[::-1]
+    def eigenvalues(self) -> np.ndarray:
+        """All of them, descending, ``[P]`` float64."""
+        ...
 
 
 def effective_dimension(
@@ -83,7 +81,7 @@ def effective_dimension(
         return x / (x + damping)
 
     if key is None:
-        return Estimate(float(share(np.maximum(eigenvalues(matrix), 0)).sum()), 0.0)
+        return Estimate(float(share(np.maximum(matrix.eigenvalues(), 0)).sum()), 0.0)
     found = quadrature(matrix.mv, matrix.structure, key, num_samples, num_steps)
     return found.integrate(lambda x: share(np.maximum(x, 0)))
 
@@ -102,7 +100,7 @@ def stable_rank(
         The stable rank; 0 for a zero matrix.
     """
     if key is None:
-        values = eigenvalues(matrix) ** 2
+        values = matrix.eigenvalues() ** 2
         return Estimate(
             float(values.sum() / values.max()) if values.any() else 0.0, 0.0
         )

@@ -16,7 +16,7 @@ from kfac_jax_lite.curvature import blocks, spectra
 from kfac_jax_lite.curvature.blocks import DensePart, Part
 from kfac_jax_lite.curvature.layout import Layout
 from kfac_jax_lite.curvature.spectra import Eigenpairs, Estimate
-from kfac_jax_lite.curvature.stream import Stream, ravel, unraveller
+from kfac_jax_lite.curvature.stream import Stream, ravel, unit_images, unraveller
 from kfac_jax_lite.types import Array
 
 
@@ -88,14 +88,12 @@ class Streamed:
         if self.layout is not None:
             parts = self.parts()
             return blocks.dense(parts, size, parts[0].dense().dtype)
-        chunk = self.stream.at_once
-        like, unravel = unraveller(self.stream.params)
-        rows = []
-        for start in range(0, size, chunk):
-            at = np.minimum(np.arange(start, start + chunk), size - 1)
-            unit = jnp.zeros((chunk, size), like.dtype)
-            image = self.mm(unravel(unit.at[np.arange(chunk), at].set(1)), None)
-            rows.append(jax.vmap(ravel)(image))
+
+        def product(units):
+            return self.mm(units, None)
+
+        record = self.stream.params, np.arange(size), self.stream.at_once
+        rows = [image for _, image in unit_images(product, *record)]
         return jnp.concatenate(rows)[:size]
 
 

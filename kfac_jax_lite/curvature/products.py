@@ -14,7 +14,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 from jax import lax
 
-from kfac_jax_lite.curvature.laws import Law, among_marks, kernel, roots
+from kfac_jax_lite.curvature.laws import Law, kernel, roots
 from kfac_jax_lite.factors.estimate import TaggedLoss
 from kfac_jax_lite.linalg import expanded
 from kfac_jax_lite.outputs import marked_loss
@@ -184,7 +184,7 @@ def gradient(tagged: TaggedLoss, params: Any, args: tuple) -> tuple[Any, Any]:
     """``(Σ_n J_nᵀ r_n, N)``: ``N`` times the gradient through the marked outputs."""
     model = marked_loss(tagged, params, args)
     (_, marks), back = jax.vjp(model.values, params)
-    residuals = among_marks(model, marks, model.residuals(params))
+    residuals = model.cotangents(marks, model.residuals(params))
     loss, _ = jax.eval_shape(model.values, params)
     (total,) = back((jnp.zeros(loss.shape, loss.dtype), residuals))
     return wide(total), model.num_terms(marks)

@@ -5,7 +5,7 @@ and the number of rows are added up as they come.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kfac_jax_lite.curvature import products
+from kfac_jax_lite.curvature.flat import split
 from kfac_jax_lite.curvature.laws import Law
 from kfac_jax_lite.factors.estimate import TaggedLoss
 from kfac_jax_lite.types import Array
@@ -159,14 +160,15 @@ class Stream:
     def columns(self, index: np.ndarray, chunk: int) -> Array:
         """The blocks from products with unit vectors, ``chunk`` at once."""
         blocks, k = index.shape
-        flat, unravel = unraveller(self.params)
-        rows = []
-        for start in range(0, index.size, chunk):
-            q = np.minimum(np.arange(start, start + chunk), index.size - 1)
-            unit = jnp.zeros((chunk, flat.size), flat.dtype)
-            unit = unit.at[np.arange(chunk), index.ravel()[q]].set(1)
-            image = jax.vmap(ravel)(self.mm(unravel(unit), None))
-            rows.append(image[np.arange(chunk)[:, None], index[q // k]])
+
+        def product(units):
+            return self.mm(units, None)
+
+        images = unit_images(product, self.params, index.ravel(), chunk)
+        rows = [
+            image[np.arange(chunk)[:, None], index[np.minimum(q, index.size - 1) // k]]
+            for q, image in images
+        ]
         return jnp.concatenate(rows)[: index.size].reshape(blocks, k, k)
 
 
@@ -192,15 +194,34 @@ def unraveller(params: Any) -> tuple[jax.ShapeDtypeStruct, Callable[[Array], Any
     """
     leaves, structure = jax.tree.flatten(params)
     dtype = jnp.result_type(*[leaf.dtype for leaf in leaves])
-    cuts = np.cumsum([leaf.size for leaf in leaves])
+    shapes = tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves)
+    size = sum(leaf.size for leaf in leaves)
 
     def unravel(vectors):
-        parts = jnp.split(vectors, cuts[:-1], axis=-1)
-        pairs = zip(parts, leaves, strict=True)
-        lead = vectors.shape[:-1]
-        return jax.tree.unflatten(
-            structure,
-            [p.reshape(*lead, *x.shape).astype(x.dtype) for p, x in pairs],
-        )
+        return jax.tree.unflatten(structure, split(vectors, shapes))
 
-    return jax.ShapeDtypeStruct((int(cuts[-1]),), dtype), unravel
+    return jax.ShapeDtypeStruct((size,), dtype), unravel
+
+
+def unit_images(
+    product: Callable[[Any], Any], params: Any, positions: np.ndarray, chunk: int
+) -> Iterator[tuple[np.ndarray, Array]]:
+    """Products with unit vectors, ``chunk`` of them at once.
+
+    Args:
+        product: Of trees like the parameters with a leading axis.
+        params: Parameters, or their shapes.
+        positions: Of the ones in the ravelled parameters, ``[n]``.
+        chunk: How many at once; the last chunk is filled up with the last position.
+
+    Yields:
+        Numbers ``[chunk]`` of the positions, beyond ``n`` where it is filled up, and
+        the images ``[chunk, P]``.
+    """
+    flat, unravel = unraveller(params)
+    for start in range(0, len(positions), chunk):
+        q = np.arange(start, start + chunk)
+        at = positions[np.minimum(q, len(positions) - 1)]
+        unit = jnp.zeros((chunk, flat.size), flat.dtype)
+        image = product(unravel(unit.at[np.arange(chunk), at].set(1)))
+        yield q, jax.vmap(ravel)(image)

@@ -11,7 +11,6 @@ import numpy as np
 
 from kfac_jax_lite.factors.estimate import TaggedLoss
 from kfac_jax_lite.likelihoods import (
-    MASK,
     Output,
     masked_rows,
     row_shape,
@@ -192,15 +191,10 @@ def check_examples(batch: Batch, args: tuple) -> None:
 
 def cotangents(model: MarkedLoss, marks: tuple, y: Array) -> tuple:
     """``y [D]`` as cotangents of the marks; zero for masks."""
-    pieces, start = [], 0
-    for name, mark in zip(model.names, marks, strict=True):
-        if name == MASK:
-            pieces.append(jnp.zeros_like(mark))
-            continue
-        piece = y[start : start + mark.size].reshape(mark.shape)
-        pieces.append(piece.astype(mark.dtype))
-        start += mark.size
-    return tuple(pieces)
+    shapes = [output.value.shape for output in model.outputs(marks)]
+    pieces = jnp.split(y, np.cumsum([math.prod(shape) for shape in shapes])[:-1])
+    pairs = zip(pieces, shapes, strict=True)
+    return model.cotangents(marks, [piece.reshape(shape) for piece, shape in pairs])
 
 
 def products(first: Batch, second: Batch) -> Array:
