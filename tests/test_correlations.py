@@ -208,8 +208,9 @@ def test_partial_by_hand():
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_partial_of_several(count, rng):
-    z = rng.integers(6, size=(40, count)).astype(float)
-    x, y = z.sum(1, keepdims=True).T + rng.integers(6, size=(2, 40))
+    """Columns of z that nearly agree among themselves, and with x and y."""
+    z = rng.integers(9, size=(40, 1)) + rng.integers(2, size=(40, count))
+    x, y = z[:, -1] - 0.5 * z[:, 0] + rng.integers(3, size=(2, 40))
     columns = [x, y, *z.T]
     taus = [[tau_b(a, b) for b in columns] for a in columns]
     inverse = np.linalg.inv(taus)
