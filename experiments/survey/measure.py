@@ -1,6 +1,5 @@
 """What is measured of a network at one checkpoint."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,11 +9,11 @@ import optax
 import kfac_jax_lite as kfac
 from experiments.survey import dense
 from experiments.survey.config import APPROXIMATIONS, MATRICES, SurveyConfig
+from experiments.survey.matrices import full_matrices, kronecker_matrices
 from experiments.survey.problem import Problem, evaluate
 from kfac_jax_lite.curvature.layout import make_layout
 
 DIGITS = 4
-Operators = Callable[[str, str], kfac.curvature.Operator]
 
 
 def size_of(params: Any) -> int:
@@ -52,35 +51,10 @@ def state_of(config: SurveyConfig, problem: Problem, params: Any) -> dict[str, A
     }
 
 
-def operators(problem: Problem, params: Any, key: jax.Array) -> Operators:
-    """The library's operators on the training set.
-
-    Args:
-        problem: the cell.
-        params: the point.
-        key: of the sampled labels.
-
-    Returns:
-        ``(matrix, approximation) -> operator``.
-    """
-
-    def make(matrix, approximation):
-        options = {"key": key} if matrix == "mc_fisher" else {}
-        function = getattr(kfac.curvature, matrix)
-        return function(
-            problem.tagged, params, problem.batches, approximation, **options
-        )
-
-    return make
-
-
 def dense_spectra(
     problem: Problem, params: Any, key: jax.Array
 ) -> dict[str, dict[str, dense.Spectrum]] | None:
     """All matrices in full, decomposed.
-
-    Exact diagonal blocks are parts of the whole matrix, which costs less than the
-    library's operators for them.
 
     Args:
         problem: the cell.
@@ -90,7 +64,7 @@ def dense_spectra(
     Returns:
         Spectra by approximation and matrix; None if an entry is not finite.
     """
-    make, layout = operators(problem, params, key), make_layout(problem.tagged, params)
+    layout = make_layout(problem.tagged, params)
     layers = [place.reshape(-1) for place in layout.blocks]
     places = {
         "full": [np.arange(layout.size)],
@@ -99,13 +73,8 @@ def dense_spectra(
         "diagonal": None,
     }
 
-    def arrays(approximation):
-        return {
-            name: np.asarray(make(name, approximation).to_dense(), np.float64)
-            for name in MATRICES
-        }
-
-    full, products = arrays("full"), arrays("kronecker")
+    full = full_matrices(problem, params, key)
+    products = kronecker_matrices(problem, params, key, full)
     if not all(np.isfinite(m).all() for m in (*full.values(), *products.values())):
         return None
     return {
