@@ -120,7 +120,7 @@ class SurveyConfig:
     """Steps of a run."""
     checkpoints: tuple[float, ...] = (0.0, 0.05, 0.3, 1.0)
     """When the matrices are measured, as shares of the steps."""
-    train_examples: int | None = 512
+    train_examples: int | None = 256
     """Training examples at most; None for all."""
     test_examples: int | None = 1000
     """Test examples at most; None for all."""

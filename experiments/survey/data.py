@@ -6,6 +6,7 @@ deviation, of each channel of an image and of each feature of a table.
 """
 
 import functools
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ class Data(NamedTuple):
 
     Attributes:
         title: its name.
-        source: where it was found.
+        source: where it was found, without folders.
         classes: number of labels.
         x_train: ``[n, h, w, c]`` float32.
         y_train: ``[n]`` int32.
@@ -62,6 +63,7 @@ def load(name: str, config: SurveyConfig) -> Data:
     mean, deviation = x_train.mean(axes), x_train.std(axes)
     scale = np.where(deviation > 0, deviation, 1)
     return raw._replace(
+        source=re.sub(r"\S*/", "", raw.source),
         x_train=((x_train - mean) / scale).astype(np.float32),
         y_train=raw.y_train[train],
         x_test=((x_test - mean) / scale).astype(np.float32),

@@ -91,30 +91,36 @@ def decompose(matrix: np.ndarray, places: Places | None) -> Spectrum:
     found = []
     for place in places:
         index = np.ix_(place, place)
-        kept[index] = (matrix[index] + matrix[index].T) / 2
-        found.append(scipy.linalg.eigh(kept[index], driver="evd"))
+        block = matrix[index]
+        kept[index] = block = (block + block.T) / 2
+        found.append(scipy.linalg.eigh(block, driver="evd"))
     values, vectors = [v for v, _ in found], [q for _, q in found]
     flat = np.concatenate(values)
     owner = np.repeat(np.arange(len(places)), [len(v) for v in values])
     number = np.concatenate([np.arange(len(v)) for v in values])
     top = np.zeros((size, count))
     for column, at in enumerate(np.argsort(-flat, kind="stable")[:count]):
-        block = owner[at]
-        top[places[block], column] = vectors[block][:, number[at]]
+        best = int(owner[at])
+        top[places[best], column] = vectors[best][:, number[at]]
     return Spectrum(kept, places, values, vectors, top)
 
 
-def figures(spectrum: Spectrum, damping: float) -> dict:
+def empty() -> dict[str, Any]:
+    """The columns of a matrix without figures."""
+    lists: dict[str, Any] = {"eigenvalues": [], "cosines": [], "overlaps": []}
+    return lists | dict.fromkeys(FIGURES)
+
+
+def figures(values: np.ndarray, damping: float) -> dict:
     """The measures of one matrix.
 
     Args:
-        spectrum: of the matrix.
+        values: all eigenvalues, descending.
         damping: ``λ``.
 
     Returns:
         The columns from ``eigenvalues`` to ``log_det``.
     """
-    values = spectrum.all_values
     squares, positive = values**2, np.maximum(values, 0)
     square, largest = squares.sum(), squares.max()
     return {
@@ -162,11 +168,11 @@ def spectral_norm(matrix: np.ndarray) -> float:
         return float(np.linalg.norm(matrix, 2))
     first = np.random.default_rng(0).standard_normal(len(matrix))
     options: Any = {"v0": first, "tol": 1e-6, "return_eigenvectors": False}
-    (value,) = scipy.sparse.linalg.eigsh(matrix, k=1, which="LM", **options)
-    return float(abs(value))
+    value: Any = scipy.sparse.linalg.eigsh(matrix, k=1, which="LM", **options)
+    return float(abs(value[0]))
 
 
-def ratio(upper: float, lower: float) -> float:
+def ratio(upper: Any, lower: Any) -> float:
     """A quotient; not a number where the divisor is zero."""
     return float(upper / lower) if lower else np.nan
 
@@ -174,7 +180,7 @@ def ratio(upper: float, lower: float) -> float:
 def cosine(left: np.ndarray, right: np.ndarray) -> float:
     """``⟨A, B⟩ / (‖A‖ ‖B‖)``."""
     both = np.linalg.norm(left) * np.linalg.norm(right)
-    return ratio(float(np.vdot(left, right)), float(both))
+    return ratio(np.vdot(left, right), both)
 
 
 def overlap(left: np.ndarray, right: np.ndarray) -> float:
@@ -200,7 +206,7 @@ def rows_of(
     for approximation, matrices in spectra.items():
         for name, one in matrices.items():
             row: dict = {"matrix": name, "approximation": approximation}
-            row |= figures(one, damping)
+            row |= figures(one.all_values, damping)
             row["tic"] = one.quotient(covariance, damping) / num_train
             row |= differences(one, spectra["full"][name])
             others = list(matrices.values())

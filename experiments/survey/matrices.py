@@ -24,6 +24,7 @@ from kfac_jax_lite.curvature import blocks
 from kfac_jax_lite.curvature.kronecker import kronecker_parts
 from kfac_jax_lite.curvature.laws import Law, samples
 from kfac_jax_lite.curvature.layout import make_layout
+from kfac_jax_lite.curvature.stream import Stream
 from kfac_jax_lite.ntk.jacobian import make_batch
 from kfac_jax_lite.outputs import marked_loss
 
@@ -51,10 +52,8 @@ def sums(tagged: kfac.TaggedLoss, params: Any, args: tuple, key: jax.Array) -> d
         ``N`` times the exact, the sampled and the empirical Fisher matrix ``[P, P]``
         and the gradient ``[P]``.
     """
-    batch, model = (
-        make_batch(tagged, params, args, True, CHUNK),
-        marked_loss(tagged, params, args),
-    )
+    batch = make_batch(tagged, params, args, True, CHUNK)
+    model = marked_loss(tagged, params, args)
     jacobian = batch.jacobian()
     by_example = jacobian.reshape(*batch.only_shape(), -1)
 
@@ -102,15 +101,13 @@ def full_matrices(problem: Problem, params: Any, key: jax.Array) -> dict:
 
 
 @dataclasses.dataclass(frozen=True)
-class Formed:
-    """A matrix that is there, with what `kronecker_parts` asks of one over batches.
+class Formed(Stream):
+    """A matrix that is there, in place of one over batches.
 
     Attributes:
-        law: which matrix.
         matrix: ``[P, P]``.
     """
 
-    law: Law
     matrix: jax.Array
 
     def moments(self, indices: Sequence[np.ndarray]) -> list[jax.Array]:
@@ -121,7 +118,7 @@ class Formed:
 @functools.partial(jax.jit, static_argnames=("tagged", "law"))
 def nearest(tagged: kfac.TaggedLoss, params: Any, law: Law, matrix: jax.Array) -> Any:
     """Each layer's block as the nearest Kronecker product, ``[P, P]``."""
-    formed: Any = Formed(law, matrix)
+    formed = Formed(tagged, law, params, (), None, False, None, matrix)
     parts = kronecker_parts(formed, make_layout(tagged, params), moments=False)
     return blocks.dense(parts, len(matrix), matrix.dtype)
 

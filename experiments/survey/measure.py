@@ -1,5 +1,6 @@
 """What is measured of a network at one checkpoint."""
 
+import math
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import optax
 import kfac_jax_lite as kfac
 from experiments.survey import dense
 from experiments.survey.config import APPROXIMATIONS, MATRICES, SurveyConfig
+from experiments.survey.estimates import estimated_rows
 from experiments.survey.matrices import full_matrices, kronecker_matrices
 from experiments.survey.problem import Problem, evaluate
 from kfac_jax_lite.curvature.layout import make_layout
@@ -89,12 +91,22 @@ def dense_spectra(
     }
 
 
-def empty_rows() -> list[dict[str, Any]]:
-    """The rows of matrices that are not finite: no figures."""
-    figures = {name: None for name in dense.FIGURES}
-    lists = {"eigenvalues": [], "cosines": [], "overlaps": []}
+def matrix_rows(
+    config: SurveyConfig, problem: Problem, params: Any, key: jax.Array
+) -> list[dict[str, Any]]:
+    """The rows of a checkpoint, without what is the same in all of them."""
+    if size_of(params) > config.dense_below:
+        return estimated_rows(problem, params, key, config.damping)
+    spectra = dense_spectra(problem, params, key)
+    if spectra is not None:
+        return dense.rows_of(spectra, len(problem.data.y_train), config.damping)
+    return no_rows()
+
+
+def no_rows() -> list[dict[str, Any]]:
+    """The rows of matrices that are not finite."""
     return [
-        {"matrix": name, "approximation": approximation, **figures, **lists}
+        {"matrix": name, "approximation": approximation, **dense.empty()}
         for approximation in APPROXIMATIONS
         for name in MATRICES
     ]
@@ -114,10 +126,7 @@ def checkpoint(
     Returns:
         A row for each matrix and approximation, see the table of columns in the README.
     """
-    state, num_train = state_of(config, problem, params), len(problem.data.y_train)
-    spectra = dense_spectra(problem, params, key)
-    if spectra is None:
-        rows = empty_rows()
-    else:
-        rows = dense.rows_of(spectra, num_train, config.damping)
+    state = state_of(config, problem, params)
+    finite = math.isfinite(state["train_loss"])
+    rows = matrix_rows(config, problem, params, key) if finite else no_rows()
     return [rounded(state | row) for row in rows]
