@@ -1,0 +1,1 @@
+"""The survey: curvature matrices of many networks during training, as one table."""

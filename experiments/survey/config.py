@@ -1,0 +1,269 @@
+"""The survey's configuration and its sizes; JAX is not needed."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from experiments.configs.checks import check_choice, check_integer, check_number
+from experiments.configs.fingerprint import digest, json_values
+from experiments.errors import ConfigError
+
+SizeName = Literal["tiny", "small", "full"]
+DatasetName = Literal[
+    "digits", "wine", "breast_cancer", "mnist", "fashion_mnist", "cifar10"
+]
+ModelName = Literal[
+    "linear",
+    "mlp",
+    "deep_mlp",
+    "tanh_mlp",
+    "deep_linear",
+    "norm_mlp",
+    "conv",
+    "lenet",
+    "residual",
+    "attention",
+]
+OptimizerName = Literal["sgd", "adam", "kfac"]
+Cell = tuple[str, str]
+DATASETS: tuple[DatasetName, ...] = (
+    "digits", "wine", "breast_cancer", "mnist", "fashion_mnist", "cifar10",
+)  # fmt: skip
+MODELS: tuple[ModelName, ...] = (
+    "linear", "mlp", "deep_mlp", "tanh_mlp", "deep_linear", "norm_mlp", "conv",
+    "lenet", "residual", "attention",
+)  # fmt: skip
+OPTIMIZERS: tuple[OptimizerName, ...] = ("sgd", "adam", "kfac")
+# In the order of the columns ``cosines`` and ``overlaps``.
+MATRICES = ("hessian", "fisher", "mc_fisher", "gradient_covariance")
+APPROXIMATIONS = ("full", "block_diagonal", "kronecker", "diagonal")
+# How many eigenvalues and eigenvectors are looked at.
+TOP = 10
+
+RESULTS = Path("experiments/survey/results")
+INTEGERS = (
+    "seeds", "steps", "width", "depth", "rows", "sharpness_steps", "workers"
+)  # fmt: skip
+# Which runs are wanted, how they are spread and where files lie decides nothing about
+# a run: a run's own setting is in its record.
+NOT_IN_FINGERPRINT = (
+    "size",
+    "datasets",
+    "models",
+    "optimizers",
+    "sgd_rates",
+    "adam_rates",
+    "kfac_rates",
+    "batch_sizes",
+    "weight_decays",
+    "seeds",
+    "workers",
+    "data_dir",
+    "out",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """The hyper-parameters of a run.
+
+    Attributes:
+        optimizer: ``sgd`` (with momentum), ``adam`` or ``kfac``.
+        learning_rate: constant.
+        batch_size: examples of a step.
+        weight_decay: decoupled, multiplied by the learning rate.
+        seed: of the parameters, the batches and the sampled labels.
+    """
+
+    optimizer: OptimizerName
+    learning_rate: float
+    batch_size: int
+    weight_decay: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The setting as a word, the end of a run's id."""
+        return (
+            f"{self.optimizer}-{self.learning_rate:g}-{self.batch_size}-"
+            f"{self.weight_decay:g}-{self.seed}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SurveyConfig:
+    """Curvature matrices of many networks, measured while they are trained."""
+
+    size: SizeName = "small"
+    """Rung of the ladder; decides the defaults of all other options."""
+    datasets: tuple[DatasetName, ...] = DATASETS
+    """Data sets; a cell is one of them and a model."""
+    models: tuple[ModelName, ...] = ("mlp", "deep_mlp", "conv", "attention")
+    """Networks."""
+    optimizers: tuple[OptimizerName, ...] = OPTIMIZERS
+    """Optimisers; a setting is one of them with a rate, a batch size and a decay."""
+    sgd_rates: tuple[float, ...] = (0.03, 0.1)
+    """Learning rates of SGD with momentum 0.9."""
+    adam_rates: tuple[float, ...] = (0.003, 0.01)
+    """Learning rates of Adam."""
+    kfac_rates: tuple[float, ...] = (0.03, 0.1)
+    """Learning rates of K-FAC."""
+    batch_sizes: tuple[int, ...] = (16, 64)
+    """Examples of a step."""
+    weight_decays: tuple[float, ...] = (0.0, 1e-3)
+    """Decoupled weight decays."""
+    seeds: int = 1
+    """Runs of every setting."""
+    steps: int = 300
+    """Steps of a run."""
+    checkpoints: tuple[float, ...] = (0.0, 0.05, 0.3, 1.0)
+    """When the matrices are measured, as shares of the steps."""
+    train_examples: int | None = 256
+    """Training examples at most; None for all."""
+    test_examples: int | None = 1000
+    """Test examples at most; None for all."""
+    pooled: bool = True
+    """Whether larger images are averaged down to about 8 x 8 pixels."""
+    width: int = 6
+    """Units of a hidden layer, channels, and features of a token."""
+    depth: int = 1
+    """Residual blocks, and layers of attention."""
+    damping: float = 1e-3
+    """Added to the eigenvalues by the measures that need it."""
+    dense_below: int = 2000
+    """Parameters of the largest network whose matrices are formed."""
+    rows: int = 256
+    """Examples that are measured at once."""
+    kfac_damping: float = 1e-2
+    """Damping of K-FAC's steps."""
+    sharpness_radius: float = 0.1
+    """Length of the step in which the sharpest rise of the loss is looked for."""
+    sharpness_steps: int = 5
+    """Gradients of that search."""
+    workers: int = 1
+    """Processes; each takes whole cells."""
+    data_dir: Path | None = None
+    """Folder with the data; KFAC_DATA_DIR if not given."""
+    out: Path = Path("runs/survey")
+    """Folder of the finished runs, a file for each cell."""
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            ConfigError: if a value is out of range.
+        """
+        for name in INTEGERS:
+            check_integer(name.replace("_", "-"), getattr(self, name), at_least=1)
+        for name in ("train_examples", "test_examples"):
+            if getattr(self, name) is not None:
+                check_integer(name.replace("_", "-"), getattr(self, name), at_least=1)
+        for size in self.batch_sizes:
+            check_integer("batch-sizes", size, at_least=1)
+        for name in ("sgd_rates", "adam_rates", "kfac_rates"):
+            for value in getattr(self, name):
+                check_number(name.replace("_", "-"), value, above=0)
+        for value in self.weight_decays:
+            check_number("weight-decays", value, at_least=0)
+        for name in ("damping", "kfac_damping", "sharpness_radius"):
+            check_number(name.replace("_", "-"), getattr(self, name), above=0)
+        for share in self.checkpoints:
+            check_number("checkpoints", share, at_least=0, at_most=1)
+        for name, known in (("datasets", DATASETS), ("models", MODELS)):
+            for value in getattr(self, name):
+                check_choice(name, value, known)
+            if not getattr(self, name):
+                raise ConfigError(f"{name} is empty; wanted some of {', '.join(known)}")
+
+    def cells(self) -> list[Cell]:
+        """Data set and model of every cell."""
+        return [(data, model) for data in self.datasets for model in self.models]
+
+    def settings(self) -> list[Setting]:
+        """All settings; those that share a compiled step are next to each other."""
+        rates = {
+            "sgd": self.sgd_rates,
+            "adam": self.adam_rates,
+            "kfac": self.kfac_rates,
+        }
+        return [
+            Setting(optimizer, rate, batch_size, decay, seed)
+            for optimizer in self.optimizers
+            for batch_size in self.batch_sizes
+            for rate in rates[optimizer]
+            for decay in self.weight_decays
+            for seed in range(self.seeds)
+        ]
+
+    def measured_steps(self) -> list[int]:
+        """The steps after which matrices are measured, ascending."""
+        return sorted({round(share * self.steps) for share in self.checkpoints})
+
+    def shared(self) -> dict[str, Any]:
+        """What decides a run beside its cell and setting, as JSON values."""
+        return json_values(self, NOT_IN_FINGERPRINT)
+
+    def fingerprint(self) -> str:
+        """Short digest of `shared`."""
+        return digest(self.shared())
+
+
+TINY = SurveyConfig(
+    size="tiny",
+    datasets=("digits", "wine"),
+    models=("linear", "mlp"),
+    optimizers=("sgd", "kfac"),
+    sgd_rates=(0.1,),
+    kfac_rates=(0.1,),
+    batch_sizes=(16,),
+    weight_decays=(0.0,),
+    steps=10,
+    checkpoints=(0.0, 1.0),
+    train_examples=64,
+    test_examples=64,
+    width=2,
+    rows=64,
+    sharpness_steps=2,
+)
+SMALL = SurveyConfig()
+FULL = SurveyConfig(
+    size="full",
+    models=MODELS,
+    sgd_rates=(0.003, 0.01, 0.03, 0.1),
+    adam_rates=(0.0003, 0.001, 0.003, 0.01),
+    kfac_rates=(0.003, 0.01, 0.03, 0.1),
+    batch_sizes=(32, 128, 512),
+    weight_decays=(0.0, 1e-4, 1e-3, 1e-2),
+    seeds=3,
+    steps=5000,
+    checkpoints=(0.0, 0.01, 0.05, 0.2, 0.5, 1.0),
+    train_examples=None,
+    test_examples=None,
+    pooled=False,
+    width=64,
+    depth=3,
+    rows=500,
+)
+SIZES: dict[str, SurveyConfig] = {c.size: c for c in (TINY, SMALL, FULL)}
+
+
+@dataclasses.dataclass(frozen=True)
+class SurveyReport:
+    """Makes the table, the page and the plots of the survey from its finished runs."""
+
+    folder: Path = RESULTS
+    """The survey's results: a file for each cell, or the table."""
+    out: Path | None = None
+    """Folder of table, page and plots; that of the results if not given."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SurveyQuery:
+    """Asks the survey's table."""
+
+    sql: Annotated[str, tyro.conf.Positional]
+    """DuckDB's SQL over the view ``survey``."""
+    folder: Path = RESULTS
+    """The survey's results: a file for each cell, or the table."""
