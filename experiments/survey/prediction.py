@@ -6,7 +6,7 @@ between data sets or networks is in it. Intervals are bootstraps over whole cell
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import duckdb
@@ -42,7 +42,7 @@ SETTINGS = ("optimizer", "learning_rate", "batch_size", "weight_decay", "seed")
 LEAST_RUNS, LEAST_CELLS = 3, 5
 LEVEL, RESAMPLES = 0.95, 1000
 ROWS = """
-    SELECT dataset || ', ' || model AS cell, matrix, approximation, gap, last,
+    SELECT run, dataset || ', ' || model AS cell, matrix, approximation, gap, last,
         checkpoint, optimizer, learning_rate, batch_size, weight_decay, seed,
         eigenvalues[1] AS lambda_max, trace, frobenius, effective_dimension,
         stable_rank, condition_number, log_det, tic, sharpness, gradient_norm,
@@ -52,7 +52,9 @@ ROWS = """
     ORDER BY dataset, model, run
 """
 Row = dict[str, Any]
-Runs = dict[str, list[Row]]
+Runs = dict[str, Row]
+Key = tuple[str | None, str, bool]
+Coefficient = Callable[[list[Row], str], float]
 
 
 class Correlation(NamedTuple):
@@ -109,7 +111,7 @@ def predictors(approximation: str = "full", early: bool = False) -> list[Predict
 
 
 class Records:
-    """The rows that coefficients are made of, read once."""
+    """The rows that coefficients are made of, read once; what was asked is kept."""
 
     def __init__(self, base: duckdb.DuckDBPyConnection):
         """Reads them.
@@ -117,33 +119,24 @@ class Records:
         Args:
             base: from `open_survey`.
         """
-        self.rows: dict[tuple[str, str, bool], Runs] = {}
+        self.rows: dict[Key, dict[str, Runs]] = {}
+        self.known: dict[tuple[Predictor, Coefficient], Correlation] = {}
+        # Whether a run has a checkpoint between its first and its last.
+        self.has_early = False
         for row in ask(base, ROWS):
-            for early, wanted in ((False, row["last"]), (True, row["checkpoint"] == 1)):
-                if not wanted:
-                    continue
-                key = row["matrix"], row["approximation"], early
-                runs = self.rows.setdefault(key, {})
-                runs.setdefault(row["cell"], []).append(row)
-        # An early checkpoint is one before the last.
-        self.has_early = any(
-            early and any(not row["last"] for rows in runs.values() for row in rows)
-            for (*_, early), runs in self.rows.items()
-        )
+            early = row["checkpoint"] == 1
+            self.has_early |= early and not row["last"]
+            for when, wanted in ((False, row["last"]), (True, early)):
+                if wanted:
+                    self.keep(row, (row["matrix"], row["approximation"], when))
+                    self.keep(row, (None, "full", when))
 
-    def cells(self, predictor: Predictor) -> Iterable[list[Row]]:
-        """The runs with a finite value, of every cell that has enough of them."""
-        matrices = MATRICES if predictor.matrix is None else (predictor.matrix,)
-        keys = [(m, predictor.approximation, predictor.early) for m in matrices]
-        runs = next((self.rows[key] for key in keys if key in self.rows), {})
-        for rows in runs.values():
-            known = [row for row in rows if row[predictor.measure] is not None]
-            if len(known) >= LEAST_RUNS:
-                yield known
+    def keep(self, row: Row, key: Key) -> None:
+        """Keeps the first row of a run."""
+        runs = self.rows.setdefault(key, {}).setdefault(row["cell"], {})
+        runs.setdefault(row["run"], row)
 
-    def correlate(
-        self, predictor: Predictor, coefficient: Callable[[list[Row], str], float]
-    ) -> Correlation:
+    def correlate(self, predictor: Predictor, coefficient: Coefficient) -> Correlation:
         """A coefficient of a measure and the gap.
 
         Args:
@@ -151,15 +144,27 @@ class Records:
             coefficient: of a cell's runs and the measure's name.
 
         Returns:
-            Its mean over the cells, with an interval if they are `LEAST_CELLS`.
+            Its mean over the cells with enough runs that have a value, with an interval
+            if they are `LEAST_CELLS`.
         """
-        values, runs = [], 0
-        for rows in self.cells(predictor):
+        asked = predictor, coefficient
+        if asked not in self.known:
+            self.known[asked] = self.mean(predictor, coefficient)
+        return self.known[asked]
+
+    def mean(self, predictor: Predictor, coefficient: Coefficient) -> Correlation:
+        """The same, made anew."""
+        values, count = [], 0
+        key = predictor.matrix, predictor.approximation, predictor.early
+        for runs in self.rows.get(key, {}).values():
+            rows = [r for r in runs.values() if r[predictor.measure] is not None]
+            if len(rows) < LEAST_RUNS:
+                continue
             value = coefficient(rows, predictor.measure)
             if not math.isnan(value):
                 values.append(value)
-                runs += len(rows)
-        return Correlation(mean_of(values), len(values), runs)
+                count += len(rows)
+        return Correlation(mean_of(values), len(values), count)
 
 
 def mean_of(values: list[float]) -> Interval:

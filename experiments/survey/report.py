@@ -5,8 +5,6 @@
 Everything is made from the records of the finished runs; nothing is measured.
 """
 
-import json
-
 from rich.console import Console
 
 from experiments.errors import MetricsError

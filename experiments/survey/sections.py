@@ -106,14 +106,19 @@ def what_was_run(base: Base) -> Section:
         The section.
     """
     (total,) = ask(base, TOTALS)
-    spent = "" if total["hours"] is None else f", {total['hours']:.1f} hours of them"
+    spent = "" if total["hours"] is None else f", together {total['hours']:.2g} hours"
+    lost = "All end with finite losses"
+    if total["lost"]:
+        lost = (
+            f"{total['lost']} of them ended with a loss that is not finite and are "
+            "left out wherever the gap is needed"
+        )
     said = (
         f"{plural(total['runs'], 'run')} of {plural(total['cells'], 'cell')} "
         f"({plural(total['datasets'], 'data set')}, {plural(total['models'], 'model')})"
-        f"{spent}, in {plural(total['rows'], 'row')}; {total['lost']} ended with a "
-        "loss that is not finite and are left out where the gap is needed. The gap is "
-        "test loss less training loss at a run's last checkpoint. The damping λ of "
-        f"the measures is {number(total['least_damping'])}"
+        f"{spent}, in {plural(total['rows'], 'row')}. {lost}. The gap is test loss "
+        "less training loss at a run's last checkpoint. The damping λ of the measures "
+        f"is {number(total['least_damping'])}"
     )
     if total["least_damping"] != total["most_damping"]:
         said += f" to {number(total['most_damping'])}"
@@ -188,7 +193,7 @@ def eigenvalues(base: Base, out: Path) -> Section:
         save_trajectories([row for row in rows if row["dataset"] == name], path)
         caption = (
             f"{name}: the ten largest eigenvalues of the full matrices, of each model "
-            "the run that ends with the lowest test loss; those at or below 0 are not "
+            "the run that ends with the lowest test loss; those of 0 or less are not "
             "drawn"
         )
         plots.append(Plot(path, caption))
