@@ -23,6 +23,7 @@ from experiments.survey.prediction import (
     predictors,
 )
 from experiments.survey.schema import APPROXIMATION_TITLES, MATRIX_TITLES
+from experiments.survey.sections import plural
 from kfac_jax_lite.curvature.correlations import Interval
 
 TITLES = MEASURES | OTHERS
@@ -91,7 +92,8 @@ def best_said(found: Found) -> str:
     said = f"farthest from 0 is the {name_of(best)}, {value.text}"
     if not np.isnan(value.found.low) and not value.decided:
         said += ", an interval that contains 0"
-    return f"{said}, over {value.cells} cells with {value.runs} runs"
+    cells, runs = plural(value.cells, "cell"), plural(value.runs, "run")
+    return f"{said}, over {cells} with {runs}"
 
 
 def at_the_end(records: Records, out: Path) -> tuple[Section, Table]:

@@ -110,8 +110,8 @@ def what_was_run(base: Base) -> Section:
     lost = "All end with finite losses"
     if total["lost"]:
         lost = (
-            f"{total['lost']} of them ended with a loss that is not finite and are "
-            "left out wherever the gap is needed"
+            f"{total['lost']} of them ended with a loss that is not finite: left out "
+            "wherever the gap is needed"
         )
     said = (
         f"{plural(total['runs'], 'run')} of {plural(total['cells'], 'cell')} "
