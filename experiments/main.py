@@ -17,9 +17,11 @@ from experiments.configs.tune import TuneConfig, default_tuning
 from experiments.errors import ExperimentError
 from experiments.progress import open_console
 from experiments.studies.commands import Command, parse_study, run_study
+from experiments.survey.commands import Command as SurveyCommand
+from experiments.survey.commands import parse_survey, run_command
 
 PROGRAM = "python -m experiments.main"
-COMMANDS = ("train", "report", "cost", "study", "tune")
+COMMANDS = ("train", "report", "cost", "study", "survey", "tune")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class ReportConfig:
 
 def parse(
     arguments: Sequence[str],
-) -> TrainConfig | ReportConfig | CostConfig | TuneConfig | Command:
+) -> TrainConfig | ReportConfig | CostConfig | TuneConfig | Command | SurveyCommand:
     """Parses the command line.
 
     Args:
@@ -53,6 +55,8 @@ def parse(
     rest = list(arguments[1:])
     if command == "study":
         return parse_study(rest, f"{PROGRAM} study")
+    if command == "survey":
+        return parse_survey(rest, f"{PROGRAM} survey")
     if command == "report":
         return tyro.cli(ReportConfig, prog=f"{PROGRAM} report", args=rest)
     if command == "cost":
@@ -152,9 +156,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             search(config, console)
             return 0
-        if not isinstance(config, TrainConfig):
+        if isinstance(config, SurveyCommand):
+            problems = run_command(config, console)
+        elif isinstance(config, TrainConfig):
+            problems = train_and_report(config, console)
+        else:
             return run_study(config, console)
-        problems = train_and_report(config, console)
     except ExperimentError as error:
         errors.print(f"error: {error}", style="red", soft_wrap=True, markup=False)
         return 2

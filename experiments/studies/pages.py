@@ -14,8 +14,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from rich.console import Console
+
 from experiments.errors import MetricsError
-from experiments.studies.records import NOT_RECORDED
+from experiments.studies.records import (
+    NOT_RECORDED,
+    commits,
+    machines,
+    save_parquet,
+)
 
 NOTHING = "–"
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -150,6 +157,32 @@ def save_page(page: Page, folder: Path, name: str = "page") -> tuple[Path, Path]
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     return paths
+
+
+def publish(
+    title: str,
+    sections: Iterable[Section],
+    config: dict[str, Any],
+    source: Path,
+    folder: Path,
+    console: Console,
+) -> None:
+    """Writes a study's page, and its runs as ``runs.parquet``; tells where they are.
+
+    Args:
+        title: of the page.
+        sections: what it says.
+        config: what the runs share.
+        source: folder of the records.
+        folder: where to write.
+        console: where to tell.
+    """
+    parquet = folder / "runs.parquet"
+    save_parquet(source, parquet)
+    made_with = machines(source), commits(source)
+    page = Page(title, tuple(sections), config, *made_with)
+    for path in (*save_page(page, folder), parquet):
+        console.print(f"Written: {path}", soft_wrap=True, highlight=False)
 
 
 def check_plot(plot: Plot, folder: Path) -> None:

@@ -1,7 +1,6 @@
 """The survey's configuration and its sizes; JAX is not needed."""
 
 import dataclasses
-import itertools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,6 +27,7 @@ ModelName = Literal[
     "attention",
 ]
 OptimizerName = Literal["sgd", "adam", "kfac"]
+Cell = tuple[str, str]
 DATASETS: tuple[DatasetName, ...] = (
     "digits", "wine", "breast_cancer", "mnist", "fashion_mnist", "cifar10",
 )  # fmt: skip
@@ -43,6 +43,9 @@ APPROXIMATIONS = ("full", "block_diagonal", "kronecker", "diagonal")
 TOP = 10
 
 RESULTS = Path("experiments/survey/results")
+INTEGERS = (
+    "seeds", "steps", "width", "depth", "rows", "sharpness_steps", "workers"
+)  # fmt: skip
 # Which runs are wanted, how they are spread and where files lie decides nothing about
 # a run: a run's own setting is in its record.
 NOT_IN_FINGERPRINT = (
@@ -125,6 +128,8 @@ class SurveyConfig:
     """Whether larger images are averaged down to about 8 x 8 pixels."""
     width: int = 6
     """Units of a hidden layer, channels, and features of a token."""
+    depth: int = 1
+    """Residual blocks, and layers of attention."""
     damping: float = 1e-3
     """Added to the eigenvalues by the measures that need it."""
     dense_below: int = 2000
@@ -150,7 +155,7 @@ class SurveyConfig:
         Raises:
             ConfigError: if a value is out of range.
         """
-        for name in ("seeds", "steps", "width", "rows", "sharpness_steps", "workers"):
+        for name in INTEGERS:
             check_integer(name.replace("_", "-"), getattr(self, name), at_least=1)
         for name in ("train_examples", "test_examples"):
             if getattr(self, name) is not None:
@@ -172,9 +177,9 @@ class SurveyConfig:
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty; wanted some of {', '.join(known)}")
 
-    def cells(self) -> list[tuple[DatasetName, ModelName]]:
+    def cells(self) -> list[Cell]:
         """Data set and model of every cell."""
-        return list(itertools.product(self.datasets, self.models))
+        return [(data, model) for data in self.datasets for model in self.models]
 
     def settings(self) -> list[Setting]:
         """All settings; those that share a compiled step are next to each other."""
@@ -238,6 +243,7 @@ FULL = SurveyConfig(
     test_examples=None,
     pooled=False,
     width=64,
+    depth=3,
     rows=500,
 )
 SIZES: dict[str, SurveyConfig] = {c.size: c for c in (TINY, SMALL, FULL)}

@@ -169,8 +169,8 @@ def interval(
     draws: with ``groups``, whole groups are drawn, as many as there are. A row drawn
     twice is tied with itself, and such pairs enter none of the figures above.
 
-    Resamples without a value (NaN: all drawn rows tied, say) are dropped; both ends are
-    NaN where that are more than one in ten.
+    Resamples without a value (NaN: all drawn rows tied, say) are dropped; where more
+    than one in ten are, both ends are NaN.
 
     Args:
         statistic: Function of the arrays, such as ``kendall``; of settings too, e.g.

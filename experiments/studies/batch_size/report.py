@@ -37,14 +37,12 @@ from experiments.studies.batch_size.run import final
 from experiments.studies.batch_size.statistics import estimate, slope
 from experiments.studies.pages import (
     NOTHING,
-    Page,
     Plot,
     Section,
     Table,
     markdown_part,
-    save_page,
+    publish,
 )
-from experiments.studies.records import commits, machines, save_parquet
 
 # Accuracy on validation images: full CIFAR-10, 32 x 32 pixels, other tuning.
 PAPER = {
@@ -283,17 +281,8 @@ def save_report(config: BatchReport, console: Console) -> None:
         "slope_per_doubling": growth._asdict() if growth else None,
     }
     (out / "summary.json").write_text(json.dumps(metrics.to_json(facts), indent=1))
-    save_parquet(config.folder, out / "runs.parquet")
-    page = Page(
-        "Batch-size study",
-        make_sections(results, shared, out),
-        shared,
-        machines(config.folder),
-        commits(config.folder),
-    )
-    paths = save_page(page, out)
     table = markdown_part(accuracy_table(results))
     console.print(table, markup=False, highlight=False, soft_wrap=True)
     console.print(answer(results, shared), markup=False, highlight=False)
-    for path in paths:
-        console.print(f"Page: {path}", soft_wrap=True, highlight=False)
+    sections = make_sections(results, shared, out)
+    publish("Batch-size study", sections, shared, config.folder, out, console)

@@ -25,21 +25,8 @@ from experiments.studies.damping.tasks_report import (
     tasks_tables,
     wins,
 )
-from experiments.studies.pages import (
-    Page,
-    Plot,
-    Section,
-    Table,
-    markdown_part,
-    save_page,
-)
-from experiments.studies.records import (
-    commits,
-    machines,
-    query,
-    save_parquet,
-    without_nulls,
-)
+from experiments.studies.pages import Plot, Section, Table, markdown_part, publish
+from experiments.studies.records import query, without_nulls
 
 TITLES = {
     SGD: "SGD",
@@ -322,10 +309,6 @@ def save_report(config: DampingReport, console: Console) -> None:
     if others:
         parts = (OTHERS, *tasks_tables(config.folder), pictures[TASKS])
         sections.append(Section("Other networks", parts))
-    save_parquet(config.folder, out / "runs.parquet")
-    made_with = machines(config.folder), commits(config.folder)
-    page = Page("Damping study", tuple(sections), first["config"], *made_with)
-    paths = save_page(page, out)
     console.print(markdown_part(tuned), markup=False, highlight=False)
-    for path in paths:
-        console.print(f"Page: {path}", soft_wrap=True, highlight=False)
+    record = first["config"], config.folder, out, console
+    publish("Damping study", sections, *record)

@@ -7,16 +7,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from rich.console import Console
 
-from experiments.studies.pages import (
-    Page,
-    Plot,
-    Section,
-    Table,
-    markdown_part,
-    save_page,
-)
+from experiments.studies.pages import Plot, Section, Table, markdown_part, publish
 from experiments.studies.pinn.config import ADAM, DUAL, KFAC, LBFGS, PinnReport
-from experiments.studies.records import commits, machines, query, save_parquet
+from experiments.studies.records import query
 
 TITLES = {
     ADAM: ("Adam", "learning rate"),
@@ -133,10 +126,6 @@ def save_report(config: PinnReport, console: Console) -> None:
         Section("Result", (EXPLAINED, shown, picture)),
         Section("Settings that were tried", (trials(config.folder),)),
     )
-    save_parquet(config.folder, out / "runs.parquet")
     shared = next(records[0]["config"] for records in runs.values())
-    made_with = machines(config.folder), commits(config.folder)
-    page = Page("PINN study", sections, shared, *made_with)
     console.print(markdown_part(shown), markup=False, highlight=False)
-    for path in save_page(page, out):
-        console.print(f"Page: {path}", soft_wrap=True, highlight=False)
+    publish("PINN study", sections, shared, config.folder, out, console)

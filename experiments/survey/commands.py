@@ -1,0 +1,66 @@
+"""The ``survey`` commands of the command line; JAX starts only when one runs."""
+
+import argparse
+from collections.abc import Sequence
+
+import tyro
+from rich.console import Console
+
+from experiments.survey.config import SIZES, SurveyConfig, SurveyQuery, SurveyReport
+
+Command = SurveyConfig | SurveyReport | SurveyQuery
+OTHERS = {"report": SurveyReport, "query": SurveyQuery}
+
+
+def parse_survey(arguments: Sequence[str], prog: str) -> Command:
+    """Parses what follows ``survey``.
+
+    Args:
+        arguments: ``report`` or ``query`` and its options, or the options of a survey.
+        prog: the program's name in the help.
+
+    Returns:
+        The configuration.
+    """
+    rest = list(arguments)
+    if rest and rest[0] in OTHERS:
+        name = rest[0]
+        return tyro.cli(OTHERS[name], prog=f"{prog} {name}", args=rest[1:])
+    sizes = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    sizes.add_argument("--size", default="small")
+    size = sizes.parse_known_args(rest)[0].size
+    # A wrong name is left to the real parser, which knows how to tell it.
+    default = SIZES.get(size, SIZES["small"])
+    others = f"{prog} report --help, {prog} query --help"
+    return tyro.cli(
+        SurveyConfig,
+        prog=prog,
+        description=f"{SurveyConfig.__doc__}\n\nIts results: {others}",
+        default=default,
+        args=rest,
+    )
+
+
+def run_command(config: Command, console: Console) -> list[str]:
+    """Runs the survey, or looks at its results.
+
+    Args:
+        config: from `parse_survey`.
+        console: where to print.
+
+    Returns:
+        What went wrong without stopping the others.
+    """
+    if isinstance(config, SurveyReport):
+        from experiments.survey.report import save_report
+
+        save_report(config, console)
+        return []
+    if isinstance(config, SurveyQuery):
+        from experiments.survey.queries import run_query
+
+        run_query(config, console)
+        return []
+    from experiments.survey.run import run_survey
+
+    return run_survey(config, console)
