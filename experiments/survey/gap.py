@@ -26,6 +26,7 @@ from experiments.survey.schema import APPROXIMATION_TITLES, MATRIX_TITLES
 from experiments.survey.sections import plural
 from kfac_jax_lite.curvature.correlations import Interval
 
+TITLE = "Which measure goes with the generalisation gap"
 TITLES = MEASURES | OTHERS
 BASELINE = Predictor("train_loss", None)
 TOO_FEW = (
@@ -96,7 +97,7 @@ def best_said(found: Found) -> str:
     return f"{said}, over {cells} with {runs}"
 
 
-def at_the_end(records: Records, out: Path) -> tuple[Section, Table]:
+def at_the_end(records: Records, out: Path) -> Section:
     """Which measure of the full matrices goes with the gap.
 
     Args:
@@ -104,21 +105,20 @@ def at_the_end(records: Records, out: Path) -> tuple[Section, Table]:
         out: folder of the plot.
 
     Returns:
-        The section, and its table.
+        The section: what it says, how it was made, the table, a plot.
     """
     wanted = predictors()
     taus = {p: records.correlate(p, plain) for p in wanted}
     single = {p: records.correlate(p, one_at_a_time) for p in wanted}
     given = {p: records.correlate(p, given_loss) for p in wanted}
-    shown = end_table(taus, single, given)
-    title = "Which measure goes with the generalisation gap"
     if strongest(taus) is None:
-        return Section(title, (TOO_FEW, EXPLAINED)), shown
+        return Section(TITLE, (TOO_FEW,))
     path = out / "taus.png"
     save_taus(by_measure(taus), path)
     caption = f"Tau at the last checkpoint and its interval at {LEVEL:.0%}, full matrix"
-    parts = (end_said(taus, single, given), EXPLAINED, shown, Plot(path, caption))
-    return Section(title, parts), shown
+    table = end_table(taus, single, given)
+    said = end_said(taus, single, given)
+    return Section(TITLE, (said, EXPLAINED, table, Plot(path, caption)))
 
 
 def end_said(taus: Found, single: Found, given: Found) -> str:
@@ -253,17 +253,3 @@ def early(records: Records) -> Section:
         f"{taus[BASELINE._replace(early=True)].text}."
     )
     return Section(title, (said, Table(header, tuple(rows), caption)))
-
-
-def gap_sections(records: Records, out: Path) -> tuple[tuple[Section, ...], Table]:
-    """All sections on the gap.
-
-    Args:
-        records: the survey's.
-        out: folder of the plots.
-
-    Returns:
-        The sections, and the table of the answer.
-    """
-    section, table = at_the_end(records, out)
-    return (section, stand_ins(records), early(records)), table

@@ -47,6 +47,7 @@ class Column(NamedTuple):
 RUN_COLUMNS = (
     Column("run", "VARCHAR", "name of the run"),
     Column("dataset", "VARCHAR", "data set"),
+    Column("data", "VARCHAR", "the data set in full: what it is, in words"),
     Column("model", "VARCHAR", "network"),
     Column("num_params", "INTEGER", "parameters of the network, P"),
     Column("num_train", "INTEGER", "training examples, N"),

@@ -30,7 +30,7 @@ TOTALS = """
     )
 """
 CELLS = """
-    SELECT dataset, model, any_value(num_params) AS params,
+    SELECT dataset, any_value(data) AS data, model, any_value(num_params) AS params,
         any_value(num_train) AS train, any_value(num_test) AS test,
         count(DISTINCT run) AS runs, count(*) AS rows,
         list_sort(list(DISTINCT step)) AS steps,
@@ -132,8 +132,7 @@ def cell_table(base: Base) -> Table:
     """A row for every data set and model."""
     rows = [
         (
-            r["dataset"],
-            r["model"],
+            *(show(r[name]) for name in ("dataset", "data", "model")),
             *(show(r[name]) for name in ("params", "train", "test", "runs", "rows")),
             show(r["steps"]),
             *(number(r[name]) for name in ("train_loss", "test_loss", "gap")),
@@ -143,9 +142,9 @@ def cell_table(base: Base) -> Table:
         for r in ask(base, CELLS)
     ]
     header = (
-        "data set", "model", "parameters", "training examples", "test examples",
-        "runs", "rows", "checkpoints at steps", "training loss", "test loss", "gap",
-        "test accuracy, %", "seconds of a run",
+        "data set", "in full", "model", "parameters", "training examples",
+        "test examples", "runs", "rows", "checkpoints at steps", "training loss",
+        "test loss", "gap", "test accuracy, %", "seconds of a run",
     )  # fmt: skip
     caption = "Losses, gap, accuracy at the last checkpoint and seconds: medians"
     return Table(header, tuple(rows), caption)

@@ -83,14 +83,23 @@ def make_run(dataset, model, number, setting, steps=STEPS, level=0.0):
             "gradient_norm": rounded(rng.lognormal()),
             "sharpness": rounded(rng.lognormal()),
         }
-        checkpoint["test_loss"] = checkpoint["train_loss"] + rounded(gap * share)
+        # On the way the gap is another, and larger.
+        between = 0.0 if share in (0, 1) else rng.uniform(10, 20)
+        found = checkpoint["train_loss"] + gap * share + between
+        checkpoint["test_loss"] = rounded(found)
         rows += [
             checkpoint | matrix_row(matrix, approximation, gap, level, share, rng)
             for matrix in MATRICES
             for approximation in APPROXIMATIONS
         ]
     run = {"kind": "run", "step": steps[-1], "run": name}
-    run |= {"dataset": dataset, "model": model, "optimizer": "sgd", "seed": 0}
+    run |= {
+        "data": dataset.title(),
+        "dataset": dataset,
+        "model": model,
+        "optimizer": "sgd",
+        "seed": 0,
+    }
     run |= {"num_params": 500, "num_train": 512, "num_test": 1000, "damping": 1e-3}
     shared = {"config": {"steps": steps[-1], "width": 6}, "machine": MACHINE}
     return run | setting | {"seconds": 1.5, "rows": rows, "fingerprint": "f0"} | shared

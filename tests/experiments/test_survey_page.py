@@ -239,12 +239,13 @@ def test_page_of_the_table(runs, tmp_path, undrawn):
     lines = write_runs(tmp_path / "lines", runs[:4] + runs[8:12])
     out, table = tmp_path / "page", tmp_path / "table"
     printed = report(lines, out)
-    assert printed.startswith("Table: ") and not list(lines.glob("*.p*"))
+    assert f"Written: {out / 'survey.parquet'}" in printed
+    assert not list(lines.glob("*.p*"))
     table.mkdir()
     (table / "survey.parquet").write_bytes((out / "survey.parquet").read_bytes())
     again = report(table)
     assert (table / "page.md").read_text() == (out / "page.md").read_text()
-    assert "+1.00" in again and "Table: " not in again
+    assert "+1.00" in again and "survey.parquet" not in again
 
 
 def test_parquet(folder, tmp_path):
