@@ -2,7 +2,8 @@
 
 Every study appends a line per finished run. `query` makes them one table, ``runs``,
 whatever file they are in: columns go by name, a field that a record lacks is null, and
-so is a number that was not finite when it was written.
+so is a number that was not finite when it was written. A Parquet file is read, too: its
+rows are the table.
 """
 
 import contextlib
@@ -83,7 +84,7 @@ def connect(source: Source) -> Iterator[duckdb.DuckDBPyConnection]:
     """A database in memory with the records in the table ``runs``.
 
     Args:
-        source: a folder with ``*.jsonl``, a file, or several files.
+        source: a folder with ``*.jsonl``, a file, or several files; or a Parquet file.
 
     Yields:
         The connection; rows are in the order of the files and their lines.
@@ -91,27 +92,55 @@ def connect(source: Source) -> Iterator[duckdb.DuckDBPyConnection]:
     Raises:
         MetricsError: if there are no records, or a line is not one.
     """
-    files = files_of(source)
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        duckdb.connect(config=SETTINGS) as base,
-    ):
+    with duckdb.connect(config=SETTINGS) as base:
+        if isinstance(source, Path) and source.suffix == ".parquet":
+            read_parquet(base, source)
+        else:
+            read_lines(base, files_of(source))
+        yield base
+
+
+def read_parquet(base: duckdb.DuckDBPyConnection, path: Path) -> None:
+    """Makes ``runs`` of the rows of a Parquet file.
+
+    Args:
+        base: the database.
+        path: the file.
+
+    Raises:
+        MetricsError: if it cannot be read.
+    """
+    name = {"file": glob.escape(str(path))}
+    try:
+        base.execute("CREATE TABLE runs AS FROM read_parquet($file)", name)
+    except duckdb.Error as error:
+        raise MetricsError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def read_lines(base: duckdb.DuckDBPyConnection, files: list[Path]) -> None:
+    """Makes ``runs`` of JSON lines.
+
+    Args:
+        base: the database.
+        files: with the lines.
+
+    Raises:
+        MetricsError: if a line is not a record.
+    """
+    shown = ", ".join(map(str, files))
+    with tempfile.TemporaryDirectory() as scratch:
         whole = [whole_lines(p, Path(scratch, str(i))) for i, p in enumerate(files)]
         names = [glob.escape(str(path)) for path in whole]
         read = f"CREATE TABLE lines AS SELECT * FROM read_ndjson($files, {OPTIONS})"
         try:
             base.execute(read, {"files": names})
         except duckdb.Error as error:
-            shown = ", ".join(map(str, files))
             raise MetricsError(f"{shown} cannot be read as records: {error}") from error
-        columns = [name for name, *_ in base.execute("DESCRIBE lines").fetchall()]
-        if "kind" not in columns:
-            raise MetricsError(f"{', '.join(map(str, files))}: no record has a kind.")
-        cell = "" if "cell" in columns else "parse_filename(runs_file, true) AS cell, "
-        base.execute(
-            f"CREATE VIEW runs AS SELECT {cell}* EXCLUDE (runs_file) FROM lines"
-        )
-        yield base
+    columns = [name for name, *_ in base.execute("DESCRIBE lines").fetchall()]
+    if "kind" not in columns:
+        raise MetricsError(f"{shown}: no record has a kind.")
+    cell = "" if "cell" in columns else "parse_filename(runs_file, true) AS cell, "
+    base.execute(f"CREATE VIEW runs AS SELECT {cell}* EXCLUDE (runs_file) FROM lines")
 
 
 def query(source: Source, sql: str, **parameters: Any) -> list[dict[str, Any]]:
@@ -127,9 +156,25 @@ def query(source: Source, sql: str, **parameters: Any) -> list[dict[str, Any]]:
         The rows as JSON values: nested columns are dicts and lists.
     """
     with connect(source) as base:
-        rows = base.execute(
-            f"SELECT to_json(answer) FROM ({sql}) AS answer", parameters or None
-        ).fetchall()
+        return ask(base, sql, **parameters)
+
+
+def ask(
+    base: duckdb.DuckDBPyConnection, sql: str, **parameters: Any
+) -> list[dict[str, Any]]:
+    """Asks an open database.
+
+    Args:
+        base: from `connect`.
+        sql: DuckDB's SQL.
+        **parameters: values of ``$name`` in the query.
+
+    Returns:
+        The rows as JSON values: nested columns are dicts and lists.
+    """
+    rows = base.execute(
+        f"SELECT to_json(answer) FROM ({sql}) AS answer", parameters or None
+    ).fetchall()
     return [json.loads(text) for (text,) in rows]
 
 

@@ -147,6 +147,23 @@ def test_parquet_has_the_flat_columns(folder):
     assert path.read_bytes() == before
 
 
+def test_parquet_is_read_again(folder, tmp_path):
+    """What another program has written, with nested columns."""
+    path = tmp_path / "a[1].parquet"
+    with records.connect(folder) as base:
+        base.table("runs").write_parquet(str(path))
+    for sql in (
+        "FROM runs",
+        "SELECT machine.cores, count(*) AS n FROM runs GROUP BY 1",
+    ):
+        assert records.query(path, sql) == records.query(folder, sql)
+    assert records.machines(path) == records.machines(folder)
+    assert records.commits(path) == records.commits(folder)
+    path.write_bytes(b"no Parquet")
+    with pytest.raises(MetricsError, match=r"a\[1\]\.parquet cannot be read as Parq"):
+        records.query(path, "FROM runs")
+
+
 def test_what_the_runs_were_made_with(folder):
     found = records.machines(folder)
     assert found["date"] == [x["machine"]["date"] for x in (SGD, KFAC)]
