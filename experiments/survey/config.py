@@ -112,7 +112,7 @@ class SurveyConfig:
     """Learning rates of K-FAC."""
     batch_sizes: tuple[int, ...] = (16, 64)
     """Examples of a step."""
-    weight_decays: tuple[float, ...] = (0.0, 1e-3)
+    weight_decays: tuple[float, ...] = (0.0,)
     """Decoupled weight decays."""
     seeds: int = 1
     """Runs of every setting."""
