@@ -56,7 +56,7 @@ SCENARIOS = [
     "kind",
     [
         pytest.param("pmap", marks=pytest.mark.slow),
-        "shard_map",
+        pytest.param("shard_map", marks=pytest.mark.slow),
         pytest.param("checked_shard_map", marks=pytest.mark.slow),
         pytest.param("jit", marks=pytest.mark.slow),
         "owners",

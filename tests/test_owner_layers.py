@@ -11,11 +11,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import kfac_jax_lite as kfac
 from kfac_jax_lite.factors.state import from_words, words
-from tests.helpers import close, identical
+from tests.helpers import cases, close, identical
 from tests.parallel import AXIS, DEVICES, EXAMPLES, OWNER, mesh_of, split_rows
 
 P = PartitionSpec
-SLOW_GRADIENTS = pytest.param("gradients", marks=pytest.mark.slow)
+SHARES = cases(["inverses", "gradients"], ["inverses"])
 
 pytestmark = [
     pytest.mark.usefixtures("compiled_anew"),
@@ -87,7 +87,7 @@ def pmapped(make, tree, steps, reduction):
     return jax.device_get(tree), state
 
 
-@pytest.mark.parametrize("share", ["inverses", SLOW_GRADIENTS])
+@pytest.mark.parametrize("share", SHARES)
 def test_layers_of_different_dtypes(share):
     """Parcels of all layers leave an owner in one array."""
     tree = params(np.float32, np.float64)
@@ -135,7 +135,7 @@ def chosen_steps(layers, **options):
     return kfac.kfac(layers, "auto", damping=damping, **options)
 
 
-@pytest.mark.parametrize("mode", ["all", "owner"])
+@pytest.mark.parametrize("mode", cases(["all", "owner"], ["owner"]))
 def test_chosen_steps_under_jit(mode):
     """The names of ``Reduction.mesh`` are no mapped axes outside the inversions."""
     reduction = kfac.Reduction(mode, bucket=0, mesh=mesh_of(AxisType.Auto))
@@ -179,7 +179,7 @@ def halves(layers, **options):
     )
 
 
-@pytest.mark.parametrize("share", ["inverses", SLOW_GRADIENTS])
+@pytest.mark.parametrize("share", SHARES)
 def test_masked_layers(share):
     """Parts of layers have factors, and layouts, of their own."""
     wanted, state, layers = single(halves, params(), 3)
@@ -240,7 +240,7 @@ def test_a_step_without_statistics(kind):
     """Outside ``jit``, where it is known that nothing is due."""
     tree, options = params(), {"interval": kfac.intervals.every(2)}
     tagged = kfac.tag(loss, tree, *batch())
-    reduction = kfac.Reduction("owner", bucket=0, mesh=mesh_of(kind))
+    reduction = kfac.Reduction("owner", bucket=0, mesh=mesh_of(kind, 2))
     spread = kfac_alone(tagged.layers, axis_name=AXIS, reduction=reduction, **options)
     alone = kfac_alone(tagged.layers, **options)
     found = []
