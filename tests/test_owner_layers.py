@@ -218,9 +218,8 @@ def with_momentum(layers, **options):
     return kfac.kfac(layers, 0.05, damping=0.01, **options)
 
 
-@pytest.mark.parametrize(
-    "second", [jnp.bfloat16, pytest.param(np.float32, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("second", [jnp.bfloat16, np.float32])
 def test_narrow_parameters(second):
     """No step changes a dtype of the state, momentum's included."""
     tree = params(jnp.bfloat16, second)
