@@ -94,7 +94,7 @@ def dense_oracle(params, batch, loss, state):
 @hypothesis.given(
     st.integers(1, 4), st.integers(9, 16), st.integers(9, 16), st.booleans()
 )
-@hypothesis.settings(max_examples=6)
+@hypothesis.settings(max_examples=4)
 def test_updates_are_those_of_the_dense_oracle(rows, n_in, width, bias):
     rng = np.random.default_rng(rows * n_in + width)
     loss, params, batch = problem(rng, rows, (n_in, width, 3), bias)

@@ -61,7 +61,7 @@ def compiled(run):
     return jax.jit(run, compiler_options=options)
 
 
-@pytest.mark.parametrize("net", zoo.NETS, ids=str)
+@pytest.mark.parametrize("net", cases(zoo.NETS, zoo.FAST_NETS), ids=str)
 def test_coverage(net):
     layers = tagged(net).layers
     assert {layer.name: layer.kind for layer in layers} == expected_kinds(net)
