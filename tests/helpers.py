@@ -7,9 +7,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import kfac_jax_lite as kfac
 from tests import models
+
+
+def cases(values, fast):
+    """Parameters of a test: those of ``fast`` in the fast suite, the rest in the slow.
+
+    A tuple is one value for each argument of the test.
+    """
+    values, fast = list(values), list(fast)
+    assert fast and all(value in values for value in fast)
+    return [
+        pytest.param(
+            *(value if isinstance(value, tuple) else (value,)),
+            marks=() if value in fast else pytest.mark.slow,
+        )
+        for value in values
+    ]
 
 
 def close(actual, expected, tolerance=1e-10):

@@ -270,7 +270,8 @@ class Pass:
 def parameter_jacobian(model, params, x):
     """``d output / d parameters`` as [terms, outputs, P], in ravelled order."""
     flat, unravel = jax.flatten_util.ravel_pytree(params)
-    out = jax.jacrev(lambda p: model.forward(unravel(p), x, no_hook))(flat)
+    run = jax.jacrev(lambda p: model.forward(unravel(p), x, no_hook))
+    out = jax.jit(run)(flat)
     return np.asarray(out, np.float64).reshape(-1, out.shape[-2], flat.size)
 
 

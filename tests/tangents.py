@@ -57,4 +57,4 @@ def masked_setting():
         p = unravel(v)
         return (jnp.tanh(x @ p["w"]) @ p["v"] + p["b"]).reshape(8, 3)
 
-    return params, (x, y, mask), forward(flat), jax.jacrev(forward)(flat)
+    return params, (x, y, mask), forward(flat), jax.jit(jax.jacrev(forward))(flat)

@@ -7,7 +7,7 @@ import pytest
 
 import kfac_jax_lite as kfac
 from tests import models, parallel, zoo
-from tests.helpers import INVERSES, batches_of, kfac_state, train
+from tests.helpers import INVERSES, batches_of, cases, kfac_state, train
 
 DAMPING = 1e-2
 KEYS = {"name", "rank_a", "rank_g", "retained_trace_a", "retained_trace_g"}
@@ -23,8 +23,12 @@ def trained(name, inverse, steps=3, limit=8192, **options):
     return tagged.layers, state
 
 
-@pytest.mark.parametrize("inverse", [x for x in INVERSES if x != "ekfac"])
-@pytest.mark.parametrize("name, limit", [("mlp", 8192), ("mlp", 3), ("mlp", 1)])
+EXACT = [x for x in INVERSES if x != "ekfac"]
+EVERY = [("mlp", limit, inverse) for limit in (8192, 3, 1) for inverse in EXACT]
+FAST = [case for case in EVERY if case[1] == 3] + [EVERY[0], EVERY[-1]]
+
+
+@pytest.mark.parametrize("name, limit, inverse", cases(EVERY, FAST))
 def test_exact_methods_have_no_error(name, limit, inverse):
     """With full, block-diagonal and diagonal factors."""
     layers, state = trained(name, inverse, limit=limit)

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import kfac_jax_lite as kfac
 from tests import models
-from tests.helpers import batches_of, close, identical, kfac_state, train_step
+from tests.helpers import batches_of, cases, close, identical, kfac_state, train_step
 from tests.parallel import DEVICES
 
 STEPS = 8
@@ -108,10 +108,13 @@ def problem():
     return model.tag(4), model.params(), batches_of(model, STEPS)
 
 
-@pytest.mark.parametrize(
-    "inverse, interval", [("cholesky", 1), ("cholesky", 3), ("eigh", 3)]
-)
-@pytest.mark.parametrize("options", [{}, {"kl_clip": None, "momentum": None}], ids=str)
+PLAIN = {"kl_clip": None, "momentum": None}
+RUNS = [("cholesky", 1), ("cholesky", 3), ("eigh", 3)]
+RUNS = [(*run, options) for run in RUNS for options in ({}, PLAIN)]
+FAST = [("cholesky", 1, PLAIN), ("cholesky", 3, {}), ("eigh", 3, {})]
+
+
+@pytest.mark.parametrize("inverse, interval, options", cases(RUNS, FAST), ids=str)
 def test_the_rule_is_its_transcription(problem, inverse, interval, options):
     tagged, params, batches = problem
     options = {"inverse": inverse, "inverse_interval": interval, **options}

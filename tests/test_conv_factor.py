@@ -74,21 +74,25 @@ def geometry_of(shape, kernel, padding, strides, dilation, sizes):
     )
 
 
+patches = jax.jit(conv.patches, static_argnums=0)
+
+
 @hypothesis.given(convolutions(), st.sampled_from([1, 40, 1 << 20]))
-@hypothesis.settings(max_examples=60)
+@hypothesis.settings(max_examples=30)
 def test_shifted_products_are_those_of_all_patches(shapes, limit):
     shape, kernel, padding, strides, dilation = shapes
     x = np.random.default_rng(0).normal(size=shape)
     rows, sizes = loop_patches(x, kernel, padding, strides, dilation)
     geometry = geometry_of(*shapes, sizes)
-    close(conv.patches(geometry, jnp.asarray(x)), rows, 1e-15)
+    close(patches(geometry, x), rows, 1e-15)
     wide = [a for a, k in enumerate(kernel) if k > 1]
     if not wide or strides[wide[0]] > 1 or dilation[wide[0]] > 1:
         assert conv.shift_axis(geometry) is None
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(conv, "CACHED_PATCH_ELEMENTS", limit)
-        found = conv.shifted_moment(geometry, jnp.asarray(x), wide[0])
+        moment = jax.jit(conv.shifted_moment, static_argnums=(0, 2))
+        found = moment(geometry, x, wide[0])
     close(found, rows.T @ rows, 1e-12)
 
 

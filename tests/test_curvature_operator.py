@@ -1,6 +1,7 @@
 """The operators' verbs, streaming, compilation, devices and errors."""
 
 import functools
+import itertools
 
 import hypothesis
 import jax
@@ -14,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import kfac_jax_lite as kfac
 from kfac_jax_lite.curvature import products
 from tests import models
-from tests.helpers import close, random_like
+from tests.helpers import cases, close, random_like
 from tests.information import APPROXIMATIONS, LAWS, MODELS, Problem
 
 ravel = lambda tree: np.asarray(jax.flatten_util.ravel_pytree(tree)[0])  # noqa: E731
@@ -32,9 +33,10 @@ def operator(law, approximation):
 EVERY = [("ggn", approximation) for approximation in APPROXIMATIONS]
 EVERY += [("gradient_covariance", "full"), ("gradient_covariance", "block_diagonal")]
 EVERY += [("hessian", "full"), ("hessian", "block_diagonal"), ("hessian", "kronecker")]
+FAST = [*EVERY[:7], ("hessian", "full")]
 
 
-@pytest.mark.parametrize("law, approximation", EVERY)
+@pytest.mark.parametrize("law, approximation", cases(EVERY, FAST))
 def test_products(law, approximation, rng):
     op, matrix = operator(law, approximation)
     like = problem("mlp").params
@@ -50,7 +52,7 @@ def test_products(law, approximation, rng):
             close(row, factor * (matrix @ ravel(v)), 1e-9)
 
 
-@pytest.mark.parametrize("law, approximation", EVERY)
+@pytest.mark.parametrize("law, approximation", cases(EVERY, FAST))
 def test_exact_figures(law, approximation):
     op, matrix = operator(law, approximation)
     values = np.linalg.eigvalsh(matrix)[::-1]
@@ -65,7 +67,7 @@ def test_exact_figures(law, approximation):
 
 
 @pytest.mark.parametrize("which", ["largest", "smallest", "magnitude"])
-@pytest.mark.parametrize("law, approximation", EVERY)
+@pytest.mark.parametrize("law, approximation", cases(EVERY, FAST))
 def test_eigenpairs(law, approximation, which):
     op, matrix = operator(law, approximation)
     if approximation == "block_diagonal" and which != "largest":
@@ -213,8 +215,15 @@ def test_lineax(rng):
     close(ravel(seen), np.linalg.solve(wanted, ravel(v)), 1e-7)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("law", ["ggn", "empirical_fisher", "mc_fisher", "hessian"])
+SHARDED = itertools.product(
+    ["ggn", "empirical_fisher", "mc_fisher", "hessian"],
+    [AxisType.Auto, AxisType.Explicit],
+)
+FAST_SHARDED = [("ggn", AxisType.Explicit), ("mc_fisher", AxisType.Auto)]
+FAST_SHARDED += [("hessian", AxisType.Auto)]
+
+
+@pytest.mark.parametrize(("law", "kind"), cases(SHARDED, FAST_SHARDED))
 def test_sharded_batches(law, kind, rng):
     """Batches split over eight devices give the same products and diagonals."""
     case = problem("mlp", (8, 8))

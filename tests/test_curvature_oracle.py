@@ -1,26 +1,25 @@
 """Every matrix in every approximation against its dense float64 oracle."""
 
 import functools
+import itertools
 
 import numpy as np
 import pytest
 
 from tests import information
-from tests.helpers import close
+from tests.helpers import cases, close
 from tests.information import APPROXIMATIONS, LAWS, MODELS, Problem
 
 problem = functools.cache(lambda name: Problem(MODELS[name]))
 
 
-FAST = ("mlp", "embedding")
-SLOW = [
-    pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name not in FAST
-]
+EVERY = list(itertools.product(LAWS, APPROXIMATIONS, MODELS))
+# The MLP has all of them; the rows of a table and the units of a norm have their own.
+FAST = [case for case in EVERY if case[2] == "mlp"]
+FAST += [("ggn", form, "embedding") for form in ("full", "ekfac", "unit_wise")]
 
 
-@pytest.mark.parametrize("name", [*FAST, *SLOW])
-@pytest.mark.parametrize("approximation", APPROXIMATIONS)
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize(("law", "approximation", "name"), cases(EVERY, FAST))
 def test_dense_oracle(law, approximation, name):
     case = problem(name)
     op = case.operator(law, approximation)

@@ -1,5 +1,8 @@
 """Masks, several outputs, tied and stacked layers, regularisers, large factors."""
 
+import functools
+import itertools
+
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
@@ -9,7 +12,7 @@ import pytest
 import kfac_jax_lite as kfac
 from kfac_jax_lite.curvature.kronecker import nearest_product
 from tests import models
-from tests.helpers import close
+from tests.helpers import cases, close
 from tests.information import LAWS, Problem
 
 ravel = lambda tree: np.asarray(jax.flatten_util.ravel_pytree(tree)[0])  # noqa: E731
@@ -27,7 +30,7 @@ def make(law, tagged, params, batches, approximation="full", **options):
 def jacobian(apply, params, *args):
     """``[rows, C, P]`` of a network in explicit form."""
     flat, unravel = jax.flatten_util.ravel_pytree(params)
-    out = jax.jacrev(lambda w: apply(unravel(w), *args))(flat)
+    out = jax.jit(jax.jacrev(lambda w: apply(unravel(w), *args)))(flat)
     return np.asarray(out).reshape(-1, out.shape[-2], flat.size)
 
 
@@ -43,8 +46,14 @@ def masked_loss(p, x, y, mask):
     return -jnp.where(mask, terms, 0).sum() / mask.sum()
 
 
-@pytest.mark.parametrize("law", [law for law in LAWS if law != "mc_fisher"])
-@pytest.mark.parametrize("approximation", ["full", "unit_wise", "ekfac"])
+MASKED = itertools.product(
+    [law for law in LAWS if law != "mc_fisher"], ["full", "unit_wise", "ekfac"]
+)
+FAST = [("ggn", "full"), ("ggn", "ekfac"), ("hessian", "full")]
+FAST += [("empirical_fisher", "unit_wise"), ("gradient_covariance", "full")]
+
+
+@pytest.mark.parametrize(("law", "approximation"), cases(MASKED, FAST))
 def test_rows_that_do_not_count(law, approximation, rng):
     """Padded tokens are not there, over batches with different shares of them."""
     params = {"w": rng.normal(size=(2, 3)), "b": rng.normal(size=3)}
@@ -102,7 +111,7 @@ def test_rows_of_several_outputs_belong_together(rng):
             jax.grad(lambda p: terms(p, x[None], a[None], b[None])[0])(params)
         )
     )
-    g = np.asarray(one(x, a, b))
+    g = np.asarray(jax.jit(one)(x, a, b))
     batches = [(x[i], a[i], b[i]) for i in (slice(0, 1), slice(1, 4))]
     for approximation in ("full", "diagonal"):
         seen = make("empirical_fisher", tagged, params, batches, approximation)
@@ -136,7 +145,8 @@ def ravel_of(tree):
 # ---------------------------------------------------------------- other layers
 
 
-def test_regularisers_and_fallbacks(rng):
+@pytest.mark.parametrize("law", cases(["hessian", "ggn"], ["hessian"]))
+def test_regularisers_and_fallbacks(law, rng):
     """The Hessian is of the whole loss, also where no layer reads a parameter."""
     params = {"w": rng.normal(size=(2, 3)), "odd": rng.normal(size=3)}
     params |= {"idle": rng.normal(size=2)}
@@ -152,23 +162,23 @@ def test_regularisers_and_fallbacks(rng):
     tagged = kfac.tag(loss, params, x)
     assert {t.kind for t in tagged.layers} == {"dense", "diagonal"}
     flat, unravel = jax.flatten_util.ravel_pytree(params)
-    hessian = np.asarray(jax.hessian(lambda w: loss(unravel(w), x))(flat))
+    hessian = np.asarray(jax.jit(jax.hessian(lambda w: loss(unravel(w), x)))(flat))
     j = jacobian(apply, params, x)
     ggn = np.einsum("ncp,ncq->pq", j, j) / 4
     labels = ravel({"idle": np.zeros(2), "odd": np.ones(3), "w": 2 * np.ones((2, 3))})
     entries = np.arange(len(labels))
     units = ravel({"idle": -1 - np.arange(2), "odd": 9 + np.arange(3),
                    "w": np.tile(np.arange(3), (2, 1))})  # fmt: skip
-    for law, wanted in (("hessian", hessian), ("ggn", ggn)):
-        for approximation, block in (
-            ("full", 0 * entries), ("block_diagonal", labels), ("diagonal", entries),
-            ("unit_wise", units),
-        ):  # fmt: skip
-            op = make(law, tagged, params, [(x[:1],), (x[1:],)], approximation)
-            same = block[:, None] == block
-            close(op.to_dense(), np.where(same, wanted, 0), 1e-9)
-        op = make(law, tagged, params, [(x,)], "kronecker")
-        close(ravel(op.diagonal())[:5], np.diag(wanted)[:5], 1e-9)
+    wanted = {"hessian": hessian, "ggn": ggn}[law]
+    for approximation, block in (
+        ("full", 0 * entries), ("block_diagonal", labels), ("diagonal", entries),
+        ("unit_wise", units),
+    ):  # fmt: skip
+        op = make(law, tagged, params, [(x[:1],), (x[1:],)], approximation)
+        same = block[:, None] == block
+        close(op.to_dense(), np.where(same, wanted, 0), 1e-9)
+    op = make(law, tagged, params, [(x,)], "kronecker")
+    close(ravel(op.diagonal())[:5], np.diag(wanted)[:5], 1e-9)
 
 
 def test_tied_weights_are_one_block(rng):
@@ -224,7 +234,7 @@ def test_stacked_layers(rng):
     for i in range(3):
         rest = lambda z, i=i: apply({"w": params["w"][i + 1 :]}, jnp.tanh(z))  # noqa: E731
         z = h @ params["w"][i]
-        c = np.einsum("ncnp->ncp", np.asarray(jax.jacrev(rest)(z)))
+        c = np.einsum("ncnp->ncp", np.asarray(jax.jit(jax.jacrev(rest))(z)))
         g = np.einsum("ncp,ncq->pq", c, c) / 4
         at = slice(4 * i, 4 * i + 4)
         wanted[at, at] = np.kron(np.asarray(h.T @ h) / 4, g)
@@ -247,12 +257,21 @@ def test_grouped_convolutions():
     close(ravel(seen.diagonal()), np.diag(matrix), 1e-9)
 
 
-@pytest.mark.parametrize("limit", [3, 2, 1])
+@functools.cache
+def unbounded():
+    """The network of the next test: its factors, and its whole matrix."""
+    model = models.mlp("forms", (4, 5, 3))
+    record = model.tag(4), model.params(), [model.batch(4)]
+    whole = kfac.curvature.ggn(*record, "kronecker")
+    return whole, np.asarray(kfac.curvature.ggn(*record).to_dense())
+
+
+@pytest.mark.parametrize("limit", cases([3, 2, 1], [3, 1]))
 def test_large_factors_in_other_forms(limit):
     """Factors kept as diagonal blocks, the last one filled up, or as diagonals."""
     model = models.mlp("forms", (4, 5, 3))
     params, args = model.params(), model.batch(4)
-    whole = kfac.curvature.ggn(model.tag(4), params, [args], "kronecker")
+    whole, exact = unbounded()
     factors = {len(p.place[0]): p for p in whole.form.parts}
     tagged = model.tag(4, max_factor_dim=limit)
     matrix = np.zeros(whole.shape)
@@ -273,7 +292,6 @@ def test_large_factors_in_other_forms(limit):
     close(ravel(op.mv(v)), matrix @ ravel(v), 1e-9)
     op = kfac.curvature.ggn(tagged, params, [args], "ekfac")
     seen = np.asarray(op.to_dense())
-    exact = np.asarray(kfac.curvature.ggn(model.tag(4), params, [args]).to_dense())
     # Without weight sharing the moments are the exact diagonal in the eigenbases.
     close(np.trace(seen), np.trace(exact * moved), 1e-9)
     close(ravel(op.diagonal()), np.diag(seen), 1e-9)
@@ -314,7 +332,7 @@ def test_nearest_product_among_symmetric_ones(rng):
 # ---------------------------------------------------------------- sampled labels
 
 
-@pytest.mark.parametrize("name", ["mlp", "bernoulli", "normal"])
+@pytest.mark.parametrize("name", cases(["mlp", "bernoulli", "normal"], ["mlp"]))
 def test_drawn_labels_have_the_fisher_as_their_mean(name):
     """Standardised errors of the mean of 300 draws: their size is that of normals."""
     case = Problem(models.BY_NAME[name], (2, 1))

@@ -12,7 +12,7 @@ import pytest
 
 import kfac_jax_lite as kfac
 from tests import models
-from tests.helpers import batches_of, close, kfac_state, train_step
+from tests.helpers import batches_of, cases, close, kfac_state, train_step
 from tests.parallel import DEVICES, REDUCTIONS, run
 from tests.test_hlo import BATCH, WIDE, called, computations
 from tests.test_masks import MASK, masked_loss
@@ -60,18 +60,20 @@ def problem(name, rng, **options):
     return model.tag(4, **options), model.params(), batches_of(model, STEPS)
 
 
-def results(tagged, tx, params, batches, **options):
-    """Parameters, state and values after every batch, eager and deferred."""
-    found = []
-    for deferred in (False, True):
-        step = jax.jit(train_step(tagged, tx, deferred=deferred))
-        p, state, values = params, tx.init(params), []
-        for i, batch in enumerate(batches):
-            key = jax.random.key(i) if tagged.fisher == "mc" else None
-            p, state, value = step(p, state, *batch, key=key, **options)
-            values.append(value)
-        found.append((p, state, values))
-    return found
+def result(tagged, tx, params, batches, deferred):
+    """Parameters, state and values after every batch."""
+    step = jax.jit(train_step(tagged, tx, deferred=deferred))
+    state, values = tx.init(params), []
+    for i, batch in enumerate(batches):
+        key = jax.random.key(i) if tagged.fisher == "mc" else None
+        params, state, value = step(params, state, *batch, key=key)
+        values.append(value)
+    return params, state, values
+
+
+def results(*record):
+    """The same, eager and deferred."""
+    return [result(*record, deferred) for deferred in (False, True)]
 
 
 def check(tagged, params, batches, rule="every", tolerance=1e-12, **options):
@@ -90,37 +92,38 @@ def check(tagged, params, batches, rule="every", tolerance=1e-12, **options):
 # ---------------------------------------------------------------- the same numbers
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("fisher", FISHERS)
-@pytest.mark.parametrize("name", ["mlp", "conv2d"])
+EVERY = list(itertools.product(["mlp", "conv2d"], FISHERS, RULES))
+FAST = [("mlp", "mc", "every"), ("mlp", "exact", "adaptive")]
+FAST += [("conv2d", "empirical", "adaptive")]
+
+
+@pytest.mark.parametrize(("name", "fisher", "rule"), cases(EVERY, FAST))
 def test_five_steps_of_every_fisher_and_rule(name, fisher, rule, rng):
     check(*problem(name, rng, fisher=fisher), rule)
 
 
 NAMES = ["language", "masked", "tied", "recurrent", "remat", "twice", "cond"]
 NAMES += ["layer_norm", "grouped_nchw", "heads_out"]
-SAMPLED = ("recurrent", "masked", "layer_norm")
+KINDS = list(itertools.product(NAMES, FISHERS))
+FAST_KINDS = [("language", "empirical"), ("masked", "mc"), ("tied", "empirical")]
+FAST_KINDS += [("cond", "empirical"), ("layer_norm", "empirical")]
 
 
-def kinds():
-    """All models by all Fishers; in the fast suite sampled labels for a few."""
-    for name, fisher in itertools.product(NAMES, FISHERS):
-        fast = fisher == "empirical" or (fisher == "mc" and name in SAMPLED)
-        yield pytest.param(name, fisher, marks=[] if fast else pytest.mark.slow)
-
-
-@pytest.mark.parametrize(("name", "fisher"), list(kinds()))
+@pytest.mark.parametrize(("name", "fisher"), cases(KINDS, FAST_KINDS))
 def test_every_kind_of_layer(name, fisher, rng):
     check(*problem(name, rng, fisher=fisher))
 
 
-@pytest.mark.parametrize("fisher", ["empirical", "mc"])
-@pytest.mark.parametrize("inverse", ["ekfac", "low_rank"])
-def test_bases_kept_in_the_state(inverse, fisher, rng):
-    check(*problem("conv2d", rng, fisher=fisher), inverse=inverse)
+BASES = list(itertools.product(["mlp", "conv2d"], ["ekfac", "low_rank"], FISHERS[:2]))
+FAST_BASES = [("mlp", "ekfac", "mc"), ("mlp", "low_rank", "empirical")]
 
 
-@pytest.mark.parametrize("fisher", ["empirical", "mc"])
+@pytest.mark.parametrize(("name", "inverse", "fisher"), cases(BASES, FAST_BASES))
+def test_bases_kept_in_the_state(name, inverse, fisher, rng):
+    check(*problem(name, rng, fisher=fisher), inverse=inverse)
+
+
+@pytest.mark.parametrize("fisher", cases(["empirical", "mc"], ["empirical"]))
 def test_a_part_of_the_rows(fisher, rng):
     some = kfac.Subsample(examples=2, positions=2)
     check(*problem("conv2d", rng, fisher=fisher, subsample=some))
@@ -153,7 +156,8 @@ def test_outside_jit(rng):
     """Step by step in Python, and against the compiled step."""
     tagged, params, batches = problem("mlp", rng)
     tx = kfac.kfac(tagged.layers, 0.05, interval=RULES["every"])
-    wanted = results(tagged, tx, params, batches)[1]
+    batches = batches[:3]
+    wanted = result(tagged, tx, params, batches, True)
     step, p, state = train_step(tagged, tx, deferred=True), params, tx.init(params)
     for batch in batches:
         p, state, _ = step(p, state, *batch)
@@ -172,27 +176,30 @@ def test_without_a_state_everything_is_due(rng):
     close(jax.jit(step, static_argnums=0)(True), step(False), 1e-12)
 
 
-def test_any_other_transformation_around_it(rng):
+WRAPPED = ["multi_steps", "finite", "injected", "chain"]
+
+
+@pytest.mark.parametrize("name", cases(WRAPPED, ["multi_steps", "injected"]))
+def test_any_other_transformation_around_it(name, rng):
     """optax's wrappers hand deferred statistics on as they are."""
     tagged, params, batches = problem("mlp", rng)
     make = functools.partial(kfac.kfac, interval=RULES["every"], inverse_interval=3)
     plain = make(tagged.layers, 0.05, damping=0.01)
-    wrapped = {
+    tx = {
         "multi_steps": optax.MultiSteps(plain, 2, accumulator_dtype=jnp.float64),
         "finite": optax.apply_if_finite(plain, 3),
         "injected": optax.inject_hyperparams(make)(
             tagged.layers, learning_rate=0.05, damping=0.01
         ),
         "chain": optax.chain(optax.clip_by_global_norm(10.0), plain),
-    }
-    for name, tx in wrapped.items():
-        eager, deferred = results(tagged, tx, params, batches)
-        close(deferred, eager, 1e-12)
-        wanted = 2 if name == "multi_steps" else STEPS
-        assert int(kfac_state(deferred[1]).count) == wanted, name
+    }[name]
+    eager, deferred = results(tagged, tx, params, batches)
+    close(deferred, eager, 1e-12)
+    wanted = 2 if name == "multi_steps" else STEPS
+    assert int(kfac_state(deferred[1]).count) == wanted
 
 
-@pytest.mark.parametrize("fisher", ["empirical", "mc"])
+@pytest.mark.parametrize("fisher", cases(["empirical", "mc"], ["mc"]))
 def test_the_automatic_learning_rate(fisher, rng):
     tagged, params, batches = problem("mlp", rng, fisher=fisher)
     rule = kfac.damping.levenberg_marquardt(1.0, interval=2)
@@ -219,7 +226,7 @@ def test_the_automatic_learning_rate(fisher, rng):
     close(found[1], found[0], 1e-6)
 
 
-@pytest.mark.parametrize("fisher", FISHERS)
+@pytest.mark.parametrize("fisher", cases(FISHERS, ["empirical"]))
 def test_bad_batches_are_rejected_alike(fisher, rng):
     tagged, params, batches = problem("mlp", rng, fisher=fisher)
     x, *rest = batches[2]
@@ -228,8 +235,8 @@ def test_bad_batches_are_rejected_alike(fisher, rng):
     eager, deferred = results(tagged, tx, params, batches)
     close(deferred[:2], eager[:2], 1e-12)
     assert int(kfac_state(deferred[1]).skipped) == 1
-    clean = results(tagged, tx, params, batches[:2] + batches[3:])[1]
     if fisher != "mc":  # its keys go by the step
+        clean = result(tagged, tx, params, batches[:2] + batches[3:], True)
         close(deferred[0], clean[0], 1e-12)
 
 
@@ -240,7 +247,7 @@ OVER_DEVICES = [
     ("shard_map", "gradients", "mc", pytest.mark.slow),
     ("checked", "all", "exact", pytest.mark.slow),
     ("checked", "inverses", "empirical", ()),
-    ("auto", "all", "mc", ()),
+    ("auto", "all", "mc", pytest.mark.slow),
     ("auto", "grid", "empirical", pytest.mark.slow),
     ("explicit", "all", "empirical", ()),
     ("explicit", "gradients", "exact", pytest.mark.slow),
@@ -248,7 +255,7 @@ OVER_DEVICES = [
 
 
 def over_devices():
-    """Every mode and kind of reduction; three of them in the fast suite."""
+    """Every mode and kind of reduction; two of them in the fast suite."""
     return [pytest.param(*case[:3], marks=case[3]) for case in OVER_DEVICES]
 
 
@@ -290,7 +297,7 @@ def factor_sized(entry, found, sizes):
     return written
 
 
-@pytest.mark.parametrize("fisher", FISHERS)
+@pytest.mark.parametrize("fisher", cases(FISHERS, ["empirical"]))
 def test_a_step_with_nothing_due_writes_no_factor(fisher):
     """Outside the gates no instruction has a result of the size of a factor."""
     tagged = WIDE.tag(BATCH, fisher=fisher)

@@ -3,14 +3,13 @@
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import kfac_jax_lite as kfac
-from tests.helpers import batches_of, close, kfac_state, train, train_step
+from tests.helpers import batches_of, cases, close, kfac_state, train, train_step
 from tests.models import BY_NAME
 
 DEVICES = 8
@@ -52,15 +51,15 @@ def pmapped(name, inverse="cholesky"):
 
     run = jax.pmap(step, axis_name="batch")
     params, losses = model.params(), []
-    carry = jax.tree.map(lambda v: jnp.stack([v] * DEVICES), (params, tx.init(params)))
+    carry = jax.tree.map(lambda v: np.stack([v] * DEVICES), (params, tx.init(params)))
     for batch in batches_of(model, 4, EXAMPLES):
         parts = jax.tree.map(lambda v: v.reshape(DEVICES, -1, *v.shape[1:]), batch)
         *carry, loss = run(*carry, *parts)
         losses.append(loss)
-    return carry[0], carry[1], losses
+    return jax.device_get((*carry, losses))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", cases(MODELS, ["mlp"]))
 def test_pmap(name):
     params, state, losses = pmapped(name)
     wanted, wanted_state, wanted_losses = single(name)
@@ -75,7 +74,9 @@ def test_pmap(name):
         )
 
 
-@pytest.mark.parametrize("inverse", ["eigh", "ekfac", "newton_schulz"])
+@pytest.mark.parametrize(
+    "inverse", cases(["eigh", "ekfac", "newton_schulz"], ["ekfac"])
+)
 def test_pmap_inverses(inverse):
     params, *_ = pmapped("mlp", inverse)
     close(jax.tree.map(lambda v: v[0], params), single("mlp", inverse)[0], 1e-7)
@@ -90,7 +91,7 @@ def sharded():
     )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", cases(MODELS, ["layer_norm"]))
 def test_jit_with_a_sharded_batch(name):
     model = BY_NAME[name]
     split, replicated = sharded()

@@ -13,7 +13,7 @@ from hypothesis import given
 import kfac_jax_lite as kfac
 from kfac_jax_lite import forms
 from tests import models, oracles, programs
-from tests.helpers import INVERSES, close, first_pass, kfac_state, leaves, spd
+from tests.helpers import INVERSES, cases, close, first_pass, kfac_state, leaves, spd
 
 
 def restricted(matrix, form, shape):
@@ -103,8 +103,11 @@ def dense_factor(matrix, form, shape):
     return wide
 
 
-@pytest.mark.parametrize("limit", [1, 3])
-@pytest.mark.parametrize("inverse", INVERSES)
+BOUNDED = [(limit, inverse) for limit in (1, 3) for inverse in INVERSES]
+FAST = [(3, inverse) for inverse in INVERSES] + [(1, "cholesky")]
+
+
+@pytest.mark.parametrize(("limit", "inverse"), cases(BOUNDED, FAST))
 def test_layers_with_a_bound_on_their_factors(limit, inverse):
     """``[5, 5] ⊗ [5, 5]`` with blocks of 3 (3 + 2), and with diagonals."""
     name, damping = "mlp", 0.05

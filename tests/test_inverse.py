@@ -10,6 +10,7 @@ from kfac_jax_lite import forms
 from tests import oracles
 from tests.helpers import (
     INVERSES,
+    cases,
     close,
     first_pass,
     homogeneous,
@@ -55,8 +56,13 @@ def averaged(statistics, decay):
     }
 
 
-@pytest.mark.parametrize("inverse", ["cholesky", "newton_schulz", "auto"])
-@pytest.mark.parametrize("every", [1, 3])
+EVERY = [(n, name) for n in (1, 3) for name in ("cholesky", "newton_schulz", "auto")]
+
+
+@pytest.mark.parametrize(
+    ("every", "inverse"),
+    cases(EVERY, [(1, "auto"), (3, "cholesky"), (3, "newton_schulz")]),
+)
 def test_refreshed_every_so_many_steps(rng, inverse, every):
     step, state, grads, statistics = setup(
         rng, inverse=inverse, inverse_interval=every, factor_decay=0.7

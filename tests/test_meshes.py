@@ -1,5 +1,7 @@
 """Meshes of two axes: sharded parameters, tensor-parallel layers, other layouts."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
 import kfac_jax_lite as kfac
 from tests import models
-from tests.helpers import batches_of, close, identical, kfac_state
+from tests.helpers import batches_of, cases, close, identical, kfac_state
 from tests.parallel import (
     DEVICES,
     EXAMPLES,
@@ -95,18 +97,17 @@ def train(loss, params, batches, put, options):
     return tagged.layers, params, state
 
 
-def cases():
-    """Everything; what is not combined in the fast suite is slow."""
-    for kind in (AxisType.Auto, AxisType.Explicit):
-        for i, place in enumerate(PLACES):
-            for j, spread in enumerate(SPREAD):
-                explicit = kind == AxisType.Explicit
-                fast = (i + 2 * j + explicit) % 4 == 0
-                marks = [] if fast else pytest.mark.slow
-                yield pytest.param(kind, place, spread, marks=marks)
+KINDS = (AxisType.Auto, AxisType.Explicit)
+# Tensor parallelism and divided parameters; owners and a grid.
+FAST = [
+    (AxisType.Auto, "tensor", "both_axes"),
+    (AxisType.Explicit, "fsdp", "grid"),
+]
 
 
-@pytest.mark.parametrize(("kind", "place", "spread"), list(cases()))
+@pytest.mark.parametrize(
+    ("kind", "place", "spread"), cases(itertools.product(KINDS, PLACES, SPREAD), FAST)
+)
 def test_a_mesh_of_data_and_model(kind, place, spread):
     """Parameters keep their sharding; everything else is as on one device."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
@@ -145,17 +146,7 @@ NET = models.mlp("layouts", (4, 5, 3))
 
 @pytest.mark.parametrize(
     ("make", "devices"),
-    [
-        pytest.param(make, devices, marks=[] if fast else pytest.mark.slow)
-        for make, devices, fast in (
-            (OWNER, 1, False),
-            (OWNER, 2, True),
-            (OWNER, 4, False),
-            (GRID, 1, False),
-            (GRID, 2, False),
-            (GRID, 4, True),
-        )
-    ],
+    cases(itertools.product((OWNER, GRID), (1, 2, 4)), [(GRID, 4)]),
 )
 def test_a_state_of_eight_devices_goes_on_on_fewer(make, devices):
     """Six steps on eight devices, then six on fewer: twelve on one."""

@@ -1,6 +1,7 @@
 """The tangent kernel and its spectrum against explicit Jacobians."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 
 import kfac_jax_lite as kfac
 from tests import oracles
-from tests.helpers import close
+from tests.helpers import cases, close
 from tests.tangents import masked_loss, masked_setting, setting
 
 MODELS = ["mlp", "conv2d", "bernoulli", "normal", "language", "batch_norm_flat"]
@@ -22,8 +23,13 @@ def marked_jacobian(model, params, x):
     return oracles.parameter_jacobian(model, params, x) / scale
 
 
-@BOTH
-@pytest.mark.parametrize("name", MODELS)
+FAST = [("mlp", False), ("mlp", True), ("normal", False), ("language", True)]
+FAST += [("batch_norm_flat", False)]
+
+
+@pytest.mark.parametrize(
+    ("name", "independent"), cases(itertools.product(MODELS, (False, True)), FAST)
+)
 def test_kernel_is_the_product_of_jacobians(name, independent):
     if independent and name == "batch_norm_flat":
         pytest.skip("batch norm couples examples")
@@ -57,7 +63,10 @@ def test_rows_that_do_not_count(independent):
 
 
 @BOTH
-@pytest.mark.parametrize("name", ["mlp", "conv2d", "bernoulli", "normal", "language"])
+@pytest.mark.parametrize(
+    "name",
+    cases(["mlp", "conv2d", "bernoulli", "normal", "language"], ["mlp", "language"]),
+)
 def test_the_spectrum_is_that_of_the_fisher_matrix(name, independent):
     model, tagged, params, batch = setting(name, 3)
     run = functools.partial(kfac.ntk.eigenvalues, tagged, independent=independent)

@@ -90,8 +90,9 @@ def test_every_entry_with_a_gradient_moves(loss, rng):
     tagged = kfac.tag(loss, params, x, y, num_examples=B)
     tx = kfac.scale_by_kfac(tagged.layers, damping=0.1)
     value, grads, statistics = jax.jit(tagged.value_and_grad)(params, x, y)
-    close((value, grads), jax.value_and_grad(loss)(params, x, y), 1e-10)
-    updates, _ = tx.update(grads, tx.init(params), params, statistics=statistics)
+    close((value, grads), jax.jit(jax.value_and_grad(loss))(params, x, y), 1e-10)
+    update = jax.jit(lambda g, s: tx.update(g, tx.init(params), statistics=s)[0])
+    updates = update(grads, statistics)
     for name, g in grads.items():
         assert not np.any((np.asarray(g) != 0) & (np.asarray(updates[name]) == 0))
 
@@ -99,8 +100,9 @@ def test_every_entry_with_a_gradient_moves(loss, rng):
 def oracle_block(loss, params, x, y):
     """The empirical Fisher of the ravelled parameters from examples one by one."""
     rows = []
+    gradient = jax.jit(jax.grad(loss))
     for i in range(len(x)):
-        g = jax.grad(loss)(params, x[i : i + 1], y[i : i + 1])
+        g = gradient(params, x[i : i + 1], y[i : i + 1])
         rows.append(np.concatenate([np.ravel(g[k]) for k in sorted(g)]))
     return np.mean([np.outer(r, r) for r in rows], 0)
 
@@ -110,7 +112,7 @@ def test_a_parameter_minus_a_layer_is_not_its_bias(rng):
     params, x, y = problem(rng, {"w": (IN, OUT), "b": (OUT,)})
     tagged = kfac.tag(loss, params, x, y)
     assert {t.name: t.kind for t in tagged.layers} == {"w": "dense", "b": "scale_shift"}
-    blocks = tagged.value_and_grad(params, x, y)[-1]["b"].blocks[:, 0, 0]
+    blocks = jax.jit(tagged.value_and_grad)(params, x, y)[-1]["b"].blocks[:, 0, 0]
     close(blocks, np.diag(oracle_block(loss, params, x, y))[:OUT], 1e-9)
 
 
@@ -125,7 +127,8 @@ def test_class_token_from_the_second_result_of_a_call(rng):
         return squares(both @ p["w"], y)
 
     params, x, y = problem(rng, {"cls": (IN,), "w": (2 * IN, OUT)})
-    found = kfac.tag(loss, params, x, y).value_and_grad(params, x, y)[-1]["cls"]
+    tagged = kfac.tag(loss, params, x, y)
+    found = jax.jit(tagged.value_and_grad)(params, x, y)[-1]["cls"]
     wanted = np.diag(oracle_block(loss, params, x, y))[:IN]
     close(found.blocks[:, 0, 0], wanted, 1e-9)
 
@@ -188,8 +191,8 @@ def test_convolution_with_a_bias_at_one_of_two_uses(rng):
     tagged = kfac.tag(loss, params, x, y)
     kinds = {t.name: t.kind for t in tagged.layers}
     assert kinds == {"k": "conv", "b": "dense"}
-    value, grads, statistics = tagged.value_and_grad(params, x, y)
-    close((value, grads), jax.value_and_grad(loss)(params, x, y), 1e-10)
+    value, grads, statistics = jax.jit(tagged.value_and_grad)(params, x, y)
+    close((value, grads), jax.jit(jax.value_and_grad(loss))(params, x, y), 1e-10)
     close(statistics["b"].a, np.full((1, 1), 4.0))  # four positions of every image
 
 

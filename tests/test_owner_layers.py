@@ -11,11 +11,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import kfac_jax_lite as kfac
 from kfac_jax_lite.factors.state import from_words, words
-from tests.helpers import close, identical
+from tests.helpers import cases, close, identical
 from tests.parallel import AXIS, DEVICES, EXAMPLES, OWNER, mesh_of, split_rows
 
 P = PartitionSpec
-SLOW_GRADIENTS = pytest.param("gradients", marks=pytest.mark.slow)
+SHARES = cases(["inverses", "gradients"], ["inverses"])
 
 pytestmark = [
     pytest.mark.usefixtures("compiled_anew"),
@@ -87,7 +87,7 @@ def pmapped(make, tree, steps, reduction):
     return jax.device_get(tree), state
 
 
-@pytest.mark.parametrize("share", ["inverses", SLOW_GRADIENTS])
+@pytest.mark.parametrize("share", SHARES)
 def test_layers_of_different_dtypes(share):
     """Parcels of all layers leave an owner in one array."""
     tree = params(np.float32, np.float64)
@@ -135,7 +135,7 @@ def chosen_steps(layers, **options):
     return kfac.kfac(layers, "auto", damping=damping, **options)
 
 
-@pytest.mark.parametrize("mode", ["all", "owner"])
+@pytest.mark.parametrize("mode", cases(["all", "owner"], ["owner"]))
 def test_chosen_steps_under_jit(mode):
     """The names of ``Reduction.mesh`` are no mapped axes outside the inversions."""
     reduction = kfac.Reduction(mode, bucket=0, mesh=mesh_of(AxisType.Auto))
@@ -179,7 +179,7 @@ def halves(layers, **options):
     )
 
 
-@pytest.mark.parametrize("share", ["inverses", SLOW_GRADIENTS])
+@pytest.mark.parametrize("share", SHARES)
 def test_masked_layers(share):
     """Parts of layers have factors, and layouts, of their own."""
     wanted, state, layers = single(halves, params(), 3)
@@ -218,9 +218,8 @@ def with_momentum(layers, **options):
     return kfac.kfac(layers, 0.05, damping=0.01, **options)
 
 
-@pytest.mark.parametrize(
-    "second", [jnp.bfloat16, pytest.param(np.float32, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("second", [jnp.bfloat16, np.float32])
 def test_narrow_parameters(second):
     """No step changes a dtype of the state, momentum's included."""
     tree = params(jnp.bfloat16, second)
@@ -232,31 +231,37 @@ def test_narrow_parameters(second):
     close(seen, wanted, 2e-2)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [AxisType.Explicit, pytest.param(AxisType.Auto, marks=pytest.mark.slow)],
-)
+KINDS = [None, AxisType.Auto, AxisType.Explicit]
+
+
+@pytest.mark.parametrize("kind", cases(KINDS, [None]))
 def test_a_step_without_statistics(kind):
-    """Outside ``jit``, where it is known that nothing is due."""
+    """Outside ``jit``, where it is known that nothing is due; alone and with owners."""
     tree, options = params(), {"interval": kfac.intervals.every(2)}
     tagged = kfac.tag(loss, tree, *batch())
-    reduction = kfac.Reduction("owner", bucket=0, mesh=mesh_of(kind))
-    spread = kfac_alone(tagged.layers, axis_name=AXIS, reduction=reduction, **options)
-    alone = kfac_alone(tagged.layers, **options)
-    found = []
-    for tx in (spread, alone):
-        state = tx.init(tree)
-        values = jax.jit(tagged.value_and_grad)(tree, *batch())[1:]
-        if tx is spread:
-            state = placed(state, reduction.mesh)
-            values = jax.device_put(values, NamedSharding(reduction.mesh, P()))
-        grads, statistics = values
-        with pytest.raises(ValueError, match="update needs statistics"):
-            tx.update(grads, state)
-        update = jax.jit(lambda g, s, x, tx=tx: tx.update(g, s, statistics=x))
-        _, state = update(grads, state, statistics)
-        found.append(tx.update(grads, state)[0])
-    close(jax.device_get(found[0]), jax.device_get(found[1]), 1e-10)
+    wanted = without_statistics(kfac_alone(tagged.layers, **options), tagged, tree)
+    if kind is not None:
+        reduction = kfac.Reduction("owner", bucket=0, mesh=mesh_of(kind))
+        options |= {"axis_name": AXIS, "reduction": reduction}
+        tx = kfac_alone(tagged.layers, **options)
+        close(without_statistics(tx, tagged, tree, reduction.mesh), wanted, 1e-10)
+
+
+def without_statistics(tx, tagged, tree, mesh=None):
+    """The second update, at which nothing is due; as if it were given statistics."""
+    state = tx.init(tree)
+    grads, statistics = jax.jit(tagged.value_and_grad)(tree, *batch())[1:]
+    if mesh:
+        state = placed(state, mesh)
+        whole = NamedSharding(mesh, P())
+        grads, statistics = jax.device_put((grads, statistics), whole)
+    with pytest.raises(ValueError, match="update needs statistics"):
+        tx.update(grads, state)
+    update = jax.jit(lambda g, s, x: tx.update(g, s, statistics=x))
+    _, state = update(grads, state, statistics)
+    seen = jax.device_get(tx.update(grads, state)[0])
+    close(seen, jax.device_get(update(grads, state, statistics)[0]), 1e-10)
+    return seen
 
 
 @pytest.mark.parametrize("fraction", [0.4, 0.3, 2.0, 0.0, 1 / 3, 1 / 16])

@@ -6,11 +6,18 @@ import jax
 import pytest
 
 from tests import models
+from tests.helpers import cases
 from tests.parallel import DEVICES, MODES, REDUCTIONS, run, same
 
 STEPS = 20
-# Reductions of the fast suite beside "gradients", which runs in every mode.
-CHECKED = ("all", "bfloat16", "grid")
+# What the fast suite runs: every mode, and the reductions that differ most.
+FAST = [
+    ("pmap", "all"),
+    ("shard_map", "bfloat16"),
+    ("checked", "grid"),
+    ("auto", "gradients"),
+    ("explicit", "inverses"),
+]
 SHORT = models.mlp("short", (4, 5, 3))
 
 pytestmark = [
@@ -19,16 +26,15 @@ pytestmark = [
 ]
 
 
-def cases():
-    """All modes × reductions; of the fast suite every mode, and what differs most."""
-    for mode, name in itertools.product(MODES, REDUCTIONS):
-        if mode in ("auto", "explicit") and "bfloat16" in name:
-            continue  # XLA reduces; Reduction.dtype plays no part
-        fast = name == "gradients" or (mode == "checked" and name in CHECKED)
-        yield pytest.param(mode, name, marks=[] if fast else pytest.mark.slow)
+EVERY = [
+    (mode, name)
+    for mode, name in itertools.product(MODES, REDUCTIONS)
+    # Under jit XLA reduces; Reduction.dtype plays no part.
+    if mode not in ("auto", "explicit") or "bfloat16" not in name
+]
 
 
-@pytest.mark.parametrize(("mode", "name"), list(cases()))
+@pytest.mark.parametrize(("mode", "name"), cases(EVERY, FAST))
 def test_twenty_steps_with_adaptive_intervals(mode, name):
     # bfloat16 keeps 8 bits of every statistic.
     tolerance = 3e-2 if "bfloat16" in name else 1e-8

@@ -63,7 +63,8 @@ def output_hessian(likelihood, z):
 
 def dense_ggn(likelihood, params, x):
     flat, unravel = jax.flatten_util.ravel_pytree(params)
-    jacobian = np.asarray(jax.jacrev(lambda v: forward(unravel(v), x))(flat))
+    run = jax.jit(jax.jacrev(lambda v: forward(unravel(v), x)))
+    jacobian = np.asarray(run(flat))
     z = np.asarray(forward(params, x))
     hessians = [output_hessian(likelihood, row) for row in z]
     terms = [j.T @ h @ j for j, h in zip(jacobian, hessians, strict=True)]
@@ -80,9 +81,13 @@ def test_products_equal_the_dense_gauss_newton_matrix(likelihood, seed):
     flat, unravel = jax.flatten_util.ravel_pytree(params)
     rng = np.random.default_rng(seed + 1)
     vectors = rng.normal(size=(3, flat.size))
-    model = kfac.quadratic_model(tagged, params, x, y)
-    value, slopes, gram = model.products([unravel(jnp.asarray(v)) for v in vectors])
-    gradient = jax.flatten_util.ravel_pytree(jax.grad(loss)(params, x, y))[0]
+
+    @jax.jit
+    def products(vectors):
+        return kfac.quadratic_model(tagged, params, x, y).products(vectors)
+
+    value, slopes, gram = products([unravel(jnp.asarray(v)) for v in vectors])
+    gradient = jax.flatten_util.ravel_pytree(jax.jit(jax.grad(loss))(params, x, y))[0]
     np.testing.assert_allclose(value, loss(params, x, y), rtol=1e-12)
     np.testing.assert_allclose(slopes, vectors @ np.asarray(gradient), rtol=1e-9)
     curvature = dense_ggn(likelihood, params, x)
@@ -96,19 +101,24 @@ def test_step_minimises_the_damped_model_over_both_directions():
     tx = kfac.kfac(tagged.layers, "auto", damping=damping)
     inner = kfac.scale_by_kfac(tagged.layers, damping=damping)
     state, inner_state, previous = tx.init(params), inner.init(params), None
-    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
 
     def ravel(tree):
         return np.asarray(jax.flatten_util.ravel_pytree(tree)[0])
 
-    for _ in range(4):
+    @jax.jit
+    def step(params, state, inner_state):
         _, grads, statistics = tagged.value_and_grad(params, x, y, opt_state=state)
         model = kfac.quadratic_model(tagged, params, x, y)
         u, inner_state = inner.update(grads, inner_state, params, statistics=statistics)
         d, state = tx.update(grads, state, params, statistics=statistics, model=model)
+        return grads, u, d, state, inner_state
+
+    for _ in range(4):
+        grads, u, d, state, inner_state = step(params, state, inner_state)
         directions = [-ravel(u)] + ([] if previous is None else [previous])
         basis = np.stack(directions)
-        curvature = dense_ggn("categorical", params, x) + damping * np.eye(flat.size)
+        curvature = dense_ggn("categorical", params, x) + damping * np.eye(size)
         weights = -np.linalg.solve(basis @ curvature @ basis.T, basis @ ravel(grads))
         np.testing.assert_allclose(ravel(d), weights @ basis, rtol=2e-5, atol=1e-8)
         previous = ravel(d)
@@ -126,10 +136,15 @@ def test_levenberg_marquardt_follows_the_reduction_ratio():
     def ravel(tree):
         return np.asarray(jax.flatten_util.ravel_pytree(tree)[0])
 
-    for t in range(6):
+    @jax.jit
+    def step(params, state):
         _, grads, statistics = tagged.value_and_grad(params, x, y, opt_state=state)
         model = kfac.quadratic_model(tagged, params, x, y)
         d, state = tx.update(grads, state, params, statistics=statistics, model=model)
+        return grads, d, state
+
+    for t in range(6):
+        grads, d, state = step(params, state)
         new = optax.apply_updates(params, d)
         v, g = ravel(d), ravel(grads)
         curvature = dense_ggn("categorical", params, x) + damping * np.eye(v.size)
@@ -191,6 +206,7 @@ def test_bad_batch_changes_nothing_of_an_automatic_step():
     tagged = kfac.tag(loss_of("categorical"), params, x, y)
     tx = kfac.kfac(tagged.layers, "auto", damping=kfac.damping.levenberg_marquardt(1.0))
 
+    @jax.jit
     def step(params, state, x):
         _, grads, statistics = tagged.value_and_grad(params, x, y, opt_state=state)
         model = kfac.quadratic_model(tagged, params, x, y)

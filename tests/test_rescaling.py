@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import kfac_jax_lite as kfac
 from tests.helpers import (
     batches_of,
+    cases,
     close,
     first_pass,
     homogeneous,
@@ -46,7 +47,11 @@ def wanted(w, u, outputs, epsilon=1e-9):
     return np.sqrt(2 * outputs) * w / (np.sqrt(np.sum(w**2)) + epsilon)
 
 
-@pytest.mark.parametrize("name", FORMS)
+FAST = ["mlp", "transposed", "heads_in", "reshaped", "twice", "conv1d", "conv3d"]
+FAST += ["groups", "depthwise", "nchw", "chwn", "grouped_nchw", "layer_norm"]
+
+
+@pytest.mark.parametrize("name", cases(FORMS, FAST))
 def test_every_form(rng, name):
     """Whichever axis is the output; biases and the rest move as they were told."""
     model = BY_NAME[name]
@@ -71,6 +76,7 @@ def test_every_form(rng, name):
 @hypothesis.given(
     st.integers(1, 6), st.integers(1, 6), st.floats(0, 2), st.integers(0, 10**6)
 )
+@hypothesis.settings(max_examples=6)
 def test_dense_of_any_shape(rows, outputs, epsilon, seed):
     rng = np.random.default_rng(seed)
     params = {"w": rng.normal(size=(rows, outputs)), "b": rng.normal(size=outputs)}
@@ -90,6 +96,7 @@ def test_dense_of_any_shape(rows, outputs, epsilon, seed):
 @hypothesis.given(
     st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(0, 10**6)
 )
+@hypothesis.settings(max_examples=6)
 def test_convolutions_of_any_shape(size, groups, features, seed):
     """The groups of a convolution are one kernel."""
     rng = np.random.default_rng(seed)
@@ -238,7 +245,9 @@ def test_bfloat16(rng):
 
 @pytest.mark.usefixtures("compiled_anew")
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "kind", cases([AxisType.Auto, AxisType.Explicit], [AxisType.Explicit])
+)
 def test_sharded_parameters(rng, kind):
     """Norms are those of whole kernels."""
     params = {"w": jnp.asarray(rng.normal(size=(8, 16)))}

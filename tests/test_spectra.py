@@ -69,7 +69,7 @@ def test_lanczos_refuses_what_is_not_symmetric(rng):
 # ------------------------------------------------------------ eigsh
 
 
-@hypothesis.settings(max_examples=30)
+@hypothesis.settings(max_examples=12)
 @hypothesis.given(st.data(), spectra_lists(), st.integers(0, 99))
 def test_eigsh_is_eigh(data, values, seed):
     """Any k up to P, any spectrum, any number of vectors, all three ends."""

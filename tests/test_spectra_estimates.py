@@ -12,6 +12,7 @@ import scipy.stats
 
 from kfac_jax_lite.curvature import spectra, traces
 from kfac_jax_lite.curvature.flat import flatten
+from tests.helpers import cases
 from tests.spectra import matrix_of, spectra_lists
 
 KEY = jax.random.key(1)
@@ -55,13 +56,17 @@ def test_errors_of_traces_cover(method, samples):
     check_coverage(estimates, DECAYING.sum(), freedom)
 
 
-@pytest.mark.parametrize(
-    "values, samples",
-    [(DECAYING, 32), (np.linspace(1, 3, 60), 16), (np.abs(DECAYING), 12)],
-    ids=["decaying", "flat", "positive"],
-)
-def test_errors_of_xtrace_cover(values, samples):
+SPECTRA = {
+    "decaying": (DECAYING, 32),
+    "flat": (np.linspace(1, 3, 60), 16),
+    "positive": (np.abs(DECAYING), 12),
+}
+
+
+@pytest.mark.parametrize("name", cases(SPECTRA, ["decaying"]))
+def test_errors_of_xtrace_cover(name):
     """Without bias; the jackknife's errors are not too small, nor far too large."""
+    values, samples = SPECTRA[name]
     matrix = matrix_of(values)
     found = np.array([
         spectra.trace(matrix.mv, matrix.like, key, samples, "xtrace", mm=matrix.mm)

@@ -1,5 +1,7 @@
 """One weight used in both directions: both uses' statistics, one Kronecker product."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 import kfac_jax_lite as kfac
 from tests import oracles
-from tests.helpers import INVERSES, close, kfac_state
+from tests.helpers import INVERSES, cases, close, kfac_state
 
 DAMPING = 0.05
 
@@ -47,8 +49,12 @@ def merged(a, g, a_out, g_out):
     return a + pi * g_out, g + a_out / pi
 
 
-@pytest.mark.parametrize("name", ["lookup", "autoencoder"])
-@pytest.mark.parametrize("inverse", INVERSES)
+BOTH = list(itertools.product(["lookup", "autoencoder"], INVERSES))
+FAST = [("lookup", "cholesky"), ("lookup", "ekfac"), ("lookup", "low_rank")]
+FAST += [("autoencoder", "newton_schulz"), ("autoencoder", "eigh")]
+
+
+@pytest.mark.parametrize(("name", "inverse"), cases(BOTH, FAST))
 def test_preconditioning_with_both_uses(name, inverse, rng):
     apply, params, x = problem(name, rng)
     tagged = tagged_loss(apply, params, x)

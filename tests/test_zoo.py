@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests import oracles, zoo
-from tests.helpers import close, leaves
+from tests.helpers import cases, close, leaves
 from tests.zoo import oracle
 from tests.zoo.nets import by_path, canonical
 
@@ -61,7 +61,7 @@ def compiled(run):
     return jax.jit(run, compiler_options=options)
 
 
-@pytest.mark.parametrize("net", zoo.NETS, ids=str)
+@pytest.mark.parametrize("net", cases(zoo.NETS, zoo.FAST_NETS), ids=str)
 def test_coverage(net):
     layers = tagged(net).layers
     assert {layer.name: layer.kind for layer in layers} == expected_kinds(net)
@@ -75,7 +75,7 @@ def test_coverage(net):
     assert all(layer.note for layer in layers if layer.kind == "diagonal")
 
 
-@pytest.mark.parametrize("net", zoo.NETS, ids=str)
+@pytest.mark.parametrize("net", cases(zoo.NETS, zoo.FAST_NETS), ids=str)
 def test_gradients_and_factors(net):
     """The framework's network, its gradient, and the statistics of every layer.
 
@@ -120,9 +120,10 @@ SHARING = ["positions_mlp", "twice", "twice_pooled", "conv_twice", "time_major"]
 SHARING += ["time_major_then_not", "simple", "gru", "gru_lm", "lstm", "optimized_lstm"]
 SHARING += ["fused_qkv", "layers_scan", "experts", "separable", "conv_transpose"]
 SHARED = [net for net in zoo.NETS if net.name.split("-")[0] in SHARING]
+FAST_SHARED = [net for net in zoo.FAST_NETS if net in SHARED]
 
 
-@pytest.mark.parametrize("net", SHARED, ids=str)
+@pytest.mark.parametrize("net", cases(SHARED, FAST_SHARED), ids=str)
 def test_reduced_factors(net):
     """One row per example, over all positions, sites and time steps."""
     *_, y = args = arguments(net)
@@ -132,7 +133,7 @@ def test_reduced_factors(net):
         check(net, seen, y=y, fisher=fisher, sharing="reduce")
 
 
-@pytest.mark.parametrize("net", zoo.HALF_NETS, ids=str)
+@pytest.mark.parametrize("net", cases(zoo.HALF_NETS, zoo.HALF_NETS[:1]), ids=str)
 def test_half_precision(net):
     """Gradients of the network's own precision, factors in float32."""
     args = (net.params(jnp.float32), *net.batch(EXAMPLES, jnp.float32))

@@ -17,6 +17,7 @@ from experiments.benchmarks.architectures import (
 from experiments.benchmarks.architectures.language import GPT, LSTMLanguageModel
 from experiments.benchmarks.architectures.problem import language_model
 from experiments.benchmarks.covered import percent, reasons
+from tests.helpers import cases
 
 PARAMETERS = {
     "resnet50": 25_557_032,
@@ -34,7 +35,10 @@ TINY = {
 }
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+FAST = ["resnet50", "vit_b16", "mixer_b16", "gpt2_small", "gpt2_small_scan", "lstm"]
+
+
+@pytest.mark.parametrize("name", cases(ARCHITECTURES, FAST))
 def test_every_parameter_of_a_full_size_network_is_in_one_layer(name):
     architecture = ARCHITECTURES[name]
     problem = architecture.make()
@@ -48,7 +52,9 @@ def test_every_parameter_of_a_full_size_network_is_in_one_layer(name):
     assert row["share"] >= 0.99, reasons(row["fallback"])
 
 
-@pytest.mark.parametrize("name", ["resnet50", "gpt2_small_scan"])
+@pytest.mark.parametrize(
+    "name", cases(["resnet50", "gpt2_small_scan"], ["gpt2_small_scan"])
+)
 def test_the_tagged_gradient_of_a_full_size_network_has_the_right_shapes(name):
     problem = ARCHITECTURES[name].make()
     tagged = coverage.tag(problem)

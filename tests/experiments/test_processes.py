@@ -89,7 +89,8 @@ def test_four_devices_of_several_processes(command, console, processes, devices)
     assert (first["devices"], first["processes"]) == (4, processes)
 
 
-@pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
 def test_killed_process(command, console, tmp_path, killed):
     """The others end with an error, and the run continues to the same numbers."""
     options = ["--epochs", "20"]

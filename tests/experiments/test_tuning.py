@@ -20,6 +20,7 @@ from experiments.tuning.problem import make_problem
 from experiments.tuning.ranges import Choice, Linear, Log, usual_of
 from experiments.tuning.trials import Program, in_loop, stacked
 from tests.experiments.tuning import OPTIONS, records, tiny
+from tests.helpers import cases
 
 COLUMNS = {
     "sgd": {"momentum", "weight_decay"},
@@ -172,7 +173,11 @@ def curve_alone(problem, values, seed):
 
 
 @pytest.mark.parametrize(
-    ("name", "mapping"), [*((name, "vmap") for name in TUNED), ("kfac", "auto")]
+    ("name", "mapping"),
+    cases(
+        [*((name, "vmap") for name in TUNED), ("kfac", "auto")],
+        [("sgd", "vmap"), ("adamw", "vmap"), ("kfac", "vmap")],
+    ),
 )
 def test_mapped_trials_are_those_trained_one_by_one(tmp_path, name, mapping):
     problem = make_problem(tiny(tmp_path, optimizer=name, mapping=mapping))
@@ -194,7 +199,7 @@ def test_sampled_fisher_with_the_same_labels(tmp_path):
     np.testing.assert_allclose(found, np.array(alone).T, rtol=2e-3)
 
 
-@pytest.mark.parametrize("name", TUNED)
+@pytest.mark.parametrize("name", cases(TUNED, ["sgd", "kfac"]))
 def test_a_diverging_trial_leaves_the_others_alone(tmp_path, name):
     # The trust region would keep K-FAC's step finite.
     curvature = CurvatureConfig(kl_clip=None)
