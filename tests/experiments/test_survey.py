@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -184,7 +185,8 @@ def test_hyperparameters_are_arguments():
         setting = configs.Setting("sgd", rate, 16, decay, 0)
         (_, start), (_, end) = problem.train(config, found, program, setting)
         ends[rate, decay] = jax.tree.map(jnp.subtract, end, start)
-    assert program.advance._cache_size() == 1
+    advance: Any = program.advance
+    assert advance._cache_size() == 1
     grads = jax.grad(found.loss)(start, found.data.x_train, found.data.y_train)
     for (rate, decay), moved in ends.items():
         wanted = jax.tree.map(

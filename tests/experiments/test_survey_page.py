@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import re
+from pathlib import Path
 
 import duckdb
 import numpy as np
@@ -350,6 +351,14 @@ def test_query(folder, runs):
     row = last_of(runs[0], "fisher")
     assert f"[{row['eigenvalues'][0]}, {row['eigenvalues'][1]}]" in text
     assert "Only the first 200 rows" in ask(folder, "FROM survey SELECT step")
+
+
+def test_queries_of_the_readme(folder):
+    readme = Path(__file__).parents[2] / "README.md"
+    section = readme.read_text("utf-8").split("### Survey of curvature")[1]
+    queries = section.split("```sql\n")[1].split("```")[0].split(";\n")
+    found = [ask(folder, query) for query in queries if query.strip()]
+    assert len(found) == 3 and all(found)
 
 
 def test_query_writes_a_file(folder, tmp_path):
