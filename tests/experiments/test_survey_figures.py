@@ -269,6 +269,12 @@ def test_estimates_are_near_the_exact_figures(cell, spectra):
             margin = 1e-3 if closed else 4 * error + 1e-3
             assert abs(row[column] - wanted[column]) < margin, (told, column)
         assert (row["tic"] is None) == (name == "hessian")
-        for column in ("overlap", "spectral_error"):
-            near = pytest.approx(wanted[column], abs=0.02)
-            assert row[column] == near, (told, column)
+        near = pytest.approx(wanted["spectral_error"], abs=0.02)
+        assert row["spectral_error"] == near, told
+        parted = [
+            spectra[form][name].all_values[9] - spectra[form][name].all_values[10]
+            for form in (approximation, "full")
+        ]
+        if min(parted) > 1e-3 * scale:  # else the ten are not determined
+            near = pytest.approx(wanted["overlap"], abs=0.02)
+            assert row["overlap"] == near, told
