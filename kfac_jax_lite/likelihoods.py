@@ -234,7 +234,7 @@ def fisher_product(likelihood: str, output: Array, tangent: Array) -> Array:
         # Not jnp.sum(p * t): jaxlib 0.10.2 fuses that, for CPUs, with the last layer's
         # product and then gets more than 32,768 entries of it wrong,
         # https://github.com/jax-ml/jax/issues/39103.
-        return p * (t - jnp.einsum("...c,...c->...", p, t)[..., None])
+        return p * (t - jnp.vecdot(p, t)[..., None])
     if likelihood == "bernoulli":
         return jax.nn.sigmoid(z) * jax.nn.sigmoid(-z) * t
     return t

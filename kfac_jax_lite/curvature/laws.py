@@ -139,7 +139,8 @@ def kernel(
             total = [jnp.zeros_like(o.value) for o in outputs]
             for column in columns:
                 triples = list(zip(outputs, column, moved, strict=True))
-                dots = [jnp.sum(as_rows(o, c * t), -1) for o, c, t in triples]
+                # Not a sum of products, see fisher_product.
+                dots = [jnp.vecdot(as_rows(o, c), as_rows(o, t)) for o, c, t in triples]
                 dot = sum(dots[1:], dots[0])[:, None]
                 for i, (o, c, _) in enumerate(triples):
                     total[i] += (as_rows(o, c) * dot).reshape(c.shape)
