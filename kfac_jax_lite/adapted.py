@@ -27,7 +27,6 @@ import jax.numpy as jnp
 import optax
 
 from kfac_jax_lite.damping import Adaptive
-from kfac_jax_lite.refresh import apart
 from kfac_jax_lite.tree import choose, find_states
 from kfac_jax_lite.types import Array
 
@@ -93,8 +92,7 @@ def adapted(
 
     def update_fn(updates, state, params=None, **extra_args):
         grads = updates
-        always = state.damping > 0
-        end = slope_along(state.step, grads, always)
+        end = slope_along(state.step, grads)
         agreement = jnp.where(state.slope * sign > 0, end / state.slope, -jnp.inf)
         agreement = jnp.where(state.slope == 0, jnp.nan, agreement)
         damping, back = rule.adjust(state.damping, agreement, lag), jnp.asarray(False)
@@ -109,7 +107,7 @@ def adapted(
         accepted = jnp.all(jnp.stack([n.skipped == o.skipped for n, o in pairs]))
         if retreats:
             d = choose(back, jax.tree.map(jnp.negative, state.step), d)
-        slope = slope_along(d, grads, always)
+        slope = slope_along(d, grads)
         scale = jnp.maximum(jnp.abs(slope), MEMORY * state.scale)
         slope = jnp.where(back, 0, slope)
         scale = jnp.where(back, state.scale, scale)
@@ -121,10 +119,6 @@ def adapted(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def slope_along(step: Any, grads: Any, flag: Array) -> Array:
-    """``dᵀ∇L``, a float32 scalar; ``flag`` must be true and traced."""
-
-    def product():
-        return jnp.asarray(optax.tree.vdot(step, grads), jnp.float32)
-
-    return apart(flag, product, 0, (step, grads))
+def slope_along(step: Any, grads: Any) -> Array:
+    """``dᵀ∇L``, a float32 scalar."""
+    return jnp.asarray(optax.tree.vdot(step, grads), jnp.float32)
