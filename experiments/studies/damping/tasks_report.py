@@ -109,7 +109,10 @@ def plot_tasks(cells: dict[str, list[Record]], path: Path) -> None:
     size = {"figsize": (3.2 * len(names), 5), "layout": "constrained"}
     figure, grid = plt.subplots(2, len(names), sharex="col", squeeze=False, **size)
     for column, task in enumerate(names):
+        known = {r["method"] for r in records if r["task"] == task}
         for method, style in ((DEFAULT, "--"), (ADAPTIVE, "-")):
+            if method not in known:
+                continue
             rate = best_rate(records, task, method)
             runs = [
                 r
