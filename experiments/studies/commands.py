@@ -1,8 +1,11 @@
 """The ``study`` commands of the command line; JAX starts only when one runs."""
 
 import argparse
+import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import tyro
 from rich.console import Console
@@ -34,6 +37,20 @@ STUDIES = {
 }
 
 
+# What runs a study and returns its folder, and the report of such a folder.
+RUNS: dict[type, tuple[str, Callable[[Path], Report]]] = {
+    DampingStudy: ("damping.run.run_damping", DampingReport),
+    BatchStudy: ("batch_size.run.run_batch_size", BatchReport),
+    PinnStudy: ("pinn.run.run_pinn", PinnReport),
+}
+SAVERS: dict[type, str] = {
+    IntervalReport: "interval_report.save_report",
+    DampingReport: "damping.report.save_report",
+    BatchReport: "batch_size.report.save_report",
+    PinnReport: "pinn.report.save_report",
+}
+
+
 def parse_study(arguments: Sequence[str], prog: str) -> Command:
     """Parses what follows ``study``.
 
@@ -60,6 +77,12 @@ def parse_study(arguments: Sequence[str], prog: str) -> Command:
     return tyro.cli(type(default), prog=f"{prog} {study}", default=default, args=rest)
 
 
+def function(path: str) -> Callable[..., Any]:
+    """A function by its path under ``experiments.studies``."""
+    module, name = path.rsplit(".", 1)
+    return getattr(importlib.import_module(f"experiments.studies.{module}"), name)
+
+
 def run_study(config: Command, console: Console) -> int:
     """Runs a study, or reports one.
 
@@ -70,43 +93,14 @@ def run_study(config: Command, console: Console) -> int:
     Returns:
         The exit status.
     """
-    if isinstance(config, DampingStudy):
-        from experiments.studies.damping.run import run_damping
-
-        config = DampingReport(run_damping(config, console))
-    if isinstance(config, DampingReport):
-        from experiments.studies.damping.report import save_report as save_page
-
-        save_page(config, console)
-        return 0
-    if isinstance(config, BatchStudy):
-        from experiments.studies.batch_size.run import run_batch_size
-
-        config = BatchReport(run_batch_size(config, console))
-    if isinstance(config, BatchReport):
-        from experiments.studies.batch_size.report import save_report as save_batch
-
-        save_batch(config, console)
-        return 0
-    if isinstance(config, PinnStudy):
-        from experiments.studies.pinn.run import run_pinn
-
-        config = PinnReport(run_pinn(config, console))
-    if isinstance(config, PinnReport):
-        from experiments.studies.pinn.report import save_report as save_pinn
-
-        save_pinn(config, console)
-        return 0
     if isinstance(config, IntervalStudy):
         set_host_devices(config.host_devices)
-        from experiments.studies.intervals import run_intervals
-
-        run_intervals(config, console)
-        file, out = config.out, config.out.parent
-        config = IntervalReport(file=file, out=out)
-    from experiments.studies.interval_report import save_report
-
-    save_report(config, console)
+        function("intervals.run_intervals")(config, console)
+        config = IntervalReport(file=config.out, out=config.out.parent)
+    for study, (path, report) in RUNS.items():
+        if isinstance(config, study):
+            config = report(function(path)(config, console))
+    function(SAVERS[type(config)])(config, console)
     return 0
 
 
