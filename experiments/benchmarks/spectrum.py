@@ -11,8 +11,7 @@ to ``spectrum.jsonl``.
 import dataclasses
 import json
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,7 +109,7 @@ def train(task: Task, data: Dataset, config: Config, bar: Progress) -> tuple[Any
     for images, labels in batches(data, size, config.seed, 0, steps):
         params, state = step(params, state, images, labels)
         bar.advance(shown)
-    return jax.block_until_ready(params), steps
+    return params, steps
 
 
 def make_operator(task: Task, data: Dataset, params: Any, config: Config) -> Operator:
@@ -164,13 +163,6 @@ def eigenpairs(
     return found, last
 
 
-def clock(function: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds on the wall, and the result."""
-    start = time.perf_counter()
-    result = function()
-    return time.perf_counter() - start, result
-
-
 def measure(config: Config, console: Console) -> dict[str, Any]:
     """Trains the network and finds the eigenvalues.
 
@@ -184,12 +176,12 @@ def measure(config: Config, console: Console) -> dict[str, Any]:
     data = load(config.dataset, config.data_dir).first(config.examples)
     task = make_task(config.model, NetConfig(hidden=config.hidden), data)
     with make_bar(console) as bar:
-        training, (params, steps) = clock(lambda: train(task, data, config, bar))
+        training, (params, steps) = timed(train, task, data, config, bar)
         operator = make_operator(task, data, params, config)
         like = jax.tree.map(jnp.ones_like, params)
         first, _ = timed(operator.mv, like)
         one, _ = timed(operator.mv, like)
-        seconds, (found, count) = clock(lambda: eigenpairs(operator, config, bar))
+        seconds, (found, count) = timed(eigenpairs, operator, config, bar)
     losses = [task.evaluate(params, {}, *part) for part in operator.stream.batches]
     sums = jax.tree.map(lambda *x: float(sum(x)), *losses)
     values = dataclasses.asdict(config)

@@ -3,7 +3,7 @@
 import argparse
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,24 @@ def parse_study(arguments: Sequence[str], prog: str) -> Command:
     rest = list(arguments[1:])
     if study in REPORTS:
         return tyro.cli(REPORTS[study], prog=f"{prog} {study}", args=rest)
+    default = of_size(rest, STUDIES[study])
+    return tyro.cli(type(default), prog=f"{prog} {study}", default=default, args=rest)
+
+
+def of_size(arguments: Sequence[str], known: Mapping[str, Any]) -> Any:
+    """The configuration that ``--size`` chooses, whose values are the other defaults.
+
+    Args:
+        arguments: the options of a command.
+        known: configurations by size, ``small`` among them.
+
+    Returns:
+        The configuration; the small one for a wrong name, which is left to the real
+        parser, which knows how to tell it.
+    """
     sizes = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     sizes.add_argument("--size", default="small")
-    size, known = sizes.parse_known_args(rest)[0].size, STUDIES[study]
-    # A wrong name is left to the real parser, which knows how to tell it.
-    default = known.get(size, known["small"])
-    return tyro.cli(type(default), prog=f"{prog} {study}", default=default, args=rest)
+    return known.get(sizes.parse_known_args(arguments)[0].size, known["small"])
 
 
 def function(path: str) -> Callable[..., Any]:

@@ -1,11 +1,11 @@
 """The ``survey`` commands of the command line; JAX starts only when one runs."""
 
-import argparse
 from collections.abc import Sequence
 
 import tyro
 from rich.console import Console
 
+from experiments.studies.commands import of_size
 from experiments.survey.config import SIZES, SurveyConfig, SurveyQuery, SurveyReport
 
 Command = SurveyConfig | SurveyReport | SurveyQuery
@@ -26,11 +26,7 @@ def parse_survey(arguments: Sequence[str], prog: str) -> Command:
     if rest and rest[0] in OTHERS:
         name = rest[0]
         return tyro.cli(OTHERS[name], prog=f"{prog} {name}", args=rest[1:])
-    sizes = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    sizes.add_argument("--size", default="small")
-    size = sizes.parse_known_args(rest)[0].size
-    # A wrong name is left to the real parser, which knows how to tell it.
-    default = SIZES.get(size, SIZES["small"])
+    default = of_size(rest, SIZES)
     others = f"{prog} report --help, {prog} query --help"
     return tyro.cli(
         SurveyConfig,

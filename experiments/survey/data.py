@@ -14,6 +14,7 @@ import numpy as np
 
 from experiments import datasets
 from experiments.datasets.packaged import import_package, split
+from experiments.studies.images import pooled
 from experiments.survey.config import SurveyConfig
 
 TABLES = {"wine": "Wine", "breast_cancer": "Breast cancer"}
@@ -102,12 +103,9 @@ def averaged(images: np.ndarray, side: int) -> np.ndarray:
     Returns:
         ``[n, h // side, w // side, c]``.
     """
-    n, h, w, c = images.shape
-    rows, columns = h // side, w // side
-    top, left = (h - rows * side) // 2, (w - columns * side) // 2
-    cut = images[:, top : top + rows * side, left : left + columns * side]
-    squares = cut.reshape(n, rows, side, columns, side, c)
-    return squares.mean((2, 4), dtype=np.float32)
+    height, width = (size // side * side for size in images.shape[1:3])
+    top, left = (images.shape[1] - height) // 2, (images.shape[2] - width) // 2
+    return pooled(images[:, top : top + height, left : left + width], side)
 
 
 def batch_rows(num_train: int, batch_size: int, steps: int, seed: int) -> np.ndarray:
