@@ -146,6 +146,7 @@ SIGNATURES = {
         "num_samples": 1,
         "has_aux": False,
         "axis_name": None,
+        "deferred": False,
     },
     "bayes.sample": {
         "state": EMPTY,
