@@ -1,0 +1,1 @@
+"""Bayesian deep learning from the same factors (to be replaced)."""
