@@ -6,7 +6,7 @@ value, grads, statistics = tagged.value_and_grad(params, *batch, opt_state=state
 updates, state = tx.update(grads, state, params, statistics=statistics)
 """
 
-from kfac_jax_lite import curvature, damping, intervals, ntk, simulate
+from kfac_jax_lite import bayes, curvature, damping, intervals, ntk, simulate
 from kfac_jax_lite.accuracy import choose_ranks, inverse_error
 from kfac_jax_lite.adapted import AdaptedState
 from kfac_jax_lite.alias import KFACChainState, kfac
@@ -59,6 +59,7 @@ __all__ = [
     "Subsample",
     "TaggedLoss",
     "TiedStatistics",
+    "bayes",
     "bernoulli",
     "categorical",
     "choose_ranks",

@@ -7,6 +7,7 @@ References:
 """
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from kfac_jax_lite import forms
 from kfac_jax_lite.eigenpairs import LowRankInverses, sides, solve
 from kfac_jax_lite.inverse import FactorInverses
+from kfac_jax_lite.tree import leaves_by_path, replace_leaves
 from kfac_jax_lite.types import Array, GradientRows, LayerTag, Statistics
 
 
@@ -48,6 +50,26 @@ def scatter(layer: LayerTag, block: Array, leaves: dict[str, Any]) -> dict[str, 
         parts = [block]
     triples = zip(layer.views, layer.params, parts, strict=True)
     return {path: view.write(part, leaves[path]) for view, path, part in triples}
+
+
+def assemble(layers: Sequence[LayerTag], blocks: dict[str, Array], tree: Any) -> Any:
+    """Blocks of layers as a parameter-shaped tree.
+
+    Args:
+        layers: The layers.
+        blocks: Their blocks by name, as ``gather`` returns them.
+        tree: What gives shapes and dtypes, and entries that are in no layer.
+
+    Returns:
+        The tree.
+    """
+    leaves, parts = leaves_by_path(tree), {}
+    for layer in layers:
+        for path, part in scatter(layer, blocks[layer.name], leaves).items():
+            parts[path] = parts[path] + part if path in parts else part
+    return replace_leaves(
+        tree, {path: x.astype(leaves[path].dtype) for path, x in parts.items()}
+    )
 
 
 def precondition(

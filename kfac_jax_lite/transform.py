@@ -24,11 +24,11 @@ from kfac_jax_lite.options import Options
 from kfac_jax_lite.ownership import Plan
 from kfac_jax_lite.placement import own_part, state_specs
 from kfac_jax_lite.precondition import (
+    assemble,
     gather,
     precondition,
     precondition_thin,
     rows_of,
-    scatter,
 )
 from kfac_jax_lite.reduce import Reduction
 from kfac_jax_lite.refresh import (
@@ -51,7 +51,7 @@ from kfac_jax_lite.slices import (
     sliced_statistics,
 )
 from kfac_jax_lite.traffic import INVERSION, REFRESH, STEP, traffic
-from kfac_jax_lite.tree import leaves_by_path, replace_leaves
+from kfac_jax_lite.tree import leaves_by_path
 from kfac_jax_lite.types import Array, Deferred, LayerTag, accumulation_dtype, computed
 
 EVERY_STEP = every(1)
@@ -353,7 +353,6 @@ def directions(
 ) -> Any:
     """Preconditioned gradients; zeros where the batch was rejected."""
     leaves = leaves_by_path(grads)
-    outputs: dict[str, Array] = {}
     blocks, rows = {}, {}
     for layer in layers:
         name, factors = layer.name, state.factors[layer.name]
@@ -371,8 +370,4 @@ def directions(
     if divided:
         shapes = {name: blocks[name].shape for name in rows}
         blocks |= gather_rows(divided, plan, options.axis_name, rows, shapes)
-    for layer in layers:
-        for path, part in scatter(layer, blocks[layer.name], leaves).items():
-            outputs[path] = outputs[path] + part if path in outputs else part
-    updates = {path: u.astype(leaves[path].dtype) for path, u in outputs.items()}
-    return replace_leaves(grads, updates)
+    return assemble(layers, blocks, grads)

@@ -155,8 +155,22 @@ class DiagonalStatistics(NamedTuple):
     num_examples: Array
 
 
+class SquareStatistics(NamedTuple):
+    """Squared gradients of the examples, of ``tag(…, statistics="squares")``.
+
+    Attributes:
+        squares: ``(1/N) Σ_n g_n²``, ``[*blocks, in(+1), out]``, bias last.
+    """
+
+    squares: Array
+
+
 Statistics = (
-    KroneckerStatistics | TiedStatistics | ScaleShiftStatistics | DiagonalStatistics
+    KroneckerStatistics
+    | TiedStatistics
+    | ScaleShiftStatistics
+    | DiagonalStatistics
+    | SquareStatistics
 )
 
 

@@ -47,8 +47,8 @@ ORDER = [
     {"cost"},
     {"simulate"},
     {"curvature", "ntk"},
-    {"__init__"},
     {"bayes"},
+    {"__init__"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))

@@ -1,19 +1,157 @@
-"""Draws of weights (to be replaced)."""
+"""Posteriors over weights, and drawing from them, whatever the method.
+
+Every method keeps a normal distribution around the parameters ``μ``,
+
+``q(w) = N(μ, (τ/N) (F + δ I)⁻¹)``,    ``δ = τ p / N``,
+
+with ``F`` a curvature of the *mean* loss, ``N`` the number of examples (times the
+factor ``ρ`` by which augmentation multiplies them), ``p`` the precision of the prior
+``N(0, I/p)`` and ``τ`` the temperature: it maximises
+``E_q[log p(D | w)] − τ KL(q ‖ prior)``.
+
+References:
+    Zhang, Sun, Duvenaud & Grosse, 2018, arXiv:1712.02390; Osawa et al., 2019,
+    arXiv:1906.02506, Sec. 3 (tempering, the augmentation factor).
+"""
+
+from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
+import optax
+
+from kfac_jax_lite.types import Array
 
 
-def find(state):
-    """The object with `draw` inside an optax state."""
-    leaves = jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "draw"))
-    (found,) = [x for x in leaves if hasattr(x, "draw")]
-    return found
+class Posterior(Protocol):
+    """What weights can be drawn from: an optimiser's state, or a ``Laplace``."""
+
+    def draw(self, params: Any, key: Any) -> Any:
+        """Weights, shaped like the mean ``params``."""
+        ...
 
 
-def sample(state, params, key, num_samples=None):
-    """Draws weights; with ``num_samples``, on a new leading axis."""
+class Scale(NamedTuple):
+    """The numbers of a posterior, from ``scale_of``.
+
+    Attributes:
+        variance: ``τ/N``.
+        damping: ``δ = τ p / N``.
+    """
+
+    variance: float
+    damping: float
+
+
+def scale_of(
+    num_data: int, prior_precision: float, temperature: float, augmentation: float
+) -> Scale:
+    """``τ/N`` and ``δ``.
+
+    Args:
+        num_data: Number of examples (terms of the loss over the whole data set).
+        prior_precision: ``p``.
+        temperature: ``τ``.
+        augmentation: ``ρ``: ``N`` is ``ρ`` times ``num_data``.
+
+    Returns:
+        The numbers.
+
+    Raises:
+        ValueError: One of them is not positive.
+    """
+    values = {
+        "num_data": num_data,
+        "prior_precision": prior_precision,
+        "temperature": temperature,
+        "augmentation": augmentation,
+    }
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value!r}.")
+    variance = temperature / (augmentation * num_data)
+    return Scale(variance, variance * prior_precision)
+
+
+def is_posterior(x: Any) -> bool:
+    """Whether weights can be drawn from it."""
+    return callable(getattr(x, "draw", None))
+
+
+def find(state: Any) -> Any:
+    """The posterior inside any optax state, or the posterior itself.
+
+    Args:
+        state: A state, however it is wrapped.
+
+    Returns:
+        The posterior.
+
+    Raises:
+        ValueError: There is none, or more than one.
+    """
+    leaves = jax.tree.leaves(state, is_leaf=is_posterior)
+    found = [leaf for leaf in leaves if is_posterior(leaf)]
+    if len(found) != 1:
+        raise ValueError(
+            f"{type(state).__name__} contains {len(found)} posteriors, wanted one: "
+            "pass the state of an optimiser of kfac.bayes, or what "
+            "kfac.bayes.laplace returns."
+        )
+    return found[0]
+
+
+def sample(state: Any, params: Any, key: Any, num_samples: int | None = None) -> Any:
+    """Draws weights.
+
+    Args:
+        state: State of an optimiser of ``kfac.bayes``, wrapped in whatever of optax, or
+            a Laplace posterior.
+        params: The mean ``μ``.
+        key: PRNG key. Under ``pmap`` and ``shard_map``, devices that should draw
+            different weights need different keys (``fold_in`` of their
+            ``lax.axis_index``).
+        num_samples: How many; None: one, without a leading axis.
+
+    Returns:
+        Weights shaped like ``params``, with ``num_samples`` behind a leading axis. An
+        optimiser that has not seen any statistics yet returns the mean.
+
+    Raises:
+        ValueError: The state contains no posterior, or several.
+    """
     posterior = find(state)
     if num_samples is None:
         return posterior.draw(params, key)
     keys = jax.random.split(key, num_samples)
     return jax.vmap(lambda k: posterior.draw(params, k))(keys)
+
+
+def noise_like(params: Any, key: Any) -> Any:
+    """Independent standard normal numbers shaped like the parameters."""
+    return optax.tree.random_like(key, params, jax.random.normal)
+
+
+def plus(params: Any, noise: Any, scale: Array) -> Any:
+    """``μ + s e`` in the dtypes of ``μ``."""
+
+    def add(mean, e):
+        return mean + (scale.astype(e.dtype) * e).astype(mean.dtype)
+
+    return jax.tree.map(add, params, noise)
+
+
+def diagonal_draw(params: Any, key: Any, variances: Any) -> Any:
+    """Independent normal weights around ``μ``.
+
+    Args:
+        params: ``μ``.
+        key: PRNG key.
+        variances: Shaped like the parameters.
+
+    Returns:
+        The weights.
+    """
+    noise = noise_like(params, key)
+    noise = jax.tree.map(lambda e, v: e * jnp.sqrt(v).astype(e.dtype), noise, variances)
+    return plus(params, noise, jnp.ones(()))

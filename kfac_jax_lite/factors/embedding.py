@@ -82,6 +82,25 @@ def example_sums(
     return scattered(token, weight[..., None], geometry)[..., 0]
 
 
+def example_gradients(
+    geometry: EmbeddingGeometry, found: tuple[Array, Array, Array], examples: int
+) -> Array:
+    """The table's gradient of every example, ``[*blocks, N, vocabulary, out]``.
+
+    Args:
+        geometry: Static shape facts.
+        found: Tokens and weights ``[*blocks, R]``, cotangents ``[*blocks, R, out]``.
+        examples: ``N``.
+
+    Returns:
+        The gradients.
+    """
+    token, weight, c = found
+    value = weight.astype(accumulation_dtype(c.dtype))[..., None] * c
+    value = value.reshape(*value.shape[:-2], examples, -1, value.shape[-1])
+    return scattered(token.reshape(value.shape[:-1]), value, geometry)
+
+
 def eigenbasis_moment(
     geometry: EmbeddingGeometry, found: tuple[Array, Array], c: Array, recipe: Recipe
 ) -> Array:

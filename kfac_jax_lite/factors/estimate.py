@@ -27,6 +27,7 @@ from kfac_jax_lite.types import (
     KroneckerStatistics,
     LayerTag,
     ScaleShiftStatistics,
+    SquareStatistics,
     Statistics,
     TiedStatistics,
     accumulation_dtype,
@@ -34,6 +35,7 @@ from kfac_jax_lite.types import (
 
 FISHERS = ("empirical", "mc", "exact")
 WEIGHT_SHARING = ("expand", "reduce")
+STATISTICS = ("factors", "squares")
 
 
 def tag(
@@ -47,6 +49,7 @@ def tag(
     strict: bool = False,
     max_factor_dim: int = 8192,
     subsample: Subsample = Subsample(),  # noqa: B008 (frozen)
+    statistics: str = "factors",
 ) -> "TaggedLoss":
     """Finds the layers of a loss function; nothing is executed.
 
@@ -68,6 +71,9 @@ def tag(
             times as large is kept as diagonal blocks, a larger one as its diagonal.
         subsample: Every how many examples and positions Kronecker factors are
             estimated from, by default all; unbiased whatever the choice.
+        statistics: ``"factors"``, or ``"squares"``: for dense layers, convolutions and
+            embeddings the exact mean of the squares of single examples' gradients, as
+            ``kfac.bayes.vogn`` wants them (no matter the weight sharing).
 
     Returns:
         The tagged loss. ``print`` it for the table of layers.
@@ -84,11 +90,14 @@ def tag(
     for name, value, known in (
         ("fisher", fisher, FISHERS),
         ("weight_sharing", weight_sharing, WEIGHT_SHARING),
+        ("statistics", statistics, STATISTICS),
     ):
         if value not in known:
             raise ValueError(f"{name} must be one of {known}, got {value!r}.")
     sampled = fisher != "empirical"
     check_factor_dim(max_factor_dim)
+    if statistics == "squares" and subsample != Subsample():
+        raise ValueError('statistics="squares" takes all rows: no subsample.')
     tagged = TaggedLoss(
         loss_fn,
         (),
@@ -98,6 +107,7 @@ def tag(
         num_examples,
         max_factor_dim,
         subsample,
+        statistics,
     )
     found = tagged.trace(params, args, sampled)
     tagged = dataclasses.replace(tagged, layers=found.layers)
@@ -128,6 +138,7 @@ class TaggedLoss:
         num_examples: ``N`` if the user gave it.
         max_factor_dim: Largest factor that is kept in full.
         subsample: Which rows the factors are estimated from.
+        statistics: ``"factors"`` or ``"squares"``.
     """
 
     loss_fn: Callable
@@ -138,6 +149,7 @@ class TaggedLoss:
     num_examples: int | None
     max_factor_dim: int
     subsample: Subsample = Subsample()
+    statistics: str = "factors"
 
     def __str__(self) -> str:
         """The table of layers."""
@@ -173,7 +185,8 @@ class TaggedLoss:
             params: Parameters, structured as in ``tag``.
             *args: Further arguments; other batch sizes retrace.
             opt_state: Optimiser state that contains a ``KFACState``: layers it does not
-                list as due return zeros and cost nothing. None: all layers.
+                list as due return zeros and cost nothing. None: all layers. Not read
+                for ``statistics="squares"``.
             key: PRNG key, for ``fisher="mc"``.
             deferred: Leave the statistics to ``update``, which must be called in the
                 same traced step with ``statistics=statistics``: a step with nothing due
@@ -247,6 +260,7 @@ class TaggedLoss:
         self, found: Trace, params: Any, args: tuple, opt_state: Any, deferred: bool
     ) -> Watched:
         """What every layer is tapped with, and which ones are only watched."""
+        opt_state = None if self.statistics == "squares" else opt_state
         due, bases = read_state(opt_state, found.layers)
         recipes = self._recipes(found)
         slots = make_slots(recipes, params, due, bases)
@@ -258,10 +272,10 @@ class TaggedLoss:
 
     def _recipes(self, found: Trace) -> dict[str, Recipe]:
         reduce, masked = self.weight_sharing == "reduce", MASK in found.marks
-        n = found.num_examples
+        n, squares = found.num_examples, self.statistics == "squares"
         return {
             t.name: make_recipe(
-                t, found.sites[t.name], n, reduce, masked, self.subsample
+                t, found.sites[t.name], n, reduce, masked, self.subsample, squares
             )
             for t in found.layers
             if t.kind != "diagonal"
@@ -314,6 +328,8 @@ def pack_statistics(
             continue
         elif layer.kind == "scale_shift":
             statistics[layer.name] = ScaleShiftStatistics(**by_field[layer.name])
+        elif "squares" in by_field[layer.name]:
+            statistics[layer.name] = SquareStatistics(**by_field[layer.name])
         elif layer.tied:
             statistics[layer.name] = TiedStatistics(**by_field[layer.name])
         else:

@@ -26,7 +26,7 @@ from kfac_jax_lite.sharding import automatic, explicit_mesh, specs_of
 from kfac_jax_lite.tagging.taps import Slot
 from kfac_jax_lite.tree import vary, varying_axes
 
-ALL_FIELDS = frozenset({"a", "g", "a_out", "g_out", "s", "blocks"})
+ALL_FIELDS = frozenset({"a", "g", "a_out", "g_out", "s", "blocks", "squares"})
 
 
 @dataclasses.dataclass(frozen=True)

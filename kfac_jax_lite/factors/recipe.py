@@ -43,6 +43,8 @@ class Recipe:
         by_example: Whether positions are added up over several sites.
         masked: Whether only rows count whose cotangent is not zero.
         subsample: Which of its rows are taken.
+        squares: Whether squares of the examples' gradients are wanted, not factors;
+            ``by_example`` then adds the gradients themselves up over several sites.
     """
 
     layer: LayerTag
@@ -53,6 +55,7 @@ class Recipe:
     by_example: bool = False
     masked: bool = False
     subsample: Subsample = Subsample()
+    squares: bool = False
 
     def lattice(self, site: Site) -> Lattice | None:
         """The rows that are taken at one of its sites; None: all."""
@@ -73,6 +76,7 @@ def make_recipe(
     reduce: bool,
     masked: bool,
     subsample: Subsample = Subsample(),  # noqa: B008 (frozen)
+    squares: bool = False,
 ) -> Recipe:
     """The recipe of a layer applied at these sites."""
 
@@ -84,6 +88,11 @@ def make_recipe(
     if layer.kind == "scale_shift":
         groups = {s.geometry.examples for s in sites}  # type: ignore[union-attr]
         by_example = several and groups == {num_examples}
+    elif squares:
+        check_rows(layer, sites, num_examples)
+        return Recipe(
+            layer, num_examples, 0, by_example=several, masked=masked, squares=True
+        )
     else:
         every = [positions_per_example(s.geometry.rows, num_examples) for s in sites]
         by_example = reduce and all(every) and not layer.tied
@@ -103,6 +112,17 @@ def make_recipe(
         masked=masked,
         subsample=Subsample() if layer.kind == "scale_shift" else subsample,
     )
+
+
+def check_rows(layer: LayerTag, sites: list[Site], num_examples: int) -> None:
+    """Every row must be one example's."""
+    for site in sites:
+        if positions_per_example(site.geometry.rows, num_examples) is None:
+            raise ValueError(
+                f"layer {layer.name}: squares of single examples' gradients need rows "
+                f"that belong to the {num_examples} terms of the loss, got rows "
+                f"{site.geometry.rows}."
+            )
 
 
 def count_rows(sites: list[Site], num_examples: int, reduce: bool) -> int:
@@ -137,7 +157,12 @@ def zero_probes(recipe: Recipe, dtype: Any, moments: bool) -> dict[str, Array]:
     else:
         blocks = layer.stack + layer.blocks
         n, (n_in, n_out) = recipe.num_examples, layer.sizes
-        if recipe.by_example:
+        counts = {}
+        if recipe.squares and recipe.by_example:
+            shapes = {"gradients": (*blocks, n, n_in, n_out)}
+        elif recipe.squares:
+            shapes = {"squares": (*blocks, n_in, n_out)}
+        elif recipe.by_example:
             shapes = {"x_sum": (*blocks, n, n_in), "c_sum": (*blocks, n, n_out)}
             counts = {"count": (*blocks, n)}
         else:
@@ -175,6 +200,8 @@ def finish(
     n = recipe.num_examples if terms is None else terms
     if "s_sum" in raw:
         found = {"blocks": lambda: unit_blocks(raw["s_sum"], n)}
+    elif "gradients" in raw:
+        found = {"squares": lambda: n * jnp.square(raw["gradients"]).sum(-3)}
     elif recipe.by_example:
         found = from_examples(recipe, raw, basis, n)
     elif not recipe.masked:
@@ -220,7 +247,7 @@ def rescaled(recipe: Recipe, raw: dict, terms: Any) -> dict:
     def of(name: str):
         if name in ("a", "a_out"):
             return raw[name] * (n / terms)
-        if name in ("s", "blocks"):
+        if name in ("s", "blocks", "squares"):
             return raw[name] * (terms / n)
         rows, static = "rows", recipe.num_rows
         if name == "g_out":

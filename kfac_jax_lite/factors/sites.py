@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from kfac_jax_lite import forms
-from kfac_jax_lite.factors import conv, dense, embedding, scale_shift
+from kfac_jax_lite.factors import conv, dense, embedding, scale_shift, squares
 from kfac_jax_lite.factors.recipe import Recipe, unit_blocks
 from kfac_jax_lite.factors.sampling import Lattice
 from kfac_jax_lite.tagging.layers import (
@@ -82,6 +82,8 @@ def estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
             return unit_blocks(s_sum(inputs, c), recipe.num_examples)
 
         return {"blocks": blocks, "s_sum": s_sum}
+    if recipe.squares:
+        return square_estimators(recipe, site)
     if recipe.by_example:
         return example_estimators(recipe, site)
     a, g, rows, num_rows = "a", "g", "rows", recipe.num_rows
@@ -134,6 +136,38 @@ def example_estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
         return dense.example_sums(live(inputs, c)[..., None], recipe)[..., 0]
 
     return {"x_sum": x_sum, "c_sum": c_sum, "count": count}
+
+
+def square_estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
+    """Squares of the examples' gradients, or the gradients (see ``recipe``)."""
+    geometry, n = site.geometry, recipe.num_examples
+
+    def rows(inputs, c):
+        x, c = input_rows(recipe, site, inputs, c), output_rows(site, inputs, c)
+        return (c, x) if site.reverse else (x, c)
+
+    if isinstance(geometry, EmbeddingGeometry):
+
+        def found(inputs, c):
+            pairs = embedding.token_rows(geometry, inputs[0], None)
+            return *pairs, embedding.output_rows(geometry, c)
+
+        def gradients(inputs, c):
+            return embedding.example_gradients(geometry, found(inputs, c), n)
+
+        def square(inputs, c):
+            token, share = squares.token_square_sums(*found(inputs, c), n)
+            return n * embedding.scattered(token, share, geometry)
+
+    else:
+
+        def gradients(inputs, c):
+            return squares.example_gradients(*rows(inputs, c), n)
+
+        def square(inputs, c):
+            return n * squares.square_sums(*rows(inputs, c), n)
+
+    return {"gradients": gradients, "squares": square}
 
 
 def eigenbasis_moment(recipe: Recipe, site: Site, inputs: Any, c: Array) -> Array:

@@ -1,0 +1,184 @@
+"""IVON: a diagonal posterior whose curvature comes from the noise itself.
+
+The derivative of a gradient along the noise is the Hessian: by Stein's identity
+``E[∇²L(w)] = E[∇L(w) (w − μ)] / σ²`` entry by entry, so that no example's gradient is
+needed, only the batch's.
+
+References:
+    Shen, Daheim, Cong, Nickl, Marconi, Bazan, Yokota, Gurevych, Cremers, Khan &
+    Möllenhoff, 2024, "Variational learning is effective for large deep networks",
+    arXiv:2402.17641, Alg. 1; Lin, Schmidt & Khan, 2020, arXiv:2002.10060, Sec. 3 (the
+    correction that keeps the precision positive).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from kfac_jax_lite.bayes.posterior import diagonal_draw, scale_of
+from kfac_jax_lite.factors.state import moving_average
+from kfac_jax_lite.linalg import all_finite
+from kfac_jax_lite.tree import choose
+from kfac_jax_lite.types import Array
+
+
+class ReparameterisedStatistics(NamedTuple):
+    """What the noise of a draw says of the curvature.
+
+    Attributes:
+        hessian: ``ĥ = ∇L(w) (w − μ) / σ²``, shaped like the parameters.
+    """
+
+    hessian: Any
+
+
+class IVONState(NamedTuple):
+    """State of ``ivon``.
+
+    Attributes:
+        count: Batches accepted.
+        gradient: Averaged ``∇L``, bias-corrected.
+        hessian: ``h``.
+        rate: State of the learning rate.
+        variance: ``τ/N``.
+        damping: ``δ``.
+    """
+
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    gradient: Any
+    hessian: Any
+    rate: Any
+    variance: Array
+    damping: Array
+
+    @property
+    def variances(self) -> Any:
+        """``σ² = (τ/N) / (h + δ)``."""
+        scale, shift = self.variance, self.damping
+        return jax.tree.map(lambda h: scale / (h + shift), self.hessian)
+
+    def draw(self, params: Any, key: Any) -> Any:
+        """``μ + σ e``."""
+        return diagonal_draw(params, key, self.variances)
+
+    def observed(self, params: Any, weights: Any, grads: Any) -> Any:
+        """The statistics of one draw."""
+
+        def one(g, w, mean, variance):
+            return g * (w - mean) / variance.astype(g.dtype)
+
+        found = jax.tree.map(one, grads, weights, params, self.variances)
+        return ReparameterisedStatistics(found)
+
+
+def ivon(
+    num_data: int,
+    learning_rate: optax.ScalarOrSchedule,
+    prior_precision: float = 1.0,
+    temperature: float = 1.0,
+    augmentation: float = 1.0,
+    initial: float = 0.1,
+    momentum: float = 0.9,
+    decay: float = 0.99999,
+    axis_name: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Improved variational online Newton.
+
+    With weights ``w`` drawn from ``N(μ, σ²)``, ``σ² = (τ/N) / (h + δ)``, the gradient
+    ``∇L(w)`` and ``ĥ = ∇L(w) (w − μ) / σ²``,
+
+    ``m ← β₁ m + (1 − β₁) ∇L(w)``,
+    ``h ← β₂ h + (1 − β₂) ĥ + ½ (1 − β₂)² (h − ĥ)² / (h + δ)``,
+    ``μ ← μ − η (m / (1 − β₁ᵗ) + δ μ) / (h + δ)``
+
+    with the new ``h``. It needs neither layers nor statistics of examples: any loss.
+
+    Args:
+        num_data: As for ``noisy_kfac``, as are the next four.
+        learning_rate: ``η``, a number or an optax schedule.
+        prior_precision: ``p``.
+        temperature: ``τ``.
+        augmentation: ``ρ``.
+        initial: ``h₀ > 0``, the curvature before the first step.
+        momentum: ``β₁``.
+        decay: ``β₂``, weight of the *old* curvature.
+        axis_name: Mapped axes to average ``ĥ`` over.
+
+    Returns:
+        An optax transformation; ``update`` wants ``params`` and ``statistics=``, from
+        ``kfac.bayes.value_and_grad``. A batch with NaN or Inf changes nothing.
+
+    Raises:
+        ValueError: A value is out of range; at ``update``, ``params`` or statistics are
+            missing.
+
+    References:
+        Shen et al., 2024, arXiv:2402.17641, Alg. 1.
+    """
+    scale = scale_of(num_data, prior_precision, temperature, augmentation)
+    for name, value in (("momentum", momentum), ("decay", decay)):
+        if not 0 <= value < 1:
+            raise ValueError(f"ivon: {name} must be in [0, 1), got {value!r}.")
+    if not initial > 0:
+        raise ValueError(f"ivon: initial must be positive, got {initial!r}.")
+    rate = optax.scale_by_learning_rate(learning_rate)
+
+    def init_fn(params):
+        zeros = optax.tree.zeros_like(params)
+        start = optax.tree.full_like(params, initial)
+        numbers = [jnp.asarray(x, jnp.float32) for x in scale]
+        count = jnp.zeros((), jnp.int32)
+        return IVONState(count, zeros, start, rate.init(params), *numbers)
+
+    def update_fn(updates, state, params=None, *, statistics=None, **extra_args):
+        del extra_args
+        if params is None or not isinstance(statistics, ReparameterisedStatistics):
+            raise ValueError(
+                "ivon: update wants params and statistics= of kfac.bayes."
+                "value_and_grad."
+            )
+        fresh = statistics.hessian
+        if axis_name is not None:
+            fresh = lax.pmean(fresh, axis_name)
+        count, shift = state.count + 1, state.damping
+        mean = moving_average(state.gradient, updates, 1 - momentum**count, momentum)
+        hessian = jax.tree.map(
+            lambda h, seen: positive_average(h, seen, shift, decay),
+            state.hessian,
+            fresh,
+        )
+        steps = jax.tree.map(
+            lambda m, mu, h: ((m + shift * mu) / (h + shift)).astype(mu.dtype),
+            mean,
+            params,
+            hessian,
+        )
+        steps, rates = rate.update(steps, state.rate, params)
+        accepted = all_finite((updates, fresh))
+        new = state._replace(count=count, gradient=mean, hessian=hessian, rate=rates)
+        zeros = optax.tree.zeros_like(steps)
+        return choose(accepted, steps, zeros), choose(accepted, new, state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def positive_average(h: Array, seen: Array, shift: Array, decay: float) -> Array:
+    """``β h + (1 − β) ĥ + ½ (1 − β)² (h − ĥ)² / (h + δ)``.
+
+    With ``r = (1 − β)(ĥ − h) / (h + δ)`` the new ``h + δ`` is
+    ``(h + δ)(1 + r + r²/2)``, which is positive whatever ``ĥ`` is.
+
+    Args:
+        h: Curvature before.
+        seen: ``ĥ``.
+        shift: ``δ``.
+        decay: ``β``.
+
+    Returns:
+        The new curvature.
+    """
+    change = (1 - decay) * (seen.astype(h.dtype) - h)
+    return h + change + 0.5 * jnp.square(change) / (h + shift).astype(h.dtype)

@@ -1,0 +1,106 @@
+"""Square roots of damped inverse curvature: noise with a layer's covariance.
+
+``R e`` with ``R Rᵀ = (F + δ I)⁻¹`` and ``e`` standard normal, block by block:
+
+* Kronecker layers with explicit inverses: the matrix normal
+  ``L_A E L_Gᵀ``, ``L_A L_Aᵀ = (A + π√δ I)⁻¹``, ``L_G L_Gᵀ = (G + √δ/π I)⁻¹``;
+* in eigenbases, exactly: ``Q_A ((Q_Aᵀ E Q_G) / √(s + δ)) Q_Gᵀ``, ``s`` the products of
+  the factors' eigenvalues or EKFAC's second moments;
+* scales and shifts unit by unit, diagonals entry by entry.
+
+References:
+    Zhang, Sun, Duvenaud & Grosse, 2018, arXiv:1712.02390, Sec. 3.3 (matrix-variate
+    normal posterior); Gupta & Nagar, 1999, "Matrix Variate Distributions", Ch. 2.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from kfac_jax_lite import forms
+from kfac_jax_lite.inverse import Eigenbases, FactorInverses, damped_factors
+from kfac_jax_lite.precondition import precondition_kronecker
+from kfac_jax_lite.types import (
+    Array,
+    DiagonalStatistics,
+    KroneckerStatistics,
+    LayerTag,
+    ScaleShiftStatistics,
+)
+
+
+def inverse_root(matrix: Array, form: str) -> Array:
+    """``Lᵀ`` with ``L Lᵀ = M⁻¹``: the inverse of ``M``'s Cholesky factor.
+
+    Args:
+        matrix: ``M``, a damped factor in one of its forms.
+        form: Which.
+
+    Returns:
+        Shaped like the factor; NaN where it is not positive definite.
+    """
+    if form == forms.DIAGONAL:
+        return jnp.where(matrix > 0, lax.rsqrt(matrix), jnp.nan)
+    factor = jnp.linalg.cholesky(matrix, symmetrize_input=False)
+    eye = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
+    return lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
+
+
+def factor_roots(
+    layer: LayerTag, factors: KroneckerStatistics, damping: Any
+) -> FactorInverses:
+    """``L_Aᵀ`` and ``L_Gᵀ`` of a layer's damped factors."""
+    a, g = damped_factors(layer, factors, jnp.asarray(damping, jnp.float32))
+    return FactorInverses(inverse_root(a, layer.a_form), inverse_root(g, layer.g_form))
+
+
+def root_times(
+    layer: LayerTag, e: Array, factors: Any, inverse: Any, damping: Any
+) -> Array:
+    """``R e`` for a layer's block.
+
+    Args:
+        layer: The layer.
+        e: Noise shaped like the layer's block (see ``precondition.gather``).
+        factors: Averaged curvature.
+        inverse: Of a Kronecker layer, ``factor_roots`` or ``Eigenbases``.
+        damping: ``δ``.
+
+    Returns:
+        Shaped like ``e``.
+    """
+    if isinstance(factors, DiagonalStatistics):
+        return e * lax.rsqrt(factors.gradient + jnp.asarray(damping, e.dtype))
+    if isinstance(factors, ScaleShiftStatistics):
+        return unit_root_times(factors.blocks, e, damping)
+    zero = jnp.zeros((), e.dtype)
+    if isinstance(inverse, Eigenbases):
+        s = factors.s
+        if s is None:
+            s = inverse.d_a[..., :, None] * inverse.d_g[..., None, :]
+        factors = factors._replace(s=jnp.sqrt(s + jnp.asarray(damping, s.dtype)))
+    return precondition_kronecker(layer, e, factors, inverse, zero)
+
+
+def unit_root_times(blocks: Array, e: Array, damping: Any) -> Array:
+    """``R_u e_u`` for 1×1 and 2×2 blocks, by their Cholesky factors in closed form.
+
+    Args:
+        blocks: ``F_u [units, k, k]``.
+        e: ``[units, k]``.
+        damping: ``δ``.
+
+    Returns:
+        ``[units, k]``.
+    """
+    shift = jnp.asarray(damping, blocks.dtype)
+    first = jnp.sqrt(blocks[..., 0, 0] + shift)
+    if blocks.shape[-1] == 1:
+        return e / first[..., None]
+    slope = blocks[..., 0, 1] / first
+    # With F_u positive semidefinite, the Schur complement is at least the damping.
+    rest = blocks[..., 1, 1] + shift - jnp.square(slope)
+    last = jnp.sqrt(jnp.maximum(rest, shift))
+    y = e[..., 1] / last
+    return jnp.stack([(e[..., 0] - slope * y) / first, y], -1)
