@@ -1,0 +1,1 @@
+"""Posteriors over the weights from the same factors, and their predictions."""
