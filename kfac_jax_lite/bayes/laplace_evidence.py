@@ -2,8 +2,8 @@
 
 ``log p(D) ≈ 1/τ log p(D | μ) + log p(μ) + P/2 log 2π − ½ log det(N/τ F + p I)`` with
 ``log p(μ) = P/2 log(p/2π) − p/2 ‖μ‖²``. It is exact for a linear model with normal
-noise at its maximum a posteriori. Eigenvalues ``λ`` of ``F`` are known, so that with one
-prior precision for every layer it is a sum over the layers of
+noise at its maximum a posteriori. Eigenvalues ``λ`` of ``F`` are known, so that with
+one prior precision for every layer it is a sum over the layers of
 
 ``½ (P_l log p_l − p_l ‖μ_l‖² − Σ_i log(N/τ λ_i + p_l))``.
 

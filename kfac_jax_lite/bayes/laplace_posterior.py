@@ -160,7 +160,7 @@ class LaplacePosterior:
         return np.asarray([precisions[name] for name in self.names], np.float64)
 
     def log_marginal_likelihood(
-        self, prior_precision: Any = None, temperature: float = 1.0
+        self, prior_precision: Any = None, temperature: int | float = 1.0
     ) -> Any:
         """``log p(D)``, approximately; see ``laplace_evidence`` for the formula.
 

@@ -17,7 +17,7 @@ References:
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ LIKELIHOODS = ("categorical", "bernoulli", "normal")
 LINKS = ("probit", "bridge", "mc")
 
 
+@runtime_checkable
 class Linear(Protocol):
     """What a posterior must know to be linearised."""
 
@@ -167,8 +168,9 @@ def laplace_bridge(mean: Array, s: Array) -> Array:
 
     ``α_k = (1 − 2/C + exp(m_k)/C² Σ_l exp(−m_l)) / S_kk``, after ``m`` and ``S`` are
     centred, ``P m`` and ``P S P`` with ``P = I − 1 1ᵀ/C``: the softmax does not see
-    what is taken off. Exact where ``N(m, S)`` has the moments of a Dirichlet distribution's
-    log-probabilities; elsewhere rough, and not ``softmax(m)`` for a vanishing ``S``.
+    what is taken off. It inverts the map from a Dirichlet distribution to the normal
+    distribution of its logits; of other ``S`` it is rough, and as ``S`` vanishes it is
+    not ``softmax(m)``.
 
     Args:
         mean: ``m [n, C]``.
