@@ -241,6 +241,22 @@ def test_traced_as_an_argument():
     assert count == 1
 
 
+def test_entries_that_no_layer_reads():
+    model = models.mlp()
+    params, batch = model.params(), model.batch(4)
+
+    def loss(params, x, y):
+        return model.loss(params["net"], x, y)
+
+    params = {"net": params, "unused": jnp.ones(2)}
+    found = laplace(
+        kfac.tag(loss, params, *batch), params, [batch], prior_precision=4.0
+    )
+    assert found.size == 45
+    r = root(found, params)
+    close((r @ r.T)[-2:, -2:], np.eye(2) / 4, 1e-12)  # the prior, untouched
+
+
 # ---------------------------------------------------------------- the evidence
 
 
@@ -271,16 +287,16 @@ def test_evidence_is_the_dense_formula(structure):
     np.testing.assert_allclose(seen, own, rtol=1e-11)
 
 
-def test_evidence_of_a_prior_for_every_layer():
-    found, case = posterior("mlp", "kronecker"), problem("mlp")
+@pytest.mark.parametrize("structure", ["diagonal", "kronecker"])
+def test_a_prior_for_every_layer(structure):
+    found, case = posterior("mlp", structure), problem("mlp")
     priors = {"layer0": 0.2, "layer1": 5.0}
-    wide = {
-        name: jax.tree.map(lambda x, p=priors[name]: np.full(x.shape, p), tree)
-        for name, tree in case.params.items()
-    }
-    wide = np.concatenate([np.ravel(x) for x in jax.tree.leaves(wide)])
-    matrix = DATA * dense_ggn("mlp", "kronecker") + np.diag(wide)
-    flat = np.asarray(case.flat)
+    head = uncertain("mlp", "last_layer")
+    wide = np.where(head, priors["layer1"], priors["layer0"])
+    dense, flat = DATA * dense_ggn("mlp", structure), np.asarray(case.flat)
+    r = root(found.with_prior(priors), case.params)
+    close(r @ r.T, np.linalg.inv(dense / TEMPERATURE + np.diag(wide)), 1e-9)
+    matrix = dense + np.diag(wide)
     wanted = (
         -DATA * mean_loss("mlp")
         + scipy.stats.norm(0, wide**-0.5).logpdf(flat).sum()
