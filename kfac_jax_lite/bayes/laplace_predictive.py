@@ -137,6 +137,11 @@ def predict_glm(
         return Normal(mean, spread + jnp.asarray(variance, spread.dtype))
     squash = jax.nn.softmax if likelihood == "categorical" else jax.nn.sigmoid
     if link == "bridge":
+        if mean.ndim != 2:
+            raise ValueError(
+                f"predict_glm: the Laplace bridge wants logits [n, classes], got "
+                f"{mean.shape}: use link='probit' or 'mc'."
+            )
         return laplace_bridge(mean, s)
     if link == "probit":
         spread = jnp.diagonal(s, axis1=1, axis2=2).reshape(mean.shape)
