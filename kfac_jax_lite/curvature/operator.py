@@ -141,10 +141,7 @@ def kept_product(parts: list[Part], v: Any) -> Any:
 @functools.partial(jax.jit, static_argnames="chunk")
 def kept_products(parts: list[Part], vs: Any, chunk: int | None) -> Any:
     """``M v_i`` along a leading axis, all at once or in chunks."""
-
-    def product(v):
-        return kept_product(parts, v)
-
+    product = functools.partial(kept_product, parts)
     if chunk is None:
         return jax.vmap(product)(vs)
     return jax.lax.map(product, vs, batch_size=chunk)

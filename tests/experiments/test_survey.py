@@ -2,12 +2,6 @@
 
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +17,6 @@ from experiments.errors import ConfigError, DataError
 from experiments.main import main
 from experiments.survey import cell, data, models, problem, run
 from experiments.survey import config as configs
-from tests.experiments.processes import PATIENCE, ROOT
 
 SHAPES = {
     "digits": ((8, 8, 1), 10),
@@ -332,82 +325,3 @@ def test_worker_that_dies_is_named(monkeypatch, tmp_path, quiet):
         "digits-linear: its process ended with status 3",
         "wine-linear: its process ended with status 3",
     ]
-
-
-def runs_of(folder):
-    """What every whole line of the files says was run; a torn line is an error."""
-    files = sorted(folder.glob("*.jsonl"))
-    assert all(file.read_bytes().endswith(b"\n") for file in files)
-    return [record["run"] for file in files for record in lines(file)]
-
-
-def alive(group):
-    """Processes of a group that have not ended."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            stat = (folder / "stat").read_text()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        state, _, owner = stat.rpartition(")")[2].split()[:3]
-        if int(owner) == group and state not in "ZX":
-            found.append(folder.name)
-    return found
-
-
-def wait_until(condition, patience, process=None):
-    """Waits until it holds; not beyond the end of a process."""
-    end = time.monotonic() + patience
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        assert process is None or process.poll() is None, process.communicate()
-        time.sleep(0.02)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="wants Linux's /proc")
-def test_interrupted_workers_end_and_the_survey_goes_on(tmp_path):
-    """Ctrl-C reaches the first process and the workers, as from a terminal."""
-    command = [sys.executable, "-m", "experiments.main", "survey", "--size", "tiny"]
-    command += ["--models", "linear", "--seeds", "6", "--workers", "2"]
-    command += ["--out", str(tmp_path)]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        # A shell's background jobs ignore the signal, and so would what they start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    ) as process:
-        try:
-            files = tmp_path.glob
-            recorded = lambda: any(b"\n" in f.read_bytes() for f in files("*.jsonl"))  # noqa: E731
-            wait_until(recorded, PATIENCE, process)
-            assert len(alive(process.pid)) >= 3
-            start = time.monotonic()
-            os.killpg(process.pid, signal.SIGINT)
-            output, told = process.communicate(timeout=PATIENCE)
-            assert time.monotonic() - start < 20
-            wait_until(lambda: not alive(process.pid), 10)
-        finally:
-            if left := alive(process.pid):
-                os.killpg(process.pid, signal.SIGKILL)
-    assert not left
-    assert process.returncode == 130
-    assert "The same command continues" in told
-    assert "Traceback" not in output + told
-    before = {file: file.read_bytes() for file in tmp_path.glob("*.jsonl")}
-    assert 1 <= len(runs_of(tmp_path)) < 24
-
-    again = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, timeout=PATIENCE
-    )
-    assert again.returncode == 0, again.stderr
-    found = runs_of(tmp_path)
-    assert len(found) == len(set(found)) == 24
-    for file, content in before.items():
-        assert file.read_bytes().startswith(content)
