@@ -141,10 +141,9 @@ def kept_product(parts: list[Part], v: Any) -> Any:
 @functools.partial(jax.jit, static_argnames="chunk")
 def kept_products(parts: list[Part], vs: Any, chunk: int | None) -> Any:
     """``M v_i`` along a leading axis, all at once or in chunks."""
-    product = functools.partial(kept_product, parts)
     if chunk is None:
-        return jax.vmap(product)(vs)
-    return jax.lax.map(product, vs, batch_size=chunk)
+        return jax.vmap(kept_product, (None, 0))(parts, vs)
+    return jax.lax.map(functools.partial(kept_product, parts), vs, batch_size=chunk)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -392,13 +391,8 @@ class Operator:
 
 
 def cast(tree: Any, like: Any) -> Any:
-    """The tree with the dtypes of another; leaves that have them stay."""
-
-    def one(x, y):
-        dtype = jnp.result_type(y)
-        return x if x.dtype == dtype else x.astype(dtype)
-
-    return jax.tree.map(one, tree, like)
+    """The tree with the dtypes of another."""
+    return jax.tree.map(lambda x, y: x.astype(jnp.result_type(y)), tree, like)
 
 
 def exact_or_estimate(value: Array, key: Any) -> Any:

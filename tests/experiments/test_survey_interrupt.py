@@ -20,7 +20,8 @@ def runs_of(folder):
     """What every whole line of the files says was run; a torn line is an error."""
     files = sorted(folder.glob("*.jsonl"))
     assert all(file.read_bytes().endswith(b"\n") for file in files)
-    return [json.loads(line)["run"] for file in files for line in file.open()]
+    found = [line for file in files for line in file.read_text().splitlines()]
+    return [json.loads(line)["run"] for line in found]
 
 
 def alive(group):
