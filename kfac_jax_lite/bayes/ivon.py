@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from kfac_jax_lite.bayes.posterior import diagonal_draw, scale_of
+from kfac_jax_lite.bayes.posterior import Number, diagonal_draw, scale_of
 from kfac_jax_lite.factors.state import moving_average
 from kfac_jax_lite.linalg import all_finite
 from kfac_jax_lite.tree import choose
@@ -75,12 +75,12 @@ class IVONState(NamedTuple):
 
 
 def ivon(
-    num_data: int,
+    num_data: Number,
     learning_rate: optax.ScalarOrSchedule,
-    prior_precision: float = 1.0,
-    temperature: float = 1.0,
-    augmentation: float = 1.0,
-    initial: float = 0.1,
+    prior_precision: Number = 1.0,
+    temperature: Number = 1.0,
+    augmentation: Number = 1.0,
+    initial: Number = 0.1,
     momentum: float = 0.9,
     decay: float = 0.99999,
     axis_name: Any = None,
@@ -122,13 +122,13 @@ def ivon(
     for name, value in (("momentum", momentum), ("decay", decay)):
         if not 0 <= value < 1:
             raise ValueError(f"ivon: {name} must be in [0, 1), got {value!r}.")
-    if not initial > 0:
+    if isinstance(initial, (int, float)) and not initial > 0:
         raise ValueError(f"ivon: initial must be positive, got {initial!r}.")
     rate = optax.scale_by_learning_rate(learning_rate)
 
     def init_fn(params):
         zeros = optax.tree.zeros_like(params)
-        start = optax.tree.full_like(params, initial)
+        start = jax.tree.map(lambda p: jnp.full_like(p, initial), params)
         numbers = [jnp.asarray(x, jnp.float32) for x in scale]
         count = jnp.zeros((), jnp.int32)
         return IVONState(count, zeros, start, rate.init(params), *numbers)

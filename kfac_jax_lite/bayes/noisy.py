@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from kfac_jax_lite.alias import kfac
-from kfac_jax_lite.bayes.posterior import noise_like, plus, scale_of
+from kfac_jax_lite.bayes.posterior import Number, noise_like, plus, scale_of
 from kfac_jax_lite.bayes.roots import factor_roots, root_times
 from kfac_jax_lite.damping import Damping
 from kfac_jax_lite.factors.state import KFACState
@@ -100,11 +100,11 @@ class NoisyKFACState(NamedTuple):
 
 def noisy_kfac(
     layers: Sequence[LayerTag],
-    num_data: int,
+    num_data: Number,
     learning_rate: optax.ScalarOrSchedule,
-    prior_precision: float = 1.0,
-    temperature: float = 1.0,
-    augmentation: float = 1.0,
+    prior_precision: Number = 1.0,
+    temperature: Number = 1.0,
+    augmentation: Number = 1.0,
     damping: Damping = 1e-3,
     momentum: optax.ScalarOrSchedule | None = 0.9,
     kl_clip: optax.ScalarOrSchedule | None = 1e-3,
@@ -216,7 +216,7 @@ def check(method: Method, reduction: Reduction) -> None:
         )
 
 
-def total_damping(damping: Any, intrinsic: float) -> Damping:
+def total_damping(damping: Any, intrinsic: Any) -> Damping:
     """``δ + γ``, a number or a schedule."""
     if isinstance(damping, (int, float, jax.Array)):
         return intrinsic + damping

@@ -22,6 +22,8 @@ import optax
 
 from kfac_jax_lite.types import Array
 
+Number = int | float | Array
+
 
 class Posterior(Protocol):
     """What weights can be drawn from: an optimiser's state, or a ``Laplace``."""
@@ -39,12 +41,15 @@ class Scale(NamedTuple):
         damping: ``δ = τ p / N``.
     """
 
-    variance: float
-    damping: float
+    variance: Any
+    damping: Any
 
 
 def scale_of(
-    num_data: int, prior_precision: float, temperature: float, augmentation: float
+    num_data: Number,
+    prior_precision: Number,
+    temperature: Number,
+    augmentation: Number,
 ) -> Scale:
     """``τ/N`` and ``δ``.
 
@@ -55,7 +60,7 @@ def scale_of(
         augmentation: ``ρ``: ``N`` is ``ρ`` times ``num_data``.
 
     Returns:
-        The numbers.
+        The numbers; of traced values, traced and not checked.
 
     Raises:
         ValueError: One of them is not positive.
@@ -67,7 +72,7 @@ def scale_of(
         "augmentation": augmentation,
     }
     for name, value in values.items():
-        if not value > 0:
+        if isinstance(value, (int, float)) and not value > 0:
             raise ValueError(f"{name} must be positive, got {value!r}.")
     variance = temperature / (augmentation * num_data)
     return Scale(variance, variance * prior_precision)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfac_jax_lite.bayes.posterior import diagonal_draw, scale_of
+from kfac_jax_lite.bayes.posterior import Number, diagonal_draw, scale_of
 from kfac_jax_lite.factors.state import moving_average
 from kfac_jax_lite.linalg import all_finite
 from kfac_jax_lite.precondition import assemble
@@ -58,12 +58,12 @@ class VOGNState(NamedTuple):
 
 def vogn(
     layers: Sequence[LayerTag],
-    num_data: int,
+    num_data: Number,
     learning_rate: optax.ScalarOrSchedule,
-    prior_precision: float = 1.0,
-    temperature: float = 1.0,
-    augmentation: float = 1.0,
-    damping: float = 1e-3,
+    prior_precision: Number = 1.0,
+    temperature: Number = 1.0,
+    augmentation: Number = 1.0,
+    damping: Number = 1e-3,
     momentum: float = 0.9,
     decay: float = 0.999,
     axis_name: Any = None,
@@ -108,7 +108,7 @@ def vogn(
     for name, value in (("momentum", momentum), ("decay", decay)):
         if not 0 <= value < 1:
             raise ValueError(f"vogn: {name} must be in [0, 1), got {value!r}.")
-    if not damping >= 0:
+    if isinstance(damping, (int, float)) and not damping >= 0:
         raise ValueError(f"vogn: damping must not be negative, got {damping!r}.")
     rate, layers = optax.scale_by_learning_rate(learning_rate), tuple(layers)
 
