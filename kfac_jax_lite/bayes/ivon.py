@@ -21,6 +21,7 @@ from jax import lax
 from kfac_jax_lite.bayes.posterior import Number, diagonal_draw, scale_of
 from kfac_jax_lite.factors.state import moving_average
 from kfac_jax_lite.linalg import all_finite
+from kfac_jax_lite.reduce import summed_already
 from kfac_jax_lite.tree import choose
 from kfac_jax_lite.types import Array
 
@@ -142,7 +143,7 @@ def ivon(
             )
         fresh = statistics.hessian
         if axis_name is not None:
-            fresh = lax.pmean(fresh, axis_name)
+            fresh = jax.tree.map(lambda h: device_mean(h, axis_name), fresh)
         count, shift = state.count + 1, state.damping
         mean = moving_average(state.gradient, updates, 1 - momentum**count, momentum)
         hessian = jax.tree.map(
@@ -163,6 +164,13 @@ def ivon(
         return choose(accepted, steps, zeros), choose(accepted, new, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def device_mean(x: Array, axis_name: Any) -> Array:
+    """The mean over the devices of what is proportional to their gradients."""
+    mean = lax.pmean(x, axis_name)
+    summed = summed_already(x, axis_name)
+    return mean / lax.axis_size(axis_name) if summed else mean
 
 
 def positive_average(h: Array, seen: Array, shift: Array, decay: float) -> Array:
