@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from kfac_jax_lite.bayes.posterior import diagonal_draw, scale_of
+from kfac_jax_lite.bayes.posterior import averages_like, diagonal_draw, scale_of
 from kfac_jax_lite.factors.state import moving_average
 from kfac_jax_lite.linalg import all_finite
 from kfac_jax_lite.reduce import summed_already
@@ -69,7 +69,7 @@ class IVONState(NamedTuple):
         """The statistics of one draw."""
 
         def one(g, w, mean, variance):
-            return g * (w - mean) / variance.astype(g.dtype)
+            return g.astype(variance.dtype) * (w - mean) / variance
 
         found = jax.tree.map(one, grads, weights, params, self.variances)
         return ReparameterisedStatistics(found)
@@ -128,8 +128,7 @@ def ivon(
     rate = optax.scale_by_learning_rate(learning_rate)
 
     def init_fn(params):
-        zeros = optax.tree.zeros_like(params)
-        start = optax.tree.full_like(params, initial)
+        zeros, start = averages_like(params), averages_like(params, initial)
         numbers = [jnp.asarray(x, jnp.float32) for x in scale]
         count = jnp.zeros((), jnp.int32)
         return IVONState(count, zeros, start, rate.init(params), *numbers)

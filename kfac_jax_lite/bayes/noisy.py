@@ -194,7 +194,9 @@ def noisy_kfac(
     def update_fn(updates, state, params=None, **extra_args):
         if params is None:
             raise ValueError("noisy_kfac: update wants params, the posterior's mean.")
-        grads = optax.tree.add_scale(updates, state.damping, params)
+        grads = jax.tree.map(  # in the gradient's dtype: the momentum's must not change
+            lambda g, mu: g + (state.damping * mu).astype(g.dtype), updates, params
+        )
         updates, inner = tx.update(grads, state.inner, params, **extra_args)
         new = state._replace(inner=inner)
         return updates, new._replace(roots=renewed(state, new))

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfac_jax_lite.types import Array
+from kfac_jax_lite.types import Array, accumulation_dtype
 
 
 class Posterior(Protocol):
@@ -125,6 +125,25 @@ def sample(state: Any, params: Any, key: Any, num_samples: int | None = None) ->
         return posterior.draw(params, key)
     keys = jax.random.split(key, num_samples)
     return jax.vmap(lambda k: posterior.draw(params, k))(keys)
+
+
+def averages_like(params: Any, value: float = 0.0) -> Any:
+    """What averages over steps start from: shaped like the parameters, but float32.
+
+    Of a bfloat16 model, too: there ``h + (1 − β)(ĥ − h)`` is ``h`` for any slow ``β``.
+
+    Args:
+        params: The parameters.
+        value: Of every entry.
+
+    Returns:
+        The tree; float64 where the parameters are.
+    """
+
+    def start(x):
+        return jnp.full_like(x, value, dtype=accumulation_dtype(x.dtype))
+
+    return jax.tree.map(start, params)
 
 
 def noise_like(params: Any, key: Any) -> Any:
