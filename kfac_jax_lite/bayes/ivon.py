@@ -18,7 +18,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from kfac_jax_lite.bayes.posterior import averages_like, diagonal_draw, scale_of
+from kfac_jax_lite.bayes.posterior import (
+    averages_like,
+    diagonal_draw,
+    scale_of,
+    visible,
+)
 from kfac_jax_lite.factors.state import moving_average
 from kfac_jax_lite.linalg import all_finite
 from kfac_jax_lite.reduce import summed_already
@@ -71,8 +76,9 @@ class IVONState(NamedTuple):
         def one(g, w, mean, variance):
             return g.astype(variance.dtype) * (w - mean) / variance
 
-        found = jax.tree.map(one, grads, weights, params, self.variances)
-        return ReparameterisedStatistics(found)
+        variances = self.variances
+        trees = [visible(tree, variances) for tree in (grads, weights, params)]
+        return ReparameterisedStatistics(jax.tree.map(one, *trees, variances))
 
 
 def ivon(

@@ -21,6 +21,7 @@ from kfac_jax_lite.alias import kfac
 from kfac_jax_lite.bayes.posterior import noise_like, plus, scale_of
 from kfac_jax_lite.bayes.roots import factor_roots, root_times
 from kfac_jax_lite.damping import Damping
+from kfac_jax_lite.factors.restrict import present_layers
 from kfac_jax_lite.factors.state import KFACState
 from kfac_jax_lite.intervals import Interval
 from kfac_jax_lite.inverse import FactorInverses, Method, initial_inverse, method_named
@@ -67,7 +68,7 @@ class NoisyKFACState(NamedTuple):
             renewed with the layer's inverse; empty for eigenbases, which need none.
         variance: ``τ/N``.
         damping: ``δ``.
-        layers: The layers, a node without leaves.
+        layers: The layers that are not masked out, a node without leaves.
     """
 
     inner: Any
@@ -85,7 +86,7 @@ class NoisyKFACState(NamedTuple):
         """Weights from the posterior around ``params``; see ``kfac.bayes.sample``."""
         state, noise = self.kfac, leaves_by_path(noise_like(params, key))
         names = sorted(state.factors)
-        layers = [layer for layer in self.layers.tags if layer.name in state.factors]
+        layers = self.layers.tags
         blocks = {}
         for layer in layers:
             name, factors = layer.name, state.factors[layer.name]
@@ -169,7 +170,6 @@ def noisy_kfac(
     scale = scale_of(num_data, prior_precision, temperature, augmentation)
     method = method_named(inverse)
     check(method, reduction)
-    tags = Layers(tuple(layers))
     tx = kfac(
         layers,
         learning_rate,
@@ -186,7 +186,7 @@ def noisy_kfac(
     )
 
     def init_fn(params):
-        inner = tx.init(params)
+        inner, tags = tx.init(params), Layers(present_layers(tuple(layers), params))
         roots = initial_roots(tags.tags, find_states(inner)[0], method)
         variance, shift = (jnp.asarray(x, jnp.float32) for x in scale)
         return NoisyKFACState(inner, roots, variance, shift, tags)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kfac_jax_lite.factors.restrict import is_masked
 from kfac_jax_lite.types import Array, accumulation_dtype
 
 
@@ -151,6 +152,13 @@ def noise_like(params: Any, key: Any) -> Any:
     return optax.tree.random_like(key, params, jax.random.normal)
 
 
+def visible(tree: Any, like: Any) -> Any:
+    """A tree without what ``optax.masked`` hides of another."""
+    return jax.tree.map(
+        lambda y, x: y if is_masked(y) else x, like, tree, is_leaf=is_masked
+    )
+
+
 def plus(params: Any, noise: Any, scale: Array) -> Any:
     """``μ + s e`` in the dtypes of ``μ``."""
 
@@ -166,11 +174,18 @@ def diagonal_draw(params: Any, key: Any, variances: Any) -> Any:
     Args:
         params: ``μ``.
         key: PRNG key.
-        variances: Shaped like the parameters.
+        variances: Shaped like the parameters; those that ``optax.masked`` hides stay at
+            the mean.
 
     Returns:
         The weights.
     """
     noise = noise_like(params, key)
+    variances = jax.tree.map(
+        lambda v, mu: jax.tree.map(jnp.zeros_like, mu) if is_masked(v) else v,
+        variances,
+        params,
+        is_leaf=is_masked,
+    )
     noise = jax.tree.map(lambda e, v: e * jnp.sqrt(v).astype(e.dtype), noise, variances)
     return plus(params, noise, jnp.ones(()))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from kfac_jax_lite.bayes.posterior import averages_like, diagonal_draw, scale_of
+from kfac_jax_lite.factors.restrict import present_layers
 from kfac_jax_lite.factors.state import moving_average
 from kfac_jax_lite.linalg import all_finite
 from kfac_jax_lite.precondition import assemble
@@ -163,7 +164,20 @@ def squares(
         found = reduce_statistics(layers, found, axis_name, ALL_REDUCE)
     pairs = zip(layers, found, strict=True)
     blocks = {layer.name: block_squares(layer, value) for layer, value in pairs}
-    return assemble(layers, blocks, averages_like(params))
+    here = present_layers(layers, params)
+    blocks = {layer.name: part_of_block(layer, blocks[layer.name]) for layer in here}
+    return assemble(here, blocks, averages_like(params))
+
+
+def part_of_block(layer: LayerTag, block: Array) -> Array:
+    """What a layer keeps of its block when ``optax.masked`` hides the rest."""
+    if layer.kronecker:
+        size = layer.sizes[0]
+        return block[..., -1:, :] if layer.roles == ("bias",) else block[..., :size, :]
+    if layer.kind == "scale_shift" and block.shape[-1] > len(layer.roles):
+        i = ("scale", "shift").index(layer.roles[0])
+        return block[..., i : i + 1]
+    return block
 
 
 def block_squares(layer: LayerTag, statistics: Any) -> Array:
