@@ -113,13 +113,30 @@ def test_injected_hyperparameters():
     identical(still, params)
 
 
-def test_masked_parameters_stay_at_the_mean():
-    """Only the layers that the optimiser has are drawn."""
-    mask = {"layer0": True, "layer1": False}
-    params, state = train("cholesky", optax.masked(optimiser("cholesky"), mask))
+MASKS = {
+    "layer": {"layer0": True, "layer1": False},
+    "bias": {"layer0": {"kernel": True, "bias": False}, "layer1": False},
+    "weight": {"layer0": {"kernel": False, "bias": True}, "layer1": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "mask"),
+    cases([(name, mask) for name in METHODS for mask in MASKS
+           if name != "ekfac" or mask == "layer"],
+          [("cholesky", "bias"), ("ivon", "layer"), ("vogn", "weight")]),
+)  # fmt: skip
+def test_masked_parameters_stay_at_the_mean(name, mask):
+    """Only what the optimiser sees is drawn."""
+    mask = MASKS[mask]
+    params, state = train(name, optax.masked(optimiser(name), mask))
     drawn = kfac.bayes.sample(state, params, KEY)
-    identical(drawn["layer1"], params["layer1"])
-    assert np.abs(drawn["layer0"]["kernel"] - params["layer0"]["kernel"]).min() > 0
+
+    def check(shown, mean, weights):
+        for a, b in zip(*map(jax.tree.leaves, (mean, weights)), strict=True):
+            assert (np.asarray(a) != np.asarray(b)).all() == shown
+
+    jax.tree.map(check, mask, params, drawn)
 
 
 def test_accumulated_batches_are_one_draw_each():
