@@ -79,7 +79,7 @@ WRAPPERS = {
     "apply_if_finite": lambda name: optax.apply_if_finite(optimiser(name), 3),
 }  # fmt: skip
 EVERY = [(name, wrapper) for name in METHODS for wrapper in WRAPPERS]
-FAST = [("cholesky", "multi_steps"), ("vogn", "masked"), ("ivon", "chain")]
+FAST = [("vogn", "multi_steps"), ("ivon", "chain")]
 
 
 @pytest.mark.parametrize(("name", "wrapper"), cases(EVERY, FAST))
@@ -95,6 +95,7 @@ def test_the_posterior_is_found_in_any_wrapper(name, wrapper):
     assert min(jax.tree.leaves(moved)) > 0
 
 
+@pytest.mark.slow
 def test_injected_hyperparameters():
     """A learning rate in the state, to be changed from outside."""
     layers = tagged_loss("cholesky").layers
@@ -124,7 +125,7 @@ MASKS = {
     ("name", "mask"),
     cases([(name, mask) for name in METHODS for mask in MASKS
            if name != "ekfac" or mask == "layer"],
-          [("cholesky", "bias"), ("ivon", "layer"), ("vogn", "weight")]),
+          [("cholesky", "bias"), ("ivon", "layer")]),
 )  # fmt: skip
 def test_masked_parameters_stay_at_the_mean(name, mask):
     """Only what the optimiser sees is drawn."""
@@ -139,6 +140,7 @@ def test_masked_parameters_stay_at_the_mean(name, mask):
     jax.tree.map(check, mask, params, drawn)
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_one_draw_each():
     """Between the steps of ``MultiSteps`` the posterior stays."""
     tx = optax.MultiSteps(optimiser("ivon"), 2, accumulator_dtype=jnp.float64)
@@ -191,7 +193,7 @@ def test_state_and_programs_are_fixed(name):
     assert step._cache_size() == 1
 
 
-@pytest.mark.parametrize("name", cases(METHODS, ["cholesky", "ivon"]))
+@pytest.mark.parametrize("name", cases(METHODS, ["cholesky"]))
 def test_orbax_resumes_bit_for_bit(name, tmp_path):
     tx, params = optimiser(name), MODEL.params(seed=7)
     half, fresh = train(name, tx, 2), (params, tx.init(params))
@@ -205,7 +207,7 @@ def test_orbax_resumes_bit_for_bit(name, tmp_path):
     identical(train(name, tx, 2, *restored, start=2), train(name, tx, 4))
 
 
-@pytest.mark.parametrize("name", cases(METHODS, ["cholesky", "vogn", "ivon"]))
+@pytest.mark.parametrize("name", cases(METHODS, ["cholesky", "vogn"]))
 def test_bfloat16_parameters(name):
     """Draws and steps in their dtype, finite; factors and their roots in float32."""
     params, state = train(name, optimiser(name), dtype="bfloat16")
@@ -234,7 +236,7 @@ def test_slow_averages_move_in_bfloat16_models():
     assert np.allclose(state.hessian["w"] - 0.1, 3 * 0.001 * 0.2, rtol=0.02)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", cases(METHODS, ["cholesky"]))
 def test_foreign_extra_arguments_are_ignored(name):
     params, tx = MODEL.params(), optimiser(name)
     state, tagged = tx.init(params), tagged_loss(name)
