@@ -17,7 +17,7 @@ from tests.test_statistics import conv_models, dense_models
 
 # Their examples meet in a norm over the batch, or a row is several examples'.
 NAMES = [m.name for m in models.MODELS]
-FAST = ["mlp", "heads_out", "twice", "recurrent", "conv2d", "groups", "layer_norm"]
+FAST = ["twice", "conv2d", "layer_norm"]
 
 
 def expected(model, params, x, y):
@@ -79,7 +79,7 @@ EXACT = ["mlp", "bernoulli", "normal", "language", "heads_out", "recurrent", "tw
 EXACT += ["conv2d", "groups", "all_dilations", "layer_norm", "einsum_oi", "chwn"]
 
 
-@pytest.mark.parametrize("name", cases(EXACT, ["normal", "twice", "groups"]))
+@pytest.mark.parametrize("name", cases(EXACT, ["normal", "groups"]))
 def test_exact_fisher_is_the_diagonal_of_the_gauss_newton_matrix(name):
     """Several columns of the output's root: their squares add up."""
     model = models.BY_NAME[name]
@@ -221,9 +221,7 @@ def test_masked_terms_do_not_count(rng, fisher):
     check_loss(loss, params, x, y, MASK, oracle=oracle, fisher=fisher)
 
 
-@pytest.mark.parametrize(
-    "used", cases(["summed", "twice", "flat"], ["summed", "twice"])
-)
+@pytest.mark.parametrize("used", cases(["summed", "twice", "flat"], ["summed"]))
 def test_embedding_with_repeated_tokens(rng, used):
     """A token that occurs again in an example adds to the same gradient."""
     params = draws(rng, table=(5, 3), v=(3, 4))

@@ -18,7 +18,13 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from kfac_jax_lite.bayes.posterior import Number, diagonal_draw, scale_of
+from kfac_jax_lite.bayes.posterior import (
+    Number,
+    averages_like,
+    diagonal_draw,
+    scale_of,
+    visible,
+)
 from kfac_jax_lite.factors.state import moving_average
 from kfac_jax_lite.linalg import all_finite
 from kfac_jax_lite.reduce import summed_already
@@ -69,10 +75,11 @@ class IVONState(NamedTuple):
         """The statistics of one draw."""
 
         def one(g, w, mean, variance):
-            return g * (w - mean) / variance.astype(g.dtype)
+            return g.astype(variance.dtype) * (w - mean) / variance
 
-        found = jax.tree.map(one, grads, weights, params, self.variances)
-        return ReparameterisedStatistics(found)
+        variances = self.variances
+        trees = [visible(tree, variances) for tree in (grads, weights, params)]
+        return ReparameterisedStatistics(jax.tree.map(one, *trees, variances))
 
 
 def ivon(
@@ -128,8 +135,7 @@ def ivon(
     rate = optax.scale_by_learning_rate(learning_rate)
 
     def init_fn(params):
-        zeros = optax.tree.zeros_like(params)
-        start = jax.tree.map(lambda p: jnp.full_like(p, initial), params)
+        zeros, start = averages_like(params), averages_like(params, initial)
         numbers = [jnp.asarray(x, jnp.float32) for x in scale]
         count = jnp.zeros((), jnp.int32)
         return IVONState(count, zeros, start, rate.init(params), *numbers)
