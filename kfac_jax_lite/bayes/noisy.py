@@ -149,9 +149,7 @@ def noisy_kfac(
         inverse: ``"cholesky"``, ``"newton_schulz"``, ``"auto"`` (the matrix normal
             above), ``"eigh"`` or ``"ekfac"`` (covariance ``(A ⊗ G + δ I)⁻¹``, exactly,
             in the eigenbasis). Splitting ``δ`` over both factors adds more than ``δ``:
-            where the prior counts, the first three are too narrow, by 45 % in variance
-            on a logistic regression of 300 examples on which ``"ekfac"`` stayed within
-            10 % and ``"eigh"`` within 20 % of the exact posterior.
+            where the prior counts, the posterior of the first three is too narrow.
         inverse_interval: Least number of steps between inversions.
         axis_name: Mapped axes to average statistics over.
         reduction: How statistics travel; only ``mode="all"``: every device draws.
