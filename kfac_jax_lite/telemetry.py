@@ -167,7 +167,7 @@ def factor_records(
     """What is read off the averaged factors, by layer name; None for other kinds."""
     ranks = ("effective_rank_a", "effective_rank_g")
     ends = ("smallest_a", "largest_a", "smallest_g", "largest_g", "condition")
-    nothing = dict.fromkeys(ranks + ends if spectra else ranks)
+    nothing: dict[str, Any] = dict.fromkeys(ranks + ends if spectra else ranks)
     found = {layer.name: dict(nothing) for layer in layers}
     clock, damping = jax.device_get((state.clock, state.damping))
     names = sorted(state.factors)
@@ -276,7 +276,8 @@ def damped_extremes(
     pi = np.sqrt(np.where(proper, of_a[1], 1) / np.where(proper, of_g[1], 1))
     of_a, of_g = of_a + pi * np.sqrt(damping), of_g + np.sqrt(damping) / pi
     condition = np.maximum(of_a[2] / of_a[0], of_g[2] / of_g[0])
-    return Damped(*(of_a * of_g), condition)
+    low, mean, high = of_a * of_g
+    return Damped(low, mean, high, condition)
 
 
 def traces(inverse: Any) -> dict[str, float]:
