@@ -1,4 +1,4 @@
-"""``doctor``: every complaint is seen where it was made, and not in the healthy twin."""
+"""``doctor``: every complaint is seen where it was made, and not in a healthy twin."""
 
 import functools
 import pathlib
@@ -198,15 +198,24 @@ def test_stale_factors_and_forgotten_refreshes():
 @pytest.mark.parametrize("inverse", ["cholesky", "eigh"])
 def test_damping_against_eigenvalues(inverse):
     """In float32; of 4 examples, factors have eigenvalues of zero."""
-    batch, params = data(4, np.float32), parameters(np.float32)
+    record = run(data(4, np.float32), parameters(np.float32), inverse=inverse)
+    tagged, _, state = record
+    assert doctor(tagged, state) == []
     seen = {}
-    for value in (1e-14, 1e-8, 0.1, 1e6):
-        tagged, _, state = run(batch, params, damping=value, inverse=inverse)
-        seen[value] = kinds(doctor(tagged, state))
-    assert seen[0.1] == set()
+    for value in (1e-14, 1e-8, 1e6):
+        sick = clocked(state, {"damping": value}.items(), inverse_damping=value)
+        seen[value] = kinds(doctor(tagged, sick))
     assert "damping_too_small" in seen[1e-8]
     assert {"damping_below_rounding", "damping_too_small"} <= seen[1e-14]
     assert seen[1e6] == {"damping_too_large"}
+    assert "damping_below_rounding" not in kinds(doctor(*in_float64(tagged, state)))
+
+
+def in_float64(tagged, state):
+    """The same factors, with a damping that only the better precision resolves."""
+    factors = jax.tree.map(lambda x: x.astype(np.float64), state.kfac.factors)
+    state = clocked(state, {"damping": 1e-8}.items(), inverse_damping=1e-8)
+    return tagged, state._replace(kfac=state.kfac._replace(factors=factors))
 
 
 def test_a_small_damping_of_good_factors_is_none_too_small():
@@ -266,9 +275,8 @@ def test_diagonal_fallback():
     (finding,) = doctor(tagged, state)
     assert finding.kind == "diagonal_fallback"
     assert finding.numbers["share"] == pytest.approx(20 / (20 + 7 * 8 + 9 * 3))
-    params["odd"] = jnp.ones(2)
-    tagged, _, state = run(params=params, loss=loss)
-    assert doctor(tagged, state) == []
+    few = {**params, "odd": jnp.ones(2)}
+    assert doctor(kfac.tag(loss, few, *data()), healthy()[2]) == []
 
 
 def test_parameters_and_losses_that_are_not_finite():
