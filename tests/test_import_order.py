@@ -34,7 +34,9 @@ ORDER = [
     {"owned"},
     {"inversions"},
     {"placement"},
-    {"telemetry", "accuracy"},
+    {"accuracy"},
+    {"telemetry"},
+    {"logs"},
     {"adapted"},
     {"transform"},
     {"outputs"},
@@ -46,6 +48,8 @@ ORDER = [
     {"memory"},
     {"cost"},
     {"simulate"},
+    {"symptoms"},
+    {"doctor"},
     {"curvature", "ntk"},
     {"bayes"},
     {"__init__"},
@@ -128,7 +132,7 @@ def test_the_core_imports_no_extras():
     code = (
         "import sys, kfac_jax_lite;"
         "extras = {'flax', 'orbax', 'matplotlib', 'tyro', 'rich', 'optuna', 'sklearn',"
-        " 'tensorflow_datasets', 'experiments'};"
+        " 'tensorboardX', 'tensorflow_datasets', 'experiments'};"
         "print(sorted(extras & set(sys.modules)))"
     )
     run = subprocess.run(

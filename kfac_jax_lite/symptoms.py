@@ -1,0 +1,379 @@
+"""What a state of the optimiser shows to be wrong: one function per complaint.
+
+Every threshold is a constant with its reason; ``kfac_jax_lite.doctor`` asks them all.
+"""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from kfac_jax_lite import forms
+from kfac_jax_lite.accuracy import kronecker_layers
+from kfac_jax_lite.inverse import FactorInverses
+from kfac_jax_lite.telemetry import Damped, damped_extremes, eigenvalues
+from kfac_jax_lite.types import LayerTag
+
+ERROR, WARNING, NOTICE = "error", "warning", "notice"
+
+# Rounding errors grow with the condition number: above a tenth of 1 / eps, not one
+# digit of the inverse along the smallest eigenvalues is right.
+ROUNDED = 0.1
+# How much farther than a typical direction the flattest one may be carried. Factors
+# are estimates: eigenvalues thousands of times below the mean are noise, or directions
+# that no batch has shown yet, and a gradient along them is noise as well.
+MOST_AMPLIFIED = 1e4
+# Where even the largest curvature changes the damped matrix by less than a tenth, the
+# step is the gradient over the damping: K-FAC's cost for plain gradient descent.
+FLAT = 1.1
+# Below it, the learning rate plays no part: ten times as much would change nothing.
+SHORTENED = 0.1
+# Fewer observations of the last step are not "always".
+OBSERVATIONS = 3
+# A share of batches that data errors seldom reach, and one that wastes the run.
+SKIPPED, MANY_SKIPPED = 0.01, 0.1
+# An adaptive damping settles after a few; one step of ten taken back costs two.
+RETREATS = 0.1
+# Statistics that differ by half from those before are not known for so many steps.
+STALE_CHANGE, LONG_INTERVAL = 0.5, 10
+# Refreshes between inversions, below which an old inverse hardly differs.
+FEW_REFRESHES = 10
+# Intervals (and steps) after which a refresh that is due has been forgotten: rules and
+# stagger may hold one back for two.
+FORGOTTEN_INTERVALS, FORGOTTEN_STEPS = 3, 10
+# Trace shared by one direction: 1 + 2 · (what is left) for small rests. Inputs whose
+# mean is thirty times their deviation.
+CONSTANT_RANK = 1.002
+# Diagonal entries this far below the largest are zero; images have a tenth of pixels
+# that never change, so that only a quarter is a complaint.
+ZERO, DEAD = 1e-10, 0.25
+# Parameters outside of any curvature block that couples them.
+FALLBACK, MOSTLY_FALLBACK = 0.05, 0.5
+
+
+class Finding(NamedTuple):
+    """Something that looks wrong.
+
+    Attributes:
+        severity: ``"error"`` (the run is not what you want), ``"warning"`` (it is
+            likely to suffer) or ``"notice"`` (worth a look).
+        kind: A stable name of the complaint, for programs.
+        layer: The layer's name, or None for the whole run.
+        message: What is wrong, in plain words.
+        advice: What to try.
+        numbers: What this rests on.
+    """
+
+    severity: str
+    kind: str
+    layer: str | None
+    message: str
+    advice: str
+    numbers: dict[str, Any]
+
+
+class Factors(NamedTuple):
+    """A Kronecker layer's averaged factors, on the host.
+
+    Attributes:
+        layer: The layer.
+        statistics: Its averaged factors.
+        a: Eigenvalues of the input factor, ascending.
+        g: Of the output factor.
+        damping: ``λ`` in force; 0 before the first inversion.
+        damped: The spectrum of the damped block, or None without damping.
+        eps: Relative rounding error of the state's arithmetic.
+    """
+
+    layer: LayerTag
+    statistics: Any
+    a: np.ndarray
+    g: np.ndarray
+    damping: float
+    damped: Damped | None
+    eps: float
+
+    @property
+    def largest(self) -> float:
+        """The largest eigenvalue of ``A ⊗ G``."""
+        return float(np.max(self.a[..., -1] * self.g[..., -1]))
+
+
+def factors_of(
+    layers: Sequence[LayerTag], state: Any, records: dict[str, dict]
+) -> list[Factors]:
+    """The factors of the Kronecker layers that have been refreshed.
+
+    Args:
+        layers: ``tagged.layers``.
+        state: A ``KFACState``.
+        records: What ``kfac.report`` says, by layer name.
+
+    Returns:
+        A record per layer.
+    """
+    found, names = [], sorted(state.factors)
+    clock, damping = jax.device_get((state.clock, state.damping))
+    for layer, averaged, inverse in kronecker_layers(layers, state):
+        if not records[layer.name]["refreshes"]:
+            continue
+        split = isinstance(inverse, FactorInverses)
+        held = clock.inverse_damping[names.index(layer.name)]
+        shift = float(held if split else damping)
+        a = eigenvalues(averaged.a, layer.a_form, layer.sizes[0])
+        g = eigenvalues(averaged.g, layer.g_form, layer.sizes[1])
+        damped = damped_extremes(a, g, shift, split) if shift > 0 else None
+        eps = float(np.finfo(averaged.a.dtype).eps)
+        found.append(Factors(layer, averaged, a, g, shift, damped, eps))
+    return found
+
+
+def skipped_batches(record: dict[str, Any]) -> Iterator[Finding]:
+    """Batches with NaN or Inf, and steps that were taken back."""
+    back, steps = record["retreats"] or 0, record["steps"]
+    skipped = record["skipped"] - back
+    share = skipped / max(1, skipped + steps)
+    if share > SKIPPED:
+        yield Finding(
+            ERROR if share > MANY_SKIPPED else WARNING,
+            "skipped_batches",
+            None,
+            f"{skipped} of {skipped + steps} batches were skipped because a gradient "
+            "or a statistic was NaN or infinite.",
+            "Look for NaN in the data and in the loss; a lower learning rate or a "
+            "larger damping if they began in mid-run.",
+            {"skipped": skipped, "steps": steps, "share": share},
+        )
+    if back / max(1, back + steps) > RETREATS:
+        yield Finding(
+            WARNING,
+            "steps_taken_back",
+            None,
+            f"{back} steps in {back + steps} ended so far uphill that they were taken "
+            "back.",
+            "A larger first damping, a lower learning rate or less momentum; larger "
+            "batches if gradients are mostly noise.",
+            {"retreats": back, "steps": steps, "damping": record["damping"]},
+        )
+
+
+def trust_region(
+    record: dict[str, Any], history: Sequence[Sequence[dict[str, Any]]]
+) -> Iterator[Finding]:
+    """A trust region that decides the length of every step."""
+    same = [r for past in history for r in past if r["name"] == record["name"]]
+    seen = [r["trust"] for r in (*same, record) if r.get("trust") is not None]
+    if not seen or statistics.median(seen) > SHORTENED:
+        return
+    middle, often = statistics.median(seen), len(seen) >= OBSERVATIONS
+    over = f"in the median of {len(seen)} steps" if often else "at the last step"
+    yield Finding(
+        WARNING if often else NOTICE,
+        "trust_region_saturated",
+        None,
+        f"The trust region shortens the update to {middle:.2g} of its length {over}: "
+        "kl_clip decides how far to go, the learning rate does not.",
+        "A lower learning rate or a larger damping; a larger kl_clip if training is "
+        "stable and slow.",
+        {"trust": middle, "observations": len(seen)},
+    )
+
+
+def inversions(record: dict[str, Any]) -> Iterator[Finding]:
+    """Factorisations that failed, and inverses of factors long gone."""
+    failures, good = record["failures"], record["inversions"]
+    if failures:
+        yield Finding(
+            WARNING if good else ERROR,
+            "failed_inversions",
+            record["name"],
+            f"{failures} of {failures + good} inversions failed; the last good inverse "
+            "stayed in use." + ("" if good else " There has been no good one."),
+            'A larger damping, or inverse="eigh", which bears singular factors.',
+            {"failures": failures, "inversions": good},
+        )
+    if not record["since_inversion"] or not record["memory"]:
+        return
+    steps = record["since_inversion"] - record["since_refresh"]
+    between = steps * record["refreshes"] / max(1, record["steps"])
+    if between > max(FEW_REFRESHES, record["memory"] / 2):
+        yield Finding(
+            NOTICE,
+            "old_inverse",
+            record["name"],
+            f"The factors were refreshed about {between:.0f} times since they were "
+            "last inverted: their average has since been replaced, unused.",
+            "A smaller inverse_interval, or a longer refresh interval: refreshes "
+            "between inversions are mostly wasted.",
+            {"refreshes_between": between, "memory": record["memory"]},
+        )
+
+
+def refreshes(record: dict[str, Any]) -> Iterator[Finding]:
+    """Layers without statistics, statistics that have changed, refreshes forgotten."""
+    name, interval, age = record["name"], record["interval"], record["since_refresh"]
+    if age is None:
+        yield Finding(
+            ERROR,
+            "never_refreshed",
+            name,
+            f"No statistics have arrived in {record['steps']} steps: the gradient "
+            "passes as it is.",
+            "Pass statistics= of tagged.value_and_grad(…, opt_state=opt_state) to "
+            "update at every step.",
+            {"steps": record["steps"]},
+        )
+        return
+    change = record["diff"]
+    if change is not None and change > STALE_CHANGE and interval >= LONG_INTERVAL:
+        yield Finding(
+            WARNING,
+            "stale_factors",
+            name,
+            f"The statistics changed by {change:.0%} between the last two refreshes, "
+            f"yet they are kept for {interval} steps.",
+            "A smaller threshold or max_interval of the interval rule; larger batches "
+            "if the change is noise.",
+            {"change": change, "interval": interval, "age": age},
+        )
+    limit = FORGOTTEN_INTERVALS * interval + FORGOTTEN_STEPS
+    if record["next_due"] and age > limit:
+        yield Finding(
+            ERROR,
+            "refresh_forgotten",
+            name,
+            f"A refresh is due, with an interval of {interval} steps, and the last "
+            f"was {age} steps ago.",
+            "Pass statistics= to update at every step; hand the current opt_state to "
+            "value_and_grad.",
+            {"age": age, "interval": interval},
+        )
+
+
+def damping(factors: Factors) -> Iterator[Finding]:
+    """A damping far too small or far too large against the factors' eigenvalues."""
+    block, value, name = factors.damped, factors.damping, factors.layer.name
+    if block is None or factors.largest <= 0:
+        return
+    condition = float(np.max(block.condition))
+    if condition * factors.eps > ROUNDED:
+        yield Finding(
+            ERROR,
+            "damping_below_rounding",
+            name,
+            f"With damping {value:.1g}, the matrices to be inverted have a condition "
+            f"number of {condition:.1e}: more than this precision resolves.",
+            "A damping that is orders of magnitude larger, or kfac.damping.adaptive().",
+            {"damping": value, "condition": condition, "eps": factors.eps},
+        )
+    amplified = float(np.max(block.mean / block.low))
+    if amplified > MOST_AMPLIFIED:
+        yield Finding(
+            WARNING,
+            "damping_too_small",
+            name,
+            f"With damping {value:.1g}, directions of the least curvature are carried "
+            f"{amplified:.1e} times as far as typical ones: so small eigenvalues of an "
+            "estimate are noise.",
+            "A larger damping, about the mean eigenvalue times 1e-3 to 1, or "
+            "kfac.damping.adaptive().",
+            {"damping": value, "amplification": amplified},
+        )
+    ratio = float(np.max(block.high)) / value
+    if ratio < FLAT:
+        yield Finding(
+            WARNING,
+            "damping_too_large",
+            name,
+            f"Damping {value:.1g} outweighs the largest curvature "
+            f"({factors.largest:.1g}): the step is the gradient, scaled.",
+            "A smaller damping or kfac.damping.adaptive(). Where the loss is next to "
+            'zero, the empirical Fisher matrix vanishes: fisher="mc" or "exact".',
+            {"damping": value, "largest": factors.largest, "ratio": ratio},
+        )
+
+
+def degenerate(factors: Factors) -> Iterator[Finding]:
+    """Constant inputs, dead inputs and dead units."""
+    layer, numbers = factors.layer, factors.statistics
+    ranks = np.square(factors.a.sum(-1)) / np.maximum(
+        np.square(factors.a).sum(-1), np.finfo(np.float64).tiny
+    )
+    if layer.sizes[0] > 1 and ranks.min() < CONSTANT_RANK:
+        yield Finding(
+            WARNING,
+            "constant_inputs",
+            layer.name,
+            "The inputs hardly vary: their second moments have one direction only "
+            f"(effective rank {ranks.min():.4f} of {layer.sizes[0]}).",
+            "Standardise the inputs; look for a dead layer below, or statistics taken "
+            "with constant inputs or in evaluation mode.",
+            {"effective_rank": float(ranks.min()), "size": layer.sizes[0]},
+        )
+    of_g = diagonal(numbers.g, layer.g_form, layer.sizes[1])
+    if not np.all(of_g.max(-1) > 0):
+        yield Finding(
+            WARNING,
+            "no_gradient",
+            layer.name,
+            "No gradient has reached this layer: its output factor is zero.",
+            "Freeze it on purpose (optax.masked), or look for a dead or cut network "
+            "above it.",
+            {"largest_g": float(of_g.max())},
+        )
+        return
+    yield from dead(layer, "dead_units", of_g, "units have never had a gradient")
+    if layer.a_form != forms.DIAGONAL:
+        size = layer.sizes[0] - layer.bias
+        of_a = diagonal(numbers.a, layer.a_form, layer.sizes[0])[..., :size]
+        yield from dead(layer, "dead_inputs", of_a, "inputs have always been zero")
+
+
+def dead(
+    layer: LayerTag, kind: str, entries: np.ndarray, words: str
+) -> Iterator[Finding]:
+    """Many entries of a factor's diagonal that are zero."""
+    if not entries.size:
+        return
+    share = float(np.mean(entries <= ZERO * entries.max(-1, keepdims=True)))
+    if share > DEAD:
+        yield Finding(
+            WARNING,
+            kind,
+            layer.name,
+            f"{share:.0%} of its {words}.",
+            "Look for dead ReLUs (a lower learning rate, another initialisation), "
+            "masked or unused features.",
+            {"share": share, "size": entries.shape[-1]},
+        )
+
+
+def diagonal(factor: Any, form: str, size: int) -> np.ndarray:
+    """A factor's diagonal, ``[*blocks, size]``."""
+    factor = np.asarray(factor, np.float64)
+    if form != forms.DIAGONAL:
+        factor = np.diagonal(factor, axis1=-2, axis2=-1)
+        if form == forms.BLOCKS:
+            factor = factor.reshape(*factor.shape[:-2], -1)
+    return factor[..., :size]
+
+
+def fallback(layers: Sequence[LayerTag]) -> Iterator[Finding]:
+    """Parameters under a diagonal, for want of a rule."""
+    fallen = [layer for layer in layers if layer.kind == "diagonal"]
+    elements = sum(layer.elements for layer in fallen)
+    share = elements / max(1, sum(layer.elements for layer in layers))
+    if share > FALLBACK:
+        first = max(fallen, key=lambda layer: layer.elements)
+        yield Finding(
+            WARNING if share > MOSTLY_FALLBACK else NOTICE,
+            "diagonal_fallback",
+            None,
+            f"{share:.0%} of the parameters have only a diagonal; the largest is "
+            f"{', '.join(first.params)} ({first.note or 'no rule'}).",
+            "print(tagged) says why; kfac.tag_as, kfac.tag_dense and kfac.tag_conv "
+            "tag by hand.",
+            {"share": share, "elements": elements, "layers": len(fallen)},
+        )
