@@ -6,11 +6,12 @@ value, grads, statistics = tagged.value_and_grad(params, *batch, opt_state=state
 updates, state = tx.update(grads, state, params, statistics=statistics)
 """
 
-from kfac_jax_lite import bayes, curvature, damping, intervals, ntk, simulate
+from kfac_jax_lite import bayes, curvature, damping, intervals, logs, ntk, simulate
 from kfac_jax_lite.accuracy import choose_ranks, inverse_error
 from kfac_jax_lite.adapted import AdaptedState
 from kfac_jax_lite.alias import KFACChainState, kfac
 from kfac_jax_lite.cost import CostModel, cost_model
+from kfac_jax_lite.doctor import Findings, doctor
 from kfac_jax_lite.factors.estimate import TaggedLoss, tag
 from kfac_jax_lite.factors.sampling import Subsample
 from kfac_jax_lite.factors.state import Clock, KFACState
@@ -22,6 +23,7 @@ from kfac_jax_lite.placement import relayout, state_axes, state_specs
 from kfac_jax_lite.quadratic import QuadraticModel, quadratic_model
 from kfac_jax_lite.reduce import Reduction
 from kfac_jax_lite.rescaling import rescale_weights
+from kfac_jax_lite.symptoms import Finding
 from kfac_jax_lite.tagging.byhand import (
     register_rule,
     tag_as,
@@ -47,6 +49,8 @@ __all__ = [
     "Collective",
     "CostModel",
     "DiagonalStatistics",
+    "Finding",
+    "Findings",
     "GuidedState",
     "KFACChainState",
     "KFACState",
@@ -66,10 +70,12 @@ __all__ = [
     "cost_model",
     "curvature",
     "damping",
+    "doctor",
     "intervals",
     "inverse_error",
     "kfac",
     "layer_rows",
+    "logs",
     "low_rank",
     "normal",
     "ntk",
