@@ -29,6 +29,7 @@ MATRIX = {
     "progress": False,
     "chunk": None,
 }
+POSTERIOR = {"prior_precision": 1.0, "temperature": 1.0, "augmentation": 1.0}
 SIGNATURES = {
     "tag": {
         "loss_fn": EMPTY,
@@ -41,6 +42,7 @@ SIGNATURES = {
         "strict": False,
         "max_factor_dim": 8192,
         "subsample": kfac.Subsample(),
+        "statistics": "factors",
     },
     "scale_by_kfac": {"layers": EMPTY, **TRANSFORM},
     "kfac": {
@@ -106,6 +108,52 @@ SIGNATURES = {
         "independent": False,
         "chunk": None,
     },
+    "bayes.noisy_kfac": {
+        "layers": EMPTY,
+        "num_data": EMPTY,
+        "learning_rate": EMPTY,
+        **POSTERIOR,
+        "damping": 1e-3,
+        "momentum": 0.9,
+        "kl_clip": 1e-3,
+        **{k: v for k, v in TRANSFORM.items() if k not in ("damping", "packed")},
+    },
+    "bayes.vogn": {
+        "layers": EMPTY,
+        "num_data": EMPTY,
+        "learning_rate": EMPTY,
+        **POSTERIOR,
+        "damping": 1e-3,
+        "momentum": 0.9,
+        "decay": 0.999,
+        "axis_name": None,
+    },
+    "bayes.ivon": {
+        "num_data": EMPTY,
+        "learning_rate": EMPTY,
+        **POSTERIOR,
+        "initial": 0.1,
+        "momentum": 0.9,
+        "decay": 0.99999,
+        "axis_name": None,
+    },
+    "bayes.value_and_grad": {
+        "tagged": EMPTY,
+        "params": EMPTY,
+        "args": EMPTY,
+        "opt_state": EMPTY,
+        "key": EMPTY,
+        "num_samples": 1,
+        "has_aux": False,
+        "axis_name": None,
+        "deferred": False,
+    },
+    "bayes.sample": {
+        "state": EMPTY,
+        "params": EMPTY,
+        "key": EMPTY,
+        "num_samples": None,
+    },
     "curvature.hessian": {**MATRIX, "key": None, "num_samples": 32},
     "curvature.ggn": MATRIX,
     "curvature.fisher": MATRIX,
@@ -137,7 +185,7 @@ SIGNATURES = {
     },
 }
 NAMES = {name for name in SIGNATURES if "." not in name}
-NAMES |= {"Reduction", "curvature", "intervals", "damping", "ntk", "simulate"}
+NAMES |= {"Reduction", "bayes", "curvature", "intervals", "damping", "ntk", "simulate"}
 
 
 def lookup(name):

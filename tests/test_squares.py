@@ -1,18 +1,12 @@
 """Squares of single examples' gradients against explicit Jacobians, in float64."""
 
-import dataclasses
-
-import hypothesis
-import hypothesis.strategies as st
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import kfac_jax_lite as kfac
 from tests import models, oracles
 from tests.helpers import cases, close
-from tests.test_statistics import conv_models, dense_models
 
 # Their examples meet in a norm over the batch, or a row is several examples'.
 NAMES = [m.name for m in models.MODELS]

@@ -1,6 +1,6 @@
 """Value, gradient and statistics at weights drawn from a posterior."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ from jax import lax
 
 from kfac_jax_lite.bayes.posterior import find
 from kfac_jax_lite.factors.estimate import TaggedLoss
-from kfac_jax_lite.types import DiagonalStatistics
+from kfac_jax_lite.types import Deferred, DiagonalStatistics, computed
 
 
 def value_and_grad(
@@ -21,6 +21,7 @@ def value_and_grad(
     num_samples: int = 1,
     has_aux: bool = False,
     axis_name: Any = None,
+    deferred: bool = False,
 ) -> tuple[Any, Any, Any]:
     """Averages over weights drawn from the posterior around ``params``.
 
@@ -39,6 +40,8 @@ def value_and_grad(
         has_aux: Whether a loss that is not tagged returns ``(loss, aux)``.
         axis_name: Mapped axes along which every device draws weights of its own; None:
             all devices that share the key draw the same.
+        deferred: Leave K-FAC's statistics to ``update``, see
+            ``TaggedLoss.value_and_grad``.
 
     Returns:
         ``(value, grads, statistics)``, to be used like those of
@@ -69,7 +72,7 @@ def value_and_grad(
                 f"{type(posterior).__name__} wants statistics of layers: pass what "
                 "kfac.tag returns."
             )
-        options = {"opt_state": opt_state, "key": of_labels}
+        options = {"opt_state": opt_state, "key": of_labels, "deferred": deferred}
         return tagged.value_and_grad(weights, *args, **options)
 
     # Not a scan: jaxlib 0.10.2 runs convolutions in loops ten times slower on CPUs.
@@ -80,12 +83,21 @@ def value_and_grad(
     losses = [v[0] for v in values] if has_aux else list(values)
     loss = mean(losses)
     value = (loss, values[-1][1]) if has_aux else loss
-    return value, mean(grads), jax.tree.map(mean_of, *statistics, is_leaf=is_diagonal)
+    return value, mean(grads), mean_statistics(statistics)
 
 
 def mean(trees: Any) -> Any:
     """The mean of trees."""
     return jax.tree.map(lambda *xs: sum(xs[1:], xs[0]) / len(xs), *trees)
+
+
+def mean_statistics(found: Sequence[Any]) -> Any:
+    """The mean of draws' statistics; of deferred ones, deferred."""
+    if any(isinstance(one, Deferred) for one in found):
+        return Deferred(
+            lambda gated: mean_statistics([computed(one, gated) for one in found])
+        )
+    return jax.tree.map(mean_of, *found, is_leaf=is_diagonal)
 
 
 def is_diagonal(x: Any) -> bool:

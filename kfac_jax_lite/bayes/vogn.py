@@ -26,6 +26,7 @@ from kfac_jax_lite.types import (
     LayerTag,
     ScaleShiftStatistics,
     SquareStatistics,
+    computed,
 )
 
 
@@ -155,6 +156,7 @@ def squares(
         ValueError: The statistics are factors.
     """
     layers = tuple(layers)
+    statistics = computed(statistics)
     found = tuple(statistics[layer.name] for layer in layers)
     if axis_name is not None:
         found = reduce_statistics(layers, found, axis_name, ALL_REDUCE)
