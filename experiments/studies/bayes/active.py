@@ -15,7 +15,7 @@ References:
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -45,8 +45,8 @@ from experiments.studies.bayes.training import (
     make_program,
     train,
 )
+from kfac_jax_lite import bayes
 from kfac_jax_lite.bayes import metrics
-from kfac_jax_lite.bayes.predictive import predict, predict_each
 
 BALD, RANDOM, ENTROPY = ACTIVE
 
@@ -59,7 +59,7 @@ class Pool(NamedTuple):
         labels: theirs; those of images that are not acquired are not looked at.
         test: images and labels.
         network: on them.
-        program: labelled images to the method's program.
+        program: the method's.
         values: its hyper-parameters.
     """
 
@@ -67,7 +67,7 @@ class Pool(NamedTuple):
     labels: jax.Array
     test: tuple[np.ndarray, np.ndarray]
     network: Network
-    program: Callable[[int], Program]
+    program: Program
     values: Values
 
 
@@ -83,8 +83,9 @@ def runs(config: BayesStudy, name: str, done: Any) -> Iterator[tuple[int, Record
         Seed, and lists by round: labelled images, accuracy and loss on test images.
     """
     missing = [s for s in range(1, config.active.seeds + 1) if s not in done]
-    if missing:
-        pool = make_pool(config, name)
+    if not missing:
+        return
+    pool = make_pool(config, name)
     for seed in missing:
         yield seed, run_one(config.active, pool, name, seed)
 
@@ -98,16 +99,9 @@ def make_pool(config: BayesStudy, name: str) -> Pool:
     method = ADAM if name == ENTROPY else NOISY
     size = active.batch_size
     example = data.x_train[:size], data.y_train[:size]
-    made: dict[int, Program] = {}
-
-    def program(count: int) -> Program:
-        if count not in made:  # the number of data is a constant of the posterior
-            settings = Settings(
-                method, count, active.steps, active.noisy_damping, kl_clip=config.kl_clip
-            )
-            made[count] = make_program(settings, network.task, example)
-        return made[count]
-
+    settings = Settings(method, active.start, active.steps, active.noisy_damping)
+    settings = settings._replace(kl_clip=config.kl_clip)
+    program = make_program(settings, network.task, example)
     values: Values = {
         "learning_rate": active.noisy_learning_rate,
         "prior_precision": active.prior_precision,
@@ -142,23 +136,23 @@ def run_one(active: ActiveLearning, pool: Pool, name: str, seed: int) -> Record:
     labelled, others = order[: active.start], order[active.start :]
     curve: Record = {"labelled": [], "accuracy": [], "nll": []}
     for number in range(active.rounds + 1):
-        program = pool.program(len(labelled))
         steps = rng.integers(len(labelled), size=(active.steps, active.batch_size))
         rows = [labelled[steps].astype(np.int32)]
-        run = train(program, pool.values, seed, pool.images, pool.labels, rows)
+        values = pool.values | {"num_data": len(labelled)}
+        run = train(pool.program, values, seed, pool.images, pool.labels, rows)
         params, model_state, state = run.carry
         posterior = None if name == ENTROPY else WithState(state)
         given = posterior, (params, model_state)
         key = jax.random.fold_in(jax.random.key(seed), number)
         x, y = pool.test
-        p = predict(pool.network.logits, *given, x, key, active.samples)
+        p = bayes.predict(pool.network.logits, *given, x, key, active.samples)
         curve["labelled"].append(len(labelled))
         curve["accuracy"].append(float(metrics.accuracy(p, y)))
         curve["nll"].append(float(metrics.nll(p, y)))
         each = None
         if name != RANDOM:
             unlabelled = pool.images[others]
-            each = predict_each(
+            each = bayes.predict_each(
                 pool.network.logits, *given, unlabelled, key, active.samples
             )
         best = chosen(name, each, len(others), active.acquired, rng)

@@ -17,9 +17,7 @@ from experiments.studies.bayes import weights
 from experiments.studies.bayes.config import DERIVED, BayesStudy, Cell
 from experiments.studies.bayes.measures import Predict, Record, measure
 from experiments.studies.bayes.problem import Images, Network
-from kfac_jax_lite.bayes.laplace import laplace
-from kfac_jax_lite.bayes.laplace_predictive import predict_glm
-from kfac_jax_lite.bayes.predictive import predict
+from kfac_jax_lite import bayes
 
 ENSEMBLE = "ensemble"
 BASES = frozenset(base for base, _ in DERIVED.values())
@@ -70,7 +68,7 @@ def ensemble(network: Network, members: list[Any]) -> Predict:
 
     def probabilities(images):
         each = [
-            predict(network.logits, None, member, images, batch_size=BATCH)
+            bayes.predict(network.logits, None, member, images, batch_size=BATCH)
             for member in members
         ]
         return jnp.mean(jnp.stack(each), 0)
@@ -102,14 +100,15 @@ def linearised(
         for i in range(0, len(x) - size + 1, size)
     ]
     tagged = kfac.tag(network.loss, params, *batches[0])
-    posterior = laplace(tagged, params, batches, how, num_data=len(x)).tune_prior()
+    posterior = bayes.laplace(tagged, params, batches, how, num_data=len(x))
+    posterior = posterior.tune_prior()
 
     def logits(params, images):
         return network.logits((params, model_state), images)
 
     def probabilities(images):
         parts = [images[i : i + CHUNK] for i in range(0, len(images), CHUNK)]
-        found = [predict_glm(logits, posterior, params, part) for part in parts]
+        found = [bayes.predict_glm(logits, posterior, params, part) for part in parts]
         return jnp.concatenate(found)
 
     precision = np.asarray(posterior.prior_precision)

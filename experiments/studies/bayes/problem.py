@@ -17,7 +17,7 @@ from experiments.models.registry import linen_functions, linen_module
 from experiments.models.task import classifier, make_preprocess
 from experiments.studies.bayes.config import BayesStudy
 from experiments.studies.images import pooled
-from kfac_jax_lite.bayes import posterior
+from kfac_jax_lite import bayes
 
 SPLIT_SEED, NOISE_SEED = 0, 1
 NOISE = "noise"
@@ -69,7 +69,7 @@ class WithState(NamedTuple):
     def draw(self, params: Any, key: Any) -> Any:
         """Parameters around the mean, and the model state as it is."""
         mean, model_state = params
-        return posterior.sample(self.inner, mean, key), model_state
+        return bayes.sample(self.inner, mean, key), model_state
 
 
 def load(config: BayesStudy, name: str) -> Images:

@@ -21,9 +21,6 @@ from experiments.studies.bayes.config import (
 )
 from experiments.studies.bayes.measures import Record
 from kfac_jax_lite import bayes
-from kfac_jax_lite.bayes.laplace import laplace
-from kfac_jax_lite.bayes.laplace_predictive import predict_glm
-from kfac_jax_lite.bayes.predictive import predict
 
 NOISY, LAPLACE = REGRESSION
 SEED = 0
@@ -132,23 +129,27 @@ def runs(config: BayesStudy, name: str, done: Any) -> Iterator[tuple[int, Record
     if name == NOISY:
         key = jax.random.key(SEED + 2)
         given = network, state, params, grid[:, None], key, part.samples
-        found = predict(*given, **shared)
+        found = bayes.predict(*given, **shared)
     else:
-        posterior = laplace(
+        posterior = bayes.laplace(
             tagged, params, [(x, y)], "full", variance=part.noise**2
         ).tune_prior()
         extra = {"precision": float(np.asarray(posterior.prior_precision).ravel()[0])}
-        found = predict_glm(network, posterior, params, grid[:, None], **shared)
+        found = bayes.predict_glm(network, posterior, params, grid[:, None], **shared)
     mean = np.asarray(found.mean)[:, 0]
     deviation = np.sqrt(np.asarray(found.variance)[:, 0])
-    yield SEED, extra | {
-        "x": grid.tolist(),
-        "mean": mean.tolist(),
-        "deviation": deviation.tolist(),
-        "data_x": x[:, 0].tolist(),
-        "data_y": y[:, 0].tolist(),
-        "where": uncertainty(grid, deviation, part.noise),
-    }
+    yield (
+        SEED,
+        extra
+        | {
+            "x": grid.tolist(),
+            "mean": mean.tolist(),
+            "deviation": deviation.tolist(),
+            "data_x": x[:, 0].tolist(),
+            "data_y": y[:, 0].tolist(),
+            "where": uncertainty(grid, deviation, part.noise),
+        },
+    )
 
 
 def uncertainty(

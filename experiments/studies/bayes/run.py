@@ -57,8 +57,8 @@ from experiments.studies.bayes.training import (
     train,
 )
 from experiments.studies.cells import Cells
+from kfac_jax_lite import bayes
 from kfac_jax_lite.bayes import metrics
-from kfac_jax_lite.bayes.predictive import predict
 
 SEARCH_SEED = 0
 # Of the draws for predictions, beside the seed of a run.
@@ -128,7 +128,7 @@ def predictor(context: Context, method: str, run: Run, seed: int, samples: int):
 
     def probabilities(images):
         given = posterior, (params, model_state), images, key, samples
-        return predict(logits, *given, batch_size=BATCH)
+        return bayes.predict(logits, *given, batch_size=BATCH)
 
     return probabilities
 
@@ -222,9 +222,7 @@ def run_trained(context: Context, cell: Cell) -> None:
         record |= {"loss": run.loss, "seconds": run.seconds}
         if cell.method in derived.BASES:
             weights.save(weights.path_of(config, cell, seed), run.carry[:2])
-        context.tell(
-            cell.name, cells.append(cell.name, "seed", config.steps, **record)
-        )
+        context.tell(cell.name, cells.append(cell.name, "seed", config.steps, **record))
 
 
 def run_cell(context: Context, cell: Cell) -> None:

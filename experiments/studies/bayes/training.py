@@ -126,7 +126,7 @@ def make_tx(
     }
     if method == NOISY:
         # It adds the prior's share for p = τ = 1, which is 1/N.
-        shift = values["temperature"] * values["prior_precision"] / n - 1 / n
+        shift = posterior_scale(settings, values)[1] - 1 / n
         damping = jnp.asarray(settings.damping + shift)
         return bayes.noisy_kfac(layers, n, rate, damping=damping, **curved)
     if method == VOGN:
@@ -151,6 +151,12 @@ def make_tx(
     return optax.with_extra_args_support(tx)
 
 
+def posterior_scale(settings: Settings, values: Values) -> tuple[Any, Any]:
+    """``τ/N`` and ``δ = τ p / N``; ``N`` is a value where it changes."""
+    variance = values["temperature"] / values.get("num_data", settings.num_data)
+    return variance, variance * values["prior_precision"]
+
+
 def with_prior(settings: Settings, state: Any, values: Values) -> Any:
     """A first state of an optimiser of `kfac_jax_lite.bayes` with its own prior.
 
@@ -164,8 +170,7 @@ def with_prior(settings: Settings, state: Any, values: Values) -> Any:
     """
     if settings.method in POINTS:
         return state
-    variance = jnp.float32(values["temperature"] / settings.num_data)
-    damping = variance * values["prior_precision"]
+    variance, damping = map(jnp.float32, posterior_scale(settings, values))
     state = state._replace(variance=variance, damping=damping)
     if settings.method != IVON:
         return state
