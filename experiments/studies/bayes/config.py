@@ -214,7 +214,7 @@ class BayesStudy:
     """Standard deviations of the noise on shifted images, of the brightest pixel."""
     batch_size: int = 128
     """Images per step."""
-    epochs: int = 10
+    epochs: int = 12
     """Passes over the training images, the same for all methods."""
     samples: int = 32
     """Draws of the weights for predictions on test images."""
@@ -234,19 +234,19 @@ class BayesStudy:
     """Of all methods; Adam's first."""
     ivon_decay: float = 0.999
     """Weight of IVON's old curvature."""
-    adam: PointGrid = PointGrid((5e-4, 1e-3, 2e-3, 5e-3), (1e-3, 0.03, 0.3))
+    adam: PointGrid = PointGrid((2e-3, 5e-3, 0.01, 0.03), (0.03, 0.3, 1.0))
     """Grid of Adam with decoupled weight decay."""
-    sgd: PointGrid = PointGrid((0.01, 0.03, 0.1, 0.3), (1e-4, 1e-3, 5e-3))
+    sgd: PointGrid = PointGrid((0.03, 0.1, 0.3), (1e-3, 3e-3, 0.01))
     """Grid of SGD."""
-    kfac: PointGrid = PointGrid((3e-3, 0.01, 0.03, 0.1), (1e-3, 0.01, 0.05))
+    kfac: PointGrid = PointGrid((0.01, 0.03, 0.1), (0.01, 0.03, 0.1))
     """Grid of K-FAC."""
     noisy_kfac: PosteriorGrid = PosteriorGrid(
-        (0.01, 0.03, 0.1), (10.0, 100.0), (0.1, 1.0)
+        (0.01, 0.03, 0.1), (30.0, 100.0), (0.1, 0.3)
     )
     """Grid of noisy K-FAC."""
-    vogn: PosteriorGrid = PosteriorGrid((1e-3, 3e-3, 0.01), (10.0, 100.0), (0.1, 1.0))
+    vogn: PosteriorGrid = PosteriorGrid((3e-3, 0.01), (10.0, 100.0), (0.03, 0.3))
     """Grid of VOGN."""
-    ivon: IVONGrid = IVONGrid((0.03, 0.1, 0.3), (10.0, 100.0), (1.0,), (0.1, 1.0))
+    ivon: IVONGrid = IVONGrid((0.05, 0.1, 0.3), (30.0,), (0.1, 1.0), (0.1, 0.3))
     """Grid of IVON."""
     active: ActiveLearning = ActiveLearning()
     """Active learning."""
