@@ -3,7 +3,8 @@
 A network is trained anew on the labelled images of every round. Then the pool's images
 that score highest get their labels:
 
-``active_bald``     mutual information of label and weights under noisy K-FAC
+``active_bald``     mutual information of label and weights under noisy K-FAC; images
+                    are drawn in proportion to it, as the highest ones are much alike
 ``active_random``   a random order, with the same noisy K-FAC
 ``active_entropy``  predictive entropy of a point estimate by Adam
 
@@ -11,7 +12,8 @@ The first labelled images of a seed are the same for all.
 
 References:
     Houlsby et al., 2011, arXiv:1112.5745; Gal, Islam & Ghahramani, 2017,
-    arXiv:1703.02910 (images).
+    arXiv:1703.02910 (images); Kirsch et al., 2021, arXiv:2106.12059, Sec. 3 (drawn in
+    proportion to the score).
 """
 
 import dataclasses
@@ -49,6 +51,7 @@ from kfac_jax_lite import bayes
 from kfac_jax_lite.bayes import metrics
 
 BALD, RANDOM, ENTROPY = ACTIVE
+LEAST = 1e-12  # mutual information whose logarithm is taken
 
 
 class Pool(NamedTuple):
@@ -172,7 +175,7 @@ def chosen(
             for a random order.
         count: how many there are.
         number: how many to take.
-        rng: of the random order.
+        rng: of the random order, and of draws in proportion.
 
     Returns:
         Places among them.
@@ -180,7 +183,8 @@ def chosen(
     if name == RANDOM:
         return rng.permutation(count)[:number]
     if name == BALD:
-        values = metrics.mutual_information(each)
+        values = np.asarray(metrics.mutual_information(each), np.float64)
+        values = np.log(np.maximum(values, LEAST)) + rng.gumbel(size=count)
     else:
         values = metrics.entropy(jnp.mean(each, 0))
     return np.argsort(-np.asarray(values), kind="stable")[:number]

@@ -172,7 +172,7 @@ class Regression:
     damping: float = 1e-3
     """Of the steps."""
     prior_precision: float = 1.0
-    """Of noisy K-FAC; Laplace's is that of the largest marginal likelihood."""
+    """Of both methods' prior."""
     samples: int = 200
     """Draws of the weights for the band."""
 

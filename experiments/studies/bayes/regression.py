@@ -61,7 +61,7 @@ def network(params: Any, x: Any) -> jax.Array:
 
 
 def train(part: Regression, noisy: bool) -> tuple[Any, Any, Any]:
-    """Full-batch steps of K-FAC, noisy or with the prior as weight decay.
+    """Full-batch steps of K-FAC, noisy, or to the maximum a posteriori.
 
     Args:
         part: the example.
@@ -80,6 +80,7 @@ def train(part: Regression, noisy: bool) -> tuple[Any, Any, Any]:
     params = start(part, jax.random.key(SEED))
     tagged = kfac.tag(loss, params, x, y, fisher="mc")
     rate = optax.cosine_decay_schedule(part.learning_rate, part.steps)
+    decay = part.prior_precision / part.examples
     curved: Any = {"damping": part.damping, "inverse_interval": EVERY}
     if noisy:
         n, prior = part.examples, part.prior_precision
@@ -96,6 +97,8 @@ def train(part: Regression, noisy: bool) -> tuple[Any, Any, Any]:
         else:
             found = tagged.value_and_grad(params, x, y, **given)
         _, grads, statistics = found
+        if not noisy:  # noisy K-FAC adds it by itself
+            grads = optax.tree.add_scale(grads, decay, params)
         updates, state = tx.update(grads, state, params, statistics=statistics)
         return optax.apply_updates(params, updates), state
 
@@ -125,31 +128,27 @@ def runs(config: BayesStudy, name: str, done: Any) -> Iterator[tuple[int, Record
     params, state, tagged = train(part, name == NOISY)
     x, y = points(part)
     shared: Any = {"likelihood": "normal", "variance": part.noise**2}
-    extra: Record = {"precision": part.prior_precision}
     if name == NOISY:
         key = jax.random.key(SEED + 2)
         given = network, state, params, grid[:, None], key, part.samples
         found = bayes.predict(*given, **shared)
     else:
-        posterior = bayes.laplace(
-            tagged, params, [(x, y)], "full", variance=part.noise**2
-        ).tune_prior()
-        extra = {"precision": float(np.asarray(posterior.prior_precision).ravel()[0])}
+        prior: Any = {"prior_precision": part.prior_precision}
+        prior["variance"] = part.noise**2
+        posterior = bayes.laplace(tagged, params, [(x, y)], "full", **prior)
         found = bayes.predict_glm(network, posterior, params, grid[:, None], **shared)
     mean = np.asarray(found.mean)[:, 0]
     deviation = np.sqrt(np.asarray(found.variance)[:, 0])
-    yield (
-        SEED,
-        extra
-        | {
-            "x": grid.tolist(),
-            "mean": mean.tolist(),
-            "deviation": deviation.tolist(),
-            "data_x": x[:, 0].tolist(),
-            "data_y": y[:, 0].tolist(),
-            "where": uncertainty(grid, deviation, part.noise),
-        },
-    )
+    found = {
+        "precision": part.prior_precision,
+        "x": grid.tolist(),
+        "mean": mean.tolist(),
+        "deviation": deviation.tolist(),
+        "data_x": x[:, 0].tolist(),
+        "data_y": y[:, 0].tolist(),
+        "where": uncertainty(grid, deviation, part.noise),
+    }
+    yield SEED, found
 
 
 def uncertainty(
