@@ -62,8 +62,8 @@ STRANGE = (
 )
 BEFORE = (
     "The small size's grids were set by hand after short runs, mostly of LeNet on "
-    "CIFAR-10, judged on validation images: 22 of noisy K-FAC, 13 of Adam, 7 of IVON, 6 "
-    "of VOGN, 3 of K-FAC, none of SGD. Noisy K-FAC had the most of them, which may "
+    "CIFAR-10, judged on validation images: 22 of noisy K-FAC, 13 of Adam, 7 of IVON, "
+    "6 of VOGN, 3 of K-FAC, none of SGD. Noisy K-FAC had the most of them, which may "
     "favour its grid. The damping and the trust region were not searched."
 )
 SEARCHED = (
