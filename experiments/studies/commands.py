@@ -12,6 +12,8 @@ from rich.console import Console
 
 from experiments.studies.batch_size.config import SIZES as BATCH_SIZES
 from experiments.studies.batch_size.config import BatchReport, BatchStudy
+from experiments.studies.bayes.config import SIZES as BAYES_SIZES
+from experiments.studies.bayes.config import BayesReport, BayesStudy
 from experiments.studies.damping.config import SIZES as DAMPING_SIZES
 from experiments.studies.damping.config import DampingReport, DampingStudy
 from experiments.studies.pinn.config import SIZES as PINN_SIZES
@@ -19,14 +21,15 @@ from experiments.studies.pinn.config import PinnReport, PinnStudy
 from experiments.studies.sizes import SIZES, IntervalReport, IntervalStudy
 
 HOST_DEVICES = "--xla_force_host_platform_device_count"
-Study = IntervalStudy | DampingStudy | BatchStudy | PinnStudy
-Report = IntervalReport | DampingReport | BatchReport | PinnReport
+Study = IntervalStudy | DampingStudy | BatchStudy | PinnStudy | BayesStudy
+Report = IntervalReport | DampingReport | BatchReport | PinnReport | BayesReport
 Command = Study | Report
 REPORTS = {
     "intervals-report": IntervalReport,
     "damping-report": DampingReport,
     "batch-size-report": BatchReport,
     "pinn-report": PinnReport,
+    "bayes-report": BayesReport,
 }
 # Name to configurations by size.
 STUDIES = {
@@ -34,6 +37,7 @@ STUDIES = {
     "damping": DAMPING_SIZES,
     "batch-size": BATCH_SIZES,
     "pinn": PINN_SIZES,
+    "bayes": BAYES_SIZES,
 }
 
 
@@ -42,12 +46,14 @@ RUNS: dict[type, tuple[str, Callable[[Path], Report]]] = {
     DampingStudy: ("damping.run.run_damping", DampingReport),
     BatchStudy: ("batch_size.run.run_batch_size", BatchReport),
     PinnStudy: ("pinn.run.run_pinn", PinnReport),
+    BayesStudy: ("bayes.run.run_bayes", BayesReport),
 }
 SAVERS: dict[type, str] = {
     IntervalReport: "interval_report.save_report",
     DampingReport: "damping.report.save_report",
     BatchReport: "batch_size.report.save_report",
     PinnReport: "pinn.report.save_report",
+    BayesReport: "bayes.report.save_report",
 }
 
 

@@ -1,0 +1,1 @@
+"""The study of posteriors: calibration, strange inputs, active learning."""

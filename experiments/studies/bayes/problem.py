@@ -1,0 +1,184 @@
+"""Images of the Bayesian study (to train, to judge, strange, shifted), and networks."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import datasets
+from experiments.configs import NetConfig
+from experiments.datasets import Dataset
+from experiments.errors import ConfigError
+from experiments.models import Task
+from experiments.models.registry import linen_functions, linen_module
+from experiments.models.task import classifier, make_preprocess
+from experiments.studies.bayes.config import BayesStudy
+from experiments.studies.images import pooled
+from kfac_jax_lite import bayes
+
+SPLIT_SEED, NOISE_SEED = 0, 1
+NOISE = "noise"
+# Strange images beside uniform noise.
+STRANGE = {"fashion_mnist": "mnist"}
+Pair = tuple[np.ndarray, np.ndarray]
+
+
+class Images(NamedTuple):
+    """The images of a data set that a study uses.
+
+    Attributes:
+        data: training and test images, averaged over squares.
+        held: validation images and labels.
+        strange: images without a label by name of their set.
+        shifted: test images and labels under noise, by its strength.
+    """
+
+    data: Dataset
+    held: Pair
+    strange: dict[str, np.ndarray]
+    shifted: dict[float, Pair]
+
+
+class Network(NamedTuple):
+    """A network with its loss.
+
+    Attributes:
+        task: initial parameters, and the loss in training mode.
+        logits: ``(params, model_state), images -> logits``, in evaluation mode.
+        loss: ``params, model_state, images, labels -> loss`` in evaluation mode, with
+            the output marked.
+    """
+
+    task: Task
+    logits: Callable[[Any, Any], jax.Array]
+    loss: Callable[..., jax.Array]
+
+
+class WithState(NamedTuple):
+    """A posterior of parameters beside a model state that is certain.
+
+    Attributes:
+        inner: a state that `kfac.bayes.sample` draws parameters from.
+    """
+
+    inner: Any
+
+    def draw(self, params: Any, key: Any) -> Any:
+        """Parameters around the mean, and the model state as it is."""
+        mean, model_state = params
+        return bayes.sample(self.inner, mean, key), model_state
+
+
+def load(config: BayesStudy, name: str) -> Images:
+    """Loads the images and splits the training set, always in the same way.
+
+    Args:
+        config: the study.
+        name: of the data set.
+
+    Returns:
+        The images. Training images are the first of a fixed permutation, validation
+        images its last.
+
+    Raises:
+        ConfigError: if there are too few images, or the squares do not fit.
+    """
+    data = datasets.load(name, config.data_dir)
+    total, wanted = len(data.x_train), config.train_examples
+    if wanted + config.validation_examples > total:
+        raise ConfigError(
+            f"train-examples is {wanted} and validation-examples "
+            f"{config.validation_examples}; {data.title} has {total} training images."
+        )
+    if any(side % config.pool for side in data.image_shape[:2]):
+        raise ConfigError(
+            f"pool is {config.pool}; wanted a divisor of the sides of {data.title}'s "
+            f"images, {data.image_shape[:2]}."
+        )
+    order = np.random.default_rng(SPLIT_SEED).permutation(total)
+    rows, held = order[:wanted], order[-config.validation_examples :]
+    test = slice(config.test_examples)
+    validation = shrunk(config, data.x_train[held]), data.y_train[held]
+    data = dataclasses.replace(
+        data,
+        x_train=shrunk(config, data.x_train[rows]),
+        y_train=data.y_train[rows],
+        x_test=shrunk(config, data.x_test[test]),
+        y_test=data.y_test[test],
+    )
+    return Images(data, validation, strange(config, data), shifted(config, data))
+
+
+def shrunk(config: BayesStudy, images: np.ndarray) -> np.ndarray:
+    """Float32 images, averaged over squares."""
+    if config.pool == 1:
+        return images.astype(np.float32)
+    return pooled(images, config.pool)
+
+
+def strange(config: BayesStudy, data: Dataset) -> dict[str, np.ndarray]:
+    """Images that belong to no class, by name of their set."""
+    count = config.outside_examples
+    rng = np.random.default_rng(NOISE_SEED)
+    shape = (count, *data.image_shape)
+    found = {NOISE: rng.uniform(0, data.maximum, shape).astype(np.float32)}
+    if data.name in STRANGE:
+        other = datasets.load(STRANGE[data.name], config.data_dir)
+        found = {other.title: shrunk(config, other.x_test[:count])} | found
+    return found
+
+
+def shifted(config: BayesStudy, data: Dataset) -> dict[float, Pair]:
+    """Test images under normal noise of growing strength."""
+    x, y = (a[: config.outside_examples] for a in (data.x_test, data.y_test))
+    noise = np.random.default_rng(NOISE_SEED + 1).normal(size=x.shape)
+    found = {}
+    for severity in config.severities:
+        moved = np.clip(x + severity * data.maximum * noise, 0, data.maximum)
+        found[severity] = moved.astype(np.float32), y
+    return found
+
+
+def make_network(name: str, net: NetConfig, data: Dataset) -> Network:
+    """A network for a data set.
+
+    Args:
+        name: of the network.
+        net: sizes.
+        data: the images; those to train decide how all are scaled.
+
+    Returns:
+        The network.
+    """
+    init, apply = linen_functions(linen_module(name, net, data))
+    preprocess = make_preprocess(data, standardise=True)
+
+    def logits(weights, images):
+        params, model_state = weights
+        return apply(params, model_state, preprocess(images), False)[0]
+
+    # The classifier's loss with the running averages of batch norm instead.
+    def fixed(params, model_state, inputs, train):
+        del train
+        return apply(params, model_state, inputs, False)
+
+    evaluated = classifier(init, fixed, data)
+
+    def loss(params, model_state, images, labels):
+        return evaluated.loss(params, model_state, images, labels)[0]
+
+    return Network(classifier(init, apply, data), logits, loss)
+
+
+def network_of(config: BayesStudy, name: str, images: Images) -> Network:
+    """A network of the study's sizes."""
+    net = NetConfig(hidden=config.hidden, blocks=config.blocks, width=config.width)
+    return make_network(name, net, images.data)
+
+
+def on_device(pair: Pair) -> tuple[jax.Array, jax.Array]:
+    """Images and labels as JAX's arrays."""
+    return jnp.asarray(pair[0]), jnp.asarray(pair[1])

@@ -1,0 +1,302 @@
+"""One step of every method, and a run of them.
+
+All hyper-parameters are arguments of a method's program, so that it is compiled once.
+`kfac_jax_lite.bayes` takes prior and temperature as numbers: its optimisers are made
+for ``p = τ = 1``, and ``τ/N`` and ``δ = τ p / N`` are written into their states.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import kfac_jax_lite as kfac
+from experiments.models import Task
+from experiments.studies.bayes.config import (
+    ADAM,
+    IVON,
+    KFAC,
+    NOISY,
+    POINTS,
+    SGD,
+    VOGN,
+)
+from kfac_jax_lite import bayes
+
+BETA2 = 0.999
+Values = dict[str, Any]
+# ``(loss, gradients, statistics)`` of parameters, model state, batch, state and key.
+Gradient = Callable[..., tuple[Any, Any, Any]]
+
+
+class Settings(NamedTuple):
+    """What the runs of a method have in common.
+
+    Attributes:
+        method: its name.
+        num_data: training images.
+        steps: of a run.
+        damping: of K-FAC's steps, noisy or not.
+        vogn_damping: of VOGN's steps.
+        refresh_every: steps between refreshes of the factors.
+        kl_clip: trust region of K-FAC.
+        momentum: of all.
+        ivon_decay: weight of IVON's old curvature.
+    """
+
+    method: str
+    num_data: int
+    steps: int
+    damping: float = 0.03
+    vogn_damping: float = 1e-3
+    refresh_every: int = 10
+    kl_clip: float = 1e-2
+    momentum: float = 0.9
+    ivon_decay: float = 0.999
+
+
+class Program(NamedTuple):
+    """A method, compiled once.
+
+    Attributes:
+        start: ``(seed, values) -> carry``: parameters, model state, optimiser's state.
+        step: ``(carry, values, images, labels, rows, number, key) -> (carry, loss)``;
+            the carry is donated.
+    """
+
+    start: Callable[..., Any]
+    step: Callable[..., tuple[Any, jax.Array]]
+
+
+class Run(NamedTuple):
+    """A finished run.
+
+    Attributes:
+        carry: parameters, model state, optimiser's state.
+        loss: mean loss of the last epoch's batches.
+        seconds: wall-clock seconds of a step, the median after the first ones.
+    """
+
+    carry: Any
+    loss: float
+    seconds: float
+
+
+def as_floats(values: Values) -> dict[str, jax.Array]:
+    """Hyper-parameters as the program takes them."""
+    return {name: jnp.float32(value) for name, value in values.items()}
+
+
+def tag_for(settings: Settings, task: Task, example: tuple[Any, Any]) -> Any:
+    """The tagged loss of a method; None where it needs no statistics of layers."""
+    if settings.method in (ADAM, SGD, IVON):
+        return None
+    start = jax.eval_shape(task.init, jax.random.key(0))
+    shapes = jax.eval_shape(lambda *batch: batch, *example)
+    options: Any = {"fisher": "mc"}
+    if settings.method == VOGN:
+        options = {"statistics": "squares"}
+    return kfac.tag(task.loss, *start, *shapes, has_aux=True, **options)
+
+
+def make_tx(
+    settings: Settings, layers: Any, values: Values
+) -> optax.GradientTransformationExtraArgs:
+    """The optimiser of a method.
+
+    Args:
+        settings: what its runs have in common.
+        layers: of the tagged loss.
+        values: hyper-parameters, may be traced.
+
+    Returns:
+        The transformation; its learning rate falls to 0 as a cosine.
+    """
+    method, n, momentum = settings.method, settings.num_data, settings.momentum
+    rate = optax.cosine_decay_schedule(values["learning_rate"], settings.steps)
+    curved: Values = {
+        "momentum": momentum,
+        "kl_clip": settings.kl_clip,
+        "interval": kfac.intervals.every(settings.refresh_every),
+        "inverse_interval": settings.refresh_every,
+    }
+    if method == NOISY:
+        # It adds the prior's share for p = τ = 1, which is 1/N.
+        shift = posterior_scale(settings, values)[1] - 1 / n
+        damping = jnp.asarray(settings.damping + shift)
+        return bayes.noisy_kfac(layers, n, rate, damping=damping, **curved)
+    if method == VOGN:
+        own: Values = {"damping": settings.vogn_damping, "momentum": momentum}
+        return bayes.vogn(layers, n, rate, **own)
+    if method == IVON:
+        own = {"momentum": momentum, "decay": settings.ivon_decay}
+        return bayes.ivon(n, rate, **own)
+    decay = values["weight_decay"]
+    if method == KFAC:
+        damping = settings.damping
+        return kfac.kfac(layers, rate, damping, weight_decay=decay, **curved)
+    if method == ADAM:
+        tx = optax.adamw(rate, b1=momentum, b2=BETA2, weight_decay=decay)
+    else:
+        # The order of ``kfac.kfac``: the decay passes through the momentum.
+        tx = optax.chain(
+            optax.add_decayed_weights(decay),
+            optax.trace(momentum),
+            optax.scale_by_learning_rate(rate),
+        )
+    return optax.with_extra_args_support(tx)
+
+
+def posterior_scale(settings: Settings, values: Values) -> tuple[Any, Any]:
+    """``τ/N`` and ``δ = τ p / N``; ``N`` is a value where it changes."""
+    variance = values["temperature"] / values.get("num_data", settings.num_data)
+    return variance, variance * values["prior_precision"]
+
+
+def with_prior(settings: Settings, state: Any, values: Values) -> Any:
+    """A first state of an optimiser of `kfac_jax_lite.bayes` with its own prior.
+
+    Args:
+        settings: what the runs have in common.
+        state: of the optimiser for ``p = τ = 1``.
+        values: hyper-parameters, may be traced.
+
+    Returns:
+        The state.
+    """
+    if settings.method in POINTS:
+        return state
+    variance, damping = map(jnp.float32, posterior_scale(settings, values))
+    state = state._replace(variance=variance, damping=damping)
+    if settings.method != IVON:
+        return state
+    start = jax.tree.map(lambda h: 0 * h + values["initial"], state.hessian)
+    return state._replace(hessian=start)
+
+
+def gradient_of(settings: Settings, task: Task, tagged: Any) -> Gradient:
+    """How a method takes its gradient."""
+
+    def plain(params, model_state, batch, state, key):
+        del state, key
+        taken = jax.value_and_grad(task.loss, has_aux=True)
+        value, grads = taken(params, model_state, *batch)
+        return value, grads, None
+
+    def with_factors(params, model_state, batch, state, key):
+        return tagged.value_and_grad(
+            params, model_state, *batch, opt_state=state, key=key
+        )
+
+    def drawn(params, model_state, batch, state, key):
+        loss = task.loss if tagged is None else tagged
+        return bayes.value_and_grad(
+            loss, params, model_state, *batch, opt_state=state, key=key, has_aux=True
+        )
+
+    if settings.method == KFAC:
+        return with_factors
+    return plain if settings.method in POINTS else drawn
+
+
+def make_program(settings: Settings, task: Task, example: tuple[Any, Any]) -> Program:
+    """Builds a method's functions.
+
+    A step is a call of its own: inside `jax.lax.scan`, jaxlib 0.10.2 computes the
+    convolutions on CPUs ten times more slowly.
+
+    Args:
+        settings: the method, and what its runs have in common.
+        task: network and loss.
+        example: images and labels of a batch.
+
+    Returns:
+        The program.
+    """
+    tagged = tag_for(settings, task, example)
+    layers = None if tagged is None else tagged.layers
+    gradient = gradient_of(settings, task, tagged)
+
+    def start(seed, values):
+        params, model_state = task.init(jax.random.key(seed))
+        state = make_tx(settings, layers, values).init(params)
+        return params, model_state, with_prior(settings, state, values)
+
+    def step(carry, values, images, labels, rows, number, key):
+        params, model_state, state = carry
+        batch = images[rows], labels[rows]
+        key = jax.random.fold_in(key, number)
+        (loss, model_state), grads, found = gradient(
+            params, model_state, batch, state, key
+        )
+        extra = {} if found is None else {"statistics": found}
+        tx = make_tx(settings, layers, values)
+        updates, state = tx.update(grads, state, params, **extra)
+        return (optax.apply_updates(params, updates), model_state, state), loss
+
+    return Program(jax.jit(start), jax.jit(step, donate_argnums=0))
+
+
+def train(
+    program: Program,
+    values: Values,
+    seed: int,
+    images: jax.Array,
+    labels: jax.Array,
+    epochs: list[np.ndarray],
+) -> Run:
+    """A run.
+
+    Args:
+        program: the method.
+        values: hyper-parameters.
+        seed: of parameters, drawn weights and sampled labels.
+        images: all training images.
+        labels: their labels.
+        epochs: numbers of the images of every step, ``[steps, batch]`` each.
+
+    Returns:
+        The run; it ends after an epoch whose loss is not finite.
+    """
+    numbers = as_floats(values)
+    carry = program.start(seed, numbers)
+    key, number, seconds, loss = jax.random.key(seed + 1), 0, [], np.nan
+    for rows_of_epoch in epochs:
+        losses = []
+        before = time.perf_counter()
+        for rows in rows_of_epoch:
+            at = jnp.int32(number)
+            carry, value = program.step(carry, numbers, images, labels, rows, at, key)
+            losses.append(value)
+            number += 1
+        loss = float(np.mean(jax.device_get(losses)))
+        seconds.append((time.perf_counter() - before) / len(rows_of_epoch))
+        if not np.isfinite(loss):
+            break
+    # The first epoch may have compiled.
+    return Run(carry, loss, float(np.median(seconds[1:] or seconds)))
+
+
+def orders(count: int, batch_size: int, epochs: int, seed: int) -> list[np.ndarray]:
+    """The order of the images in every epoch, the same for all methods of a seed.
+
+    Args:
+        count: number of images.
+        batch_size: images per step; an incomplete last batch is left out.
+        epochs: how many.
+        seed: of the run.
+
+    Returns:
+        Integers ``[steps, batch]`` for every epoch.
+    """
+    steps = count // batch_size
+    found = []
+    for epoch in range(epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(count)
+        rows = order[: steps * batch_size].astype(np.int32)
+        found.append(rows.reshape(steps, batch_size))
+    return found
