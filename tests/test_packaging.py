@@ -145,7 +145,7 @@ def test_metadata_of_the_wheel(wheel):
     (name,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
     metadata = email.message_from_bytes(archive.read(name))
     assert metadata["Version"] == kfac.__version__
-    assert metadata["License-Expression"] == "Apache-2.0"
+    assert "Apache-2.0" in (metadata["License-Expression"], metadata["License"])
     extras = set(metadata.get_all("Provides-Extra") or [])
     assert extras == {"experiments", "postgres", "docs", "dev"}
     core = [r for r in metadata.get_all("Requires-Dist") or [] if "extra ==" not in r]
