@@ -78,7 +78,8 @@ def field_form(layer: LayerTag, field: str) -> str:
 
 def symmetric_field(layer: LayerTag, field: str, shape: Shape, packed: bool) -> bool:
     """Whether a statistic travels as triangles."""
-    if not packed or field == "s" or shape[-1] == 1:
+    matrices = ("a", "g", "a_out", "g_out", "blocks")
+    if not packed or field not in matrices or shape[-1] == 1:
         return False
     return field_form(layer, field) != forms.DIAGONAL
 

@@ -5,7 +5,10 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+
+from kfac_jax_lite.tree import vary, varying_axes
 
 Shape = tuple[int, ...]
 
@@ -47,7 +50,10 @@ class View:
         self, block: jax.Array, leaf: jax.Array | jax.ShapeDtypeStruct
     ) -> jax.Array:
         """Adjoint of ``read``: puts a block back, zero where the view does not look."""
-        like = jax.ShapeDtypeStruct(leaf.shape, block.dtype)
+        like: Any = jax.ShapeDtypeStruct(leaf.shape, block.dtype)
+        axes = varying_axes(block)
+        if axes:  # devices differ in the block: so they must in what it fills
+            like = vary(jnp.zeros(leaf.shape, block.dtype), axes)
         (out,) = jax.linear_transpose(self.read, like)(block)
         return out
 

@@ -30,6 +30,17 @@ MATRIX = {
     "chunk": None,
 }
 POSTERIOR = {"prior_precision": 1.0, "temperature": 1.0, "augmentation": 1.0}
+PREDICT = {
+    "apply_fn": EMPTY,
+    "state": EMPTY,
+    "params": EMPTY,
+    "inputs": EMPTY,
+    "key": None,
+    "num_samples": 32,
+    "likelihood": "categorical",
+    "batch_size": None,
+    "progress": False,
+}
 SIGNATURES = {
     "tag": {
         "loss_fn": EMPTY,
@@ -154,6 +165,53 @@ SIGNATURES = {
         "key": EMPTY,
         "num_samples": None,
     },
+    "bayes.laplace": {
+        "tagged": EMPTY,
+        "params": EMPTY,
+        "batches": EMPTY,
+        "structure": "kronecker",
+        "num_data": None,
+        "prior_precision": 1.0,
+        "temperature": 1.0,
+        "last_layer": None,
+        "variance": 1.0,
+        "key": None,
+        "progress": False,
+    },
+    "bayes.predict": {**PREDICT, "variance": 1.0},
+    "bayes.predict_each": PREDICT,
+    "bayes.predict_glm": {
+        "apply_fn": EMPTY,
+        "posterior": EMPTY,
+        "params": EMPTY,
+        "inputs": EMPTY,
+        "key": None,
+        "likelihood": "categorical",
+        "link": "probit",
+        "num_samples": 256,
+        "variance": 1.0,
+        "batch_size": None,
+    },
+    **{
+        f"bayes.metrics.{name}": {"probabilities": EMPTY, "labels": EMPTY}
+        for name in ("accuracy", "nll", "brier")
+    },
+    **{
+        f"bayes.metrics.{name}": {
+            "probabilities": EMPTY,
+            "labels": EMPTY,
+            "num_bins": 15,
+            "adaptive": False,
+        }
+        for name in ("reliability", "calibration_error")
+    },
+    **{
+        f"bayes.metrics.{name}": {"inside": EMPTY, "outside": EMPTY}
+        for name in ("auroc", "fpr95")
+    },
+    "bayes.metrics.confidence": {"probabilities": EMPTY},
+    "bayes.metrics.entropy": {"probabilities": EMPTY},
+    "bayes.metrics.mutual_information": {"samples": EMPTY},
     "curvature.hessian": {**MATRIX, "key": None, "num_samples": 32},
     "curvature.ggn": MATRIX,
     "curvature.fisher": MATRIX,

@@ -65,20 +65,60 @@ SPECTRA = {
 
 @pytest.mark.parametrize("name", cases(SPECTRA, ["decaying"]))
 def test_errors_of_xtrace_cover(name):
-    """Without bias; the jackknife's errors are not too small, nor far too large."""
     values, samples = SPECTRA[name]
     matrix = matrix_of(values)
-    found = np.array([
+    estimates = [
         spectra.trace(matrix.mv, matrix.like, key, samples, "xtrace", mm=matrix.mm)
         for key in keys(REPETITIONS)
-    ])  # fmt: skip
-    gaps, errors = found[:, 0] - values.sum(), found[:, 1]
-    spread = gaps.std()
-    assert abs(gaps.mean()) < 4 * spread / REPETITIONS**0.5
-    assert spread < (errors**2).mean() ** 0.5 < 2.5 * spread
-    inside = np.abs(gaps / errors) < scipy.stats.t.ppf(0.975, samples // 2 - 1)
-    assert 0.93 < inside.mean()
-    assert 0.9 < np.mean(np.abs(gaps / errors) < 1.96)
+    ]
+    check_coverage(estimates, values.sum(), samples // 2 - 1)
+
+
+def slow_and_fast(size):
+    """Spectra by how fast XTrace's error falls with the number of vectors."""
+    i = np.arange(1.0, size + 1)
+    signed = np.where(np.arange(size) % 3, 1, -1)
+    slow = [np.linspace(1, 3, size), i**-0.7, i**-0.7 * signed, 1 / i, 0.95**i]
+    fast = [i**-2, i**-2 * signed, 0.8**i, 0.7**i, 0.5**i]
+    fast += [np.where(i <= n, 1, x) for n, x in ((5, 0.01), (size // 10, 1e-3))]
+    fast += [np.where(i <= size // 8, 1, -0.05)]
+    return [(values, True) for values in slow] + [(values, False) for values in fast]
+
+
+def xtraces(values, k, repetitions, rng):
+    """Estimates and errors, in numpy; vectors are turned: a diagonal matrix is any."""
+    matrix = flatten(lambda v: values * v, values)
+    found = []
+    for _ in range(repetitions):
+        vectors = rng.normal(size=(len(values), k))
+        vectors *= len(values) ** 0.5 / np.linalg.norm(vectors, axis=0)
+        q, r = np.linalg.qr(values[:, None] * vectors)
+        inner, inside = (q.T * values) @ q, q.T @ vectors
+        found.append(traces.leave_one_out(inner, r, inside, matrix))
+    return np.array(found).T
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size, k", [(40, 6), (40, 16), (200, 10), (300, 30)])
+def test_errors_of_xtrace_over_many_spectra(size, k, rng):
+    """What ``spectra.trace`` says: right where errors fall slowly, else no less."""
+    figures = []
+    for number, (values, slow) in enumerate(slow_and_fast(size)):
+        found, errors = xtraces(values, k, 1000, rng)
+        gaps = found - values.sum()
+        ratio = np.sqrt((errors**2).mean()) / gaps.std()
+        covered = [
+            np.mean(np.abs(gaps) <= scipy.stats.t.ppf((1 + p) / 2, k - 1) * errors)
+            for p in (0.68, 0.95)
+        ]
+        figures.append((number, ratio, *covered))
+        assert abs(gaps.mean()) < 4.5 * gaps.std() / 1000**0.5
+        assert covered[0] > 0.62 and covered[1] > 0.925, figures
+        if slow:
+            assert 0.93 < ratio < 1.2, figures
+            assert covered[0] < 0.79 and covered[1] < 0.992, figures
+    print(f"P = {size}, k = {k}: spectrum, error / truth, shares in 68 % and 95 %")
+    print("\n".join("{:2} {:6.2f} {:.3f} {:.3f}".format(*row) for row in figures))
 
 
 def test_errors_of_the_squared_norm_cover():
@@ -144,21 +184,32 @@ def test_errors_of_the_density_cover():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_jackknife_leaves_vectors_out(seed):
-    """Its error equals that of XTrace run anew, from the start, without each vector."""
+def test_errors_of_xtrace_leave_vectors_out(seed):
+    """Every term anew, from its definition, and the sums written out."""
     matrix, k = matrix_of(DECAYING), 7
     vectors = np.random.default_rng(seed).normal(size=(40, k))
     vectors *= 40**0.5 / np.linalg.norm(vectors, axis=0)
 
-    def run(columns):
-        q, r = np.linalg.qr(matrix.dense @ columns)
-        return traces.leave_one_out(
-            q.T @ matrix.dense @ q, r, q.T @ columns, flatten(matrix.mv, matrix.like)
-        )
+    def term(i, *others):
+        left = np.delete(vectors, (i, *others), 1)
+        q = np.linalg.qr(matrix.dense @ left)[0]
+        v = vectors[:, i] - q @ (q.T @ vectors[:, i])
+        rest = v @ matrix.dense @ v * (40 - q.shape[1]) / (v @ v)
+        return np.trace(q.T @ matrix.dense @ q) + rest
 
-    without = np.array([run(np.delete(vectors, j, 1)).value for j in range(k)])
-    wanted = ((k - 1) / k * ((without - without.mean()) ** 2).sum()) ** 0.5
-    np.testing.assert_allclose(run(vectors).error, wanted, rtol=1e-8)
+    terms = np.array([term(i) for i in range(k)])
+    products = np.array([
+        [(term(i) - term(i, j)) * (term(j) - term(j, i)) for j in range(k) if j != i]
+        for i in range(k)
+    ])  # fmt: skip
+    noise = np.std(2 * products.mean(1), ddof=1) / k**0.5
+    q, r = np.linalg.qr(matrix.dense @ vectors)
+    found = traces.leave_one_out(
+        q.T @ matrix.dense @ q, r, q.T @ vectors, flatten(matrix.mv, matrix.like)
+    )
+    np.testing.assert_allclose(found.value, terms.mean(), rtol=1e-10)
+    wanted = (terms.var(ddof=1) / k + max(products.mean(), noise)) ** 0.5
+    np.testing.assert_allclose(found.error, wanted, rtol=1e-8)
 
 
 # --------------------------------------------------------- exact cases

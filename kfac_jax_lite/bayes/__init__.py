@@ -13,7 +13,7 @@ from kfac_jax_lite.bayes.gradients import value_and_grad
 from kfac_jax_lite.bayes.ivon import IVONState, ReparameterisedStatistics, ivon
 from kfac_jax_lite.bayes.laplace import laplace
 from kfac_jax_lite.bayes.laplace_posterior import LaplacePosterior
-from kfac_jax_lite.bayes.laplace_predictive import predict_glm
+from kfac_jax_lite.bayes.laplace_predictive import linearised_outputs, predict_glm
 from kfac_jax_lite.bayes.noisy import NoisyKFACState, noisy_kfac
 from kfac_jax_lite.bayes.posterior import sample
 from kfac_jax_lite.bayes.predictive import Normal, predict, predict_each
@@ -28,6 +28,7 @@ __all__ = [
     "VOGNState",
     "ivon",
     "laplace",
+    "linearised_outputs",
     "metrics",
     "noisy_kfac",
     "predict",

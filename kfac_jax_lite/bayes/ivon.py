@@ -18,9 +18,16 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from kfac_jax_lite.bayes.posterior import diagonal_draw, scale_of
+from kfac_jax_lite.bayes.posterior import (
+    Number,
+    averages_like,
+    diagonal_draw,
+    scale_of,
+    visible,
+)
 from kfac_jax_lite.factors.state import moving_average
 from kfac_jax_lite.linalg import all_finite
+from kfac_jax_lite.reduce import summed_already
 from kfac_jax_lite.tree import choose
 from kfac_jax_lite.types import Array
 
@@ -68,19 +75,20 @@ class IVONState(NamedTuple):
         """The statistics of one draw."""
 
         def one(g, w, mean, variance):
-            return g * (w - mean) / variance.astype(g.dtype)
+            return g.astype(variance.dtype) * (w - mean) / variance
 
-        found = jax.tree.map(one, grads, weights, params, self.variances)
-        return ReparameterisedStatistics(found)
+        variances = self.variances
+        trees = [visible(tree, variances) for tree in (grads, weights, params)]
+        return ReparameterisedStatistics(jax.tree.map(one, *trees, variances))
 
 
 def ivon(
-    num_data: int,
+    num_data: Number,
     learning_rate: optax.ScalarOrSchedule,
-    prior_precision: float = 1.0,
-    temperature: float = 1.0,
-    augmentation: float = 1.0,
-    initial: float = 0.1,
+    prior_precision: Number = 1.0,
+    temperature: Number = 1.0,
+    augmentation: Number = 1.0,
+    initial: Number = 0.1,
     momentum: float = 0.9,
     decay: float = 0.99999,
     axis_name: Any = None,
@@ -122,13 +130,12 @@ def ivon(
     for name, value in (("momentum", momentum), ("decay", decay)):
         if not 0 <= value < 1:
             raise ValueError(f"ivon: {name} must be in [0, 1), got {value!r}.")
-    if not initial > 0:
+    if isinstance(initial, (int, float)) and not initial > 0:
         raise ValueError(f"ivon: initial must be positive, got {initial!r}.")
     rate = optax.scale_by_learning_rate(learning_rate)
 
     def init_fn(params):
-        zeros = optax.tree.zeros_like(params)
-        start = optax.tree.full_like(params, initial)
+        zeros, start = averages_like(params), averages_like(params, initial)
         numbers = [jnp.asarray(x, jnp.float32) for x in scale]
         count = jnp.zeros((), jnp.int32)
         return IVONState(count, zeros, start, rate.init(params), *numbers)
@@ -142,7 +149,7 @@ def ivon(
             )
         fresh = statistics.hessian
         if axis_name is not None:
-            fresh = lax.pmean(fresh, axis_name)
+            fresh = jax.tree.map(lambda h: device_mean(h, axis_name), fresh)
         count, shift = state.count + 1, state.damping
         mean = moving_average(state.gradient, updates, 1 - momentum**count, momentum)
         hessian = jax.tree.map(
@@ -163,6 +170,13 @@ def ivon(
         return choose(accepted, steps, zeros), choose(accepted, new, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def device_mean(x: Array, axis_name: Any) -> Array:
+    """The mean over the devices of what is proportional to their gradients."""
+    mean = lax.pmean(x, axis_name)
+    summed = summed_already(x, axis_name)
+    return mean / lax.axis_size(axis_name) if summed else mean
 
 
 def positive_average(h: Array, seen: Array, shift: Array, decay: float) -> Array:

@@ -17,12 +17,13 @@ References:
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
 from kfac_jax_lite.bayes.laplace_blocks import Leaves
+from kfac_jax_lite.bayes.predictive import Normal
 from kfac_jax_lite.types import Array
 
 LIKELIHOODS = ("categorical", "bernoulli", "normal")
@@ -41,18 +42,6 @@ class Linear(Protocol):
     def output_covariance(self, jacobian: Array) -> Array:
         """``J Σ Jᵀ`` of a Jacobian over the ravelled leaves."""
         ...
-
-
-class Normal(NamedTuple):
-    """A normal distribution of every output.
-
-    Attributes:
-        mean: Shaped like the network's output.
-        variance: The same; of the observation, its noise included.
-    """
-
-    mean: Array
-    variance: Array
 
 
 @functools.partial(jax.jit, static_argnames=("apply_fn", "batch_size"))
@@ -137,6 +126,11 @@ def predict_glm(
         return Normal(mean, spread + jnp.asarray(variance, spread.dtype))
     squash = jax.nn.softmax if likelihood == "categorical" else jax.nn.sigmoid
     if link == "bridge":
+        if mean.ndim != 2:
+            raise ValueError(
+                f"predict_glm: the Laplace bridge wants logits [n, classes], got "
+                f"{mean.shape}: use link='probit' or 'mc'."
+            )
         return laplace_bridge(mean, s)
     if link == "probit":
         spread = jnp.diagonal(s, axis1=1, axis2=2).reshape(mean.shape)

@@ -20,7 +20,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfac_jax_lite.types import Array
+from kfac_jax_lite.factors.restrict import is_masked
+from kfac_jax_lite.types import Array, accumulation_dtype
+
+Number = int | float | Array
 
 
 class Posterior(Protocol):
@@ -39,12 +42,15 @@ class Scale(NamedTuple):
         damping: ``δ = τ p / N``.
     """
 
-    variance: float
-    damping: float
+    variance: Any
+    damping: Any
 
 
 def scale_of(
-    num_data: int, prior_precision: float, temperature: float, augmentation: float
+    num_data: Number,
+    prior_precision: Number,
+    temperature: Number,
+    augmentation: Number,
 ) -> Scale:
     """``τ/N`` and ``δ``.
 
@@ -55,7 +61,7 @@ def scale_of(
         augmentation: ``ρ``: ``N`` is ``ρ`` times ``num_data``.
 
     Returns:
-        The numbers.
+        The numbers; of traced values, traced and not checked.
 
     Raises:
         ValueError: One of them is not positive.
@@ -67,7 +73,7 @@ def scale_of(
         "augmentation": augmentation,
     }
     for name, value in values.items():
-        if not value > 0:
+        if isinstance(value, (int, float)) and not value > 0:
             raise ValueError(f"{name} must be positive, got {value!r}.")
     variance = temperature / (augmentation * num_data)
     return Scale(variance, variance * prior_precision)
@@ -127,9 +133,35 @@ def sample(state: Any, params: Any, key: Any, num_samples: int | None = None) ->
     return jax.vmap(lambda k: posterior.draw(params, k))(keys)
 
 
+def averages_like(params: Any, value: Number = 0.0) -> Any:
+    """What averages over steps start from: shaped like the parameters, but float32.
+
+    Of a bfloat16 model, too: there ``h + (1 − β)(ĥ − h)`` is ``h`` for any slow ``β``.
+
+    Args:
+        params: The parameters.
+        value: Of every entry.
+
+    Returns:
+        The tree; float64 where the parameters are.
+    """
+
+    def start(x):
+        return jnp.full_like(x, value, dtype=accumulation_dtype(x.dtype))
+
+    return jax.tree.map(start, params)
+
+
 def noise_like(params: Any, key: Any) -> Any:
     """Independent standard normal numbers shaped like the parameters."""
     return optax.tree.random_like(key, params, jax.random.normal)
+
+
+def visible(tree: Any, like: Any) -> Any:
+    """A tree without what ``optax.masked`` hides of another."""
+    return jax.tree.map(
+        lambda y, x: y if is_masked(y) else x, like, tree, is_leaf=is_masked
+    )
 
 
 def plus(params: Any, noise: Any, scale: Array) -> Any:
@@ -147,11 +179,18 @@ def diagonal_draw(params: Any, key: Any, variances: Any) -> Any:
     Args:
         params: ``μ``.
         key: PRNG key.
-        variances: Shaped like the parameters.
+        variances: Shaped like the parameters; those that ``optax.masked`` hides stay at
+            the mean.
 
     Returns:
         The weights.
     """
     noise = noise_like(params, key)
+    variances = jax.tree.map(
+        lambda v, mu: jax.tree.map(jnp.zeros_like, mu) if is_masked(v) else v,
+        variances,
+        params,
+        is_leaf=is_masked,
+    )
     noise = jax.tree.map(lambda e, v: e * jnp.sqrt(v).astype(e.dtype), noise, variances)
     return plus(params, noise, jnp.ones(()))

@@ -13,7 +13,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfac_jax_lite.bayes.posterior import diagonal_draw, scale_of
+from kfac_jax_lite.bayes.posterior import (
+    Number,
+    averages_like,
+    diagonal_draw,
+    scale_of,
+)
+from kfac_jax_lite.factors.restrict import present_layers
 from kfac_jax_lite.factors.state import moving_average
 from kfac_jax_lite.linalg import all_finite
 from kfac_jax_lite.precondition import assemble
@@ -58,12 +64,12 @@ class VOGNState(NamedTuple):
 
 def vogn(
     layers: Sequence[LayerTag],
-    num_data: int,
+    num_data: Number,
     learning_rate: optax.ScalarOrSchedule,
-    prior_precision: float = 1.0,
-    temperature: float = 1.0,
-    augmentation: float = 1.0,
-    damping: float = 1e-3,
+    prior_precision: Number = 1.0,
+    temperature: Number = 1.0,
+    augmentation: Number = 1.0,
+    damping: Number = 1e-3,
     momentum: float = 0.9,
     decay: float = 0.999,
     axis_name: Any = None,
@@ -108,14 +114,15 @@ def vogn(
     for name, value in (("momentum", momentum), ("decay", decay)):
         if not 0 <= value < 1:
             raise ValueError(f"vogn: {name} must be in [0, 1), got {value!r}.")
-    if not damping >= 0:
+    if isinstance(damping, (int, float)) and not damping >= 0:
         raise ValueError(f"vogn: damping must not be negative, got {damping!r}.")
     rate, layers = optax.scale_by_learning_rate(learning_rate), tuple(layers)
 
     def init_fn(params):
-        zeros, count = optax.tree.zeros_like(params), jnp.zeros((), jnp.int32)
+        gradient, start = averages_like(params), averages_like(params)
         numbers = [jnp.asarray(x, jnp.float32) for x in scale]
-        return VOGNState(count, zeros, zeros, rate.init(params), *numbers)
+        count = jnp.zeros((), jnp.int32)
+        return VOGNState(count, gradient, start, rate.init(params), *numbers)
 
     def update_fn(updates, state, params=None, *, statistics=None, **extra_args):
         del extra_args
@@ -127,7 +134,9 @@ def vogn(
         mean = moving_average(state.gradient, grads, 1 - momentum**count, momentum)
         average = moving_average(state.squares, fresh, 1 - decay**count, decay)
         shift = state.damping + damping
-        steps = jax.tree.map(lambda m, s: m / (s + shift), mean, average)
+        steps = jax.tree.map(
+            lambda m, s, mu: (m / (s + shift)).astype(mu.dtype), mean, average, params
+        )
         steps, rates = rate.update(steps, state.rate, params)
         accepted = all_finite((updates, fresh))
         new = state._replace(count=count, gradient=mean, squares=average, rate=rates)
@@ -150,7 +159,7 @@ def squares(
         axis_name: Mapped axes to average over.
 
     Returns:
-        The squares, shaped like the parameters.
+        The squares, shaped like the parameters, in float32 or wider.
 
     Raises:
         ValueError: The statistics are factors.
@@ -162,7 +171,20 @@ def squares(
         found = reduce_statistics(layers, found, axis_name, ALL_REDUCE)
     pairs = zip(layers, found, strict=True)
     blocks = {layer.name: block_squares(layer, value) for layer, value in pairs}
-    return assemble(layers, blocks, optax.tree.zeros_like(params))
+    here = present_layers(layers, params)
+    blocks = {layer.name: part_of_block(layer, blocks[layer.name]) for layer in here}
+    return assemble(here, blocks, averages_like(params))
+
+
+def part_of_block(layer: LayerTag, block: Array) -> Array:
+    """What a layer keeps of its block when ``optax.masked`` hides the rest."""
+    if layer.kronecker:
+        size = layer.sizes[0]
+        return block[..., -1:, :] if layer.roles == ("bias",) else block[..., :size, :]
+    if layer.kind == "scale_shift" and block.shape[-1] > len(layer.roles):
+        i = ("scale", "shift").index(layer.roles[0])
+        return block[..., i : i + 1]
+    return block
 
 
 def block_squares(layer: LayerTag, statistics: Any) -> Array:

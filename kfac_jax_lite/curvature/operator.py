@@ -111,14 +111,11 @@ class Kept:
 
     def mv(self, v: Any) -> Any:
         """``M v``."""
-        _, unravel = unraveller(v)
-        return unravel(blocks.apply(self.parts, ravel(v)))
+        return kept_product(self.parts, v)
 
     def mm(self, vs: Any, chunk: int | None) -> Any:
         """``M v_i``."""
-        if chunk is None:
-            return jax.vmap(self.mv)(vs)
-        return jax.lax.map(self.mv, vs, batch_size=chunk)
+        return kept_products(self.parts, vs, chunk)
 
     def diagonal(self) -> Array:
         """The diagonal, ``[P]``."""
@@ -132,6 +129,21 @@ class Kept:
     def dtype(self) -> Any:
         """That of the blocks."""
         return jnp.result_type(*[part.diagonal().dtype for part in self.parts])
+
+
+@jax.jit
+def kept_product(parts: list[Part], v: Any) -> Any:
+    """``M v``; compiled once for all operators with blocks of the same shapes."""
+    _, unravel = unraveller(v)
+    return unravel(blocks.apply(parts, ravel(v)))
+
+
+@functools.partial(jax.jit, static_argnames="chunk")
+def kept_products(parts: list[Part], vs: Any, chunk: int | None) -> Any:
+    """``M v_i`` along a leading axis, all at once or in chunks."""
+    if chunk is None:
+        return jax.vmap(kept_product, (None, 0))(parts, vs)
+    return jax.lax.map(functools.partial(kept_product, parts), vs, batch_size=chunk)
 
 
 @dataclasses.dataclass(frozen=True)

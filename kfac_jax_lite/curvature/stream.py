@@ -35,6 +35,7 @@ class Stream:
         key: PRNG key of sampled labels, or None.
         progress: Whether to show a bar over the batches.
         chunk: How many vectors, or backward passes, are computed together.
+        keys: Those of the batches, or None for each.
     """
 
     tagged: TaggedLoss
@@ -44,6 +45,16 @@ class Stream:
     key: Any
     progress: bool
     chunk: int | None
+    keys: tuple = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Makes the keys now, not at every product."""
+        numbers = range(len(self.batches))
+        keys = (
+            None if self.key is None else jax.random.fold_in(self.key, number)
+            for number in numbers
+        )
+        object.__setattr__(self, "keys", tuple(keys))
 
     @property
     def size(self) -> int:
@@ -75,7 +86,7 @@ class Stream:
 
     def batch_key(self, number: int) -> Any:
         """The key of one batch: the same for every product."""
-        return None if self.key is None else jax.random.fold_in(self.key, number)
+        return self.keys[number]
 
     def record(self, number: int, args: tuple) -> tuple:
         """What every program on a batch is given first."""

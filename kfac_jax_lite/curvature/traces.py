@@ -6,8 +6,8 @@ equal numbers cost the same.
 References:
     Hutchinson, 1990, Commun. Stat. Simul. 19, 433; Bekas, Kokiopoulou & Saad, 2007,
     Appl. Numer. Math. 57, 1214; Meyer, Musco, Musco & Woodruff, 2021,
-    arXiv:2010.09649; Epperly, Tropp & Webber, 2024, arXiv:2301.07825; Efron & Stein,
-    1981, Ann. Stat. 9, 586 (the jackknife's error).
+    arXiv:2010.09649; Epperly, Tropp & Webber, 2024, arXiv:2301.07825; Hoeffding, 1948,
+    Ann. Math. Stat. 19, 293 (the error of a mean over pairs).
 """
 
 import math
@@ -59,9 +59,14 @@ def trace(
     - ``"xtrace"``: ``n / 2`` vectors ``ω_i`` serve as both: with ``Q_i`` that spans the
       other images, the mean of ``tr Q_iᵀ M Q_i + ω_iᵀ (I − Q_i Q_iᵀ) M (I − Q_i Q_iᵀ)
       ω_i``, the residual rescaled to its expected length. Exact on rank ``n / 2 − 1``.
-      Its terms are not independent: their standard error, the authors' choice, comes
-      out too small. The error is the jackknife's over the vectors instead, on average
-      not below the truth (Efron & Stein, 1981) and often up to twice as large.
+      Its terms are correlated; the error counts that (see ``error_of_terms``). In 1000
+      runs each (the slow test over many spectra; Student's t, ``n / 2 − 1`` degrees of
+      freedom), 95 % intervals held the trace in 94.8 to 98.1 % and 68 % intervals in
+      66 to 76 % where eigenvalues are flat or decay like ``i^-0.7``, ``1 / i`` or
+      ``0.95^i``. Where the error falls fast (``i^-2``, ``0.8^i`` to ``0.5^i``, steps)
+      95 % intervals held it in 94.1 to 100 %: the root of the mean square of the error
+      was up to 3.6 times the truth, 58 times for a step to a thousandth after 4 of 40
+      eigenvalues with ``n = 12``.
 
     The last two keep ``n / 3`` and ``3 n / 2`` vectors.
 
@@ -163,7 +168,7 @@ def leave_one_out(
         matrix: For ``P`` and the rounding unit.
 
     Returns:
-        The estimate and the jackknife's standard error.
+        The estimate and its standard error (see ``error_of_terms``).
     """
     k, size = len(inner), matrix.size
     # A column that depends on those before it, but for rounding, counts as such.
@@ -199,9 +204,38 @@ def leave_one_out(
     first, cross = own[3][:, None], (h - cosine * own[3][:, None]) / sine
     second = (own[3] - 2 * cosine * h + cosine**2 * first) / sine**2
     pairs = terms([(w, r, hw, [first, cross]), (*new, [cross, second])], 2)
-    np.fill_diagonal(pairs, 0)
-    without = pairs.sum(1) / (k - 1)
-    return Estimate(single.mean(), np.sqrt((k - 1) * without.var()))
+    return Estimate(single.mean(), error_of_terms(single, pairs))
+
+
+def error_of_terms(single: np.ndarray, pairs: np.ndarray) -> np.float64:
+    """Standard error of the mean of XTrace's terms, which are not independent.
+
+    Given all vectors but ``ω_i``, both its term ``t_i`` and ``t_ij``, the term with
+    ``ω_j`` left out of the basis too, have the mean ``tr M``. Of the two, ``t_ij`` does
+    not depend on ``ω_j``, so ``t_ij − tr M`` is uncorrelated with ``t_j`` and ``t_ji``:
+
+        ``Cov(t_i, t_j) = E (t_i − t_ij)(t_j − t_ji)``
+        ``Var mean = E s² / k + Cov(t_i, t_j)``, ``s²`` the terms' sample variance.
+
+    The means over samples and pairs are without bias, for any matrix and any ``k``.
+    Where errors fall fast with ``k``, the differences ``t_i − t_ij`` are larger than
+    what they estimate, so that the covariance's mean over pairs ``C`` is lost in noise
+    and often negative. No less than the standard error of ``C`` itself (Hoeffding,
+    1948) is then counted: the error is too large, rather than too small.
+
+    Args:
+        single: ``t_i [k]``.
+        pairs: ``t_ij`` in row ``j`` and column ``i``, ``[k, k]``; the diagonal is not
+            read.
+
+    Returns:
+        The square root of ``s² / k + max(C, its standard error)``.
+    """
+    k = len(single)
+    apart = np.where(np.eye(k, dtype=bool), 0, single - pairs)
+    means = (apart * apart.T).sum(1) / (k - 1)
+    noise = 2 * means.std(ddof=1) / math.sqrt(k)
+    return np.sqrt(single.var(ddof=1) / k + max(means.mean(), noise))
 
 
 METHODS = {

@@ -173,16 +173,14 @@ def merged(layer: LayerTag, statistics: TiedStatistics) -> KroneckerStatistics:
     )
 
 
-def moving_average(
-    average: Statistics, fresh: Statistics, weight: Array, decay: Any
-) -> Statistics:
+def moving_average(average: Any, fresh: Any, weight: Any, decay: Any) -> Any:
     """One step of the bias-corrected exponential moving average.
 
     ``X̂ ← X̂ + (1 − d)/w · (X − X̂)`` with ``w ← d w + (1 − d)`` from 0: the zero start
     divided out. ``decay`` weights the *old* value.
 
     Args:
-        average: ``X̂`` before.
+        average: ``X̂`` before, any tree.
         fresh: ``X``.
         weight: ``w`` after this step's update.
         decay: ``d``.
