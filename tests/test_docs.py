@@ -26,6 +26,7 @@ WALK = (DOCS / "walk.md").read_text()
 # Modules without ``__all__``: what is public there.
 LISTED = {
     "damping": ["adaptive", "levenberg_marquardt"],
+    "logs": ["CSV", "TensorBoard", "Table"],
     "intervals": ["every", "adaptive", "staleness", "Interval"],
     "simulate": ["Machine", "StepTime", "collective_time", "step_time", "scale"],
     "curvature.measures": None,
