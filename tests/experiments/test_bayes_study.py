@@ -113,11 +113,13 @@ def test_program_is_the_optimiser_with_its_prior(method, images, network):
 
 
 def test_number_of_data_as_a_value():
-    settings = training.Settings(configs.NOISY, 100, 10)
-    values = {"temperature": 0.5, "prior_precision": 8.0}
-    assert training.posterior_scale(settings, values) == (0.005, 0.04)
-    values["num_data"] = 10
-    assert training.posterior_scale(settings, values) == (0.05, 0.4)
+    settings = training.Settings(configs.IVON, 100, 10)
+    values = {"temperature": 0.5, "prior_precision": 8.0, "learning_rate": 0.1}
+    for more, wanted in (({}, (0.005, 0.04)), ({"num_data": 10}, (0.05, 0.4))):
+        tx = training.make_tx(settings, None, {**values, "initial": 0.3, **more})
+        state = tx.init({"w": jnp.zeros(2)})
+        np.testing.assert_allclose((state.variance, state.damping), wanted, rtol=1e-6)
+        np.testing.assert_allclose(state.hessian["w"], 0.3, rtol=1e-6)
 
 
 def test_orders_are_permutations_of_every_epoch():

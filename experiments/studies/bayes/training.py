@@ -1,8 +1,6 @@
 """One step of every method, and a run of them.
 
 All hyper-parameters are arguments of a method's program, so that it is compiled once.
-`kfac_jax_lite.bayes` takes prior and temperature as numbers: its optimisers are made
-for ``p = τ = 1``, and ``τ/N`` and ``δ = τ p / N`` are written into their states.
 """
 
 import time
@@ -124,17 +122,19 @@ def make_tx(
         "interval": kfac.intervals.every(settings.refresh_every),
         "inverse_interval": settings.refresh_every,
     }
+    names = ("prior_precision", "temperature")
+    prior: Values = {name: values[name] for name in names if name in values}
+    n = values.get("num_data", n)  # a value where it changes
     if method == NOISY:
-        # It adds the prior's share for p = τ = 1, which is 1/N.
-        shift = posterior_scale(settings, values)[1] - 1 / n
-        damping = jnp.asarray(settings.damping + shift)
-        return bayes.noisy_kfac(layers, n, rate, damping=damping, **curved)
+        damping = settings.damping
+        return bayes.noisy_kfac(layers, n, rate, damping=damping, **prior, **curved)
     if method == VOGN:
-        own: Values = {"damping": settings.vogn_damping, "momentum": momentum}
-        return bayes.vogn(layers, n, rate, **own)
+        damping = settings.vogn_damping
+        own: Values = {"damping": damping, "momentum": momentum}
+        return bayes.vogn(layers, n, rate, **prior, **own)
     if method == IVON:
         own = {"momentum": momentum, "decay": settings.ivon_decay}
-        return bayes.ivon(n, rate, **own)
+        return bayes.ivon(n, rate, initial=values["initial"], **prior, **own)
     decay = values["weight_decay"]
     if method == KFAC:
         damping = settings.damping
@@ -149,33 +149,6 @@ def make_tx(
             optax.scale_by_learning_rate(rate),
         )
     return optax.with_extra_args_support(tx)
-
-
-def posterior_scale(settings: Settings, values: Values) -> tuple[Any, Any]:
-    """``τ/N`` and ``δ = τ p / N``; ``N`` is a value where it changes."""
-    variance = values["temperature"] / values.get("num_data", settings.num_data)
-    return variance, variance * values["prior_precision"]
-
-
-def with_prior(settings: Settings, state: Any, values: Values) -> Any:
-    """A first state of an optimiser of `kfac_jax_lite.bayes` with its own prior.
-
-    Args:
-        settings: what the runs have in common.
-        state: of the optimiser for ``p = τ = 1``.
-        values: hyper-parameters, may be traced.
-
-    Returns:
-        The state.
-    """
-    if settings.method in POINTS:
-        return state
-    variance, damping = map(jnp.float32, posterior_scale(settings, values))
-    state = state._replace(variance=variance, damping=damping)
-    if settings.method != IVON:
-        return state
-    start = jax.tree.map(lambda h: 0 * h + values["initial"], state.hessian)
-    return state._replace(hessian=start)
 
 
 def gradient_of(settings: Settings, task: Task, tagged: Any) -> Gradient:
@@ -224,7 +197,7 @@ def make_program(settings: Settings, task: Task, example: tuple[Any, Any]) -> Pr
     def start(seed, values):
         params, model_state = task.init(jax.random.key(seed))
         state = make_tx(settings, layers, values).init(params)
-        return params, model_state, with_prior(settings, state, values)
+        return params, model_state, state
 
     def step(carry, values, images, labels, rows, number, key):
         params, model_state, state = carry
