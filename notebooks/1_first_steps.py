@@ -89,7 +89,7 @@ print(tagged)
 # The table says which parameters form a layer and how large its two factors are.
 # Weights and bias of a layer belong together: `A` has a row for the bias, 65 instead of
 # 64. A parameter that no rule recognises would be listed here as `diagonal`, with the
-# reason.
+#     reason.
 #
 # ## A step
 

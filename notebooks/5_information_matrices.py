@@ -64,8 +64,8 @@ tagged = kfac.tag(loss_fn, params, x, y)
 print(tagged)
 
 # %% [markdown]
-# The matrices are looked at after some training, where they differ most from each
-# other: at the minimum of a perfect model all but the covariance would agree.
+# The matrices are looked at after a few steps. With the right model at its true
+# parameters and very many data they would all agree; this is neither.
 
 # %%
 tx = kfac.kfac(tagged.layers, learning_rate=0.1, damping=0.03)
@@ -79,7 +79,7 @@ def step(params, opt_state):
 
 
 opt_state = tx.init(params)
-for _ in range(40):
+for _ in range(15):
     params, opt_state, loss = step(params, opt_state)
 print(f"loss {loss:.4f}, {sum(p.size for p in jax.tree.leaves(params))} parameters")
 
@@ -111,14 +111,14 @@ plt.show()
 # The blocks are, from the top, bias and weights of the hidden layer, then of the last
 # one. How far are the matrices from each other? The distance `‖M₁ − M₂‖ / ‖M₂‖` in the
 # Frobenius norm, and the cosine between the natural gradients that they give with a
-# damping of 0.01.
+# damping of 0.1.
 
 # %%
 fisher = dense["Fisher"]
 gradient = ravel_pytree(jax.grad(loss_fn)(params, x, y))[0]
 
 
-def direction(m, damping=0.01):
+def direction(m, damping=0.1):
     return np.linalg.solve(m + damping * np.eye(len(m)), gradient)
 
 
@@ -133,9 +133,11 @@ for name, m in dense.items():
 
 # %% [markdown]
 # Gauss-Newton and Fisher are the same matrix for the likelihoods that are marked here.
-# The Hessian differs by the curvature of the network itself. The empirical Fisher
-# matrix takes the labels of the data where the Fisher matrix takes the model's: once
-# the model fits, its gradients are small and so is the matrix.
+# The Hessian differs by the curvature of the network itself, and may have negative
+# eigenvalues. The empirical Fisher matrix takes the labels of the data where the Fisher
+# matrix takes the model's: the two agree only as far as the model is right about its
+# labels. The covariance is the empirical Fisher matrix without the mean gradient, whose
+# share shrinks as training goes on.
 #
 # ## Spectra
 #

@@ -61,7 +61,7 @@ def layer(key, inputs, outputs):
 # %%
 NOISE = 0.1**2
 draw = np.random.default_rng(0)
-inputs = np.concatenate([draw.uniform(-1, -0.25, 30), draw.uniform(0.35, 1, 30)])
+inputs = np.concatenate([draw.uniform(-1, -0.45, 30), draw.uniform(0.45, 1, 30)])
 
 
 def truth(x):
