@@ -119,8 +119,9 @@ print(f"test accuracy {accuracy:.1%}")
 
 # %%
 for record in kfac.report(opt_state):
-    names = ("name", "interval", "refreshes", "inversions", "damping", "skipped")
-    print("   ".join(f"{name} {record[name]}" for name in names))
+    names = ("interval", "refreshes", "inversions", "damping", "skipped")
+    figures = "   ".join(f"{name} {record[name]:.3g}" for name in names)
+    print(f"{record['name']:8} {figures}")
 
 # %% [markdown]
 # ## Beside Adam
