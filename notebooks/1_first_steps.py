@@ -200,6 +200,7 @@ plt.show()
 # %% [markdown]
 # Against steps K-FAC is ahead. A step of it costs more: statistics, an inversion of
 # every factor, and two small matrix products per layer. On a network as tiny as this
-# one that overhead weighs most. `inverse_interval=10` inverts at every tenth step only,
-# and `interval=kfac.intervals.adaptive(0.2)` refreshes a layer only as often as its
+# one that overhead weighs most, and per second little or nothing is gained.
+# `inverse_interval=10` inverts at every tenth step only, and
+# `interval=kfac.intervals.adaptive(0.2)` refreshes a layer only as often as its
 # statistics change: the second notebook shows how.
