@@ -121,7 +121,10 @@ def test_it_runs_in_an_empty_folder(path, tmp_path, monkeypatch):
     here = tmp_path / "empty"
     here.mkdir()
     client = nbclient.NotebookClient(
-        notebook, SECONDS, kernel_name="python3", resources={"metadata": {"path": here}}
+        notebook,
+        timeout=SECONDS,
+        kernel_name="python3",
+        resources={"metadata": {"path": here}},
     )
     client.execute(env=environment)
     assert figures(notebook) == figures(committed)
