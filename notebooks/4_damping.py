@@ -176,10 +176,10 @@ plt.show()
 # %% [markdown]
 # In the run shown, the dampings that start large fall to about 1e-3 within 30 steps.
 # Those that start small hardly move: the trust region shortens their steps already.
-# Later, with a loss near zero, batches disagree about the slope, steps are taken back
-# one after another, and two of the dampings jump to the upper bound, where the training
-# all but stands still. A smaller `maximum`, larger batches or a decaying learning rate
-# are ways to meet that.
+# Later, with a loss near zero, where batches disagree about the slope, two of the
+# dampings jump to the upper bound within ten steps or so, and the training all but
+# stands still. A smaller `maximum`, larger batches or a decaying learning rate are ways
+# to meet that.
 #
 # ## Loss against damping
 #
