@@ -212,7 +212,7 @@ def test_a_bar_changes_nothing():
         ({"inputs": {"a": jnp.ones((2, 1)), "b": jnp.ones(3)}}, r"\(2, 1\), \(3,\)"),
         ({"apply_fn": lambda w, x: x.sum()}, r"shape \(\) for 7 inputs"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_wrong_values_are_told(options, message):
     params, x = problem()
