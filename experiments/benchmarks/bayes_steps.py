@@ -1,6 +1,6 @@
 """Time per step of the variational optimisers, as ratios to Adam.
 
-    python -m experiments.benchmarks.bayes_steps --models mlp,lenet5,resnet8
+    python -m experiments.benchmarks.bayes_steps --models mlp,lenet5,resnet
 
 All rows train in one process, a cycle of real steps each per round, in an order that
 rotates. K-FAC refreshes every 10 and inverts every 100 steps, so that a cycle of 100
@@ -42,7 +42,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--models", type=comma_list(list(SPECS)), default="mlp,lenet5,resnet8")
+    add("--models", type=comma_list(list(SPECS)), default="mlp,lenet5,resnet")
     add("--rounds", type=positive_int, default=5, help="timed cycles of every row")
     add("--cycle", type=positive_int, default=INVERT, help="steps of a cycle")
     add("--samples", type=positive_int, default=1, help="draws per step")
