@@ -114,11 +114,9 @@ def test_it_runs_in_an_empty_folder(path, tmp_path, monkeypatch):
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
     committed = read(path)
     notebook = jupytext.read(path.with_suffix(".py"))
-    environment = dict(os.environ)
+    # The tests' own flags make slow kernels and eight devices.
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     environment |= {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path / "ipython")}
-    # The tests' own flags make slow kernels and eight devices. With several threads
-    # jaxlib 0.10.2 hung now and then on CPUs, in the notebook on damping.
-    environment["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
     environment["TF_CPP_MIN_LOG_LEVEL"] = "3"  # on a busy machine XLA says it is slow
     here = tmp_path / "empty"
     here.mkdir()
