@@ -1,0 +1,166 @@
+"""The command line of mutation testing; see the package's docstring."""
+
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import tyro
+from tqdm import tqdm
+
+from tests.mutation import mutants
+from tests.mutation.covering import Covering, measure, within
+from tests.mutation.mutants import ROOT, Mutant
+from tests.mutation.page import write
+from tests.mutation.trial import attempt
+
+LEAST_LIMIT = 120  # seconds that even the quickest tests are given
+RESULTS = mutants.HERE / "results" / "mutants.jsonl"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Tries mutants; those that are in the results already are left out.
+
+    Attributes:
+        drawn: Mutants drawn from the core modules.
+        controls: Mutants that change nothing.
+        seed: Of the draw.
+        budget: Seconds of tests, as they were measured, that a mutant has to survive.
+        workers: Mutants at once.
+        again: Try once more what survived or timed out (with a larger budget, say).
+        out: The results, as JSON lines.
+    """
+
+    drawn: int = 300
+    controls: int = 10
+    seed: int = 0
+    budget: float = 60.0
+    workers: int = 2
+    again: bool = False
+    out: Path = RESULTS
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Runs the fast suite once and notes which test runs which line."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Writes the page of the documentation from the results."""
+
+    results: Path = field(default=RESULTS)
+
+
+def recorded(path: Path) -> dict[str, dict[str, Any]]:
+    """What is known of every mutant, the last line of each."""
+    if not path.exists():
+        return {}
+    rows = map(json.loads, path.read_text().splitlines())
+    return {row["id"]: row for row in rows}
+
+
+def wanted(run: Run) -> Iterator[Mutant]:
+    """All mutants of a run that are still to be tried."""
+    known = recorded(run.out)
+    yielded = set()
+    for mutant in (
+        *mutants.formulas(),
+        *mutants.controls(run.controls, run.seed),
+        *mutants.drawn(run.drawn, run.seed),
+    ):
+        row = known.get(mutant.identity)
+        again = row and run.again and row["outcome"] in ("survived", "timeout")
+        if (row is None or again) and mutant.identity not in yielded:
+            yielded.add(mutant.identity)
+            yield mutant
+
+
+def copy(folder: Path) -> None:
+    """Copies the files that git knows, with the cache of compiled programs."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target)
+    cache = ROOT / ".pytest_cache"
+    if cache.exists():
+        shutil.copytree(cache, folder / cache.name)
+
+
+def tried(mutant: Mutant, folder: Path, covering: Covering, budget: float) -> dict:
+    """Puts a mutant into a copy, runs its tests there, and takes it out again."""
+    path = folder / mutant.module
+    lines = [number for number, *_ in mutant.differing] or [mutant.line]
+    tests = covering.tests(mutant.module, lines)
+    tests = within(tests, covering.times, budget)
+    try:
+        path.write_text(mutant.source)
+        outcome, by, seconds = attempt(folder, tests, 4 * budget + LEAST_LIMIT)
+    finally:
+        path.write_text(mutant.original)
+    return {
+        "id": mutant.identity,
+        "module": mutant.module,
+        "line": mutant.line,
+        "kind": mutant.kind,
+        "name": mutant.name,
+        "change": mutant.change,
+        "outcome": outcome,
+        "by": by,
+        "tests": len(tests),
+        "budget": budget,
+        "seconds": round(seconds, 1),
+    }
+
+
+def go(run: Run) -> None:
+    """Tries every mutant in one of several copies, and writes each result at once."""
+    covering, todo = Covering(), list(wanted(run))
+    run.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="mutants-") as parent:
+        folders: SimpleQueue[Path] = SimpleQueue()
+        for number in range(run.workers):
+            copy(Path(parent) / str(number))
+            folders.put(Path(parent) / str(number))
+
+        def one(mutant: Mutant) -> dict:
+            folder = folders.get()
+            try:
+                return tried(mutant, folder, covering, run.budget)
+            finally:
+                folders.put(folder)
+
+        with ThreadPoolExecutor(run.workers) as pool, run.out.open("a") as file:
+            shown = tqdm(pool.map(one, todo), total=len(todo), unit="mutant")
+            for row in shown:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                shown.set_postfix_str(f"{row['outcome']}: {row['module']}")
+
+
+def main(command: Run | Measure | Report) -> int:
+    """Does what was asked for and returns the exit status."""
+    match command:
+        case Measure():
+            return measure()
+        case Run():
+            go(command)
+        case Report():
+            write(recorded(command.results))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(tyro.cli(Run | Measure | Report)))  # type: ignore[arg-type]

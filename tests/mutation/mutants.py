@@ -1,0 +1,210 @@
+"""Mutants: drawn by cosmic-ray's operators, and the formulas' written by hand."""
+
+import ast
+import dataclasses
+import hashlib
+import itertools
+import random
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cosmic_ray import plugins
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.ast.ast_query import ASTQuery
+from cosmic_ray.mutating import mutate_code
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+PACKAGE = ROOT / "kfac_jax_lite"
+FORMULAS = HERE / "formulas.toml"
+# Everything a K-FAC step runs through, and what is said about it; the laboratory
+# (curvature, ntk), the posteriors (bayes) and the prose (doctor, logs) are left out.
+OUTSIDE = ("bayes", "curvature", "ntk", "doctor", "symptoms", "logs", "telemetry")
+ARITHMETIC = {"Add", "Sub", "Mul", "Div", "FloorDiv", "Pow", "Mod"}
+BITS = {"BitOr", "BitAnd", "BitXor"}
+KINDS = (
+    "ReplaceBinaryOperator_",
+    "ReplaceComparisonOperator_",
+    "ReplaceUnaryOperator_",
+    "NumberReplacer",
+    "ReplaceTrueWithFalse",
+    "ReplaceFalseWithTrue",
+    "ReplaceAndWithOr",
+    "ReplaceOrWithAnd",
+    "AddNot",
+    "ReplaceBreakWithContinue",
+    "ReplaceContinueWithBreak",
+    "ZeroIterationForLoop",
+)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One wrong change of one module.
+
+    Attributes:
+        module: Its path below the repository.
+        line: The first line that differs, from 1.
+        name: cosmic-ray's operator, or what the hand says is wrong.
+        kind: ``drawn``, ``formula`` or ``control`` (nothing is changed).
+        source: The whole module, changed.
+        original: The module as it is.
+    """
+
+    module: str
+    line: int
+    name: str
+    kind: str
+    source: str
+    original: str
+
+    @property
+    def identity(self) -> str:
+        """Twelve characters that tell it from every other one."""
+        text = "\0".join((self.module, self.name, *self.change))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def differing(self) -> list[tuple[int, str, str]]:
+        """The lines that differ: number, as they are, as they would be."""
+        texts = self.original.splitlines(), self.source.splitlines()
+        pairs = itertools.zip_longest(*texts, fillvalue="")
+        numbered = [(number, *pair) for number, pair in enumerate(pairs, 1)]
+        return [line for line in numbered if line[1] != line[2]]
+
+    @property
+    def change(self) -> list[str]:
+        """Pairs of the lines that differ, one after the other."""
+        return [text.strip() for _, *pair in self.differing for text in pair]
+
+
+def core() -> list[Path]:
+    """The core modules."""
+    found = sorted(PACKAGE.rglob("*.py"))
+    names = [path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in found]
+    return [
+        path for path, name in zip(found, names, strict=True) if name not in OUTSIDE
+    ]
+
+
+def plausible(operator: str) -> bool:
+    """Whether a person could have written the change: arithmetic stays arithmetic."""
+    name = operator.removeprefix("core/")
+    if not name.startswith("ReplaceBinaryOperator_"):
+        return name.startswith(KINDS)
+    pair = set(name.removeprefix("ReplaceBinaryOperator_").split("_"))
+    return pair <= ARITHMETIC or pair <= BITS
+
+
+def silent(source: str) -> set[int]:
+    """Lines without a meaning at run time: annotations, decorators, raised texts."""
+    lines: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        parts: list[ast.AST | None] = []
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            parts += node.decorator_list
+        if isinstance(node, ast.AnnAssign | ast.arg):
+            parts.append(node.annotation)
+        if isinstance(node, ast.FunctionDef):
+            parts.append(node.returns)
+        if isinstance(node, ast.Raise):
+            parts.append(node)
+        for part in parts:
+            if part is not None:
+                lines.update(range(part.lineno, part.end_lineno + 1))
+    return lines
+
+
+def sites(path: Path) -> Iterator[tuple[tuple[int, int], str, int]]:
+    """Every (position, operator, occurrence) at which a module can be changed."""
+    source = path.read_text()
+    skipped, tree = silent(source), get_ast(source)
+    for operator in filter(plausible, plugins.operator_names()):
+        acts = plugins.get_operator(operator)
+        if acts.arguments():
+            continue
+        places = (
+            (node, start)
+            for node in ast_nodes(tree)
+            for start, _ in acts().mutation_positions(node)
+        )
+        for occurrence, (node, start) in enumerate(places):
+            if start[0] not in skipped and ASTQuery(node).get_definition_name():
+                yield start, operator, occurrence
+
+
+def drawn(count: int, seed: int) -> Iterator[Mutant]:
+    """Mutants at positions drawn from all core modules, one at each.
+
+    Args:
+        count: How many.
+        seed: Of the draw.
+
+    Yields:
+        Mutants whose module still compiles.
+    """
+    places: dict[tuple[Path, tuple[int, int]], list[tuple[str, int]]] = {}
+    for path in core():
+        for position, operator, occurrence in sites(path):
+            places.setdefault((path, position), []).append((operator, occurrence))
+    chance = random.Random(seed)
+    order = sorted(places)
+    chance.shuffle(order)
+    for path, position in order:
+        operator, occurrence = chance.choice(places[path, position])
+        acts = plugins.get_operator(operator)()
+        original = path.read_text()
+        source = mutate_code(original, acts, occurrence)
+        if source is None or not compiles(source):
+            continue
+        name = operator.removeprefix("core/")
+        module = str(path.relative_to(ROOT))
+        yield Mutant(module, position[0], name, "drawn", source, original)
+        count -= 1
+        if not count:
+            return
+
+
+def compiles(source: str) -> bool:
+    """Whether a text is Python."""
+    try:
+        compile(source, "mutant", "exec")
+    except SyntaxError:
+        return False
+    return True
+
+
+def formulas() -> Iterator[Mutant]:
+    """The mutants written by hand.
+
+    Yields:
+        Mutants in the order of `formulas.toml`.
+
+    Raises:
+        ValueError: A text to be replaced is not there exactly once, or the change is
+            not Python.
+    """
+    for entry in tomllib.loads(FORMULAS.read_text())["mutant"]:
+        module, old, new = entry["module"], entry["old"], entry["new"]
+        before = (ROOT / module).read_text()
+        if before.count(old) != 1:
+            raise ValueError(
+                f"{module} has {old!r} {before.count(old)} times, not once."
+            )
+        source = before.replace(old, new)
+        if not compiles(source) or source == before:
+            raise ValueError(f"{module}: {new!r} instead of {old!r} is no mutant.")
+        head = before[: before.index(old)]
+        line = head.count("\n") + 1
+        yield Mutant(module, line, entry["name"], "formula", source, before)
+
+
+def controls(count: int, seed: int) -> Iterator[Mutant]:
+    """Mutants that change nothing: a test that fails on one fails by itself."""
+    for mutant in drawn(count, seed + 1):
+        name = f"nothing at line {mutant.line}"
+        yield dataclasses.replace(
+            mutant, name=name, kind="control", source=mutant.original
+        )
