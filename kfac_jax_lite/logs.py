@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from kfac_jax_lite.telemetry import report
+from kfac_jax_lite.telemetry import check_spectra, report
 from kfac_jax_lite.types import LayerTag
 
 # What the live table shows of a record, where it has it, and the heading.
@@ -54,8 +54,7 @@ class Log:
         Raises:
             ValueError: ``spectra`` without ``layers``.
         """
-        if spectra and layers is None:
-            raise ValueError("spectra=True wants layers=tagged.layers.")
+        check_spectra(layers, spectra)
         self.layers, self.spectra = layers, spectra
 
     def write(self, step: int, opt_state: Any) -> None:

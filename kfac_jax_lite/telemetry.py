@@ -58,8 +58,7 @@ def report(
         ValueError: There is no ``KFACState`` in ``opt_state``; ``spectra`` without
             ``layers``.
     """
-    if spectra and layers is None:
-        raise ValueError("spectra=True wants layers=tagged.layers.")
+    check_spectra(layers, spectra)
     states = find_states(opt_state)
     if not states:
         raise ValueError(
@@ -75,6 +74,16 @@ def report(
             record |= {**around, "inverse_damping": held or None, **traces(inverse)}
             records.append(record | found.get(record["name"], {}))
     return records
+
+
+def check_spectra(layers: Sequence[LayerTag] | None, spectra: bool) -> None:
+    """Spectra need the layers' forms.
+
+    Raises:
+        ValueError: There are none.
+    """
+    if spectra and layers is None:
+        raise ValueError("spectra=True wants layers=tagged.layers.")
 
 
 def counters(state: Any) -> list[dict[str, Any]]:

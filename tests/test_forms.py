@@ -176,3 +176,8 @@ def test_operations_of_a_symmetric_product(d):
     wanted = forms.symmetric_product_flops(7, d)
     assert programs.products(program.jaxpr) == wanted
     assert (wanted < 2 * 7 * d**2) == (d > 768)
+
+
+def test_a_diagonal_that_is_not_positive_has_no_inverse():
+    found = forms.inverse(jnp.array([2.0, 0.0, -1.0]), forms.DIAGONAL)
+    np.testing.assert_array_equal(found, [0.5, np.nan, np.nan])

@@ -7,6 +7,8 @@ import pytest
 
 import kfac_jax_lite as kfac
 from kfac_jax_lite import forms
+from kfac_jax_lite.inverse import METHODS, initial_inverse
+from kfac_jax_lite.types import KroneckerStatistics
 from tests import oracles
 from tests.helpers import (
     INVERSES,
@@ -18,6 +20,7 @@ from tests.helpers import (
     kfac_state,
     random_like,
     random_statistics,
+    spd,
 )
 from tests.models import BY_NAME
 
@@ -197,3 +200,22 @@ def test_rank_one_factors(rng, inverse):
 def test_repeated_update_is_deterministic(rng, inverse):
     step, state, _, statistics = setup(rng, inverse=inverse)
     identical(step(state, statistics[0]), step(state, statistics[0]))
+
+
+def test_moments_turn_with_the_basis(rng):
+    """``diag(Qᵀ (Q_old diag(s) Q_oldᵀ) Q)`` of the whole block, densely."""
+    layer = first_pass("mlp")[0].layers[0]
+    (n_a, n_g), method = layer.sizes, METHODS["ekfac"]
+    statistics = []
+    for _ in range(2):
+        moments = rng.uniform(0.1, 1, (n_a, n_g))
+        arrays = map(jnp.asarray, (spd(rng, n_a), spd(rng, n_g), moments))
+        statistics.append(KroneckerStatistics(*arrays))
+    start = initial_inverse(layer, method, jnp.float64)
+    old, first = method.refresh(layer, statistics[0], start, 0.1, jnp.asarray(True))
+    np.testing.assert_allclose(first.s, np.outer(old.d_a, old.d_g))
+    new, found = method.refresh(layer, statistics[1], old, 0.1, jnp.asarray(False))
+    before, after = (np.kron(b.q_a, b.q_g) for b in (old, new))
+    block = before @ np.diag(statistics[1].s.ravel()) @ before.T
+    wanted = np.diag(after.T @ block @ after).reshape(n_a, n_g)
+    np.testing.assert_allclose(found.s, wanted, rtol=1e-9)

@@ -62,3 +62,26 @@ def test_an_indefinite_matrix_has_no_inverse(place):
     matrix = np.eye(7)
     matrix[place, place] = -1.0
     assert np.isnan(np.asarray(linalg.spd_inverse(jnp.asarray(matrix), 2))).any()
+
+
+def test_an_iteration_that_ends_too_early_is_no_inverse(rng):
+    x = rng.normal(size=(5, 5))
+    matrix = jnp.asarray(x @ x.T + 1e-3 * np.eye(5))
+    start = jnp.zeros_like(matrix)
+    early = linalg.newton_schulz_inverse(matrix, start, 1e-10, max_iterations=2)
+    assert np.isnan(early).all()
+    whole = linalg.newton_schulz_inverse(matrix, start, 1e-10)
+    np.testing.assert_allclose(whole, np.linalg.inv(matrix), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "change"),
+    [
+        ((3.0, 4.0), (0.0, 1.0), 3 * 2**0.5),
+        ((1.0,), (0.0,), np.inf),
+        ((0.0,), (0.0,), 0),
+    ],
+)
+def test_relative_change(new, old, change):
+    found = linalg.relative_change(jnp.asarray(new), jnp.asarray(old))
+    np.testing.assert_allclose(found, change)

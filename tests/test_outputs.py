@@ -99,3 +99,19 @@ def test_unmarked_losses_are_refused():
     )  # fmt: skip
     with pytest.raises(ValueError, match="marked"):
         marked_loss(tagged, params, (x, y))
+
+
+def test_the_variance_of_a_marked_normal_is_no_output(rng):
+    """Sampled targets move the mean; how it was scaled for that has no curvature."""
+
+    def loss(p, x, y):
+        mean = kfac.normal(x @ p["w"], variance=jnp.exp(p["log_v"]))
+        return jnp.mean((mean - y) ** 2)
+
+    params = {"w": rng.normal(size=(4, 3)), "log_v": np.full(1, 0.3)}
+    batch = rng.normal(size=(5, 4)), rng.normal(size=(5, 3))
+    tagged = kfac.tag(loss, params, *batch, fisher="mc")
+    key = jax.random.key(0)
+    _, grads, statistics = jax.jit(tagged.value_and_grad)(params, *batch, key=key)
+    np.testing.assert_allclose(grads["log_v"], 0, atol=1e-12)
+    np.testing.assert_allclose(statistics["log_v"].gradient, 0, atol=1e-12)

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -11,6 +12,8 @@ from experiments.datasets import Dataset
 from experiments.errors import ConfigError, DataError
 from experiments.studies.sizes import IntervalStudy
 
+SPLIT_SEED = 0
+Pair = tuple[np.ndarray, np.ndarray]
 NAMES = ("x_train", "y_train", "x_test", "y_test")
 WANTED = (
     "The paper's size wants ImageNet (ILSVRC 2012) as the files "
@@ -20,6 +23,74 @@ WANTED = (
     "and accelerators with memory for a batch of 16,384. It is a configuration only: "
     "nobody has run it."
 )
+
+
+class Split(Protocol):
+    """What a study says of its images.
+
+    Attributes:
+        train_examples: images to train with.
+        validation_examples: images held out of the training set.
+        pool: the side of the squares of pixels that are averaged.
+        data_dir: folder of data, or None.
+    """
+
+    @property
+    def train_examples(self) -> int: ...  # noqa: D102
+    @property
+    def validation_examples(self) -> int: ...  # noqa: D102
+    @property
+    def pool(self) -> int: ...  # noqa: D102
+    @property
+    def data_dir(self) -> Path | None: ...  # noqa: D102
+
+
+def load_split(config: Split, name: str) -> tuple[Dataset, Pair]:
+    """Loads images, averaged over squares, and splits the training set.
+
+    Args:
+        config: the study.
+        name: of the data set.
+
+    Returns:
+        The data set, and validation images with their labels. Training images are the
+        first of a fixed permutation, validation images its last.
+
+    Raises:
+        ConfigError: if there are too few images, or the squares do not fit.
+    """
+    data = datasets.load(name, config.data_dir)
+    total, wanted = len(data.x_train), config.train_examples
+    if wanted + config.validation_examples > total:
+        raise ConfigError(
+            f"train-examples is {wanted} and validation-examples "
+            f"{config.validation_examples}; {data.title} has {total} training images."
+        )
+    check_pool(data, config.pool)
+    order = np.random.default_rng(SPLIT_SEED).permutation(total)
+    rows, held = order[:wanted], order[-config.validation_examples :]
+    validation = shrunk(data.x_train[held], config.pool), data.y_train[held]
+    data = dataclasses.replace(
+        data,
+        x_train=shrunk(data.x_train[rows], config.pool),
+        y_train=data.y_train[rows],
+        x_test=shrunk(data.x_test, config.pool),
+    )
+    return data, validation
+
+
+def check_pool(data: Dataset, pool: int) -> None:
+    """The squares must fit into the images.
+
+    Raises:
+        ConfigError: if they do not.
+    """
+    height, width, _ = data.image_shape
+    if height % pool or width % pool:
+        raise ConfigError(
+            f"pool is {pool}; wanted a divisor of the images' {height} and "
+            f"{width} pixels."
+        )
 
 
 def load_data(config: IntervalStudy) -> Dataset:
@@ -44,19 +115,17 @@ def load_data(config: IntervalStudy) -> Dataset:
             f"batch-size is {config.batch_size}; {data.title} has only "
             f"{len(data.x_train)} training images."
         )
-    height, width, _ = data.image_shape
-    if height % config.pool or width % config.pool:
-        raise ConfigError(
-            f"pool is {config.pool}; wanted a divisor of the images' {height} and "
-            f"{width} pixels."
-        )
-    if config.pool == 1:
-        return data
+    check_pool(data, config.pool)
     return dataclasses.replace(
         data,
-        x_train=pooled(data.x_train, config.pool),
-        x_test=pooled(data.x_test, config.pool),
+        x_train=shrunk(data.x_train, config.pool),
+        x_test=shrunk(data.x_test, config.pool),
     )
+
+
+def shrunk(images: np.ndarray, size: int) -> np.ndarray:
+    """Images as they are, or averaged over squares where these have several pixels."""
+    return images if size == 1 else pooled(images, size)
 
 
 def pooled(images: np.ndarray, size: int) -> np.ndarray:

@@ -138,7 +138,7 @@ def make_advance(problem: Problem, rule: Rule) -> Any:
     return one_by_one if in_loop(problem.config) else side_by_side
 
 
-def as_floats(values: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+def as_floats(values: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Hyper-parameters as the program takes them."""
     return {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
 

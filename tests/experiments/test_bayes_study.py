@@ -22,13 +22,14 @@ from experiments.studies.bayes import (
     report,
     results,
     run,
+    sizes,
     training,
     weights,
 )
 from experiments.studies.bayes import config as configs
 from kfac_jax_lite import bayes
 
-SMALLEST = dataclasses.replace(configs.TINY, seeds=1, epochs=1, search_samples=1)
+SMALLEST = dataclasses.replace(sizes.TINY, seeds=1, epochs=1, search_samples=1)
 CELLS = ("digits_mlp_adam", "digits_mlp_noisy_kfac", "digits_mlp_adam_last_layer")
 CELLS += ("digits_mlp_adam_ensemble", "active_bald", "regression_noisy_kfac")
 ARGUMENTS = ["study", "bayes", "--size", "tiny", "--seeds", "2", "--only", *CELLS]
@@ -56,7 +57,7 @@ def network(images):
     return problem.network_of(SMALLEST, "mlp", images)
 
 
-@pytest.mark.parametrize("config", configs.SIZES.values(), ids=configs.SIZES)
+@pytest.mark.parametrize("config", sizes.SIZES.values(), ids=sizes.SIZES)
 def test_adam_has_the_most_trials(config):
     counts = {m: len(config.trials(m)) for m in configs.TRAINED}
     assert max(counts.values()) == counts["adam"]
@@ -67,7 +68,7 @@ def test_adam_has_the_most_trials(config):
 def test_a_grid_larger_than_adams_is_refused():
     grid = configs.PointGrid((0.1, 0.2, 0.3), (1e-3,))
     with pytest.raises(ConfigError, match="sgd has 3 trials; wanted from 1 to 2"):
-        dataclasses.replace(configs.TINY, sgd=grid)
+        dataclasses.replace(sizes.TINY, sgd=grid)
 
 
 def test_grid_is_the_product():
@@ -298,7 +299,7 @@ def test_records(folder):
         records = lines(folder / f"{name}.jsonl")
         trials = [r for r in records if r["kind"] == "trial"]
         seeds = [r for r in records if r["kind"] == "seed"]
-        assert [r["values"] for r in trials] == configs.TINY.trials(trials[0]["method"])
+        assert [r["values"] for r in trials] == sizes.TINY.trials(trials[0]["method"])
         best = min(trials, key=run.of_trial)["values"]
         assert [(r["seed"], r["values"]) for r in seeds] == [(1, best), (2, best)]
         assert all(("mean_weights" in r) == ("noisy" in name) for r in seeds)
@@ -362,7 +363,7 @@ def test_every_method(tmp_path):
     """The whole tiny study."""
     arguments = ["study", "bayes", "--size", "tiny", "--out", str(tmp_path)]
     assert main(arguments) == 0
-    for cell in configs.TINY.all_cells():
+    for cell in sizes.TINY.all_cells():
         assert lines(tmp_path / f"{cell.name}.jsonl")
     for name in configs.FURTHER:
         assert lines(tmp_path / f"{name}.jsonl")

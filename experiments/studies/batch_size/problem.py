@@ -1,6 +1,5 @@
 """The images of the batch-size study, and a cell's compiled step."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,18 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import datasets
 from experiments.configs import NetConfig
 from experiments.configs.tune import CurvatureConfig, TuneConfig
 from experiments.datasets import Dataset, make_augmentation
-from experiments.errors import ConfigError
 from experiments.metrics import make_evaluate
 from experiments.models import Task, make_task
 from experiments.studies.batch_size.config import BatchStudy, Cell
-from experiments.studies.images import pooled
+from experiments.studies.images import load_split
 from experiments.tuning.optimisers import make_rule, rate_at
+from experiments.tuning.trials import as_floats
 
-SPLIT_SEED = 0
 Values = dict[str, Any]
 Measure = Callable[[Any], dict[str, float]]
 
@@ -57,44 +54,15 @@ class Program(NamedTuple):
 
 
 def load(config: BatchStudy) -> Problem:
-    """Loads the images and splits the training set, always in the same way.
+    """Loads the images and makes the network.
 
     Args:
         config: the study.
 
     Returns:
-        The problem. Training images are the first of a fixed permutation, validation
-        images its last.
-
-    Raises:
-        ConfigError: if there are too few images, or the squares do not fit.
+        The problem; `load_split` says which images are held out.
     """
-    data = datasets.load(config.dataset, config.data_dir)
-    total = len(data.x_train)
-    if config.train_examples + config.validation_examples > total:
-        raise ConfigError(
-            f"train-examples is {config.train_examples} and validation-examples "
-            f"{config.validation_examples}; {data.title} has {total} training images."
-        )
-    height, width, _ = data.image_shape
-    if height % config.pool or width % config.pool:
-        raise ConfigError(
-            f"pool is {config.pool}; wanted a divisor of the images' {height} and "
-            f"{width} pixels."
-        )
-    order = np.random.default_rng(SPLIT_SEED).permutation(total)
-    rows, held = order[: config.train_examples], order[-config.validation_examples :]
-
-    def shrunk(x: np.ndarray) -> np.ndarray:
-        return x if config.pool == 1 else pooled(x, config.pool)
-
-    validation = shrunk(data.x_train[held]), data.y_train[held]
-    data = dataclasses.replace(
-        data,
-        x_train=shrunk(data.x_train[rows]),
-        y_train=data.y_train[rows],
-        x_test=shrunk(data.x_test),
-    )
+    data, validation = load_split(config, config.dataset)
     task = make_task(config.model, NetConfig(hidden=config.hidden), data)
     x, y = jnp.asarray(data.x_train), jnp.asarray(data.y_train)
     return Problem(data, validation, x, y, task)
@@ -151,11 +119,6 @@ def make_program(config: BatchStudy, problem: Problem, cell: Cell) -> Program:
         return compiled(carry, values, problem.images, problem.labels, *rest)
 
     return Program(begin, take)
-
-
-def as_floats(values: Values) -> dict[str, jax.Array]:
-    """Hyper-parameters as the program takes them."""
-    return {name: jnp.float32(value) for name, value in values.items()}
 
 
 def order_of(

@@ -39,13 +39,13 @@ from experiments.studies.batch_size.problem import (
     Measure,
     Problem,
     Program,
-    as_floats,
     load,
     make_program,
     measures,
     order_of,
 )
 from experiments.studies.cells import Cells, Record
+from experiments.tuning.trials import as_floats
 
 CHANCE = 0.1  # accuracy of a network that has diverged: there are ten labels
 

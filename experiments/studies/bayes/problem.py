@@ -11,19 +11,17 @@ import numpy as np
 from experiments import datasets
 from experiments.configs import NetConfig
 from experiments.datasets import Dataset
-from experiments.errors import ConfigError
 from experiments.models import Task
 from experiments.models.registry import linen_functions, linen_module
 from experiments.models.task import classifier, make_preprocess
 from experiments.studies.bayes.config import BayesStudy
-from experiments.studies.images import pooled
+from experiments.studies.images import Pair, load_split, shrunk
 from kfac_jax_lite import bayes
 
-SPLIT_SEED, NOISE_SEED = 0, 1
+NOISE_SEED = 1
 NOISE = "noise"
 # Strange images beside uniform noise.
 STRANGE = {"fashion_mnist": "mnist"}
-Pair = tuple[np.ndarray, np.ndarray]
 
 
 class Images(NamedTuple):
@@ -80,43 +78,18 @@ def load(config: BayesStudy, name: str) -> Images:
         name: of the data set.
 
     Returns:
-        The images. Training images are the first of a fixed permutation, validation
-        images its last.
-
-    Raises:
-        ConfigError: if there are too few images, or the squares do not fit.
+        The images; `load_split` says which are held out.
     """
-    data = datasets.load(name, config.data_dir)
-    total, wanted = len(data.x_train), config.train_examples
-    if wanted + config.validation_examples > total:
-        raise ConfigError(
-            f"train-examples is {wanted} and validation-examples "
-            f"{config.validation_examples}; {data.title} has {total} training images."
-        )
-    if any(side % config.pool for side in data.image_shape[:2]):
-        raise ConfigError(
-            f"pool is {config.pool}; wanted a divisor of the sides of {data.title}'s "
-            f"images, {data.image_shape[:2]}."
-        )
-    order = np.random.default_rng(SPLIT_SEED).permutation(total)
-    rows, held = order[:wanted], order[-config.validation_examples :]
+    data, (held, labels) = load_split(config, name)
     test = slice(config.test_examples)
-    validation = shrunk(config, data.x_train[held]), data.y_train[held]
     data = dataclasses.replace(
         data,
-        x_train=shrunk(config, data.x_train[rows]),
-        y_train=data.y_train[rows],
-        x_test=shrunk(config, data.x_test[test]),
+        x_train=data.x_train.astype(np.float32),
+        x_test=data.x_test[test].astype(np.float32),
         y_test=data.y_test[test],
     )
+    validation = held.astype(np.float32), labels
     return Images(data, validation, strange(config, data), shifted(config, data))
-
-
-def shrunk(config: BayesStudy, images: np.ndarray) -> np.ndarray:
-    """Float32 images, averaged over squares."""
-    if config.pool == 1:
-        return images.astype(np.float32)
-    return pooled(images, config.pool)
 
 
 def strange(config: BayesStudy, data: Dataset) -> dict[str, np.ndarray]:
@@ -127,7 +100,8 @@ def strange(config: BayesStudy, data: Dataset) -> dict[str, np.ndarray]:
     found = {NOISE: rng.uniform(0, data.maximum, shape).astype(np.float32)}
     if data.name in STRANGE:
         other = datasets.load(STRANGE[data.name], config.data_dir)
-        found = {other.title: shrunk(config, other.x_test[:count])} | found
+        images = shrunk(other.x_test[:count], config.pool).astype(np.float32)
+        found = {other.title: images} | found
     return found
 
 

@@ -23,6 +23,7 @@ from experiments.studies.bayes.config import (
     SGD,
     VOGN,
 )
+from experiments.tuning.trials import as_floats
 from kfac_jax_lite import bayes
 
 BETA2 = 0.999
@@ -82,11 +83,6 @@ class Run(NamedTuple):
     carry: Any
     loss: float
     seconds: float
-
-
-def as_floats(values: Values) -> dict[str, jax.Array]:
-    """Hyper-parameters as the program takes them."""
-    return {name: jnp.float32(value) for name, value in values.items()}
 
 
 def tag_for(settings: Settings, task: Task, example: tuple[Any, Any]) -> Any:
