@@ -11,9 +11,9 @@ import optax
 import pytest
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite.doctor import Findings, doctor
+from kfac_jax_lite.doctor import doctor
+from kfac_jax_lite.findings import Finding, Findings
 from kfac_jax_lite.placement import relayout
-from kfac_jax_lite.symptoms import Finding
 from kfac_jax_lite.telemetry import report
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
