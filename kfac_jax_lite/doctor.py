@@ -10,6 +10,7 @@ from kfac_jax_lite import counters, symptoms
 from kfac_jax_lite.examination import examined, of_batch
 from kfac_jax_lite.factors.estimate import TaggedLoss
 from kfac_jax_lite.findings import ERROR, NOTICE, WARNING, Finding, Findings
+from kfac_jax_lite.modes import evaluation_mode
 from kfac_jax_lite.telemetry import report
 from kfac_jax_lite.tree import find_states
 
@@ -32,16 +33,19 @@ def doctor(
     From the state alone: ``no_steps``, ``skipped_batches``, ``steps_taken_back``,
     ``trust_region_saturated``, ``failed_inversions``, ``old_inverse``,
     ``never_refreshed``, ``stale_factors``, ``refresh_forgotten``,
-    ``damping_below_rounding``, ``damping_too_small``, ``damping_too_large``,
-    ``constant_inputs``, ``no_gradient``, ``dead_units``, ``dead_inputs``,
-    ``diagonal_fallback``. With ``params``: ``parameters_not_finite`` and, where the
-    last update is known, ``steps_explode``. With ``params`` and ``batch``:
-    ``loss_not_finite``, ``loss_is_a_sum``, ``too_few_rows``, ``other_inputs``,
-    ``other_gradients``, ``fisher_vanishes``. What each rests on is in its ``numbers``;
-    thresholds and their reasons are in ``kfac_jax_lite.symptoms`` and here.
+    ``interval_at_longest``, ``damping_at_bound``, ``damping_below_rounding``,
+    ``damping_too_small``, ``damping_too_large``, ``constant_inputs``, ``no_gradient``,
+    ``dead_units``, ``dead_inputs``, ``diagonal_fallback``. With ``params``:
+    ``parameters_not_finite`` and, where the last update is known, ``steps_explode``.
+    With ``params`` and ``batch``: ``loss_not_finite``, ``loss_is_a_sum``,
+    ``too_few_rows``, ``other_inputs``, ``other_gradients``, ``fisher_vanishes``,
+    ``stored_averages``, ``unused_key``. What each rests on is in its ``numbers``;
+    thresholds and their reasons are in ``kfac_jax_lite.symptoms``, ``counters`` and
+    ``examination``.
 
     Eigendecompositions of all factors on the host, in float64: not for every step. A
-    single state knows its last step only; "always" needs ``history``.
+    single state knows its last step only; "always" needs ``history``, and so do
+    ``interval_at_longest`` and most of ``damping_at_bound``.
 
     Args:
         tagged: The tagged loss.
@@ -66,27 +70,36 @@ def doctor(
     found = list(symptoms.fallback(tagged.layers))
     factors = []
     for state in find_states(opt_state):
-        names = sorted(state.factors)
-        if names:
-            found += of_state(records[names[0]], [records[n] for n in names], history)
+        if state.factors:
+            own = [records[name] for name in sorted(state.factors)]
+            found += of_state(own, counters.lags(state), history)
         factors += symptoms.factors_of(tagged.layers, state, records)
     for one in factors:
-        found += [*symptoms.damping(one), *symptoms.degenerate(one)]
+        adapted = records[one.layer.name]["retreats"] is not None
+        shown = [f for f in symptoms.damping(one) if not (adapted and is_large(f))]
+        found += [*shown, *symptoms.degenerate(one)]
     if params is not None:
         found += of_parameters(opt_state, params, records, learning_rate)
     if batch is not None:
         seen = examined(tagged, params, batch, key)
         found += of_batch(tagged, seen, records, factors)
+        found += evaluation_mode(tagged, params, batch)
     if any(finding.kind == "fisher_vanishes" for finding in found):
-        found = [f for f in found if f.kind != "damping_too_large"]  # its consequence
+        found = [f for f in found if not is_large(f)]  # its consequence
     order = [ERROR, WARNING, NOTICE]
     return Findings(sorted(found, key=lambda f: order.index(f.severity)))
 
 
+def is_large(finding: Finding) -> bool:
+    """Whether it complains of a large damping, which an adaptive one chooses itself."""
+    return finding.kind == "damping_too_large"
+
+
 def of_state(
-    whole: dict[str, Any], records: Sequence[dict[str, Any]], history: Any
+    records: Sequence[dict[str, Any]], lags: dict[str, float], history: Any
 ) -> Iterator[Finding]:
     """What the counters of one ``KFACState`` show."""
+    whole = records[0]
     yield from counters.skipped_batches(whole)
     if not whole["steps"]:
         yield Finding(
@@ -99,8 +112,10 @@ def of_state(
         )
         return
     yield from counters.trust_region(whole, history)
+    yield from counters.adaptive_damping(records, history)
+    yield from counters.intervals(records, history)
     for record in records:
-        yield from counters.refreshes(record)
+        yield from counters.refreshes(record, lags.get(record["name"]))
         yield from counters.inversions(record)
 
 

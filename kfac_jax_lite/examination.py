@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from kfac_jax_lite import forms, symptoms
+from kfac_jax_lite.counters import START
 from kfac_jax_lite.factors.estimate import TaggedLoss
 from kfac_jax_lite.factors.state import curvature
 from kfac_jax_lite.findings import ERROR, NOTICE, WARNING, Finding
 from kfac_jax_lite.flops import layer_rows
+from kfac_jax_lite.modes import holds_examples
 from kfac_jax_lite.symptoms import Factors
 from kfac_jax_lite.types import LayerTag
 
@@ -23,9 +25,15 @@ DOUBLED = 1.5
 OTHER_INPUTS = 4.0
 # Output factors follow the gradients and fall with the loss; a decade is another phase.
 OTHER_GRADIENTS, OLD = 10.0, 10
+# Before, an average is mostly of the first steps, where everything changes fastest.
+SETTLED = 3
 # The empirical Fisher matrix over one of labels drawn from the model: 1 on average
 # where the model is right about its own errors. And a loss that is next to zero.
 VANISHED, TINY_LOSS = 0.01, 0.01
+
+
+# One function for all calls, so that a later one finds its program compiled.
+COMPILED = jax.jit(TaggedLoss.value_and_grad, static_argnums=0)
 
 
 class Batch(NamedTuple):
@@ -49,7 +57,7 @@ class Batch(NamedTuple):
 
 def examined(tagged: TaggedLoss, params: Any, batch: tuple, key: Any) -> Batch:
     """Takes loss and statistics of a batch, and what else can be asked of it."""
-    value, _, fresh = jax.jit(tagged.value_and_grad)(params, *batch, key=key)
+    value, _, fresh = gradient(tagged, params, batch, key)
     rows = layer_rows(tagged, params, *batch)
     return Batch(
         float(value[0] if tagged.has_aux else value),
@@ -58,6 +66,15 @@ def examined(tagged: TaggedLoss, params: Any, batch: tuple, key: Any) -> Batch:
         doubled_loss(tagged, params, batch),
         sampled_share(tagged, params, batch, key, fresh),
     )
+
+
+def gradient(tagged: TaggedLoss, params: Any, batch: tuple, key: Any) -> Any:
+    """What ``value_and_grad`` returns."""
+    try:
+        hash(tagged)
+    except TypeError:  # a loss function that no cache can hold
+        return jax.jit(tagged.value_and_grad)(params, *batch, key=key)
+    return COMPILED(tagged, params, *batch, key=key)
 
 
 def doubled_loss(tagged: TaggedLoss, params: Any, batch: tuple) -> float | None:
@@ -69,15 +86,17 @@ def doubled_loss(tagged: TaggedLoss, params: Any, batch: tuple) -> float | None:
         batch: Its arguments.
 
     Returns:
-        The loss; None where the arguments share no leading axis, or where the loss does
-        not take another batch size.
+        The loss; None where it cannot be told which axis is that of the examples, or
+        where the loss does not take another batch size.
     """
-    sizes = {np.shape(x)[0] for x in jax.tree.leaves(batch) if np.ndim(x)}
-    if len(sizes) != 1:
+    leaves, tree = jax.tree.flatten(batch)
+    flags = holds_examples(tagged, params, batch)
+    if not any(flags):
         return None
-    twice = jax.tree.map(lambda x: jnp.concatenate([x, x]) if np.ndim(x) else x, batch)
+    pairs = zip(leaves, flags, strict=True)
+    twice = [jnp.concatenate([x, x]) if flag else x for x, flag in pairs]
     try:
-        value = jax.jit(tagged.loss_fn)(params, *twice)
+        value = jax.jit(tagged.loss_fn)(params, *jax.tree.unflatten(tree, twice))
     except (TypeError, ValueError):  # it was written for one batch size
         return None
     return float(value[0] if tagged.has_aux else value)
@@ -91,7 +110,7 @@ def sampled_share(
         return None
     model = dataclasses.replace(tagged, fisher="mc")
     try:
-        _, _, drawn = jax.jit(model.value_and_grad)(params, *batch, key=key)
+        _, _, drawn = gradient(model, params, batch, key)
     except ValueError:  # no marked output to draw labels from
         return None
     total, part = (
@@ -176,7 +195,10 @@ def too_few_rows(
     sides = [("A", layer.a_form, layer.a_shape)]
     if tagged.fisher != "exact":  # which has a row for every output
         sides.append(("G", layer.g_form, layer.g_shape))
-    held = rows * (record["memory"] or 1.0)
+    # An average that is still filling up is taken for what it is going to be.
+    early = record["steps"] < START
+    memory = one.memory if early else record["memory"] or 1.0
+    held = rows * memory
     for side, form, shape in sides:
         if form != forms.DIAGONAL and held < shape[-1]:
             yield Finding(
@@ -185,16 +207,18 @@ def too_few_rows(
                 layer.name,
                 f"Factor {side} is {shape[-1]} × {shape[-1]} and has a rank of at most "
                 f"{held:.0f}: a refresh sees {rows} rows, the average holds "
-                f"{record['memory'] or 1.0:.1f} refreshes.",
+                f"{memory:.1f} refreshes.",
                 "A larger batch or factor_decay, more frequent refreshes, less "
                 "subsampling; else keep the damping well above zero.",
-                {"rows": rows, "memory": record["memory"], "size": shape[-1]},
+                {"rows": rows, "memory": memory, "size": shape[-1]},
             )
 
 
 def changed(one: Factors, seen: Batch, record: dict[str, Any]) -> Iterator[Finding]:
     """A batch whose statistics are unlike the average."""
     layer, age = one.layer, record["since_refresh"]
+    if one.refreshes < SETTLED:
+        return
     whole = curvature(layer, seen.statistics[layer.name])
     if whole.a.shape != one.statistics.a.shape:
         return  # a mask hides a part of the layer

@@ -32,6 +32,8 @@ CONSTANT_RANK = 1.002
 # Diagonal entries this far below the largest are zero; images have a tenth of pixels
 # that never change, so that only a quarter is a complaint.
 ZERO, DEAD = 1e-10, 0.25
+# Refreshes before "never" is said: of few images, a third of the pixels is black.
+SEEN = 5
 # Parameters outside of any curvature block that couples them.
 FALLBACK, MOSTLY_FALLBACK = 0.05, 0.5
 
@@ -47,6 +49,9 @@ class Factors(NamedTuple):
         damping: ``λ`` in force; 0 before the first inversion.
         damped: The spectrum of the damped block, or None without damping.
         eps: Relative rounding error of the state's arithmetic.
+        refreshes: How many refreshes have gone into them.
+        memory: How many refreshes the average is worth once it has filled up,
+            ``(1 + d) / (1 − d)`` (see ``kfac_jax_lite.telemetry.memory``).
     """
 
     layer: LayerTag
@@ -56,6 +61,8 @@ class Factors(NamedTuple):
     damping: float
     damped: Damped | None
     eps: float
+    refreshes: int
+    memory: float
 
     @property
     def largest(self) -> float:
@@ -79,16 +86,21 @@ def factors_of(
     found, names = [], sorted(state.factors)
     clock, damping = jax.device_get((state.clock, state.damping))
     for layer, averaged, inverse in kronecker_layers(layers, state):
-        if not records[layer.name]["refreshes"]:
+        refreshes = records[layer.name]["refreshes"]
+        if not refreshes:
             continue
         split = isinstance(inverse, FactorInverses)
-        held = clock.inverse_damping[names.index(layer.name)]
+        index = names.index(layer.name)
+        held = clock.inverse_damping[index]
         shift = float(held if split else damping)
         a = eigenvalues(averaged.a, layer.a_form, layer.sizes[0])
         g = eigenvalues(averaged.g, layer.g_form, layer.sizes[1])
         damped = damped_extremes(a, g, shift, split) if shift > 0 else None
         eps = float(np.finfo(averaged.a.dtype).eps)
-        found.append(Factors(layer, averaged, a, g, shift, damped, eps))
+        rest = max(1 - float(clock.weight[index]), eps)
+        decay = min(rest ** (1 / refreshes), 1 - eps)
+        counts = (refreshes, (1 + decay) / (1 - decay))
+        found.append(Factors(layer, averaged, a, g, shift, damped, eps, *counts))
     return found
 
 
@@ -163,6 +175,8 @@ def degenerate(factors: Factors) -> Iterator[Finding]:
             "above it.",
             {"largest_g": float(of_g.max())},
         )
+        return
+    if factors.refreshes < SEEN:
         return
     yield from dead(layer, "dead_units", of_g, "units have never had a gradient")
     if layer.a_form != forms.DIAGONAL:

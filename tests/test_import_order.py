@@ -49,6 +49,7 @@ ORDER = [
     {"cost"},
     {"simulate"},
     {"findings"},
+    {"modes"},
     {"symptoms", "counters"},
     {"examination"},
     {"doctor"},
