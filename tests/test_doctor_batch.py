@@ -1,10 +1,13 @@
 """``doctor`` with parameters and a batch: what only these show, and the whole of it."""
 
+import ast
 import pathlib
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
