@@ -278,7 +278,7 @@ def adaptive_damping(
     past[whole["steps"]] = whole
     last = [past[n] for n in sorted(past) if n <= whole["steps"]][-OBSERVATIONS:]
     same = [r for r in last if r["agreement"] and r["damping"] == value]
-    held = [r["since_inversion"] for r in records if r["inverse_damping"] == value]
+    held = [r["since_inversion"] or 0 for r in records if r["inverse_damping"] == value]
     bounds = [np.float32(bound) for bound in (rule.minimum, rule.maximum)]
     if len(same) < OBSERVATIONS and max(held, default=0) < 2 and value not in bounds:
         return

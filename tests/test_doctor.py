@@ -210,8 +210,8 @@ def test_an_interval_at_its_longest():
     assert {f.layer for f in found} == {"hidden", "out"}
     assert {f.severity for f in found} == {"notice"}
     assert found[0].numbers["interval"] == 3
-    # Steps 1, 2, 4, 7, 10, …, 40: 14 refreshes, of which 4 and 7 on are at 3 steps.
-    assert found[0].numbers["refreshes"] == 14 - 3
+    # Steps 1, 2, 4, 7, 10, …, 40: 15 refreshes, and the third made it 3 steps.
+    assert found[0].numbers["refreshes"] == 15 - 3
     assert doctor(tagged, state) == []  # one state cannot tell
     alike = [[{**r, "diff": 0.1} for r in past] for past in history]
     assert "interval_at_longest" not in kinds(doctor(tagged, state, history=alike))
@@ -256,7 +256,7 @@ def test_an_adaptive_damping_at_its_bound():
     # The twin is on its way; or the last number stands at two steps only.
     tagged, moving, history = adapted_run()
     assert doctor(tagged, moving, history=history) == []
-    tagged, two, history = adapted_run(4, initial=0.6, minimum=0.4)
+    tagged, two, history = adapted_run(3, initial=0.6, minimum=0.4)
     assert [past[0]["damping"] for past in history].count(np.float32(0.4)) == 2
     assert doctor(tagged, two, history=history) == []
 
