@@ -81,8 +81,11 @@ def trust_region(
         None,
         f"The trust region shortens the update to {middle:.2g} of its length {over}: "
         "kl_clip decides how far to go, the learning rate does not.",
-        "A lower learning rate or a larger damping; a larger kl_clip if training is "
-        "stable and slow.",
+        "kl_clip=None: to an adaptive damping, steps that the trust region shortens "
+        "look too short, and it falls without end."
+        if record["retreats"] is not None
+        else "A lower learning rate or a larger damping; a larger kl_clip if training "
+        "is stable and slow.",
         {"trust": middle, "observations": len(seen)},
     )
 

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import kfac_jax_lite as kfac
+from kfac_jax_lite.counters import trust_region
 from kfac_jax_lite.doctor import doctor
 from kfac_jax_lite.telemetry import report
 from tests.patients import (
@@ -91,6 +92,10 @@ def test_trust_region_saturated():
     (finding,) = doctor(tagged, state, history=past)
     assert finding.severity == "warning"
     assert finding.numbers["observations"] == 3
+    assert "larger damping" in finding.advice
+    adapted = [{**past[0][0], "retreats": 0}]
+    (finding,) = trust_region(adapted[0], [adapted] * 2)
+    assert finding.advice.startswith("kl_clip=None")
     slack = [[{**r, "trust": 1.0} for r in report(state)]] * 2
     assert doctor(tagged, state, history=slack) == []
 
