@@ -339,7 +339,7 @@ def test_constant_inputs():
 
 def test_dead_units_and_dead_inputs():
     params = parameters()
-    for dead, wanted in ((4, True), (1, False)):
+    for dead, wanted in ((1, False), (4, True)):
         bias = jnp.where(jnp.arange(8) < dead, -100.0, 0.0)
         sick = {**params, "hidden": {**params["hidden"], "b": bias}}
         tagged, _, state = run(params=sick, steps=5)
