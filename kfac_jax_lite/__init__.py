@@ -11,10 +11,11 @@ from kfac_jax_lite.accuracy import choose_ranks, inverse_error
 from kfac_jax_lite.adapted import AdaptedState
 from kfac_jax_lite.alias import KFACChainState, kfac
 from kfac_jax_lite.cost import CostModel, cost_model
-from kfac_jax_lite.doctor import Findings, doctor
+from kfac_jax_lite.doctor import doctor
 from kfac_jax_lite.factors.estimate import TaggedLoss, tag
 from kfac_jax_lite.factors.sampling import Subsample
 from kfac_jax_lite.factors.state import Clock, KFACState
+from kfac_jax_lite.findings import Finding, Findings
 from kfac_jax_lite.flops import Rows, layer_rows
 from kfac_jax_lite.guided import GuidedState
 from kfac_jax_lite.inverse import low_rank
@@ -23,7 +24,6 @@ from kfac_jax_lite.placement import relayout, state_axes, state_specs
 from kfac_jax_lite.quadratic import QuadraticModel, quadratic_model
 from kfac_jax_lite.reduce import Reduction
 from kfac_jax_lite.rescaling import rescale_weights
-from kfac_jax_lite.symptoms import Finding
 from kfac_jax_lite.tagging.byhand import (
     register_rule,
     tag_as,

@@ -1,9 +1,8 @@
-"""What a state of the optimiser shows to be wrong: one function per complaint.
+"""What the averaged factors show to be wrong: one function per complaint.
 
 Every threshold is a constant with its reason; ``kfac_jax_lite.doctor`` asks them all.
 """
 
-import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -12,11 +11,10 @@ import numpy as np
 
 from kfac_jax_lite import forms
 from kfac_jax_lite.accuracy import kronecker_layers
+from kfac_jax_lite.findings import ERROR, NOTICE, WARNING, Finding
 from kfac_jax_lite.inverse import FactorInverses
 from kfac_jax_lite.telemetry import Damped, damped_extremes, eigenvalues
 from kfac_jax_lite.types import LayerTag
-
-ERROR, WARNING, NOTICE = "error", "warning", "notice"
 
 # Rounding errors grow with the condition number: above a tenth of 1 / eps, not one
 # digit of the inverse along the smallest eigenvalues is right.
@@ -28,50 +26,16 @@ MOST_AMPLIFIED = 1e4
 # Where even the largest curvature changes the damped matrix by less than a tenth, the
 # step is the gradient over the damping: K-FAC's cost for plain gradient descent.
 FLAT = 1.1
-# Below it, the learning rate plays no part: ten times as much would change nothing.
-SHORTENED = 0.1
-# Fewer observations of the last step are not "always".
-OBSERVATIONS = 3
-# A share of batches that data errors seldom reach, and one that wastes the run.
-SKIPPED, MANY_SKIPPED = 0.01, 0.1
-# An adaptive damping settles after a few; one step of ten taken back costs two.
-RETREATS = 0.1
-# Statistics that differ by half from those before are not known for so many steps.
-STALE_CHANGE, LONG_INTERVAL = 0.5, 10
-# Refreshes between inversions, below which an old inverse hardly differs.
-FEW_REFRESHES = 10
-# Intervals (and steps) after which a refresh that is due has been forgotten: rules and
-# stagger may hold one back for two.
-FORGOTTEN_INTERVALS, FORGOTTEN_STEPS = 3, 10
 # Trace shared by one direction: 1 + 2 · (what is left) for small rests. Inputs whose
 # mean is thirty times their deviation.
 CONSTANT_RANK = 1.002
 # Diagonal entries this far below the largest are zero; images have a tenth of pixels
 # that never change, so that only a quarter is a complaint.
 ZERO, DEAD = 1e-10, 0.25
+# Refreshes before "never" is said: of few images, a third of the pixels is black.
+SEEN = 5
 # Parameters outside of any curvature block that couples them.
 FALLBACK, MOSTLY_FALLBACK = 0.05, 0.5
-
-
-class Finding(NamedTuple):
-    """Something that looks wrong.
-
-    Attributes:
-        severity: ``"error"`` (the run is not what you want), ``"warning"`` (it is
-            likely to suffer) or ``"notice"`` (worth a look).
-        kind: A stable name of the complaint, for programs.
-        layer: The layer's name, or None for the whole run.
-        message: What is wrong, in plain words.
-        advice: What to try.
-        numbers: What this rests on.
-    """
-
-    severity: str
-    kind: str
-    layer: str | None
-    message: str
-    advice: str
-    numbers: dict[str, Any]
 
 
 class Factors(NamedTuple):
@@ -85,6 +49,9 @@ class Factors(NamedTuple):
         damping: ``λ`` in force; 0 before the first inversion.
         damped: The spectrum of the damped block, or None without damping.
         eps: Relative rounding error of the state's arithmetic.
+        refreshes: How many refreshes have gone into them.
+        memory: How many refreshes the average is worth once it has filled up,
+            ``(1 + d) / (1 − d)`` (see ``kfac_jax_lite.telemetry.memory``).
     """
 
     layer: LayerTag
@@ -94,6 +61,8 @@ class Factors(NamedTuple):
     damping: float
     damped: Damped | None
     eps: float
+    refreshes: int
+    memory: float
 
     @property
     def largest(self) -> float:
@@ -117,139 +86,22 @@ def factors_of(
     found, names = [], sorted(state.factors)
     clock, damping = jax.device_get((state.clock, state.damping))
     for layer, averaged, inverse in kronecker_layers(layers, state):
-        if not records[layer.name]["refreshes"]:
+        refreshes = records[layer.name]["refreshes"]
+        if not refreshes:
             continue
         split = isinstance(inverse, FactorInverses)
-        held = clock.inverse_damping[names.index(layer.name)]
+        index = names.index(layer.name)
+        held = clock.inverse_damping[index]
         shift = float(held if split else damping)
         a = eigenvalues(averaged.a, layer.a_form, layer.sizes[0])
         g = eigenvalues(averaged.g, layer.g_form, layer.sizes[1])
         damped = damped_extremes(a, g, shift, split) if shift > 0 else None
         eps = float(np.finfo(averaged.a.dtype).eps)
-        found.append(Factors(layer, averaged, a, g, shift, damped, eps))
+        rest = max(1 - float(clock.weight[index]), eps)
+        decay = min(rest ** (1 / refreshes), 1 - eps)
+        counts = (refreshes, (1 + decay) / (1 - decay))
+        found.append(Factors(layer, averaged, a, g, shift, damped, eps, *counts))
     return found
-
-
-def skipped_batches(record: dict[str, Any]) -> Iterator[Finding]:
-    """Batches with NaN or Inf, and steps that were taken back."""
-    back, steps = record["retreats"] or 0, record["steps"]
-    skipped = record["skipped"] - back
-    share = skipped / max(1, skipped + steps)
-    if share > SKIPPED:
-        yield Finding(
-            ERROR if share > MANY_SKIPPED else WARNING,
-            "skipped_batches",
-            None,
-            f"{skipped} of {skipped + steps} batches were skipped because a gradient "
-            "or a statistic was NaN or infinite.",
-            "Look for NaN in the data and in the loss; a lower learning rate or a "
-            "larger damping if they began in mid-run.",
-            {"skipped": skipped, "steps": steps, "share": share},
-        )
-    if back / max(1, back + steps) > RETREATS:
-        yield Finding(
-            WARNING,
-            "steps_taken_back",
-            None,
-            f"{back} steps in {back + steps} ended so far uphill that they were taken "
-            "back.",
-            "A larger first damping, a lower learning rate or less momentum; larger "
-            "batches if gradients are mostly noise.",
-            {"retreats": back, "steps": steps, "damping": record["damping"]},
-        )
-
-
-def trust_region(
-    record: dict[str, Any], history: Sequence[Sequence[dict[str, Any]]]
-) -> Iterator[Finding]:
-    """A trust region that decides the length of every step."""
-    same = [r for past in history for r in past if r["name"] == record["name"]]
-    seen = [r["trust"] for r in (*same, record) if r.get("trust") is not None]
-    if not seen or statistics.median(seen) > SHORTENED:
-        return
-    middle, often = statistics.median(seen), len(seen) >= OBSERVATIONS
-    over = f"in the median of {len(seen)} steps" if often else "at the last step"
-    yield Finding(
-        WARNING if often else NOTICE,
-        "trust_region_saturated",
-        None,
-        f"The trust region shortens the update to {middle:.2g} of its length {over}: "
-        "kl_clip decides how far to go, the learning rate does not.",
-        "A lower learning rate or a larger damping; a larger kl_clip if training is "
-        "stable and slow.",
-        {"trust": middle, "observations": len(seen)},
-    )
-
-
-def inversions(record: dict[str, Any]) -> Iterator[Finding]:
-    """Factorisations that failed, and inverses of factors long gone."""
-    failures, good = record["failures"], record["inversions"]
-    if failures:
-        yield Finding(
-            WARNING if good else ERROR,
-            "failed_inversions",
-            record["name"],
-            f"{failures} of {failures + good} inversions failed; the last good inverse "
-            "stayed in use." + ("" if good else " There has been no good one."),
-            'A larger damping, or inverse="eigh", which bears singular factors.',
-            {"failures": failures, "inversions": good},
-        )
-    if not record["since_inversion"] or not record["memory"]:
-        return
-    steps = record["since_inversion"] - record["since_refresh"]
-    between = steps * record["refreshes"] / max(1, record["steps"])
-    if between > max(FEW_REFRESHES, record["memory"] / 2):
-        yield Finding(
-            NOTICE,
-            "old_inverse",
-            record["name"],
-            f"The factors were refreshed about {between:.0f} times since they were "
-            "last inverted: their average has since been replaced, unused.",
-            "A smaller inverse_interval, or a longer refresh interval: refreshes "
-            "between inversions are mostly wasted.",
-            {"refreshes_between": between, "memory": record["memory"]},
-        )
-
-
-def refreshes(record: dict[str, Any]) -> Iterator[Finding]:
-    """Layers without statistics, statistics that have changed, refreshes forgotten."""
-    name, interval, age = record["name"], record["interval"], record["since_refresh"]
-    if age is None:
-        yield Finding(
-            ERROR,
-            "never_refreshed",
-            name,
-            f"No statistics have arrived in {record['steps']} steps: the gradient "
-            "passes as it is.",
-            "Pass statistics= of tagged.value_and_grad(…, opt_state=opt_state) to "
-            "update at every step.",
-            {"steps": record["steps"]},
-        )
-        return
-    change = record["diff"]
-    if change is not None and change > STALE_CHANGE and interval >= LONG_INTERVAL:
-        yield Finding(
-            WARNING,
-            "stale_factors",
-            name,
-            f"The statistics changed by {change:.0%} between the last two refreshes, "
-            f"yet they are kept for {interval} steps.",
-            "A smaller threshold or max_interval of the interval rule; larger batches "
-            "if the change is noise.",
-            {"change": change, "interval": interval, "age": age},
-        )
-    limit = FORGOTTEN_INTERVALS * interval + FORGOTTEN_STEPS
-    if record["next_due"] and age > limit:
-        yield Finding(
-            ERROR,
-            "refresh_forgotten",
-            name,
-            f"A refresh is due, with an interval of {interval} steps, and the last "
-            f"was {age} steps ago.",
-            "Pass statistics= to update at every step; hand the current opt_state to "
-            "value_and_grad.",
-            {"age": age, "interval": interval},
-        )
 
 
 def damping(factors: Factors) -> Iterator[Finding]:
@@ -323,6 +175,8 @@ def degenerate(factors: Factors) -> Iterator[Finding]:
             "above it.",
             {"largest_g": float(of_g.max())},
         )
+        return
+    if factors.refreshes < SEEN:
         return
     yield from dead(layer, "dead_units", of_g, "units have never had a gradient")
     if layer.a_form != forms.DIAGONAL:
