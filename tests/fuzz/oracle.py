@@ -90,8 +90,7 @@ def with_bias(sites, biases):
         raise Wrong(f"{len(sites)} uses of the weight, {len(biases)} of the bias")
     left = list(biases)
     for site in sites:
-        order = np.argsort(site.use.numbers)
-        c = site.c[:, order]
+        c = site.c[:, np.argsort(site.use.numbers)]
         same = [b for b in left if b.c.shape == c.shape and np.allclose(b.c, c, 1e-6, 1e-13)]  # noqa: E501 # fmt: skip
         if not same:
             raise Wrong("the bias has other cotangents than the weight")
@@ -154,9 +153,25 @@ def one_per_term(sites, terms, together):
     return pairs, rows
 
 
+def live_per_term(sites, terms, count):
+    """``reduce`` with a mask: the mean input over the rows of a term that count."""
+    x, c, live = 0.0, 0.0, 0.0
+    for site in sites:
+        if site.taken:
+            seen = site.live[:, None]
+            x = x + (site.x * seen).reshape(terms, -1, site.x.shape[1]).sum(1)
+            live = live + seen.reshape(terms, -1, 1).sum(1)
+            c = c + site.c.reshape(len(site.c), terms, -1, site.c.shape[-1]).sum(2)
+    return [(x / np.maximum(live, 1), c)], count
+
+
 def factors(sites, terms, sharing, tied, mask):
     """``A`` and ``G`` of a layer from its sites."""
-    if mask is not None:
+    every = [positions(s.use.rows, terms) for s in sites]
+    if mask is not None and sharing == "reduce" and all(every) and not tied:
+        terms = mask.sum()
+        pairs, rows = live_per_term(sites, mask.size, terms)
+    elif mask is not None:
         live = [s.live for s in sites]
         pairs = [
             (s.x[m], s.c[:, m]) for s, m in zip(sites, live, strict=True) if s.taken

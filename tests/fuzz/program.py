@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import pprint
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +28,23 @@ class Head:
     mark: str = "marked"
 
 
-@dataclasses.dataclass(frozen=True)
+def shown(value, indent=0):
+    """A program as the Python that makes it, without what is at its default."""
+    if isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+        inner = [shown(v, indent + 4) for v in value]
+        gap = "\n" + " " * (indent + 4)
+        return "(" + "".join(gap + text + "," for text in inner) + ")"
+    if not dataclasses.is_dataclass(value):
+        return repr(value)
+    parts = []
+    for field in dataclasses.fields(value):
+        own = getattr(value, field.name)
+        if own != field.default:
+            parts.append(f"{field.name}={shown(own, indent)}")
+    return f"{type(value).__name__}({', '.join(parts)})"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Program:
     """Steps from the input to the value that the heads read.
 
@@ -55,8 +70,8 @@ class Program:
     nesting: str = "nested"
     seed: int = 0
 
-    def __str__(self):
-        return pprint.pformat(self, width=100)
+    def __repr__(self):
+        return shown(self)
 
     @property
     def coarse(self):

@@ -27,7 +27,7 @@ own_product.defvjp(
     lambda x, w: (x @ w, (x, w)),
     lambda kept, c: (
         c @ kept[1].T,
-        jnp.tensordot(kept[0], c, (range(c.ndim - 1),) * 2),
+        jnp.tensordot(kept[0], c, (tuple(range(c.ndim - 1)),) * 2),
     ),
 )
 

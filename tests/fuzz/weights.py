@@ -13,8 +13,8 @@ STORES = (
     "turned_flat", "strided",
 )  # fmt: skip
 # What is done to the numbers; the last ones leave no layer.
-PROPER = ("none", "half", "gain", "norm", "cast", "divided")
-ODD = ("square", "exp", "sum", "outer_gain", "mean_free")
+PROPER = ("none", "half", "gain", "norm", "cast", "divided", "mean_free")
+ODD = ("square", "exp", "sum", "outer_gain")
 ARITHMETIC = (*PROPER, *ODD, "frozen")
 
 
@@ -22,8 +22,8 @@ ARITHMETIC = (*PROPER, *ODD, "frozen")
 class Weight:
     """A matrix ``[n_in, n_out]`` made of parameters.
 
-    ``tie`` makes it the transpose of what it would be: the same parameter was stored for
-    another layer the other way round.
+    ``tie`` turns it: the same parameter is stored for another layer the other way
+    round.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Weight:
         """The matrix, the numbers of its entries, what it is multiplied by.
 
         Returns:
-            ``(matrix, index, (left, right))``; ``index`` is None where this is no layer.
+            ``(matrix, index, (left, right))``; no index where this is no layer.
         """
         w = self.select(jnp, run.params)
         index = self.select(np, run.index)
@@ -106,6 +106,9 @@ class Weight:
             gain = run.params[self.name + "_gain"]
             run.odd(run.index[self.name + "_gain"])
             return w * gain, index, (1.0, gain)
+        if kind == "mean_free":
+            run.odd(index)
+            return w - w.mean(0), index, one
         if kind == "norm":
             run.odd(index)
             size = jnp.sqrt(jnp.sum(w * w, 0) + 0.1)
@@ -121,8 +124,6 @@ class Weight:
             return w * w
         if self.arithmetic == "exp":
             return jnp.exp(0.5 * w)
-        if self.arithmetic == "mean_free":
-            return w - w.mean(0)
         more = {"sum": "_other", "outer_gain": "_gain"}[self.arithmetic]
         run.odd(run.index[self.name + more])
         other = run.params[self.name + more]
