@@ -252,3 +252,25 @@ def test_reference_with_a_computed_weight(rng):
     tagged = kfac.tag(loss, params, x, y)
     value, grads, _ = tagged.value_and_grad(params, x, y)
     close((value, grads), jax.value_and_grad(loss)(params, x, y), 1e-10)
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_masked_grouped_convolution(sharing, rng):
+    """Where no row is masked the statistics are those without a mask."""
+
+    def loss(p, x, mask=None):
+        z = lax.conv_general_dilated(
+            x.reshape(B, IN, 2), p["k"], (1,), "SAME",
+            dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=2,
+        )  # fmt: skip
+        z = kfac.normal(jnp.tanh(z).sum(1), mask=mask)
+        return squares(z, 1.0)
+
+    params = {"k": jnp.asarray(rng.normal(size=(3, 1, 4)))}
+    x, mask = jnp.asarray(rng.normal(size=(B, 2 * IN))), jnp.ones(B, bool)
+    args = [(params, x, mask), (params, x)]
+    seen, wanted = (
+        kfac.tag(loss, *a, weight_sharing=sharing).value_and_grad(*a)[-1]["k"]
+        for a in args
+    )
+    close(seen, wanted, 1e-6)

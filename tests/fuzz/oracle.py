@@ -36,7 +36,10 @@ class Site:
         c = np.stack([use.cut(c, recording.inputs[number][0]) for c in cs])
         self.x = x if rows is None else x[:, rows]
         self.c = c if columns is None else c[..., columns]
-        self.live = (self.c != 0).any((0, -1)) if use.kind == "matrix" else None
+        if use.kind == "matrix":  # all groups of a convolution see the same rows
+            whole = np.asarray(cs).reshape(len(cs), len(self.x), -1)
+            seen = whole if use.layer == "conv" else self.c
+            self.live = (seen != 0).any((0, -1))
 
 
 def matrix_sites(recording, matrix, fisher):
