@@ -207,29 +207,36 @@ def squares(forward, reverse, terms, mask):
     return np.square(total).sum((0, 1)) * count
 
 
-def unit_gradients(recording, entries, terms, fisher):
-    """Gradients of scales and shifts by example: ``[columns, examples, entries]``.
+def unit_blocks(recording, entries, terms, fisher):
+    """``sum_n s_n s_n^T`` of scales and shifts ``entries [units, k]``.
 
-    A row is an example where there are as many rows as terms; else the rows of one
-    example of the batch are added up.
+    A use's rows are examples where there are as many as terms; else the rows of one
+    example of the batch are added up. All uses are added up first, unless they differ
+    in what an example is.
     """
     numbers = touching(recording, entries, ("scale", "shift"))
     if touching(recording, entries, ("matrix",)):
         raise Wrong("what is claimed as a scale or shift is used as a weight")
+    if not numbers:
+        raise Wrong("no use of it is known")
     sites = [Site(recording, k, fisher) for k in numbers]
     place = {e: n for n, e in enumerate(entries.ravel())}
-    found = np.zeros((len(sites[0].c), terms, len(place))) if sites else None
+    found = []
     for site in sites:
-        index = site.use.index
-        rows = {e: int((index == e).sum()) for e in place}
-        seen = dict.fromkeys(place, 0)
-        values = site.c * site.x
+        index, first = site.use.index, next(e for e in place if e in site.use.index)
+        by_row = int((index == first).sum()) == terms
+        seen, values = dict.fromkeys(place, 0), site.c * site.x
+        s = np.zeros((len(site.c), terms, len(place)))
         for at, entry in np.ndenumerate(index):
             if entry in place:
-                n = seen[entry] if rows[entry] == terms else site.use.example[at]
+                n = seen[entry] if by_row else site.use.example[at]
                 seen[entry] += 1
-                found[:, n, place[entry]] += values[(slice(None), *at)]
-    return found
+                s[:, n, place[entry]] += values[(slice(None), *at)]
+        found.append((by_row, s))
+    if len({by_row for by_row, _ in found}) == 1:
+        found = [(None, sum(s for _, s in found))]
+    shaped = [s.reshape(-1, *entries.shape) for _, s in found]
+    return sum(np.einsum("nuk,nul->ukl", s, s) for s in shaped)
 
 
 def gradient(recording, size):

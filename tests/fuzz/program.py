@@ -215,7 +215,7 @@ class Recording:
     cotangents: dict
 
 
-def record(program, params):
+def record(program, params, exact):
     """A traceable ``() -> arrays`` and a function that makes a ``Recording`` of them."""
     x, targets, mask = program.arguments
     kept = {}
@@ -236,7 +236,8 @@ def record(program, params):
         outputs, pull, found = jax.vjp(run, zeros, has_aux=True)
         at = jax.grad(lambda z: program.data_loss(z, targets, mask))(outputs)
         empirical = jax.tree.map(lambda c: c[None], pull(at)[0])
-        return found, empirical, jax.vmap(lambda c: pull(c)[0])(roots(program, outputs))
+        pulls = jax.vmap(lambda c: pull(c)[0])
+        return found, empirical, pulls(roots(program, outputs)) if exact else None
 
     def finish(found):
         (inputs, taken), empirical, exact = jax.tree.map(np.asarray, found)
