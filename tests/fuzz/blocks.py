@@ -86,7 +86,8 @@ class Loop:
             order = range(self.length)
             for k in reversed(order) if self.form == "reverse" else order:
                 if self.stacked:
-                    h = body(h, *({n: v[k] for n, v in d.items()} for d in (params, index)))  # noqa: E501 # fmt: skip
+                    own = ({n: v[k] for n, v in d.items()} for d in (params, index))
+                    h = body(h, *own)
                 else:
                     h = body(h, params, index)
             return h
@@ -98,8 +99,10 @@ class Loop:
             return inner(h, sliced if self.stacked else params), None
 
         xs = params if self.stacked else None
-        options = {"reverse": self.form == "reverse", "unroll": 1 + (self.form == "unrolled")}  # noqa: E501 # fmt: skip
-        return lax.scan(step, h, xs, length=self.length, **options)[0]
+        unroll = 2 if self.form == "unrolled" else 1
+        return lax.scan(
+            step, h, xs, self.length, reverse=self.form == "reverse", unroll=unroll
+        )[0]
 
 
 @dataclasses.dataclass(frozen=True)

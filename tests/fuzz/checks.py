@@ -1,6 +1,7 @@
 """What must hold for every program: gradients, coverage, statistics, reports."""
 
 import collections
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ OPTIONS = {
     "exact squares": {"statistics": "squares", "fisher": "exact"},
 }
 SEEN: collections.Counter = collections.Counter()  # what the programs came to
+SELECTIONS = {"transpose": np.transpose, "reshape": np.reshape, "rev": np.flip}
 FAST = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
@@ -69,7 +71,7 @@ def read(ops, x):
         if name == "slice":
             x = x[tuple(slice(*s) for s in zip(*argument, strict=True))]
         else:
-            x = {"transpose": np.transpose, "reshape": np.reshape, "rev": np.flip}[name](x, argument)  # noqa: E501 # fmt: skip
+            x = SELECTIONS[name](x, argument)
     return x
 
 
@@ -79,7 +81,7 @@ def check_program(program, variant="exact"):
     if program.heads[0].mark == "unmarked":  # nothing to sample from
         variant = variant.replace("reduced exact", "reduce").removeprefix("exact ")
         variant = "empirical" if variant == "exact" else variant
-    tagged = {k: tag_or_none(program, OPTIONS[k]) for k in {"empirical", variant}}
+    tagged: Any = {k: tag_or_none(program, OPTIONS[k]) for k in {"empirical", variant}}
     check_coverage(program, tagged["empirical"].layers)
     if program.seed < 2:
         check_strict(program, tagged["empirical"].layers)
@@ -87,7 +89,8 @@ def check_program(program, variant="exact"):
 
     def run(*args):
         plain = jax.value_and_grad(program.plain_loss)(*args)
-        return plain, {k: t and t.value_and_grad(*args) for k, t in tagged.items()}, arrays()  # noqa: E501 # fmt: skip
+        found = {k: t and t.value_and_grad(*args) for k, t in tagged.items()}
+        return plain, found, arrays()
 
     run = jax.jit(run, compiler_options=FAST)
     plain, found, recorded = run(params, *args)
@@ -211,11 +214,11 @@ class Comparison:
         if layer.kind == "scale_shift":
             self.units(claim, seen.blocks)
             return
-        found = [self.block(layer, *pair) for pair in claim.blocks()]
+        found: Any = [self.block(layer, *pair) for pair in claim.blocks()]
         if None in found:
             SEEN["rows whose order cannot be told"] += 1
             return
-        for field, value in found[0].items():
+        for field in found[0]:
             wanted = np.stack([one[field] for one in found])
             actual = np.asarray(getattr(seen, field))
             actual = actual.reshape(wanted.shape)

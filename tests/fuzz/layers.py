@@ -11,7 +11,10 @@ from jax import lax
 from tests import oracles
 from tests.fuzz.runs import Use, elementwise_use, lead_of, matrix_use
 
-LOOKUPS = ("index", "take", "one_hot", "columns", "scaled", "clipped", "flat_ids")
+LOOKUPS = (
+    "index", "take", "one_hot", "columns", "scaled", "scaled_after", "clipped",
+    "flat_ids",
+)  # fmt: skip
 POSITIONS = ("none", "added", "looked_up", "sliced")
 
 
@@ -44,7 +47,7 @@ class Embed:
         if self.form == "columns":
             return jnp.moveaxis(table[:, ids], 0, -1)
         if self.form == "scaled":
-            return math.sqrt(self.width) * table[ids]
+            return (math.sqrt(self.width) * table)[ids]
         if self.form == "flat_ids":
             return table[ids.ravel()].reshape(*ids.shape, -1)
         return table[ids]
@@ -61,6 +64,7 @@ class Embed:
             return [matrix_use(run, index, rows, **known)]
 
         z = run.site(self.looked_up(run.params[self.name], ids), uses)
+        z = math.sqrt(self.width) * z if self.form == "scaled_after" else z
         if self.positions == "none":
             return z
         table, index = (d[self.name + "_positions"] for d in (run.params, run.index))
@@ -103,7 +107,7 @@ class Conv:
     def apply(self, run, h):
         space = len(self.kernel)
         back = np.argsort(self.kernel_order)
-        inverse_in, inverse_out = np.argsort(self.input_order), np.argsort(self.output_order)  # noqa: E501 # fmt: skip
+        inverse_in, inverse_out = map(np.argsort, (self.input_order, self.output_order))
         numbers = lax.ConvDimensionNumbers(
             tuple(map(int, inverse_in[[0, space + 1, *range(1, space + 1)]])),
             tuple(map(int, back[[space + 1, space, *range(space)]])),
@@ -119,8 +123,12 @@ class Conv:
             numbers,
             self.groups,
         ).transpose([int(i) for i in inverse_out])
-        index = run.index[self.name].transpose(back).reshape(-1, self.groups, self.n_out // self.groups)  # noqa: E501 # fmt: skip
-        z = run.site(z, lambda: [self.use(run, index[:, g], h, z.shape, g) for g in range(self.groups)])  # noqa: E501 # fmt: skip
+        groups = range(self.groups)
+        index = run.index[self.name].transpose(back)
+        index = index.reshape(-1, self.groups, self.n_out // self.groups)
+        z = run.site(
+            z, lambda: [self.use(run, index[:, g], h, z.shape, g) for g in groups]
+        )
         if not self.bias:
             return z
         y = z + run.params[self.name + "_bias"]
@@ -234,7 +242,8 @@ class Experts:
             x = h.reshape(*h.shape[:-1], self.experts, -1)
             z = jnp.einsum(f"...ei,{letters}->...eo", x, w)
             parts = [x[..., e, :] for e in range(self.experts)]
-        z = run.site(z, lambda: [self.use(run, index[e], parts[e], e) for e in range(self.experts)])  # noqa: E501 # fmt: skip
+        experts = range(self.experts)
+        z = run.site(z, lambda: [self.use(run, index[e], parts[e], e) for e in experts])
         if self.bias:
             z = z + run.params[self.name + "_bias"]
             bias = run.index[self.name + "_bias"]

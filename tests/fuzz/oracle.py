@@ -2,9 +2,9 @@
 
 A layer says which entries of the parameters it holds, as a matrix ``[in, out]`` (and a
 vector of biases), or as scales and shifts. Every use of those entries is looked up: a
-matrix must be a block of rows and columns of the matrix of each use that touches it, or
-of its transpose. Then ``A = 1/N sum a a^T`` and ``G = N^2/R sum c c^T`` over the rows of
-these uses, in float64 numpy.
+matrix must be a block of rows and columns of the matrix of each use that touches it,
+or of its transpose. Then ``A = 1/N sum a a^T`` and ``G = N^2/R sum c c^T`` over the
+rows of these uses, in float64 numpy.
 """
 
 import numpy as np
@@ -94,7 +94,8 @@ def with_bias(sites, biases):
     left = list(biases)
     for site in sites:
         c = site.c[:, np.argsort(site.use.numbers)]
-        same = [b for b in left if b.c.shape == c.shape and np.allclose(b.c, c, 1e-6, 1e-13)]  # noqa: E501 # fmt: skip
+        alike = [b for b in left if b.c.shape == c.shape]
+        same = [b for b in alike if np.allclose(b.c, c, 1e-6, 1e-13)]
         if not same:
             raise Wrong("the bias has other cotangents than the weight")
         left.remove(same[0])

@@ -158,7 +158,8 @@ class Program:
         total = 0.0
         for head, z, y in zip(self.heads, outputs, targets, strict=True):
             if head.likelihood == "categorical":
-                each = -jnp.take_along_axis(jax.nn.log_softmax(z), y[..., None], -1)[..., 0]  # noqa: E501 # fmt: skip
+                logp = jax.nn.log_softmax(z)
+                each = -jnp.take_along_axis(logp, y[..., None], -1)[..., 0]
             elif head.likelihood == "bernoulli":
                 each = (jax.nn.softplus(z) - y * z).sum(-1)
             else:
@@ -177,7 +178,8 @@ class Program:
         """What the user writes."""
         outputs = self.outputs(params, x)
         if marks:
-            outputs = [self.marked(*pair, mask) for pair in zip(self.heads, outputs, strict=True)]  # noqa: E501 # fmt: skip
+            pairs = zip(self.heads, outputs, strict=True)
+            outputs = [self.marked(*pair, mask) for pair in pairs]
         leaves, total = self.leaves(params), self.data_loss(outputs, targets, mask)
         for name in self.penalties:
             total = total + 0.01 * jnp.sum(leaves[name] ** 2)
@@ -191,7 +193,8 @@ class Program:
         """An output under its likelihood."""
         if head.mark == "unmarked":
             return z
-        return getattr(kfac, head.likelihood)(z, mask=mask if head.mark == "masked" else None)  # noqa: E501 # fmt: skip
+        own = mask if head.mark == "masked" else None
+        return getattr(kfac, head.likelihood)(z, mask=own)
 
     def tag(self, **options):
         """The tagged loss."""
@@ -216,7 +219,7 @@ class Recording:
 
 
 def record(program, params, exact):
-    """A traceable ``() -> arrays`` and a function that makes a ``Recording`` of them."""
+    """A traceable ``() -> arrays``, and what makes a ``Recording`` of them."""
     x, targets, mask = program.arguments
     kept = {}
 

@@ -1,10 +1,10 @@
-"""How a random program is run: plainly, or writing down where its parameters are used.
+"""How a random program is run: plainly, or writing down where its parameters are.
 
 Steps are written once. They read parameters from a ``Run`` and tell it, at every place
 where a parameter meets data, what they computed and from which entries of which
-parameter. A plain ``Run`` ignores that. A ``Recorder`` adds a zero offset to the result,
-so that its cotangent can be asked for, and keeps a ``Use``. It also runs loops, maps and
-branches by hand: nothing of the library, and no higher-order primitive, is in its way.
+parameter. A plain ``Run`` ignores that. A ``Recorder`` adds a zero offset to the
+result, so that its cotangent can be asked for, and keeps a ``Use``. It also runs
+loops, maps and branches by hand: nothing of the library is in its way.
 
 Entries of parameters carry numbers: whatever selects entries of a parameter selects from
 an array of their numbers in the same way.

@@ -1,14 +1,13 @@
 """Steps of a random program that use parameters, and those that use none.
 
-A value is ``[examples, *positions, width]`` between steps, whatever order of axes a step
-takes inside. ``shapes()`` names a step's parameters; ``apply(run, h)`` runs it.
+A value is ``[examples, *positions, width]`` between steps, whatever order of axes a
+step takes inside. ``shapes()`` names a step's parameters; ``apply(run, h)`` runs it.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from tests.fuzz.runs import elementwise_use, matrix_use
@@ -49,7 +48,12 @@ def own_cube(x):
     return 0.1 * x**3
 
 
-own_cube.defjvp(lambda primals, tangents: (own_cube(*primals), 0.3 * primals[0] ** 2 * tangents[0]))  # fmt: skip
+@own_cube.defjvp
+def own_cube_jvp(primals, tangents):
+    """Its tangent."""
+    (x,), (t,) = primals, tangents
+    return own_cube(x), 0.3 * x**2 * t
+
 
 FUNCTIONS = {
     "tanh": jnp.tanh,
@@ -104,7 +108,7 @@ DENSE_FORMS = (
 )  # fmt: skip
 BIASES = (
     "none", "plus", "front", "late", "broadcast", "minus", "half", "column", "negated",
-    "twice", "after",
+    "twice", "after", "read_twice",
 )  # fmt: skip
 
 
@@ -208,7 +212,7 @@ class Dense:
         if self.bias == "twice":
             again = jnp.tanh(y) + b
             y = run.site(again, lambda: [self.bias_use(run, y.shape)])
-        return y
+        return jnp.tanh(y) + z if self.bias == "read_twice" else y
 
 
 SCALES = ("plain", "rms", "layer", "grouped", "one_plus", "front", "scalar",
@@ -248,14 +252,21 @@ class Scale:
             if self.form == "divided":
                 run.odd(run.index[name])
             else:
-                use = lambda: [elementwise_use(run, "scale", run.index[name], x, h.shape)]  # noqa: E731,E501 # fmt: skip
-                y = run.site(y, use)
-            x = y
+                index = run.index[name]
+                y = run.site(
+                    y, lambda: [elementwise_use(run, "scale", index, x, h.shape)]
+                )
+            return self.shifted(run, y)
+        return self.shifted(run, x)
+
+    def shifted(self, run, x):
+        """Plus the shift, if there is one."""
         if "shift" in self.parts:
             name = self.name + "_shift"
-            y = x + run.params[name]
-            use = lambda: [elementwise_use(run, "shift", run.index[name], 1.0, h.shape)]  # noqa: E731,E501 # fmt: skip
-            x = run.site(y, use)
+            y, index = x + run.params[name], run.index[name]
+            x = run.site(
+                y, lambda: [elementwise_use(run, "shift", index, 1.0, y.shape)]
+            )
         return x
 
     def rate(self, h):
@@ -267,8 +278,3 @@ class Scale:
         if self.form == "rms":
             return h / jnp.sqrt((h * h).mean(-1, keepdims=True) + 0.1)
         return h
-
-
-def one_hot(ids, vocab):
-    """Rows ``[…, vocab]`` in numpy."""
-    return np.eye(vocab)[np.asarray(ids)]

@@ -29,7 +29,9 @@ class Draws:
 
     def often(self, common, rare):
         """Mostly a common value."""
-        return self.one(*common) if self.draw(st.integers(0, 3)) < 3 else self.one(*rare)
+        return (
+            self.one(*common) if self.draw(st.integers(0, 3)) < 3 else self.one(*rare)
+        )
 
     def maybe(self):
         """True or false."""
@@ -43,7 +45,9 @@ class Draws:
         """A new matrix, or one that a step before has used, perhaps turned."""
         same = [w for w in self.owned if (w.n_in, w.n_out) == (n_in, n_out)]
         turned = [w for w in self.owned if (w.n_out, w.n_in) == (n_in, n_out)]
-        again = same + [Weight(w.name, n_in, n_out, w.store, "none", not w.tie) for w in turned]  # noqa: E501 # fmt: skip
+        again = same + [
+            Weight(w.name, n_in, n_out, w.store, "none", not w.tie) for w in turned
+        ]
         if again and self.draw(st.integers(0, 2)) == 2:
             return self.one(*again)
         arithmetic = self.often(("none",), (*PROPER, *ODD, "frozen"))
@@ -151,11 +155,11 @@ class Draws:
         n, groups = len(size), self.one(*([1, 1, 2] if width % 2 == 0 else [1]))
         n_out = self.one(2, 4) if groups == 2 else self.draw(WIDTHS)
         axes = lambda *values: tuple(self.one(*values) for _ in range(n))  # noqa: E731
-        order = lambda: tuple(self.draw(st.permutations(range(n + 2))))  # noqa: E731
+        orders = [tuple(self.draw(st.permutations(range(n + 2)))) for _ in range(3)]
         step = layers.Conv(
             self.name("k"), width, n_out, axes(2, 1, 3), axes(1, 2),
             tuple((self.one(0, 1), self.one(0, 1, 2, -1)) for _ in range(n)),
-            axes(1, 1, 2), axes(1, 1, 2), groups, self.maybe(), order(), order(), order(),
+            axes(1, 1, 2), axes(1, 1, 2), groups, self.maybe(), *orders,
         )  # fmt: skip
         after = layers.windows(step, size)
         if min(after) < 1 or max(after) > 5:
@@ -215,7 +219,9 @@ def programs(draw, depth=2):
     mark = d.one("marked", "marked", "masked", "unmarked")
     count = 1 if mark == "masked" else d.one(1, 1, 2)
     heads = tuple(d.head(shape, mark) for _ in range(count))
-    program = Program(batch, inputs, vocab, tuple(found), heads, nesting=d.one(*NESTINGS))
+    program = Program(
+        batch, inputs, vocab, tuple(found), heads, nesting=d.one(*NESTINGS)
+    )
     return finished(d, program)
 
 
