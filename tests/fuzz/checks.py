@@ -240,11 +240,14 @@ class Comparison:
             forward, reverse = sites
             if bias is not None:
                 biases = oracle.bias_sites(self.recording, bias, self.fisher)
-                if reverse:
+                if reverse and layer.tied:
                     raise Wrong("a bias in the block of a weight used both ways")
                 forward = oracle.with_bias(forward, biases)
         if not forward:
             raise Wrong("no use of it is known")
+        if reverse and not layer.tied and "also used by" in layer.note:
+            SEEN["used the other way round, too, and said so"] += 1
+            reverse = []
         if layer.tied != bool(reverse):
             raise Wrong(f"tied is {layer.tied}, but {len(reverse)} uses are reverse")
         grouped = self.squares or self.sharing == "reduce"
@@ -285,7 +288,7 @@ class Comparison:
         """Unit-wise blocks of scales and shifts."""
         roles = [r for r in ("scale", "shift") if r in claim.parts]
         entries = np.stack([claim.parts[r].ravel() for r in roles], -1)
-        known = self.recording, entries, self.program.terms, self.fisher
+        known = self.recording, entries, self.program, self.fisher
         terms = self.program.terms if self.mask is None else self.mask.sum()
         wanted = terms * oracle.unit_blocks(*known)
         actual = np.asarray(actual).reshape(wanted.shape)

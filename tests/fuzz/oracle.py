@@ -208,33 +208,30 @@ def squares(forward, reverse, terms, mask):
     return np.square(total).sum((0, 1)) * count
 
 
-def unit_blocks(recording, entries, terms, fisher):
+def unit_blocks(recording, entries, program, fisher):
     """``sum_n s_n s_n^T`` of scales and shifts ``entries [units, k]``.
 
-    A use's rows are examples where there are as many as terms; else the rows of one
-    example of the batch are added up. All uses are added up first, unless they differ
-    in what an example is.
+    An example is a term of the loss where a result has a row for each (every position
+    of a sequence), else an example of the batch. All uses are added up first, unless
+    they differ in what an example is.
     """
     numbers = touching(recording, entries, ("scale", "shift"))
     if touching(recording, entries, ("matrix",)):
         raise Wrong("what is claimed as a scale or shift is used as a weight")
     if not numbers:
         raise Wrong("no use of it is known")
-    sites = [Site(recording, k, fisher) for k in numbers]
     place = {e: n for n, e in enumerate(entries.ravel())}
     found = []
-    for site in sites:
-        index, first = site.use.index, next(e for e in place if e in site.use.index)
-        by_row = int((index == first).sum()) == terms
-        seen, values = dict.fromkeys(place, 0), site.c * site.x
-        s = np.zeros((len(site.c), terms, len(place)))
+    for site in (Site(recording, k, fisher) for k in numbers):
+        index, values = site.use.index, site.c * site.x
+        by_term = program.terms != program.batch and index.ndim > 2
+        s = np.zeros((len(site.c), program.terms, len(place)))
         for at, entry in np.ndenumerate(index):
             if entry in place:
-                n = seen[entry] if by_row else site.use.example[at]
-                seen[entry] += 1
+                n = at[0] * index.shape[1] + at[1] if by_term else at[0]
                 s[:, n, place[entry]] += values[(slice(None), *at)]
-        found.append((by_row, s))
-    if len({by_row for by_row, _ in found}) == 1:
+        found.append((by_term, s))
+    if len({by_term for by_term, _ in found}) == 1:
         found = [(None, sum(s for _, s in found))]
     shaped = [s.reshape(-1, *entries.shape) for _, s in found]
     return sum(np.einsum("nuk,nul->ukl", s, s) for s in shaped)

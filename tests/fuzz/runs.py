@@ -6,8 +6,8 @@ parameter. A plain ``Run`` ignores that. A ``Recorder`` adds a zero offset to th
 result, so that its cotangent can be asked for, and keeps a ``Use``. It also runs
 loops, maps and branches by hand: nothing of the library is in its way.
 
-Entries of parameters carry numbers: whatever selects entries of a parameter selects from
-an array of their numbers in the same way.
+Entries of parameters carry numbers: whatever selects entries of a parameter selects
+from an array of their numbers in the same way.
 """
 
 import contextlib

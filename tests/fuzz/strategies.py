@@ -22,6 +22,7 @@ class Draws:
 
     def __init__(self, draw):
         self.draw, self.names, self.owned = draw, itertools.count(), []
+        self.sequence = False
 
     def one(self, *values):
         """One of the values; the first is the simplest."""
@@ -71,7 +72,9 @@ class Draws:
         """A scale, a shift or both."""
         forms = [f for f in steps.SCALES if not (inside and f == "positions")]
         form = self.one(*forms)
-        if form == "positions" and len(shape) < 2:
+        # Shapes alone cannot tell the terms of a sequence from the units of a context.
+        vague = form == "scalar" and self.sequence and len(shape) < 2
+        if vague or (form == "positions" and len(shape) < 2):
             form = "plain"
         own = {"scalar": (), "positions": shape}.get(form, shape[-1:])
         choices = (("scale", "shift"), ("scale",), ("shift",))
@@ -172,7 +175,7 @@ class Draws:
         width = self.draw(WIDTHS)
         if kind == "vector":
             return (width,), 0, [], (width,)
-        length = self.one(2, 3)
+        length, self.sequence = self.one(2, 3), True
         if kind == "sequence":
             return (length, width), 0, [], (length, width)
         if kind == "tokens":
