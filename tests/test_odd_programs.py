@@ -270,7 +270,7 @@ def test_masked_grouped_convolution(sharing, rng):
     x, mask = jnp.asarray(rng.normal(size=(B, 2 * IN))), jnp.ones(B, bool)
     args = [(params, x, mask), (params, x)]
     seen, wanted = (
-        kfac.tag(loss, *a, weight_sharing=sharing).value_and_grad(*a)[-1]["k"]
+        jax.jit(kfac.tag(loss, *a, weight_sharing=sharing).value_and_grad)(*a)[-1]["k"]
         for a in args
     )
     close(seen, wanted, 1e-6)
@@ -285,7 +285,7 @@ def test_bias_of_its_own_is_reduced(rng):
 
     params, x, y = problem(rng, {"w": (2, 3), "b": (3,)})
     tagged = kfac.tag(loss, params, x, y, weight_sharing="reduce")
-    found = tagged.value_and_grad(params, x, y)[-1]["b"]
+    found = jax.jit(tagged.value_and_grad)(params, x, y)[-1]["b"]
     close(found.a, np.ones((1, 1)))
 
     def split(p, x, y):
@@ -304,7 +304,8 @@ def test_shift_used_twice_for_every_sequence(rng):
         return squares(kfac.normal(z), y[:, :, None])
 
     params, x, y = problem(rng, {"s": (IN,)})
-    found = kfac.tag(loss, params, x, y).value_and_grad(params, x, y)[-1]["s"]
-    examples = jax.vmap(jax.grad(loss), (None, 0, 0))
+    tagged = kfac.tag(loss, params, x, y)
+    found = jax.jit(tagged.value_and_grad)(params, x, y)[-1]["s"]
+    examples = jax.jit(jax.vmap(jax.grad(loss), (None, 0, 0)))
     each = examples(params, x[:, None], y[:, None])["s"]  # of the mean over 3 terms
     close(found.blocks[:, 0, 0], (each**2).sum(0) * 3 / B, 1e-9)

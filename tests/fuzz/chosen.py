@@ -80,6 +80,13 @@ ODD = Program(
     unused=("unused",),
 )  # fmt: skip
 
+SMALL = Program(
+    3, (4,), 0,
+    (dense("w1", 4, 4, arithmetic="half"), TANH,
+     Inside("residual", (dense("w1", 4, 4, bias="none", arithmetic="half"),))),
+    (Head(dense("w0", 4, 2, store="transposed"), "normal"),),
+)  # fmt: skip
+
 CHOSEN = {
     "convolutions": (CONVOLUTIONS, "exact"),
     "masked": (MASKED, "reduce"),

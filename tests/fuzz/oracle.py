@@ -159,7 +159,9 @@ def one_per_term(sites, terms, together):
 
 def live_per_term(sites, terms, count):
     """``reduce`` with a mask: the mean input over the rows of a term that count."""
-    x, c, live = 0.0, 0.0, 0.0
+    x = np.zeros((terms, sites[0].x.shape[1]))
+    c = np.zeros((len(sites[0].c), terms, sites[0].c.shape[-1]))
+    live = np.zeros((terms, 1))
     for site in sites:
         if site.taken:
             seen = site.live[:, None]

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import strategies as st
 
 from tests.fuzz.checks import OPTIONS, SEEN, check_eager, check_program, check_step
-from tests.fuzz.chosen import CHOSEN
+from tests.fuzz.chosen import CHOSEN, SMALL
 from tests.fuzz.strategies import programs
+from tests.helpers import cases
 
 VARIANTS = st.sampled_from(sorted(OPTIONS))
 MANY = hypothesis.settings(
@@ -30,19 +31,19 @@ def test_chosen(name):
     check_program(*CHOSEN[name])
 
 
-@hypothesis.settings(max_examples=8)
+@hypothesis.settings(max_examples=6)
 @hypothesis.given(programs(), VARIANTS)
 def test_random(program, variant):
     check_program(program, variant)
 
 
-@pytest.mark.parametrize("name", ["tables", "odd"])
+@pytest.mark.parametrize("name", cases(CHOSEN, ["tables"]))
 def test_steps(name):
     check_step(CHOSEN[name][0])
 
 
 def test_eager():
-    check_eager(CHOSEN["odd"][0])
+    check_eager(SMALL)
 
 
 @pytest.mark.slow
