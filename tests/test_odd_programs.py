@@ -252,3 +252,60 @@ def test_reference_with_a_computed_weight(rng):
     tagged = kfac.tag(loss, params, x, y)
     value, grads, _ = tagged.value_and_grad(params, x, y)
     close((value, grads), jax.value_and_grad(loss)(params, x, y), 1e-10)
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_masked_grouped_convolution(sharing, rng):
+    """Where no row is masked the statistics are those without a mask."""
+
+    def loss(p, x, mask=None):
+        z = lax.conv_general_dilated(
+            x.reshape(B, IN, 2), p["k"], (1,), "SAME",
+            dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=2,
+        )  # fmt: skip
+        z = kfac.normal(jnp.tanh(z).sum(1), mask=mask)
+        return squares(z, 1.0)
+
+    params = {"k": jnp.asarray(rng.normal(size=(3, 1, 4)))}
+    x, mask = jnp.asarray(rng.normal(size=(B, 2 * IN))), jnp.ones(B, bool)
+    args = [(params, x, mask), (params, x)]
+    seen, wanted = (
+        jax.jit(kfac.tag(loss, *a, weight_sharing=sharing).value_and_grad)(*a)[-1]["k"]
+        for a in args
+    )
+    close(seen, wanted, 1e-6)
+
+
+def test_bias_of_its_own_is_reduced(rng):
+    """Of a weight used in both directions, at several positions of an example."""
+
+    def loss(p, x, y):
+        h = jnp.tanh(x.reshape(len(x), 2, 2) @ p["w"] + p["b"]) @ p["w"].T
+        return squares(h.reshape(len(x), -1)[:, :OUT], y)
+
+    params, x, y = problem(rng, {"w": (2, 3), "b": (3,)})
+    tagged = kfac.tag(loss, params, x, y, weight_sharing="reduce")
+    found = jax.jit(tagged.value_and_grad)(params, x, y)[-1]["b"]
+    close(found.a, np.ones((1, 1)))
+
+    def split(p, x, y):
+        return loss({"w": params["w"], "b": p["b"]}, x, y)
+
+    wanted = oracle_block(split, {"b": params["b"]}, x, y)
+    close(found.g, wanted, 1e-9)
+
+
+def test_shift_used_twice_for_every_sequence(rng):
+    """Its block is of the example's whole gradient, though tokens are the terms."""
+
+    def loss(p, x, y):
+        context = jnp.sin(jnp.tanh(x + p["s"]) + p["s"])
+        z = x[:, None] * jnp.arange(1.0, 4)[:, None] + context[:, None]
+        return squares(kfac.normal(z), y[:, :, None])
+
+    params, x, y = problem(rng, {"s": (IN,)})
+    tagged = kfac.tag(loss, params, x, y)
+    found = jax.jit(tagged.value_and_grad)(params, x, y)[-1]["s"]
+    examples = jax.jit(jax.vmap(jax.grad(loss), (None, 0, 0)))
+    each = examples(params, x[:, None], y[:, None])["s"]  # of the mean over 3 terms
+    close(found.blocks[:, 0, 0], (each**2).sum(0) * 3 / B, 1e-9)

@@ -91,7 +91,7 @@ def homogeneous(
     """Averages positions and appends 1 for the bias: ``[*blocks, R, in+1]``."""
     k = recipe.positions(rows)
     if k > 1 and not recipe.by_example:
-        x = x.reshape(*x.shape[:-2], -1, k, x.shape[-1])
+        x = x.reshape(*x.shape[:-2], x.shape[-2] // k, k, x.shape[-1])
         x = x.mean(-2, dtype=accumulation_dtype(x.dtype))
     if recipe.layer.bias:
         x = jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], -1)

@@ -41,6 +41,7 @@ class Recipe:
         rows_out: The same over the sites that use its weight in reverse.
         reduce: Whether rows of one example are reduced first.
         by_example: Whether positions are added up over several sites.
+        examples: Of scales and shifts: how many examples then have a sum.
         masked: Whether only rows count whose cotangent is not zero.
         subsample: Which of its rows are taken.
         squares: Whether squares of the examples' gradients are wanted, not factors;
@@ -56,6 +57,7 @@ class Recipe:
     masked: bool = False
     subsample: Subsample = Subsample()
     squares: bool = False
+    examples: int = 0
 
     def lattice(self, site: Site) -> Lattice | None:
         """The rows that are taken at one of its sites; None: all."""
@@ -85,9 +87,10 @@ def make_recipe(
         return count_rows(chosen, num_examples, reduced)
 
     several = len(sites) > 1 or any(s.repeat > 1 for s in sites)
+    examples = num_examples
     if layer.kind == "scale_shift":
         groups = {s.geometry.examples for s in sites}  # type: ignore[union-attr]
-        by_example = several and groups == {num_examples}
+        by_example, examples = several and len(groups) == 1, max(groups)
     elif squares:
         check_rows(layer, sites, num_examples)
         return Recipe(
@@ -111,6 +114,7 @@ def make_recipe(
         by_example=by_example,
         masked=masked,
         subsample=Subsample() if layer.kind == "scale_shift" else subsample,
+        examples=examples,
     )
 
 
@@ -152,7 +156,7 @@ def zero_probes(recipe: Recipe, dtype: Any, moments: bool) -> dict[str, Array]:
     layer = recipe.layer
     a, g = layer.a_shape, layer.g_shape
     if layer.kind == "scale_shift":
-        sums = (*a[:-3], recipe.num_examples, *a[-3:-1])
+        sums = (*a[:-3], recipe.examples, *a[-3:-1])
         shapes = {"s_sum": sums} if recipe.by_example else {"blocks": a}
     else:
         blocks = layer.stack + layer.blocks

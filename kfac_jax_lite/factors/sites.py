@@ -112,7 +112,8 @@ def estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
         return dense.output_factor(c, recipe, form_g, num_rows) * share
 
     def live_rows(inputs, c):
-        return jnp.sum(live_of(recipe, site)(inputs, c), -1)
+        count = jnp.sum(live_of(recipe, site)(inputs, c), -1)
+        return jnp.broadcast_to(count, geometry.blocks)
 
     def moment(inputs, c):
         return eigenbasis_moment(recipe, site, inputs, c) * share
@@ -133,7 +134,8 @@ def example_estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
         return dense.example_sums(output_rows(site, inputs, c), recipe)
 
     def count(inputs, c):
-        return dense.example_sums(live(inputs, c)[..., None], recipe)[..., 0]
+        counts = dense.example_sums(live(inputs, c)[..., None], recipe)[..., 0]
+        return jnp.broadcast_to(counts, (*geometry.blocks, recipe.num_examples))
 
     return {"x_sum": x_sum, "c_sum": c_sum, "count": count}
 
