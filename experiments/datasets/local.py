@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.datasets import prepared
+from experiments.datasets import digests, prepared
 from experiments.datasets.arrays import Dataset, make_dataset
 from experiments.errors import DataError
 
@@ -109,7 +109,8 @@ def read_npz(name: str, path: Path) -> Dataset:
     Returns:
         The data set.
     """
-    with open(path, "rb") as file, np.load(file) as archive:
+    content = io.BytesIO(digests.verified(name, path))
+    with np.load(content, allow_pickle=False) as archive:
         train = archive["x_train"], archive["y_train"]
         test = archive["x_test"], archive["y_test"]
     return make_dataset(name, TITLES[name], str(path), train, test)
@@ -135,7 +136,8 @@ def read_jpeg_archive(name: str, path: Path) -> Dataset:
     from PIL import Image
 
     splits = []
-    with open(path, "rb") as file, np.load(file) as archive:
+    content = io.BytesIO(digests.verified(name, path))
+    with np.load(content, allow_pickle=False) as archive:
         header = archive["header"].tobytes()
         for part in ("train", "test"):
             blob = archive[f"{part}_blob"].tobytes()
@@ -164,7 +166,7 @@ def read_idx(name: str, path: Path) -> Dataset:
     """
     suffix = ".gz" if path.suffix == ".gz" else ""
     arrays = {
-        key: read_idx_file(path.with_name(file + suffix))
+        key: read_idx_file(name, path.with_name(file + suffix))
         for key, file in IDX_NAMES.items()
     }
     train = arrays["x_train"], arrays["y_train"]
@@ -172,10 +174,11 @@ def read_idx(name: str, path: Path) -> Dataset:
     return make_dataset(name, TITLES[name], str(path.parent), train, test)
 
 
-def read_idx_file(path: Path) -> np.ndarray:
+def read_idx_file(name: str, path: Path) -> np.ndarray:
     """Reads one idx file of unsigned bytes.
 
     Args:
+        name: name of the data set.
         path: the file.
 
     Returns:
@@ -184,9 +187,9 @@ def read_idx_file(path: Path) -> np.ndarray:
     Raises:
         ValueError: if the content is not what the header announces.
     """
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as file:
-        content = file.read()
+    content = digests.verified(name, path)
+    if path.suffix == ".gz":
+        content = gzip.decompress(content)
     if len(content) < 4 or content[:3] != b"\0\0\x08":
         raise ValueError(f"{path.name} is not an idx file of unsigned bytes")
     rank = content[3]

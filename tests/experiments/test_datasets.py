@@ -12,6 +12,7 @@ from experiments import datasets
 from experiments.datasets import local, packaged, prepared
 from experiments.datasets.arrays import Dataset, check_split
 from experiments.errors import ConfigError, DataError
+from tests.experiments.sums import state_digests
 
 
 def random_split(count, size=28):
@@ -23,6 +24,7 @@ def random_split(count, size=28):
 def write_npz(path, train, test):
     x, y = train
     np.savez(path, x_train=x, y_train=y, x_test=test[0], y_test=test[1])
+    state_digests(path.parent)
 
 
 @pytest.fixture
@@ -77,6 +79,7 @@ def test_jpeg_archive_is_named_so(tmp_path):
         arrays[f"{part}_y"] = np.arange(4)
     path = tmp_path / "cifar10_jpegbytes.npz"
     np.savez(path, **arrays)
+    state_digests(tmp_path)
     data = datasets.load("cifar10", tmp_path)
     assert data.title == "CIFAR-10 (JPEG)"
     assert data.image_shape == (32, 32, 3)
@@ -84,6 +87,7 @@ def test_jpeg_archive_is_named_so(tmp_path):
 
     arrays["test_len"] = arrays["test_len"] + 1
     np.savez(path, **arrays)
+    state_digests(tmp_path)
     with pytest.raises(DataError, match="test_len does not add up"):
         datasets.load("cifar10", tmp_path)
 
@@ -99,6 +103,7 @@ def test_idx_files(tmp_path, compressed):
         header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
         with opener(folder / (local.IDX_NAMES[key] + suffix), "wb") as file:
             file.write(header + array.tobytes())
+    state_digests(folder)
     for place in (tmp_path, folder):
         data = datasets.load("fashion_mnist", place)
         np.testing.assert_array_equal(data.x_train[..., 0], x)
@@ -109,6 +114,7 @@ def test_idx_files(tmp_path, compressed):
     path = folder / (local.IDX_NAMES["x_test"] + suffix)
     with opener(path, "wb") as file:
         file.write(bytes([0, 0, 8, 3]) + b"\0\0\0\7" * 3)
+    state_digests(folder)
     with pytest.raises(DataError, match="cannot be read as Fashion-MNIST"):
         datasets.load("fashion_mnist", tmp_path)
 
@@ -142,6 +148,7 @@ def test_missing_folder(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\3\4 torn"])
 def test_damaged_archive(tmp_path, content):
     (tmp_path / "mnist.npz").write_bytes(content)
+    state_digests(tmp_path)
     with pytest.raises(DataError, match=r"mnist\.npz cannot be read as MNIST"):
         datasets.load("mnist", tmp_path)
 
@@ -150,12 +157,14 @@ def test_truncated_archive(tmp_path):
     path = tmp_path / "mnist.npz"
     write_npz(path, random_split(30), random_split(20))
     path.write_bytes(path.read_bytes()[:-100])
+    state_digests(tmp_path)
     with pytest.raises(DataError, match="cannot be read as MNIST"):
         datasets.load("mnist", tmp_path)
 
 
 def test_archive_without_labels(tmp_path):
     np.savez(tmp_path / "mnist.npz", x_train=random_split(3)[0])
+    state_digests(tmp_path)
     with pytest.raises(DataError, match="y_train"):
         datasets.load("mnist", tmp_path)
 

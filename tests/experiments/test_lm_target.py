@@ -7,10 +7,12 @@ import pytest
 
 from experiments.benchmarks import lm_target
 from experiments.errors import RunFolderError
+from tests.experiments.sums import state_digests
 
 
 def options(tmp_path, trials):
     (tmp_path / "tinyshakespeare.txt").write_text("to be, or not to be:\n" * 20)
+    state_digests(tmp_path)
     sizes = "--layers 1 --heads 1 --features 4 --context 4 --batch-size 4 --steps 2"
     rest = f" --our-steps 2 --eval-every 1 --eval-windows 4 --trials {trials}"
     return [

@@ -13,6 +13,7 @@ from experiments.main import main
 from experiments.models import make_task
 from experiments.models.transformer import Transformer
 from experiments.reports import read_runs
+from tests.experiments.sums import state_digests
 
 TEXT = "to be, or not to be: that is the question.\n" * 5
 NET = NetConfig(context=8, layers=2, heads=2, features=8)
@@ -73,10 +74,12 @@ def test_context_longer_than_the_text():
 def test_file_in_the_data_folder(tmp_path):
     path = tmp_path / "tinyshakespeare.txt"
     path.write_text(TEXT)
+    state_digests(tmp_path)
     data = datasets.load_text("tinyshakespeare", tmp_path, 8)
     assert data.source == str(path)
     np.testing.assert_array_equal(data.x_train, small_text().x_train)
     path.write_bytes(b"\xff\xfe\xfa")
+    state_digests(tmp_path)
     with pytest.raises(DataError, match="cannot be read as Tiny Shakespeare"):
         datasets.load_text("tinyshakespeare", tmp_path)
 
@@ -192,6 +195,7 @@ def test_heads_divide_the_width():
 def test_command(tmp_path, capsys):
     """Every optimiser takes a step; table and plots are made."""
     (tmp_path / "tinyshakespeare.txt").write_text(TEXT)
+    state_digests(tmp_path)
     options = "--dataset tinyshakespeare --model lm --epochs 1 --batch-size 12"
     options += " --evals-per-epoch 1 --net.context 8 --net.layers 1 --net.heads 2"
     options += f" --net.features 8 --data-dir {tmp_path} --workdir {tmp_path / 'run'}"
