@@ -84,7 +84,7 @@ class Batch(NamedTuple):
 def doctor(
     tagged: TaggedLoss,
     opt_state: Any,
-    batch: tuple | None = None,
+    batch: tuple[Any, ...] | None = None,
     params: Any = None,
     *,
     key: Any = None,
@@ -169,7 +169,7 @@ def of_state(
 
 
 def of_parameters(
-    opt_state: Any, params: Any, records: dict, learning_rate: float | None
+    opt_state: Any, params: Any, records: dict[str, Any], learning_rate: float | None
 ) -> Iterator[Finding]:
     """Parameters that are not finite, and updates as long as they are."""
     size, step = float(optax.tree.norm(params)), last_update(opt_state, learning_rate)
@@ -218,7 +218,9 @@ def last_update(opt_state: Any, learning_rate: float | None) -> float | None:
     return None
 
 
-def examined(tagged: TaggedLoss, params: Any, batch: tuple, key: Any) -> Batch:
+def examined(
+    tagged: TaggedLoss, params: Any, batch: tuple[Any, ...], key: Any
+) -> Batch:
     """Takes loss and statistics of a batch, and what else can be asked of it."""
     value, _, fresh = jax.jit(tagged.value_and_grad)(params, *batch, key=key)
     rows = layer_rows(tagged, params, *batch)
@@ -231,7 +233,9 @@ def examined(tagged: TaggedLoss, params: Any, batch: tuple, key: Any) -> Batch:
     )
 
 
-def doubled_loss(tagged: TaggedLoss, params: Any, batch: tuple) -> float | None:
+def doubled_loss(
+    tagged: TaggedLoss, params: Any, batch: tuple[Any, ...]
+) -> float | None:
     """The loss of a batch that holds every example twice.
 
     Args:
@@ -255,7 +259,11 @@ def doubled_loss(tagged: TaggedLoss, params: Any, batch: tuple) -> float | None:
 
 
 def sampled_share(
-    tagged: TaggedLoss, params: Any, batch: tuple, key: Any, fresh: dict
+    tagged: TaggedLoss,
+    params: Any,
+    batch: tuple[Any, ...],
+    key: Any,
+    fresh: dict[str, Any],
 ) -> float | None:
     """Trace of the empirical Fisher matrix over that of sampled labels, or None."""
     if tagged.fisher != "empirical" or key is None:
@@ -284,7 +292,7 @@ def traces(layer: LayerTag, whole: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def of_batch(
-    tagged: TaggedLoss, seen: Batch, records: dict, factors: Sequence[Factors]
+    tagged: TaggedLoss, seen: Batch, records: dict[str, Any], factors: Sequence[Factors]
 ) -> Iterator[Finding]:
     """What a batch shows of the loss and of the factors."""
     if not np.isfinite(seen.loss):
