@@ -154,7 +154,7 @@ def make_batch(
         typed = jax.tree.map(lambda x, p: x.astype(p.dtype), v, params)
         return join(output.value for output in model.outputs(forward(typed)))
 
-    def pull(y: Array):
+    def pull(y: Array) -> Any:
         return back(cotangents(model, marks, y))[0]
 
     def rows_of(example: Any) -> Array:

@@ -257,7 +257,7 @@ def concatenate_rule(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact])
 @rule("split")
 def split_rule(
     scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]
-) -> list[Fact] | None:
+) -> list[Any] | None:
     """``jnp.split`` of a fused parameter: one view per piece."""
     view = facts[0]
     if not isinstance(view, View):
