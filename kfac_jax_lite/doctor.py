@@ -218,9 +218,7 @@ def last_update(opt_state: Any, learning_rate: float | None) -> float | None:
     return None
 
 
-def examined(
-    tagged: TaggedLoss, params: Any, batch: tuple[Any, ...], key: Any
-) -> Batch:
+def examined(tagged: TaggedLoss, params: Any, batch: Sequence[Any], key: Any) -> Batch:
     """Takes loss and statistics of a batch, and what else can be asked of it."""
     value, _, fresh = jax.jit(tagged.value_and_grad)(params, *batch, key=key)
     rows = layer_rows(tagged, params, *batch)
@@ -233,9 +231,7 @@ def examined(
     )
 
 
-def doubled_loss(
-    tagged: TaggedLoss, params: Any, batch: tuple[Any, ...]
-) -> float | None:
+def doubled_loss(tagged: TaggedLoss, params: Any, batch: Sequence[Any]) -> float | None:
     """The loss of a batch that holds every example twice.
 
     Args:
