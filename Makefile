@@ -24,6 +24,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	PYTHONPATH=. $(BIN)/pyright --verifytypes kfac_jax_lite --ignoreexternal
 
 bench: $(STAMP)
 	$(BIN)/python -m experiments.benchmarks.step_time $(ARGS)

@@ -116,6 +116,15 @@ def inverse_error(layers: Sequence[LayerTag], opt_state: Any) -> list[dict[str, 
 class Exact:
     """The damped inverse of a layer's factors, in float64, by eigendecomposition."""
 
+    forms: tuple[str, str]
+    sizes: tuple[int, int]
+    q_a: np.ndarray | None
+    q_g: np.ndarray | None
+    d_a: np.ndarray
+    d_g: np.ndarray
+    shape: tuple[int, ...]
+    scales: np.ndarray
+
     def __init__(self, layer: LayerTag, statistics: Any, damped: bool, damping: float):
         """Decomposes both factors.
 

@@ -79,7 +79,7 @@ def adapted(
     """
     retreats = rule.retreat is not None and sign < 0
 
-    def init_fn(params):
+    def init_fn(params: Any):
         return AdaptedState(
             inner=inner.init(params),
             step=jax.tree.map(jnp.zeros_like, params),
@@ -90,7 +90,7 @@ def adapted(
             retreats=jnp.zeros((), jnp.int32),
         )
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
         grads = updates
         end = slope_along(state.step, grads)
         agreement = jnp.where(state.slope * sign > 0, end / state.slope, -jnp.inf)

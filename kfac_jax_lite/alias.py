@@ -140,7 +140,14 @@ def heavy_ball(momentum: Any) -> optax.GradientTransformation:
     if not callable(momentum):
         return optax.trace(momentum)
 
-    def update_fn(updates, state, params=None, *, count: Any = None, **extra_args):
+    def update_fn(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        count: Any = None,
+        **extra_args: Any,
+    ):
         del params, extra_args
         decay = value_at(momentum, count)
         velocity = jax.tree.map(
@@ -169,11 +176,11 @@ def bounded(
         The transformation.
     """
 
-    def init_fn(params):
+    def init_fn(params: Any):
         inner: Any = precondition.init(params)
         return KFACChainState(inner, tail.init(params), jnp.ones((), jnp.float32))
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
         grads = updates
         inner: Any
         updates, inner = precondition.update(grads, state.kfac, params, **extra_args)
@@ -205,10 +212,10 @@ def without_velocity(tail: Any, flag: Any) -> Any:
     if flag is False:
         return tail
 
-    def is_velocity(x):
+    def is_velocity(x: Any):
         return isinstance(x, optax.TraceState)
 
-    def forget(x):
+    def forget(x: Any):
         return jax.tree.map(lambda v: jnp.where(flag, 0, v), x) if is_velocity(x) else x
 
     return jax.tree.map(forget, tail, is_leaf=is_velocity)
@@ -241,7 +248,7 @@ def trust_region(updates: Any, grads: Any, rate: Any, kl_clip: Any) -> Array:
         A scalar, float32 or wider.
     """
 
-    def product(u, g):
+    def product(u: Any, g: Any):
         dtype = accumulation_dtype(u.dtype)
         return jnp.sum(u.astype(dtype) * g.astype(dtype))
 

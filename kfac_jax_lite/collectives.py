@@ -8,7 +8,7 @@ References:
     operations in MPICH" (rings and binomial trees).
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from kfac_jax_lite.types import Array
 BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 
 
-def checked_axes(axis_name: Any) -> frozenset:
+def checked_axes(axis_name: Any) -> frozenset[Hashable]:
     """The mapped axes where types say what varies over devices, else nothing."""
     return varying_axes(lax.axis_index(axis_name))
 

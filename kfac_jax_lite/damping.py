@@ -212,6 +212,7 @@ def levenberg_marquardt(
     check_range(initial, minimum, maximum)
     if not 0 < factor < 1:
         raise ValueError(f"factor must be between 0 and 1, got {factor}.")
-    if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+    # Callers without a type checker pass anything.
+    if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"interval must be a whole number >= 1, got {interval!r}.")
     return LevenbergMarquardt(initial, factor, interval, minimum, maximum)

@@ -21,7 +21,7 @@ LONG_STEP = 1.0
 def doctor(
     tagged: TaggedLoss,
     opt_state: Any,
-    batch: tuple | None = None,
+    batch: tuple[Any, ...] | None = None,
     params: Any = None,
     *,
     key: Any = None,
@@ -120,7 +120,7 @@ def of_state(
 
 
 def of_parameters(
-    opt_state: Any, params: Any, records: dict, learning_rate: float | None
+    opt_state: Any, params: Any, records: dict[str, Any], learning_rate: float | None
 ) -> Iterator[Finding]:
     """Parameters that are not finite, and updates as long as they are."""
     size, step = float(optax.tree.norm(params)), last_update(opt_state, learning_rate)
@@ -167,3 +167,187 @@ def last_update(opt_state: Any, learning_rate: float | None) -> float | None:
         if learning_rate is not None:
             return abs(learning_rate) * float(optax.tree.norm(state.trace))
     return None
+<<<<<<< HEAD
+=======
+
+
+def examined(tagged: TaggedLoss, params: Any, batch: Sequence[Any], key: Any) -> Batch:
+    """Takes loss and statistics of a batch, and what else can be asked of it."""
+    value, _, fresh = jax.jit(tagged.value_and_grad)(params, *batch, key=key)
+    rows = layer_rows(tagged, params, *batch)
+    return Batch(
+        float(value[0] if tagged.has_aux else value),
+        fresh,
+        {name: found.statistics for name, found in rows.items()},
+        doubled_loss(tagged, params, batch),
+        sampled_share(tagged, params, batch, key, fresh),
+    )
+
+
+def doubled_loss(tagged: TaggedLoss, params: Any, batch: Sequence[Any]) -> float | None:
+    """The loss of a batch that holds every example twice.
+
+    Args:
+        tagged: The tagged loss.
+        params: The parameters.
+        batch: Its arguments.
+
+    Returns:
+        The loss; None where the arguments share no leading axis, or where the loss does
+        not take another batch size.
+    """
+    sizes = {np.shape(x)[0] for x in jax.tree.leaves(batch) if np.ndim(x)}
+    if len(sizes) != 1:
+        return None
+    twice = jax.tree.map(lambda x: jnp.concatenate([x, x]) if np.ndim(x) else x, batch)
+    try:
+        value = jax.jit(tagged.loss_fn)(params, *twice)
+    except (TypeError, ValueError):  # it was written for one batch size
+        return None
+    return float(value[0] if tagged.has_aux else value)
+
+
+def sampled_share(
+    tagged: TaggedLoss,
+    params: Any,
+    batch: tuple[Any, ...],
+    key: Any,
+    fresh: dict[str, Any],
+) -> float | None:
+    """Trace of the empirical Fisher matrix over that of sampled labels, or None."""
+    if tagged.fisher != "empirical" or key is None:
+        return None
+    model = dataclasses.replace(tagged, fisher="mc")
+    try:
+        _, _, drawn = jax.jit(model.value_and_grad)(params, *batch, key=key)
+    except ValueError:  # no marked output to draw labels from
+        return None
+    total, part = (
+        sum(
+            float(np.sum(np.prod(traces(layer, curvature(layer, s[layer.name])), 0)))
+            for layer in tagged.layers
+            if layer.kronecker
+        )
+        for s in (drawn, fresh)
+    )
+    return part / total if total > 0 else None
+
+
+def traces(layer: LayerTag, whole: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Mean diagonals of both factors of a Kronecker layer, ``[*blocks]``."""
+    a = forms.mean_diagonal(whole.a, layer.a_form, layer.sizes[0])
+    g = forms.mean_diagonal(whole.g, layer.g_form, layer.sizes[1])
+    return np.asarray(a, np.float64), np.asarray(g, np.float64)
+
+
+def of_batch(
+    tagged: TaggedLoss, seen: Batch, records: dict[str, Any], factors: Sequence[Factors]
+) -> Iterator[Finding]:
+    """What a batch shows of the loss and of the factors."""
+    if not np.isfinite(seen.loss):
+        yield Finding(
+            ERROR,
+            "loss_not_finite",
+            None,
+            "The loss of this batch is not finite.",
+            "Look for NaN in the data and in the parameters.",
+            {"loss": seen.loss},
+        )
+        return
+    ratio = seen.doubled / seen.loss if seen.doubled and seen.loss else 1.0
+    if ratio > DOUBLED:
+        yield Finding(
+            ERROR,
+            "loss_is_a_sum",
+            None,
+            f"With every example twice the loss is {ratio:.2f} times as large: it is a "
+            "sum over the batch. Output factors are then too large by the square of "
+            "the number of examples, and damping depends on the batch size.",
+            "Return the mean over the examples.",
+            {"loss": seen.loss, "doubled": seen.doubled},
+        )
+    yield from vanishing(tagged, seen, factors)
+    for one in factors:
+        yield from too_few_rows(tagged, one, seen, records[one.layer.name])
+        yield from changed(one, seen, records[one.layer.name])
+
+
+def vanishing(
+    tagged: TaggedLoss, seen: Batch, factors: Sequence[Factors]
+) -> Iterator[Finding]:
+    """The empirical Fisher matrix where the data is fitted (arXiv:1905.12558)."""
+    if tagged.fisher != "empirical" or not factors:
+        return
+    kinds = [[f.kind for f in symptoms.damping(one)] for one in factors]
+    flat = all("damping_too_large" in found for found in kinds)
+    gone = flat and abs(seen.loss) < TINY_LOSS
+    if seen.sampled is not None:
+        gone = seen.sampled < VANISHED
+    if gone:
+        yield Finding(
+            WARNING,
+            "fisher_vanishes",
+            None,
+            f"The loss of this batch is {seen.loss:.2g}: the examples are fitted, "
+            "their gradients vanish and the empirical Fisher matrix with them. It no "
+            "longer says anything about the curvature.",
+            'tag(…, fisher="mc") or fisher="exact", which do not look at the labels.',
+            {"loss": seen.loss, "share_of_sampled": seen.sampled},
+        )
+
+
+def too_few_rows(
+    tagged: TaggedLoss, one: Factors, seen: Batch, record: dict[str, Any]
+) -> Iterator[Finding]:
+    """A factor that the rows seen cannot fill."""
+    layer, rows = one.layer, seen.rows[one.layer.name]
+    sides = [("A", layer.a_form, layer.a_shape)]
+    if tagged.fisher != "exact":  # which has a row for every output
+        sides.append(("G", layer.g_form, layer.g_shape))
+    held = rows * (record["memory"] or 1.0)
+    for side, form, shape in sides:
+        if form != forms.DIAGONAL and held < shape[-1]:
+            yield Finding(
+                NOTICE,
+                "too_few_rows",
+                layer.name,
+                f"Factor {side} is {shape[-1]} × {shape[-1]} and has a rank of at most "
+                f"{held:.0f}: a refresh sees {rows} rows, the average holds "
+                f"{record['memory'] or 1.0:.1f} refreshes.",
+                "A larger batch or factor_decay, more frequent refreshes, less "
+                "subsampling; else keep the damping well above zero.",
+                {"rows": rows, "memory": record["memory"], "size": shape[-1]},
+            )
+
+
+def changed(one: Factors, seen: Batch, record: dict[str, Any]) -> Iterator[Finding]:
+    """A batch whose statistics are unlike the average."""
+    layer, age = one.layer, record["since_refresh"]
+    whole = curvature(layer, seen.statistics[layer.name])
+    if whole.a.shape != one.statistics.a.shape:
+        return  # a mask hides a part of the layer
+    fresh = traces(layer, whole)
+    pairs = zip(fresh, (one.a.mean(-1), one.g.mean(-1)), strict=True)
+    a, g = (float(new.mean() / old.mean()) if old.mean() else 1.0 for new, old in pairs)
+    if not 1 / OTHER_INPUTS < a < OTHER_INPUTS:
+        yield Finding(
+            WARNING,
+            "other_inputs",
+            layer.name,
+            f"This batch's inputs have {a:.2g} times the mean square of those that "
+            f"the factor averages (last refresh {age} steps ago).",
+            "Take statistics in training mode and from the data that is trained on, "
+            "with the same preprocessing; refresh more often.",
+            {"ratio": a, "age": age},
+        )
+    if not 1 / OTHER_GRADIENTS < g < OTHER_GRADIENTS and age >= OLD:
+        yield Finding(
+            WARNING,
+            "other_gradients",
+            layer.name,
+            f"This batch's output factor is {g:.2g} times the average one, which was "
+            f"refreshed {age} steps ago: it is of another phase of the training.",
+            "A shorter refresh interval.",
+            {"ratio": g, "age": age},
+        )
+>>>>>>> typing

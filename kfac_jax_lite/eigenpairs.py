@@ -82,7 +82,9 @@ def sketch(size: int, rank: int, dtype: Any) -> Array:
     return uniform * jnp.sqrt(jnp.asarray(3 / size, dtype))
 
 
-def initial(blocks: tuple[int, ...], size: int, rank: int, dtype: Any) -> tuple:
+def initial(
+    blocks: tuple[int, ...], size: int, rank: int, dtype: Any
+) -> tuple[Array, Array, Array | tuple[()]]:
     """``(u, e, tau)`` of the identity; ``u`` is where the iteration starts."""
     complete = rank >= size
     u = jnp.eye(size, dtype=dtype) if complete else sketch(size, rank, dtype)
@@ -91,7 +93,9 @@ def initial(blocks: tuple[int, ...], size: int, rank: int, dtype: Any) -> tuple:
     return u, ones, () if complete else jnp.ones(blocks, dtype)
 
 
-def refreshed(matrix: Array, u: Array, first: Array) -> tuple:
+def refreshed(
+    matrix: Array, u: Array, first: Array
+) -> tuple[Array, Array, Array | tuple[()]]:
     """Leading eigenpairs and tail of a matrix, from the last basis.
 
     One step of subspace iteration in Nyström form, a few at the first time: with
@@ -115,7 +119,7 @@ def refreshed(matrix: Array, u: Array, first: Array) -> tuple:
     trace = jnp.trace(matrix, axis1=-2, axis2=-1)
     scale = jnp.where(trace > 0, trace, 1)
 
-    def improve(_, carry):
+    def improve(_: Any, carry: tuple[Array, Array]):
         return nystrom(matrix, carry[0], scale)
 
     start = u, jnp.zeros((*u.shape[:-2], rank), u.dtype)
@@ -196,9 +200,9 @@ def sides(inverses: LowRankInverses, form_a: str, form_g: str) -> tuple[Side, Si
     if forms.BLOCKS not in (form_a, form_g):
         return a, g
 
-    def spread(one, form, of_a):
+    def spread(one: Any, form: str, of_a: bool):
         # [*blocks, pairs, d, ..]: the axis of the own blocks, and one for the other's.
-        def put(x, tail) -> Any:
+        def put(x: Array | None, tail: int) -> Any:
             if x is None:
                 return None
             if form != forms.BLOCKS:

@@ -19,7 +19,11 @@ from kfac_jax_lite.types import Array, LayerTag
 
 
 def exchanged(
-    options: Options, plan: Plan, layers: Sequence[LayerTag], due: Array, statistics
+    options: Options,
+    plan: Plan,
+    layers: Sequence[LayerTag],
+    due: Array,
+    statistics: Any,
 ) -> dict[str, Any]:
     """Each layer's statistics averaged over devices; slices of owned layers.
 
@@ -63,14 +67,14 @@ def sliced(options: Options, plan: Plan, layer: LayerTag, own: Any, flag: Array)
     """This device's slices of an owned layer's statistics, where the layer is due."""
     axis_name = options.axis_name
 
-    def share(own):
+    def share(own: Any):
         if options.reduction.mesh is not None:
             return own_slices(layer, own, plan, axis_name)
         return scattered(layer, own, plan, axis_name, options.reduction.dtype)
 
     shapes = jax.eval_shape(share, own)
 
-    def skip(own):
+    def skip(own: Any):
         del own
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         axes = checked_axes(axis_name)
@@ -82,7 +86,7 @@ def sliced(options: Options, plan: Plan, layer: LayerTag, own: Any, flag: Array)
 def alone(options: Options, layer: LayerTag, own: Any, flag: Array) -> Any:
     """A layer's statistics averaged in a collective of its own, where it is due."""
 
-    def reduce(own):
+    def reduce(own: Any):
         (mean,) = reduce_statistics(
             (layer,), (own,), options.axis_name, options.reduction
         )
@@ -105,16 +109,16 @@ def unreduced(own: Any) -> Any:
 
 
 def bucket(
-    options: Options, layers: list[LayerTag], own: list, flags: list[Array]
+    options: Options, layers: list[LayerTag], own: list[Any], flags: list[Array]
 ) -> dict[str, Any]:
     """Small layers' statistics: one collective if all are due, else one each."""
 
-    def together(own):
+    def together(own: Any):
         return reduce_statistics(
             tuple(layers), tuple(own), options.axis_name, options.reduction
         )
 
-    def apart(own):
+    def apart(own: Any):
         records = zip(layers, own, flags, strict=True)
         return tuple(alone(options, *record) for record in records)
 
@@ -124,7 +128,7 @@ def bucket(
 
 
 def are_finite(
-    options: Options, layers: Sequence[LayerTag], due: Array, fresh: dict
+    options: Options, layers: Sequence[LayerTag], due: Array, fresh: dict[str, Any]
 ) -> Array:
     """Whether all statistics that are due are finite, on every device."""
     # Statistics that nobody asked for are not looked at.

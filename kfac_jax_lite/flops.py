@@ -238,7 +238,7 @@ def spd_inverse_flops(size: int, block: int = LEAF) -> float:
     size = padded_size(size, block)
     leaf = leaf_size(size, block)
 
-    def flops(size):
+    def flops(size: int) -> float:
         if size <= leaf:
             return 10 / 3 * size**3
         k = first_half(size, block)

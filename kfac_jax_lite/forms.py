@@ -93,7 +93,7 @@ def second_moment(x: Array, form: str, shape: Shape) -> Array:
 def symmetric_product(x: Array, dtype: Any) -> Array:
     """``xᵀ x`` of rows ``[*blocks, R, d]``; large ones by three of four blocks."""
 
-    def product(left, right):
+    def product(left: Array, right: Array):
         return jnp.einsum(
             "...ri,...rj->...ij", left, right, preferred_element_type=dtype
         )
@@ -122,7 +122,7 @@ def mean_diagonal(factor: Array, form: str, size: int) -> Array:
     return (trace.sum(-1) if form == BLOCKS else trace) / size
 
 
-def times(x: Array, factor: Array | tuple, form: str) -> Array:
+def times(x: Array, factor: Array | tuple[()], form: str) -> Array:
     """``x M`` for rows ``[*blocks, R, width]``; an empty ``M`` is the identity."""
     if isinstance(factor, tuple):
         return x
@@ -134,21 +134,21 @@ def times(x: Array, factor: Array | tuple, form: str) -> Array:
     return jnp.einsum("...rki,...kij->...rkj", split, factor).reshape(x.shape)
 
 
-def turned(x: Array, basis: Array | tuple, form: str, entries: int) -> Array:
+def turned(x: Array, basis: Array | tuple[()], form: str, entries: int) -> Array:
     """``(Qᵀ x)²`` of rows, widened, in the dtype of the basis."""
     if not isinstance(basis, tuple):
         x = x.astype(basis.dtype)
     return jnp.square(times(widened(x, entries), basis, form))
 
 
-def columns(factor: Array | tuple, x: Array, form: str) -> Array:
+def columns(factor: Array | tuple[()], x: Array, form: str) -> Array:
     """``Mᵀ x`` for columns ``[*blocks, width, C]``."""
     if form == FULL and not isinstance(factor, tuple):
         return jnp.swapaxes(factor, -1, -2) @ x
     return jnp.swapaxes(times(jnp.swapaxes(x, -1, -2), factor, form), -1, -2)
 
 
-def transposed(factor: Array | tuple, form: str) -> Array | tuple:
+def transposed(factor: Array | tuple[()], form: str) -> Array | tuple[()]:
     """``Mᵀ``."""
     matrix = form != DIAGONAL and not isinstance(factor, tuple)
     return jnp.swapaxes(factor, -1, -2) if matrix else factor  # type: ignore[arg-type]
@@ -197,17 +197,17 @@ def fastest_inverse(factor: Array, form: str, start: Array, tolerance: float) ->
     if form == DIAGONAL or factor.shape[-1] > LEAF:
         return inverse(factor, form)
 
-    def by_products(factor, start):
+    def by_products(factor: Array, start: Array):
         return newton_schulz_inverse(factor, start, tolerance)
 
-    def by_halves(factor, start):
+    def by_halves(factor: Array, start: Array):
         del start
         return spd_inverse(factor)
 
     return lax.platform_dependent(factor, start, cpu=by_halves, default=by_products)
 
 
-def eigh(factor: Array, form: str) -> tuple[Array | tuple, Array]:
+def eigh(factor: Array, form: str) -> tuple[Array | tuple[()], Array]:
     """``(Q, d)`` with ``M = Q diag(d) Qᵀ``, ``d [*blocks, width]``.
 
     ``Q`` is empty for a diagonal. Rounding makes the smallest eigenvalues of a singular

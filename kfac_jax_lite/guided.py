@@ -88,7 +88,9 @@ class Guide:
         values = {k: jnp.asarray(v, jnp.float32) for k, v in values.items()}
         return state._replace(**values)
 
-    def consult(self, state: GuidedState, due: Any, model, params, grads, u):
+    def consult(
+        self, state: GuidedState, due: Any, model: Any, params: Any, grads: Any, u: Any
+    ) -> GuidedState:
         """Asks the quadratic model for ``α``, ``μ``, ``ρ``; adapts ``λ`` where due."""
         vectors = (jax.tree.map(jnp.negative, u), state.velocity)
         loss, slopes, gram = mean(model.products(vectors), self.axis_name)
@@ -104,7 +106,7 @@ class Guide:
             return state
         predicted = slopes @ weights + 0.5 * weights @ curvature @ weights
 
-        def judged(state):
+        def judged(state: GuidedState):
             new = optax.apply_updates(params, combine(weights, vectors))
             change = mean(model.loss(new), self.axis_name) - loss
             ratio = change / jnp.where(predicted < 0, predicted, jnp.nan)
@@ -138,10 +140,17 @@ def guided(
         The transformation; ``update`` needs ``statistics=`` and ``model=``.
     """
 
-    def init_fn(params):
+    def init_fn(params: Any):
         return guide.init(precondition.init(params), params)
 
-    def update_fn(updates, state, params=None, *, model=None, **extra_args):
+    def update_fn(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        model: Any = None,
+        **extra_args: Any,
+    ):
         if model is None or params is None:
             raise ValueError(
                 'learning_rate="auto" and levenberg_marquardt need params and model=: '

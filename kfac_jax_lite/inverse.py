@@ -15,6 +15,7 @@ from kfac_jax_lite import eigenpairs, forms
 from kfac_jax_lite.damping import split
 from kfac_jax_lite.eigenpairs import LowRankInverses
 from kfac_jax_lite.types import Array, KroneckerStatistics, LayerTag
+from kfac_jax_lite.views import Shape
 
 # The default rank, a share of a factor's size, and the least rank of any share.
 SHARE, SMALLEST_RANK = 0.125, 32
@@ -56,7 +57,7 @@ class Method(NamedTuple):
     refresh: Callable[..., tuple[Any, KroneckerStatistics]]
     damped: bool
     moments: bool
-    rank: int | float | tuple = SHARE
+    rank: int | float | tuple[Any, ...] = SHARE
 
     def ranks(self, layer: LayerTag) -> tuple[int, int]:
         """How many eigenpairs of each factor of a layer are kept; its size if all."""
@@ -89,7 +90,13 @@ def damped_factors(
     return forms.damped(a, layer.a_form, for_a), forms.damped(g, layer.g_form, for_g)
 
 
-def cholesky(layer, statistics, cached, damping, first):
+def cholesky(
+    layer: LayerTag,
+    statistics: KroneckerStatistics,
+    cached: Any,
+    damping: Array,
+    first: Array,
+) -> tuple[FactorInverses, KroneckerStatistics]:
     """Explicit inverses of the damped factors by Cholesky factorisation.
 
     Returns:
@@ -104,7 +111,13 @@ def cholesky(layer, statistics, cached, damping, first):
     return FactorInverses(*inverses), statistics
 
 
-def newton_schulz(layer, statistics, cached, damping, first):
+def newton_schulz(
+    layer: LayerTag,
+    statistics: KroneckerStatistics,
+    cached: Any,
+    damping: Array,
+    first: Array,
+) -> tuple[FactorInverses, KroneckerStatistics]:
     """The same inverses by matrix products, warm-started from the cached ones.
 
     Returns:
@@ -118,7 +131,13 @@ def newton_schulz(layer, statistics, cached, damping, first):
     return warm_started(forms.iterated_inverse, *record), statistics
 
 
-def auto(layer, statistics, cached, damping, first):
+def auto(
+    layer: LayerTag,
+    statistics: KroneckerStatistics,
+    cached: Any,
+    damping: Array,
+    first: Array,
+) -> tuple[FactorInverses, KroneckerStatistics]:
     """The same inverses by the method that is fastest for the device and the size.
 
     Returns:
@@ -130,7 +149,11 @@ def auto(layer, statistics, cached, damping, first):
 
 
 def warm_started(
-    invert: Callable, layer: LayerTag, statistics: Any, cached: Any, damping: Array
+    invert: Callable[..., Array],
+    layer: LayerTag,
+    statistics: Any,
+    cached: Any,
+    damping: Array,
 ) -> FactorInverses:
     """Explicit inverses of the damped factors, from the cached ones."""
     a, g = damped_factors(layer, statistics, damping)
@@ -141,7 +164,13 @@ def warm_started(
     )
 
 
-def eigh(layer, statistics, cached, damping, first):
+def eigh(
+    layer: LayerTag,
+    statistics: KroneckerStatistics,
+    cached: Any,
+    damping: Array,
+    first: Array,
+) -> tuple[Eigenbases, KroneckerStatistics]:
     """Eigendecompositions: any damping of ``A ⊗ G + λ I`` is then exact.
 
     Returns:
@@ -156,7 +185,13 @@ def eigh(layer, statistics, cached, damping, first):
     return Eigenbases(*a, *g), statistics
 
 
-def ekfac(layer, statistics, cached, damping, first):
+def ekfac(
+    layer: LayerTag,
+    statistics: Any,
+    cached: Any,
+    damping: Array,
+    first: Array,
+) -> tuple[Eigenbases, KroneckerStatistics]:
     """Eigenbases with re-estimated second moments.
 
     The moments ``s`` are measured in the basis of the last refresh. A new basis takes
@@ -177,7 +212,13 @@ def ekfac(layer, statistics, cached, damping, first):
     return bases, statistics._replace(s=jnp.where(first, product, turned))
 
 
-def low_rank_refresh(layer, statistics, cached, damping, first):
+def low_rank_refresh(
+    layer: LayerTag,
+    statistics: KroneckerStatistics,
+    cached: Any,
+    damping: Array,
+    first: Array,
+) -> tuple[LowRankInverses, KroneckerStatistics]:
     """The factors' leading eigenpairs and tails, from the last ones.
 
     Returns:
@@ -188,7 +229,7 @@ def low_rank_refresh(layer, statistics, cached, damping, first):
     """
     del damping
 
-    def side(factor, form, u) -> Any:
+    def side(factor: Array, form: str, u: Any) -> Any:
         if form == forms.DIAGONAL:
             return (), factor, ()
         return eigenpairs.refreshed(factor, u, first)
@@ -240,7 +281,7 @@ def whole_rank(value: Any) -> bool:
     return not isinstance(value, (bool, float)) and int(value) == value >= 1
 
 
-def turn(old: Array | tuple, new: Array | tuple) -> Array | tuple:
+def turn(old: Array | tuple[()], new: Array | tuple[()]) -> Array | tuple[()]:
     """``P ∘ P`` with ``P = Q_oldᵀ Q_new``; empty where the basis is the identity."""
     if isinstance(old, tuple) or isinstance(new, tuple):
         return ()
@@ -284,18 +325,18 @@ def initial_inverse(layer: LayerTag, method: Method, dtype: Any) -> Any:
     if not layer.kronecker:
         return ()
 
-    def eye(shape, form):
+    def eye(shape: Shape, form: str):
         if form == forms.DIAGONAL:
             return jnp.ones(shape, dtype)
         return jnp.array(jnp.broadcast_to(jnp.eye(shape[-1], dtype=dtype), shape))
 
-    def basis(shape, form):
+    def basis(shape: Shape, form: str):
         entries = forms.width(form, shape)
         tail = {forms.FULL: 2, forms.BLOCKS: 3, forms.DIAGONAL: 1}[form]
         ones = jnp.ones((*shape[: len(shape) - tail], entries), dtype)
         return () if form == forms.DIAGONAL else eye(shape, form), ones
 
-    def pairs(rank, shape, form) -> Any:
+    def pairs(rank: int, shape: Shape, form: str) -> Any:
         if form == forms.DIAGONAL:
             return (), jnp.ones(shape, dtype), ()
         return eigenpairs.initial(shape[:-2], shape[-1], rank, dtype)

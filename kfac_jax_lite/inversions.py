@@ -26,12 +26,12 @@ def inversions(
     options: Options,
     plan: Plan,
     layers: Sequence[LayerTag],
-    factors: dict,
-    inverses: dict,
+    factors: dict[str, Any],
+    inverses: dict[str, Any],
     shift: Array,
     gates: Array,
     first: Array,
-) -> tuple[dict, dict, Array]:
+) -> tuple[dict[str, Any], dict[str, Any], Array]:
     """Inverts the layers whose gates are true.
 
     Args:
@@ -72,11 +72,11 @@ def inversions(
 def inverted_here(
     options: Options,
     layers: list[LayerTag],
-    factors: dict,
-    inverses: dict,
-    flags: dict[str, tuple],
+    factors: dict[str, Any],
+    inverses: dict[str, Any],
+    flags: dict[str, tuple[Any, ...]],
     shift: Array,
-) -> dict[str, tuple]:
+) -> dict[str, tuple[Any, ...]]:
     """Layers that this device inverts.
 
     Args:
@@ -101,11 +101,11 @@ def inverted_here(
         for t in layers
     }
 
-    def kind(layer):
+    def kind(layer: LayerTag) -> tuple[Any, Any]:
         leaves, structure = jax.tree.flatten(start[layer.name])
         return tuple((x.shape, x.dtype) for x in leaves), structure
 
-    def invert(carry):
+    def invert(carry: dict[str, Any]):
         for alike in grouped(layers, kind):
             names = [layer.name for layer in alike]
             parts = [carry[name] for name in names]
@@ -122,12 +122,12 @@ def inverted_here(
 def invert_alike(
     options: Options,
     layer: LayerTag,
-    factors: list,
-    parts: list,
+    factors: list[Any],
+    parts: list[Any],
     shift: Array,
-    gates: tuple,
-    first: tuple,
-) -> list:
+    gates: tuple[Any, ...],
+    first: tuple[Any, ...],
+) -> list[Any]:
     """Inverts layers of equal shape where their gates are true.
 
     On a CPU one after another, in a loop: what is not due costs nothing. Elsewhere in
@@ -146,16 +146,16 @@ def invert_alike(
         Their ``(moments, cached, good)`` after.
     """
 
-    def invert(factors, part, first):
+    def invert(factors: Any, part: Any, first: Any):
         return inverse_of(options, layer, factors, part, shift, first)
 
     if len(parts) == 1:
         work = functools.partial(invert, factors[0], first=first[0])
         return [gated(gates[0], work, parts[0])]
 
-    def loop(factors, parts, gates, first):
-        def turn(i, parts):
-            def put(parts):
+    def loop(factors: Any, parts: Any, gates: Any, first: Any) -> Any:
+        def turn(i: Any, parts: Any):
+            def put(parts: Any):
                 args = jax.tree.map(lambda x: x[i], (factors, parts, first))
                 return jax.tree.map(lambda x, y: x.at[i].set(y), parts, invert(*args))
 
@@ -163,7 +163,7 @@ def invert_alike(
 
         return lax.fori_loop(0, len(gates), turn, parts)
 
-    def batch(factors, parts, gates, first):
+    def batch(factors: Any, parts: Any, gates: Any, first: Any):
         new = jax.vmap(invert)(factors, parts, first)
         return jax.vmap(choose)(gates, new, parts)
 

@@ -11,7 +11,7 @@ References:
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -163,7 +163,7 @@ def sampled_cotangent(likelihood: str, output: Array, key: Array) -> Array:
     """
     z = output.astype(jnp.promote_types(output.dtype, jnp.float32))
 
-    def noise(distribution):
+    def noise(distribution: Callable[..., Array]):
         # Random bits in a row compile four times faster on a CPU than in a matrix; they
         # are the same bits.
         return distribution(key, (z.size,), z.dtype).reshape(z.shape)
@@ -180,7 +180,9 @@ def sampled_cotangent(likelihood: str, output: Array, key: Array) -> Array:
     return draw.astype(output.dtype)
 
 
-def square_root_column(likelihood: str, output: Array) -> tuple[int, Callable]:
+def square_root_column(
+    likelihood: str, output: Array
+) -> tuple[int, Callable[[Any], Array]]:
     """A square root of ``Λ(z)``, column by column.
 
     Returns:
@@ -192,25 +194,25 @@ def square_root_column(likelihood: str, output: Array) -> tuple[int, Callable]:
     scalar = z.ndim <= 1 and likelihood != "categorical"
     columns = 1 if scalar else z.shape[-1]
 
-    def unit(j):
+    def unit(j: Any):
         return jnp.ones_like(z) if scalar else jnp.arange(columns) == j
 
     if likelihood == "categorical":
         p = jax.nn.softmax(z)
 
-        def column(j):
+        def column(j: Any):
             root = jnp.sqrt(jnp.take(p, j, axis=-1))[..., None]
             return ((unit(j) - p) * root).astype(output.dtype)
 
     elif likelihood == "bernoulli":
         root = jnp.sqrt(jax.nn.sigmoid(z) * jax.nn.sigmoid(-z))
 
-        def column(j):
+        def column(j: Any):
             return (root * unit(j)).astype(output.dtype)
 
     else:
 
-        def column(j):
+        def column(j: Any):
             return (jnp.ones_like(z) * unit(j)).astype(output.dtype)
 
     return columns, column

@@ -1,5 +1,7 @@
 """Small matrix functions, batched over leading axes."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -128,7 +130,7 @@ def newton_schulz_inverse(
     d = matrix.shape[-1]
     eye = jnp.eye(d, dtype=matrix.dtype)
 
-    def residual(x):
+    def residual(x: Array):
         r = eye - matrix @ x
         return r, jnp.sqrt(jnp.mean(jnp.sum(r * r, -1), -1))
 
@@ -138,12 +140,12 @@ def newton_schulz_inverse(
     x = jnp.where(usable, start, eye / bound)
     r, error = residual(x)
 
-    def unfinished(carry):
+    def unfinished(carry: tuple[Any, ...]):
         _, _, error, best, steps = carry
         falling = (error < 0.999 * best) | (error > 0.1)
         return jnp.any((error > tolerance) & falling) & (steps < max_iterations)
 
-    def improve(carry):
+    def improve(carry: tuple[Any, ...]):
         x, r, error, _, steps = carry
         x = x + x @ r
         r, new = residual(x)
@@ -169,7 +171,7 @@ def safe_ratio(change: Array, scale: Array) -> Array:
     return jnp.where(scale > 0, ratio, jnp.where(change > 0, jnp.inf, 0.0))
 
 
-def all_finite(tree) -> Array:
+def all_finite(tree: Any) -> Array:
     """Whether every entry of every leaf is finite, and so are their sums; a scalar."""
     # A sum is NaN or infinite if any entry is, and found in one pass without a copy.
     leaves = jax.tree.leaves(tree)

@@ -10,7 +10,7 @@ import numbers
 import os
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from kfac_jax_lite.telemetry import check_spectra, report
 from kfac_jax_lite.types import LayerTag
@@ -55,7 +55,8 @@ class Log:
             ValueError: ``spectra`` without ``layers``.
         """
         check_spectra(layers, spectra)
-        self.layers, self.spectra = layers, spectra
+        self.layers: Sequence[LayerTag] | None = layers
+        self.spectra: bool = spectra
 
     def write(self, step: int, opt_state: Any) -> None:
         """Writes the records of a state.
@@ -100,7 +101,7 @@ class CSV(Log):
 
     def __init__(
         self,
-        path: str | os.PathLike,
+        path: str | os.PathLike[str],
         layers: Sequence[LayerTag] | None = None,
         spectra: bool = False,
     ):
@@ -117,7 +118,7 @@ class CSV(Log):
         if os.path.exists(path):
             with open(path, newline="", encoding="utf-8") as file:
                 self.columns = next(csv.reader(file), [])
-        self.file = open(path, "a", newline="", encoding="utf-8")
+        self.file: TextIO = open(path, "a", newline="", encoding="utf-8")
 
     def put(self, step: int, records: list[dict[str, Any]]) -> None:
         """Writes a line per record, at once to the file.
@@ -167,7 +168,7 @@ class TensorBoard(Log):
             spectra: See ``kfac.report``.
         """
         super().__init__(layers, spectra)
-        self.owned = isinstance(writer, (str, os.PathLike))
+        self.owned: bool = isinstance(writer, (str, os.PathLike))
         if self.owned:
             module = optional("tensorboardX", "TensorBoard")
             writer = module.SummaryWriter(os.fspath(writer))
@@ -209,7 +210,7 @@ class Table(Log):
         """
         super().__init__(layers, spectra)
         live = optional("rich.live", "Table")
-        self.live = live.Live(console=console, auto_refresh=False)
+        self.live: Any = live.Live(console=console, auto_refresh=False)
         self.live.start()
 
     def put(self, step: int, records: list[dict[str, Any]]) -> None:

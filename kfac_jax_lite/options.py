@@ -31,7 +31,8 @@ class Options:
         """Raises for values that cannot be right; traced values pass."""
         if not self.layers:
             raise ValueError("there are no layers: pass tagged.layers.")
-        if not all(isinstance(layer, LayerTag) for layer in self.layers):
+        # Callers without a type checker pass anything.
+        if not all(isinstance(layer, LayerTag) for layer in self.layers):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError("layers must be LayerTags: pass tagged.layers.")
         if len({layer.name for layer in self.layers}) != len(self.layers):
             raise ValueError("two layers share a name: pass layers of one tagged loss.")
@@ -45,7 +46,7 @@ class Options:
                 f"inverse_interval must be a whole number >= 1, got {n!r}."
             )
         self.plan(self.layers)
-        if not isinstance(self.interval, Interval):
+        if not isinstance(self.interval, Interval):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
                 f"interval must come from kfac.intervals, got {self.interval!r}."
             )

@@ -76,7 +76,7 @@ class MarkedLoss:
         return [(n * slope).astype(slope.dtype) for slope in slopes]
 
 
-def marked_loss(tagged: TaggedLoss, params: Any, args: tuple) -> MarkedLoss:
+def marked_loss(tagged: TaggedLoss, params: Any, args: tuple[Any, ...]) -> MarkedLoss:
     """The loss on the batch ``args``, without taps.
 
     Args:
@@ -96,7 +96,7 @@ def marked_loss(tagged: TaggedLoss, params: Any, args: tuple) -> MarkedLoss:
             site.layer = None  # untapped: a tap has no forward mode
     data = jax.tree.leaves(args)
 
-    def evaluate(params, on_mark):
+    def evaluate(params: Any, on_mark: Callable[..., Any] | None):
         operands = [*jax.tree.leaves(params), *data]
         interpreter = Interpreter(
             lambda site, output, inputs, slot: output, {}, on_mark
@@ -105,10 +105,10 @@ def marked_loss(tagged: TaggedLoss, params: Any, args: tuple) -> MarkedLoss:
         out, marks = interpreter.run(found.plan, jaxpr, consts, operands, {})
         return out[0], tuple(marks)
 
-    def shifted(params, shifts):
+    def shifted(params: Any, shifts: Iterable[Any]):
         waiting = iter(shifts)
 
-        def add(name, mark):
+        def add(name: str, mark: Array):
             return mark if name == MASK else mark + next(waiting)
 
         return evaluate(params, add)[0]

@@ -128,9 +128,9 @@ def owned_inversions(
     options: Options,
     plan: Plan,
     layers: Sequence[LayerTag],
-    records: dict[str, tuple],
+    records: dict[str, tuple[Any, ...]],
     shift: Array,
-) -> dict[str, tuple]:
+) -> dict[str, tuple[Any, ...]]:
     """Inverts owned layers where their gates are true; a step without any does nothing.
 
     Args:
@@ -150,11 +150,11 @@ def owned_inversions(
         for name, record in records.items()
     }
 
-    def with_moments(name, moments):
+    def with_moments(name: str, moments: Any):
         statistics = records[name][0]
         return statistics._replace(s=moments) if turns else statistics
 
-    def exchange(carry):
+    def exchange(carry: dict[str, Any]):
         now = {
             name: (with_moments(name, moments), cached, *records[name][2:])
             for name, (moments, cached, _) in carry.items()
@@ -163,7 +163,7 @@ def owned_inversions(
             layers, plan, options.method, options.axis_name, now, shift
         )
 
-        def take(layer):
+        def take(layer: LayerTag):
             fixed = (options.method, plan, options.axis_name, parcels[layer.name])
             spread_out = functools.partial(spread, layer, *fixed)
             return gated(
@@ -186,7 +186,7 @@ def inverted_by_owners(
     plan: Plan,
     method: Method,
     axis_name: Any,
-    records: dict[str, tuple],
+    records: dict[str, tuple[Any, ...]],
     shift: Array,
 ) -> dict[str, Array]:
     """Brings factors to their owners and inverts them there.
@@ -212,7 +212,7 @@ def inverted_by_owners(
     longest = max(loads.values())
     dtype = jnp.result_type(*rows.values())
 
-    def work(own, operands):
+    def work(own: list[LayerTag], operands: Any):
         rows, records, shift = operands
         found = [
             invert_alike(alike, plan, method, rows, records, shift)
@@ -221,7 +221,7 @@ def inverted_by_owners(
         flat = jnp.concatenate([x.ravel().astype(dtype) for x in found])
         return varied(jnp.pad(flat, (0, longest - flat.size)), axis_name)
 
-    def idle(operands):
+    def idle(operands: Any):
         del operands
         return varied(jnp.zeros((longest,), dtype), axis_name)
 
@@ -244,16 +244,22 @@ def inverted_by_owners(
 
 
 def brought(
-    layer: LayerTag, plan: Plan, axis_name: Any, statistics, cached, gate, first
+    layer: LayerTag,
+    plan: Plan,
+    axis_name: Any,
+    statistics: Any,
+    cached: Any,
+    gate: Array,
+    first: Any,
 ) -> Array:
     """All slices of a layer's factors, on its owner."""
     del cached, first
     own = jnp.concatenate([statistics.a.values, statistics.g.values])
 
-    def bring(own):
+    def bring(own: Array):
         return to_root(own, axis_name, plan.devices, plan.owners[layer.name])
 
-    def stay(own):
+    def stay(own: Array):
         return varied(jnp.zeros((plan.devices, own.size), own.dtype), axis_name)
 
     return lax.cond(gate, bring, stay, own)
@@ -264,20 +270,20 @@ def invert_alike(
     plan: Plan,
     method: Method,
     rows: dict[str, Array],
-    records: dict[str, tuple],
+    records: dict[str, tuple[Any, ...]],
     shift: Array,
 ) -> Array:
     """Inverts layers of equal shape in one batched call, if any of them is wanted."""
     one, names = layers[0], [layer.name for layer in layers]
     gates = jnp.stack([records[name][2] for name in names])
 
-    def whole(name):
+    def whole(name: str):
         statistics, cached, _, first = records[name]
         a, g = jnp.split(rows[name], [slice_sizes(one, plan)[0]], axis=1)
         sliced = statistics._replace(a=Slices(a), g=Slices(g))
         return whole_statistics(one, sliced), warm(method, cached), first
 
-    def invert(statistics, cached, first):
+    def invert(statistics: Any, cached: Any, first: Any):
         new, after = method.refresh(one, statistics, cached, shift, first)
         return parcels(one, method, plan, new, after.s if method.moments else None)
 

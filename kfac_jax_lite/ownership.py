@@ -219,7 +219,7 @@ def grouped(
     return list(classes.values())
 
 
-def shape_class(layer: LayerTag) -> tuple:
+def shape_class(layer: LayerTag) -> tuple[Any, ...]:
     """Layers that agree in this are inverted in one call."""
     forms_of = (layer.a_form, layer.g_form)
     return layer.a_shape, layer.g_shape, *forms_of, layer.sizes, layer.stack

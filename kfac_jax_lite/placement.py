@@ -51,7 +51,7 @@ def state_specs(opt_state: Any, axis_name: Any) -> Any:
         everything else replicated.
     """
 
-    def spec(node):
+    def spec(node: Any):
         if is_slices(node):
             return Slices(PartitionSpec(axis_name))  # type: ignore[arg-type]
         return PartitionSpec()
@@ -69,7 +69,7 @@ def state_axes(opt_state: Any) -> Any:
         The state's tree of axes.
     """
 
-    def axis(node):
+    def axis(node: Any):
         return Slices(0) if is_slices(node) else None  # type: ignore[arg-type]
 
     return jax.tree.map(axis, opt_state, is_leaf=is_slices)
@@ -99,7 +99,7 @@ def own_part(layers: Sequence[LayerTag], state: KFACState, plan: Plan) -> KFACSt
             continue
         a, g = slice_sizes(layer, plan)
 
-        def local(statistics, a=a, g=g, name=name):
+        def local(statistics: Any, a: Any = a, g: Any = g, name: str = name):
             return statistics._replace(
                 a=reshaped(name, statistics.a, (a,)),
                 g=reshaped(name, statistics.g, (g,)),
@@ -156,10 +156,10 @@ def relayout(opt_state: Any, like: Any, layers: Sequence[LayerTag]) -> Any:
         )
     targets = iter(wanted)
 
-    def is_state(node):
+    def is_state(node: Any):
         return isinstance(node, KFACState)
 
-    def convert(node):
+    def convert(node: Any):
         return moved(node, next(targets), tags) if is_state(node) else node
 
     return jax.device_get(jax.tree.map(convert, opt_state, is_leaf=is_state))
@@ -178,7 +178,11 @@ def moved(state: KFACState, like: KFACState, tags: dict[str, LayerTag]) -> KFACS
         new_plan = plan_of(layer, new, like.inverses[name])
 
         def turn(
-            statistics, layer=layer, old_plan=old_plan, new_plan=new_plan, new=new
+            statistics: Any,
+            layer: LayerTag = layer,
+            old_plan: Plan | None = old_plan,
+            new_plan: Plan | None = new_plan,
+            new: Any = new,
         ):
             statistics = unpacked(layer, statistics)
             if old_plan is not None:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from kfac_jax_lite.factors.estimate import TaggedLoss
-from kfac_jax_lite.likelihoods import fisher_product, masked_rows
+from kfac_jax_lite.likelihoods import Output, fisher_product, masked_rows
 from kfac_jax_lite.outputs import marked_loss
 from kfac_jax_lite.types import Array
 
@@ -56,7 +56,7 @@ def quadratic_model(tagged: TaggedLoss, params: Any, *args: Any) -> QuadraticMod
     """
     model = marked_loss(tagged, params, args)
 
-    def products(vectors):
+    def products(vectors: Sequence[Any]) -> tuple[Any, Any, Array]:
         (loss, marked), forward = jax.linearize(model.values, params)
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *vectors)
         slopes, tangents = jax.vmap(forward)(stacked)
@@ -64,7 +64,7 @@ def quadratic_model(tagged: TaggedLoss, params: Any, *args: Any) -> QuadraticMod
         n, moves = model.num_terms(marked), model.outputs(tangents)
         for output, (name, dz, _) in zip(model.outputs(marked), moves, strict=True):
 
-            def product(t, name=name, output=output):
+            def product(t: Array, name: str = name, output: Output = output):
                 return masked_rows(output, fisher_product(name, output.value, t))
 
             curved = jax.vmap(product)(dz)

@@ -85,7 +85,7 @@ class Reduction:
     devices: int | None = None
     mesh: Any = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Checks the values."""
         for name, value, known in (
             ("mode", self.mode, MODES),
@@ -163,10 +163,10 @@ def from_wire(layer: LayerTag, vector: Array, like: Any, reduction: Reduction) -
 
 def reduce_statistics(
     layers: tuple[LayerTag, ...],
-    statistics: tuple,
+    statistics: tuple[Any, ...],
     axis_name: Any,
     reduction: Reduction,
-) -> tuple:
+) -> tuple[Any, ...]:
     """Means of layers' statistics over the devices, in one collective.
 
     Args:

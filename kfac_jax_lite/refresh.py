@@ -37,14 +37,16 @@ def gated(flag: Array, function: Callable[[Any], Any], carry: Any) -> Any:
         The carry.
     """
 
-    def turn(loop):
+    def turn(loop: tuple[Array, Any]):
         _, carry = loop
         return jnp.zeros_like(flag), function(carry)
 
     return lax.while_loop(lambda loop: loop[0], turn, (flag, carry))[1]
 
 
-def apart(flag: Array, function: Callable[[], Array], otherwise: Any, tree: Any):
+def apart(
+    flag: Array, function: Callable[[], Array], otherwise: Any, tree: Any
+) -> Array:
     """A scalar, computed in a loop of one turn.
 
     All that leads to a scalar would else be compiled into every kernel that reads it.
@@ -61,7 +63,7 @@ def apart(flag: Array, function: Callable[[], Array], otherwise: Any, tree: Any)
     axes = varying_axes((tree, flag))
     dtype = jax.eval_shape(function).dtype
 
-    def compute(_):
+    def compute(_: Any):
         return vary(function(), axes)
 
     return gated(vary(flag, axes), compute, vary(jnp.asarray(otherwise, dtype), axes))
@@ -71,13 +73,13 @@ def absorbed(
     options: Options,
     plan: Plan,
     layers: Sequence[LayerTag],
-    factors: dict,
-    previous: dict,
+    factors: dict[str, Any],
+    previous: dict[str, Any],
     clock: Clock,
     statistics: Any,
     clean: Array,
     step: Any,
-) -> tuple[dict, dict, Clock, Array]:
+) -> tuple[dict[str, Any], dict[str, Any], Clock, Array]:
     """Averages what is due, in one gate: a step with nothing due writes nothing.
 
     Args:
@@ -98,7 +100,7 @@ def absorbed(
     decay = options.factor_decay
     weight = (decay * clock.weight + (1 - decay)).astype(clock.weight.dtype)
 
-    def absorb(carry):
+    def absorb(carry: tuple[Any, ...]):
         factors, previous, _, clean = carry
         own = computed(statistics)
         fresh = exchanged(options, plan, layers, clock.due, own)
@@ -125,12 +127,12 @@ def refreshed(
     options: Options,
     layer: LayerTag,
     average: Any,
-    past: tuple,
+    past: tuple[Any, ...],
     fresh: Any,
     gate: Array,
     weight: Array,
     index: int,
-) -> tuple[Any, tuple, Array]:
+) -> tuple[Any, tuple[Any, ...], Array]:
     """A layer's moving average and remembered statistics, where ``gate`` is true.
 
     Args:
@@ -156,7 +158,7 @@ def refreshed(
             "opt_state=opt_state."
         )
 
-    def refresh(carry):
+    def refresh(carry: tuple[Any, ...]):
         average, past, _ = carry
         new = curvature(layer, fresh)
         if is_packed(average):

@@ -8,6 +8,7 @@ less. With the norm fixed, the learning rate alone says how far a step turns the
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import optax
@@ -63,16 +64,16 @@ def rescale_weights(
             f"{', '.join(f'{x.name} ({x.kind})' for x in layers) or 'no layers'}."
         )
 
-    def init_fn(params):
+    def init_fn(params: Any):
         present_layers(kernels, params, whole=False)
         return optax.EmptyState()
 
-    def update_fn(updates, state, params=None):
+    def update_fn(updates: Any, state: Any, params: Any = None):
         if params is None:
             raise ValueError("rescale_weights needs params: tx.update(…, params).")
         here = present_layers(kernels, params, whole=False)
 
-        def run(updates, params):
+        def run(updates: Any, params: Any):
             leaves, weights = leaves_by_path(updates), leaves_by_path(params)
             for kernel in here:
                 path = kernel.params[0]

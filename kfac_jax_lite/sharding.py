@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
-REPLICATED = PartitionSpec()
+REPLICATED: jax.P = PartitionSpec()
 
 
 def explicit_mesh(tree: Any) -> Any:
@@ -34,7 +34,10 @@ def resharded(tree: Any, mesh: Any, specs: Any = REPLICATED) -> Any:
 
 
 def automatic(
-    function: Callable, *args: Any, out_specs: Any = REPLICATED, mesh: Any = None
+    function: Callable[..., Any],
+    *args: Any,
+    out_specs: Any = REPLICATED,
+    mesh: Any = None,
 ) -> Any:
     """``function(*args)``, with XLA in charge of how intermediate values are sharded.
 

@@ -48,7 +48,7 @@ class Machine:
     flops: float
     name: str = "machine"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Checks the values."""
         for field in ("bandwidth", "flops"):
             if not getattr(self, field) > 0:
@@ -121,7 +121,8 @@ def collective_time(collective: Collective, machine: Machine) -> float:
             return min((devices - 1) * alpha + part, in_rounds)
         case "permute":
             return alpha + collective.elements * collective.itemsize * beta
-    raise ValueError(f"there is no formula for the collective {collective.kind!r}.")
+        case kind:
+            raise ValueError(f"there is no formula for the collective {kind!r}.")
 
 
 def step_time(cost: CostModel, machine: Machine, trace: Trace = 1.0) -> StepTime:

@@ -192,7 +192,7 @@ def gather_rows(
     plan: Plan,
     axis_name: Any,
     rows: dict[str, Array],
-    shapes: dict[str, tuple],
+    shapes: dict[str, tuple[Any, ...]],
 ) -> dict[str, Array]:
     """Preconditioned gradients of all divided layers, in one all-gather.
 

@@ -71,7 +71,7 @@ class Factors(NamedTuple):
 
 
 def factors_of(
-    layers: Sequence[LayerTag], state: Any, records: dict[str, dict]
+    layers: Sequence[LayerTag], state: Any, records: dict[str, dict[str, Any]]
 ) -> list[Factors]:
     """The factors of the Kronecker layers that have been refreshed.
 

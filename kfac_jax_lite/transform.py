@@ -134,18 +134,18 @@ def scale_by_kfac(
     )
     options.check()
 
-    def init_fn(params):
+    def init_fn(params: Any):
         return init_state(options, params)
 
     def update_fn(
-        updates,
-        state,
-        params=None,
+        updates: Any,
+        state: Any,
+        params: Any = None,
         *,
-        statistics=None,
-        damping=None,
-        reject=False,
-        **extra_args,
+        statistics: Any = None,
+        damping: Any = None,
+        reject: Any = False,
+        **extra_args: Any,
     ):
         del params, extra_args
         now = (
@@ -191,10 +191,10 @@ def init_state(options: Options, params: Any) -> KFACState:
     counts = wire_counts(options, layers, kinds)
     n = len(layers)
 
-    def ints(value):
+    def ints(value: Any):
         return jnp.full((n,), value, jnp.int32)
 
-    def floats(value):
+    def floats(value: Any):
         return jnp.full((n,), value, jnp.float32)
 
     clock = Clock(
@@ -235,13 +235,17 @@ def memory(options: Options) -> int:
     return options.interval.memory
 
 
-def pairs(options: Options, layers: Sequence[LayerTag]):
+def pairs(
+    options: Options, layers: Sequence[LayerTag]
+) -> list[tuple[LayerTag, LayerTag]]:
     """Layers as present, beside the whole ones."""
     whole = {layer.name: layer for layer in options.layers}
     return [(layer, whole[layer.name]) for layer in layers]
 
 
-def wire_counts(options: Options, layers: Sequence[LayerTag], dtypes: dict) -> dict:
+def wire_counts(
+    options: Options, layers: Sequence[LayerTag], dtypes: dict[str, Any]
+) -> dict[str, Any]:
     """What collectives move per layer: the clock's constants."""
     reduction = options.reduction
     mapped = options.axis_name is not None and reduction.mesh is None
@@ -263,7 +267,9 @@ def wire_counts(options: Options, layers: Sequence[LayerTag], dtypes: dict) -> d
     return counts
 
 
-def typed(run: Callable, grads: Any, state: KFACState, statistics: Any):
+def typed(
+    run: Callable[..., Any], grads: Any, state: KFACState, statistics: Any
+) -> tuple[Any, KFACState]:
     """``run``; on an explicit mesh updates are typed like gradients."""
     known = () if isinstance(statistics, Deferred) else statistics
     if explicit_mesh((grads, state, known)) is None:
@@ -275,7 +281,7 @@ def typed(run: Callable, grads: Any, state: KFACState, statistics: Any):
 
 def placed_step(
     options: Options, grads: Any, state: KFACState, statistics: Any, reject: Any
-):
+) -> tuple[Any, KFACState]:
     """``step``, under ``jit`` on every device of ``Reduction.mesh``."""
     if statistics is None:  # before any mapping makes the flags unknown
         check_nothing_due(state)
@@ -301,7 +307,9 @@ def placed_step(
     return resharded(updates, typed_mesh, specs_of(grads)), state
 
 
-def step(options: Options, grads: Any, state: KFACState, statistics: Any, reject: Any):
+def step(
+    options: Options, grads: Any, state: KFACState, statistics: Any, reject: Any
+) -> tuple[Any, KFACState]:
     """One update: reduce, average, invert, precondition."""
     layers = present_layers(options.layers, grads)
     plan = options.plan(layers)

@@ -1,6 +1,6 @@
 """Looking things up in parameter trees and optimiser states, and choosing trees."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import optax
 from jax import lax
 
 
-def path_key(path: tuple) -> str:
+def path_key(path: tuple[Any, ...]) -> str:
     """``jax.tree_util.keystr`` of a parameter, the same for a flax NNX variable.
 
     NNX hands parameters over as variables (``….value``) in one place and as plain
@@ -24,7 +24,7 @@ def path_key(path: tuple) -> str:
     return jax.tree_util.keystr(without_value(path))
 
 
-def without_value(path: tuple) -> tuple:
+def without_value(path: tuple[Any, ...]) -> tuple[Any, ...]:
     """A key path without a trailing attribute ``value``."""
     attribute = jax.tree_util.GetAttrKey("value")
     return path[:-1] if path and path[-1] == attribute else path
@@ -56,21 +56,21 @@ def choose(condition: Any, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), new, old)
 
 
-def varying_axes(tree: Any) -> frozenset:
+def varying_axes(tree: Any) -> frozenset[Hashable]:
     """Mapped axes along which any leaf differs (``shard_map`` with ``check_vma``)."""
     return frozenset().union(*map(_varying, jax.tree.leaves(tree)))
 
 
-def _varying(x: Any) -> frozenset:
+def _varying(x: Any) -> frozenset[Hashable]:
     kind: Any = jax.typeof(x)
     axes = getattr(getattr(kind, "manual_axis_type", kind), "varying", None)
     return getattr(kind, "vma", frozenset()) if axes is None else axes
 
 
-def vary(tree: Any, axes: frozenset) -> Any:
+def vary(tree: Any, axes: frozenset[Hashable]) -> Any:
     """The same values, of a type that varies along these mapped axes as well."""
 
-    def cast(x):
+    def cast(x: Any) -> Any:
         missing = axes - _varying(x)
         return lax.pcast(x, tuple(missing), to="varying") if missing else x
 

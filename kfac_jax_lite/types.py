@@ -14,11 +14,21 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend.core as core
 import jax.numpy as jnp
+import jax.typing as jax_typing
 
 from kfac_jax_lite.views import Shape, View
 
 Array = jax.Array
+# Aliases of attributes: what is imported by name from JAX is unknown to a checker that
+# reads this package alone (pyright --verifytypes --ignoreexternal).
+ArrayLike = jax_typing.ArrayLike
+ClosedJaxpr = core.ClosedJaxpr
+Jaxpr = core.Jaxpr
+JaxprEqn = core.JaxprEqn
+Primitive = core.Primitive
+Var = core.Var
 
 
 @dataclasses.dataclass(frozen=True)

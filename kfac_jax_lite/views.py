@@ -84,7 +84,7 @@ class View:
             ops = _append(ops, "reshape", self.shape)
         return self._then(ops, self.shape)
 
-    def _then(self, ops: tuple, shape: Shape) -> "View":
+    def _then(self, ops: tuple[tuple[str, Any], ...], shape: Shape) -> "View":
         return dataclasses.replace(
             self, core=shape, axes=_axes(shape), shape=shape, ops=ops
         )
@@ -153,7 +153,9 @@ def _select(x: jax.Array, ops: tuple[tuple[str, Any], ...]) -> jax.Array:
     return x
 
 
-def _append(ops: tuple, name: str, argument: Any) -> tuple:
+def _append(
+    ops: tuple[tuple[str, Any], ...], name: str, argument: Any
+) -> tuple[tuple[str, Any], ...]:
     """Ops and one more; two transpositions or two reshapes are one."""
     last, before = (ops[-1][0] if ops else None), ops[:-1]
     if name == "transpose":

@@ -13,7 +13,7 @@ from kfac_jax_lite.types import Deferred, DiagonalStatistics, computed
 
 
 def value_and_grad(
-    tagged: TaggedLoss | Callable,
+    tagged: TaggedLoss | Callable[..., Any],
     params: Any,
     *args: Any,
     opt_state: Any,
@@ -60,7 +60,7 @@ def value_and_grad(
         key = jax.random.fold_in(key, lax.axis_index(axis_name))
     has_aux = tagged.has_aux if isinstance(tagged, TaggedLoss) else has_aux
 
-    def one(key):
+    def one(key: Any):
         of_weights, of_labels = jax.random.split(key)
         weights = posterior.draw(params, of_weights)
         if hasattr(posterior, "observed"):

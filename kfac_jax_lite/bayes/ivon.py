@@ -74,7 +74,7 @@ class IVONState(NamedTuple):
     def observed(self, params: Any, weights: Any, grads: Any) -> Any:
         """The statistics of one draw."""
 
-        def one(g, w, mean, variance):
+        def one(g: Any, w: Any, mean: Any, variance: Array):
             return g.astype(variance.dtype) * (w - mean) / variance
 
         variances = self.variances
@@ -134,19 +134,24 @@ def ivon(
         raise ValueError(f"ivon: initial must be positive, got {initial!r}.")
     rate = optax.scale_by_learning_rate(learning_rate)
 
-    def init_fn(params):
+    def init_fn(params: Any):
         zeros, start = averages_like(params), averages_like(params, initial)
         numbers = [jnp.asarray(x, jnp.float32) for x in scale]
         count = jnp.zeros((), jnp.int32)
         return IVONState(count, zeros, start, rate.init(params), *numbers)
 
-    def update_fn(updates, state, params=None, *, statistics=None, **extra_args):
+    def update_fn(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        statistics: Any = None,
+        **extra_args: Any,
+    ):
         del extra_args
         if params is None or not isinstance(statistics, ReparameterisedStatistics):
-            raise ValueError(
-                "ivon: update wants params and statistics= of kfac.bayes."
-                "value_and_grad."
-            )
+            wanted = "params and statistics= of kfac.bayes.value_and_grad"
+            raise ValueError(f"ivon: update wants {wanted}.")
         fresh = statistics.hessian
         if axis_name is not None:
             fresh = jax.tree.map(lambda h: device_mean(h, axis_name), fresh)

@@ -32,7 +32,7 @@ def group_eigenvalues(
     Returns:
         ``[P_l]`` of each.
     """
-    found: list[list] = [[] for _ in range(groups)]
+    found: list[list[np.ndarray]] = [[] for _ in range(groups)]
     for block in blocks:
         values = np.asarray(block.values, np.float64)
         owner = np.asarray(block.group)

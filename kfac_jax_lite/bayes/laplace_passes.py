@@ -21,7 +21,7 @@ from kfac_jax_lite.types import Array
 AT_ONCE = 256
 
 
-def last_layer_name(tagged: TaggedLoss, params: Any, args: tuple) -> str:
+def last_layer_name(tagged: TaggedLoss, params: Any, args: tuple[Any, ...]) -> str:
     """The layer that runs last before the marked output.
 
     Args:
@@ -48,7 +48,7 @@ def last_layer_name(tagged: TaggedLoss, params: Any, args: tuple) -> str:
 
 @static("tagged")
 def evaluate(
-    tagged: TaggedLoss, params: Any, args: tuple, variance: Any
+    tagged: TaggedLoss, params: Any, args: tuple[Any, ...], variance: Any
 ) -> tuple[Any, Any]:
     """``(Σ_n −log p(y_n | z_n), N)`` on one batch, constants included.
 
@@ -77,7 +77,7 @@ def evaluate(
 def log_likelihood(stream: Stream, variance: Any) -> tuple[float, int]:
     """Mean over the rows of ``log p(y | x, μ)``, and how many rows there are."""
 
-    def one(number, args):
+    def one(number: int, args: tuple[Any, ...]):
         del number
         return evaluate(stream.tagged, stream.params, args, variance)
 
@@ -90,7 +90,7 @@ def block_moment(
     tagged: TaggedLoss,
     law: Law,
     params: Any,
-    args: tuple,
+    args: tuple[Any, ...],
     key: Any,
     index: Array,
     numbers: tuple[int, ...],
@@ -117,7 +117,7 @@ def block_moment(
     leaves, structure = jax.tree.flatten(params)
     flat, unravel = jax.flatten_util.ravel_pytree([leaves[i] for i in numbers])
 
-    def values(own):
+    def values(own: Any):
         merged = list(leaves)
         for number, leaf in zip(numbers, own, strict=True):
             merged[number] = leaf
@@ -126,7 +126,7 @@ def block_moment(
     marks, forward = jax.linearize(values, unravel(flat))
     curve = kernel(law, model, params, marks, key)
 
-    def images(position):
+    def images(position: Array):
         moved = forward(unravel(jnp.zeros_like(flat).at[position].set(1)))
         both = wide((moved, curve(moved)))
         return [jnp.concatenate([x.ravel() for x in side]) for side in both]
@@ -138,7 +138,7 @@ def block_moment(
 def layer_block(stream: Stream, index: np.ndarray, numbers: tuple[int, ...]) -> Array:
     """The block of ``M`` at some parameters, ``[k, k]``; see ``block_moment``."""
 
-    def one(number, args):
+    def one(number: int, args: tuple[Any, ...]):
         moment = functools.partial(block_moment, *stream.record(number, args))
         return moment(jnp.asarray(index), numbers)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -195,13 +195,13 @@ class LaplacePosterior:
         several = not isinstance(prior_precision, Mapping | None)
         return total if several and np.ndim(prior_precision) else float(total[0])
 
-    def evidence_terms(self, temperature: float) -> list:
+    def evidence_terms(self, temperature: float) -> list[Callable[[Any], Any]]:
         """Every layer's term of the marginal likelihood, functions of ``p [k]``."""
         scale = float(self.num_data) / temperature
         values = group_eigenvalues(self.blocks, len(self.names))
         norms = np.asarray(self.squared_norms, np.float64)
 
-        def term(group):
+        def term(group: int) -> Callable[[Any], Any]:
             return lambda p: layer_evidence(
                 values[group], float(norms[group]), scale, p
             )
@@ -213,7 +213,7 @@ class LaplacePosterior:
         method: str = "marginal_likelihood",
         *,
         layerwise: bool = False,
-        validation: tuple | None = None,
+        validation: tuple[Any, ...] | None = None,
         bounds: tuple[float, float] = BOUNDS,
         num_points: int = 61,
         **options: Any,
@@ -253,13 +253,13 @@ class LaplacePosterior:
             best = [maximise(term, bounds, num_points) for term in terms]
             return self.with_prior(dict(zip(self.names, best, strict=True)))
 
-        def total(p):
+        def total(p: Any):
             return np.sum([term(p) for term in terms], axis=0)
 
         return self.with_prior(maximise(total, bounds, num_points))
 
     def check_tuning(
-        self, method: str, layerwise: bool, validation: Any, options: dict
+        self, method: str, layerwise: bool, validation: Any, options: dict[str, Any]
     ) -> None:
         """The method must be known, and have what it needs."""
         if method not in METHODS:
@@ -283,7 +283,10 @@ class LaplacePosterior:
             )
 
     def validation_loss(
-        self, prior_precision: float, validation: tuple, options: dict
+        self,
+        prior_precision: float,
+        validation: tuple[Any, ...],
+        options: dict[str, Any],
     ) -> float:
         """Mean negative log-likelihood of ``predict_glm`` under a prior."""
         apply_fn, inputs, labels = validation

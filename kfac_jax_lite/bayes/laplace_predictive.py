@@ -46,7 +46,7 @@ class Linear(Protocol):
 
 @functools.partial(jax.jit, static_argnames=("apply_fn", "batch_size"))
 def linearised_outputs(
-    apply_fn: Callable,
+    apply_fn: Callable[..., Any],
     posterior: Linear,
     params: Any,
     inputs: Any,
@@ -67,10 +67,10 @@ def linearised_outputs(
     """
     own = posterior.leaves.of(params)
 
-    def one(x):
+    def one(x: Any):
         single = jax.tree.map(lambda leaf: leaf[None], x)
 
-        def output(values):
+        def output(values: Any):
             return apply_fn(posterior.leaves.replaced(params, values), single)[0]
 
         mean = output(own)
@@ -83,7 +83,7 @@ def linearised_outputs(
 
 
 def predict_glm(
-    apply_fn: Callable,
+    apply_fn: Callable[..., Any],
     posterior: Linear,
     params: Any,
     inputs: Any,
@@ -191,7 +191,7 @@ def laplace_bridge(mean: Array, s: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def sampled_mean(
-    squash: Callable, mean: Array, s: Array, key: Any, num_samples: int
+    squash: Callable[[Array], Array], mean: Array, s: Array, key: Any, num_samples: int
 ) -> Array:
     """Mean of ``squash(z)`` over draws ``z ~ N(m, S)`` of every input.
 
@@ -208,12 +208,12 @@ def sampled_mean(
     values, vectors = jnp.linalg.eigh(s)
     root = vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None]
 
-    def draw(key):
+    def draw(key: Array):
         noise = jax.random.normal(key, s.shape[:2], s.dtype)
         offset = jnp.einsum("nij,nj->ni", root, noise)
         return squash(mean + offset.reshape(mean.shape).astype(mean.dtype))
 
-    def add(total, key):
+    def add(total: Array, key: Array):
         return total + draw(key), None
 
     keys = jax.random.split(key, num_samples)

@@ -14,9 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
-from kfac_jax_lite.types import Array
+from kfac_jax_lite.types import Array, ArrayLike
 
 TRUE_POSITIVES = 95  # percent, of `fpr95`
 

@@ -46,7 +46,7 @@ class Layers:
     tags: tuple[LayerTag, ...]
     number: int = dataclasses.field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Hashes the tags once: every call of a compiled step asks for it."""
         object.__setattr__(self, "number", hash(self.tags))
 
@@ -186,13 +186,13 @@ def noisy_kfac(
         stagger=stagger,
     )
 
-    def init_fn(params):
+    def init_fn(params: Any):
         inner, tags = tx.init(params), Layers(present_layers(tuple(layers), params))
         roots = initial_roots(tags.tags, find_states(inner)[0], method)
         variance, shift = (jnp.asarray(x, jnp.float32) for x in scale)
         return NoisyKFACState(inner, roots, variance, shift, tags)
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
         if params is None:
             raise ValueError("noisy_kfac: update wants params, the posterior's mean.")
         grads = jax.tree.map(  # in the gradient's dtype: the momentum's must not change
@@ -253,7 +253,9 @@ def renewed(old: NoisyKFACState, new: NoisyKFACState) -> dict[str, FactorInverse
             continue
         i, factors = names.index(layer.name), every[layer.name]
 
-        def renew(root, layer=layer, factors=factors):
+        def renew(
+            root: FactorInverses, layer: LayerTag = layer, factors: Any = factors
+        ):
             found = factor_roots(layer, factors, new.damping)
             return choose(all_finite(found), found, root)
 

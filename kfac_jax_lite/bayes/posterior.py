@@ -146,7 +146,7 @@ def averages_like(params: Any, value: Number = 0.0) -> Any:
         The tree; float64 where the parameters are.
     """
 
-    def start(x):
+    def start(x: Any):
         return jnp.full_like(x, value, dtype=accumulation_dtype(x.dtype))
 
     return jax.tree.map(start, params)
@@ -167,7 +167,7 @@ def visible(tree: Any, like: Any) -> Any:
 def plus(params: Any, noise: Any, scale: Array) -> Any:
     """``μ + s e`` in the dtypes of ``μ``."""
 
-    def add(mean, e):
+    def add(mean: Any, e: Any):
         return mean + (scale.astype(e.dtype) * e).astype(mean.dtype)
 
     return jax.tree.map(add, params, noise)

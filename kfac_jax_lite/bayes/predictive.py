@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from kfac_jax_lite.bayes.posterior import sample
-from kfac_jax_lite.types import Array
+from kfac_jax_lite.types import Array, ArrayLike
 
 Apply = Callable[[Any, Any], Array]
 

@@ -118,13 +118,20 @@ def vogn(
         raise ValueError(f"vogn: damping must not be negative, got {damping!r}.")
     rate, layers = optax.scale_by_learning_rate(learning_rate), tuple(layers)
 
-    def init_fn(params):
+    def init_fn(params: Any):
         gradient, start = averages_like(params), averages_like(params)
         numbers = [jnp.asarray(x, jnp.float32) for x in scale]
         count = jnp.zeros((), jnp.int32)
         return VOGNState(count, gradient, start, rate.init(params), *numbers)
 
-    def update_fn(updates, state, params=None, *, statistics=None, **extra_args):
+    def update_fn(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        statistics: Any = None,
+        **extra_args: Any,
+    ):
         del extra_args
         if params is None or statistics is None:
             raise ValueError("vogn: update wants params and statistics=.")

@@ -38,7 +38,7 @@ class DensePart(NamedTuple):
             return self.matrix[..., 0], jnp.ones_like(self.matrix)
         return jnp.linalg.eigh(self.matrix)
 
-    def vector(self, eigen: tuple, block: Any, number: Any) -> Array:
+    def vector(self, eigen: tuple[Any, ...], block: Any, number: Any) -> Array:
         """One eigenvector, shaped like a block."""
         return eigen[1][block, :, number]
 
@@ -75,7 +75,7 @@ class KroneckerPart(NamedTuple):
         values = d_a[:, :, None] * d_g[:, None]
         return values.reshape(len(values), -1), q_a, q_g
 
-    def vector(self, eigen: tuple, block: Any, number: Any) -> Array:
+    def vector(self, eigen: tuple[Any, ...], block: Any, number: Any) -> Array:
         """One eigenvector, shaped like a block."""
         return product_vector(eigen[1], eigen[2], block, number)
 
@@ -112,7 +112,7 @@ class EigenPart(NamedTuple):
         """Eigenvalues ``[n, in · out]`` and the bases."""
         return self.s.reshape(len(self.s), -1), self.q_a, self.q_g
 
-    def vector(self, eigen: tuple, block: Any, number: Any) -> Array:
+    def vector(self, eigen: tuple[Any, ...], block: Any, number: Any) -> Array:
         """One eigenvector, shaped like a block."""
         return product_vector(eigen[1], eigen[2], block, number)
 

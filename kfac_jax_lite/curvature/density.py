@@ -83,7 +83,7 @@ class Quadrature:
             slowly: then take more steps.
         """
 
-        def samples(nodes, weights):
+        def samples(nodes: np.ndarray, weights: np.ndarray):
             return self.size * np.einsum("...nm,nm->n...", function(nodes), weights)
 
         estimate = mean_and_error(samples(self.nodes, self.weights))
@@ -202,7 +202,7 @@ def density_of(
     if grid.ndim != 1:
         raise ValueError(f"grid has shape {grid.shape}, wanted [G]")
 
-    def kernel(nodes):
+    def kernel(nodes: np.ndarray):
         scaled = (grid[:, None, None] - nodes) / width
         return np.exp(-(scaled**2) / 2) / (width * math.sqrt(2 * math.pi))
 

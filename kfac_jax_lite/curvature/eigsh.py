@@ -32,7 +32,7 @@ Tick = Callable[[int], None]
 # how often it may fill them.
 SPARE, CYCLES = 20, 20
 # What comes first in each order of eigenvalues.
-ORDERS = {
+ORDERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "largest": lambda values: np.argsort(-values, kind="stable"),
     "magnitude": lambda values: np.argsort(-np.abs(values), kind="stable"),
     "smallest": lambda values: np.argsort(values, kind="stable"),
@@ -267,8 +267,8 @@ def _lobpcg(
     # There a pair has converged if ‖M v − θ v‖ < 10 P tol (θ + ‖M v‖).
     tol /= 20 * matrix.size
 
-    def end(sign):
-        def product(columns):
+    def end(sign: int) -> tuple[np.ndarray, Array]:
+        def product(columns: Array):
             return sign * matrix.flat(mm(matrix.tree(columns.T)), 1).T
 
         try:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kfac_jax_lite.types import Array
+from kfac_jax_lite.views import Shape
 
 # Of the counts: products done, products to do (the most there can be).
 Progress = Callable[[int, int], None]
@@ -59,7 +60,7 @@ class Flat:
     mv: Callable[[Any], Any]
     mm: Callable[[Any], Any] | None
     structure: Any
-    shapes: tuple
+    shapes: tuple[tuple[Shape, Any], ...]
     dtype: Any
 
     @property
@@ -110,7 +111,7 @@ class Flat:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def split(vectors: Array, shapes: tuple) -> list[Array]:
+def split(vectors: Array, shapes: tuple[tuple[Shape, Any], ...]) -> list[Array]:
     """Flat vectors ``[*k, P]`` as leaves ``[*k, *shape]``."""
     sizes = [math.prod(shape) for shape, _ in shapes]
     parts = jnp.split(vectors, np.cumsum(sizes)[:-1], axis=-1)
@@ -120,7 +121,7 @@ def split(vectors: Array, shapes: tuple) -> list[Array]:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def join(leaves: list, lead: int, dtype: Any) -> Array:
+def join(leaves: list[Any], lead: int, dtype: Any) -> Array:
     """Leaves with ``lead`` leading axes, flattened and joined along the last."""
     rows = [
         jnp.asarray(x).reshape(*np.shape(x)[:lead], -1).astype(dtype) for x in leaves
@@ -202,7 +203,7 @@ def normals(key: Array, count: int, matrix: Flat) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _draw(key: Array, name: str, shape: tuple, dtype: Any) -> Array:
+def _draw(key: Array, name: str, shape: Shape, dtype: Any) -> Array:
     return getattr(jax.random, name)(key, shape, dtype)
 
 

@@ -41,6 +41,7 @@ from kfac_jax_lite.factors.state import curvature
 from kfac_jax_lite.inverse import Eigenbases
 from kfac_jax_lite.transform import scale_by_kfac
 from kfac_jax_lite.types import Array, LayerTag
+from kfac_jax_lite.views import Shape
 
 # Largest layer, in parameters, of which a dense block is formed.
 LARGEST_BLOCK = 4096
@@ -107,7 +108,7 @@ def estimated_parts(stream: Stream, layout: Layout, moments: bool) -> list[Part]
 def statistics(stream: Stream, opt_state: Any) -> dict[str, Any]:
     """Statistics of the layers, averaged over the batches."""
 
-    def one(number, args):
+    def one(number: int, args: tuple[Any, ...]):
         key, keys = stream.batch_key(number), None
         if stream.law.kernel == "mc":
             numbers = jnp.arange(stream.law.num_samples)
@@ -143,7 +144,7 @@ def factored(
     return DensePart(place.reshape(n, flat), block.reshape(n, flat, flat))
 
 
-def plain(factor: Array, form: str, shape: tuple, size: int) -> Array:
+def plain(factor: Array, form: str, shape: Shape, size: int) -> Array:
     """A factor as ``[n, d, d]``, or ``[n, d]`` if it is diagonal."""
     if form == forms.DIAGONAL:
         return factor.reshape(-1, size)
@@ -152,7 +153,7 @@ def plain(factor: Array, form: str, shape: tuple, size: int) -> Array:
     return joined(factor.reshape(-1, *shape[-3:]))[:, :size, :size]
 
 
-def rotation(basis: Any, form: str, shape: tuple, n: int, width: int) -> Array:
+def rotation(basis: Any, form: str, shape: Shape, n: int, width: int) -> Array:
     """An eigenbasis as ``[n, width, width]``."""
     if form == forms.DIAGONAL:
         return jnp.broadcast_to(jnp.eye(width), (n, width, width))

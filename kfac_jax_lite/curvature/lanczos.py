@@ -30,7 +30,7 @@ BREAKDOWN = 100.0
 # Share of the matrix's norm by which products may disagree about being symmetric.
 ASYMMETRY = 0.1
 
-dot = functools.partial(jnp.matmul, precision="highest")
+dot: Callable[..., Array] = functools.partial(jnp.matmul, precision="highest")
 
 
 class Tridiagonal(NamedTuple):

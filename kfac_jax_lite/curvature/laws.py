@@ -123,19 +123,19 @@ def kernel(
     """
     outputs = model.outputs(marks)
 
-    def exact(output, tangent):
+    def exact(output: Output, tangent: Array):
         curved = fisher_product(output.likelihood, output.value, tangent)
         return masked_rows(output, curved)
 
     if law.kernel == "exact":
 
-        def curve(moved):
+        def curve(moved: Sequence[Array]):
             return [exact(o, t) for o, t in zip(outputs, moved, strict=True)]
 
     else:
         columns = samples(law, model, params, outputs, key)
 
-        def curve(moved):
+        def curve(moved: Sequence[Array]):
             total = [jnp.zeros_like(o.value) for o in outputs]
             for column in columns:
                 triples = list(zip(outputs, column, moved, strict=True))
@@ -146,7 +146,7 @@ def kernel(
                     total[i] += (as_rows(o, c) * dot).reshape(c.shape)
             return total
 
-    def apply(tangents):
+    def apply(tangents: Sequence[Array]):
         moved = [t.value for t in model.outputs(tangents)]
         return model.cotangents(marks, curve(moved))
 
@@ -179,7 +179,7 @@ def roots(
         count = len(drawn)
         column = lambda j: [jnp.take(s, j, axis=0) for s in stacks]  # noqa: E731
 
-    def at(n, j):
+    def at(n: Any, j: Any):
         values = []
         for output, value in zip(outputs, column(j), strict=True):
             rows = as_rows(output, value)
@@ -190,7 +190,9 @@ def roots(
     return count, at
 
 
-def exact_columns(outputs: Sequence[Output]) -> tuple[int, Callable]:
+def exact_columns(
+    outputs: Sequence[Output],
+) -> tuple[int, Callable[[Any], list[Array]]]:
     """The columns of a root of ``Λ``: those of every output, one after the other.
 
     Args:
@@ -202,7 +204,7 @@ def exact_columns(outputs: Sequence[Output]) -> tuple[int, Callable]:
     """
     found = [square_root_column(o.likelihood, o.value) for o in outputs]
 
-    def column(j):
+    def column(j: Any) -> list[Array]:
         first, values = 0, []
         for output, (columns, of) in zip(outputs, found, strict=True):
             inside = (j >= first) & (j < first + columns)

@@ -15,6 +15,7 @@ import numpy as np
 from kfac_jax_lite.factors.estimate import TaggedLoss
 from kfac_jax_lite.precondition import gather
 from kfac_jax_lite.types import LayerTag
+from kfac_jax_lite.views import Shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,7 @@ def make_layout(tagged: TaggedLoss, params: Any) -> Layout:
     return Layout(tuple(layers), tuple(r for r in rest if len(r)), int(starts[-1]))
 
 
-def positions(layer: LayerTag, shapes: list, starts: np.ndarray) -> np.ndarray:
+def positions(layer: LayerTag, shapes: list[Shape], starts: np.ndarray) -> np.ndarray:
     """Positions of one layer's entries, as ``Layout.layers`` keeps them."""
     leaves = {}
     for view, path in zip(layer.views, layer.params, strict=True):

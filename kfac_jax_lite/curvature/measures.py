@@ -77,7 +77,7 @@ def effective_dimension(
     if not damping > 0:
         raise ValueError(f"damping is {damping}, wanted a number above 0")
 
-    def share(x):
+    def share(x: Any):
         return x / (x + damping)
 
     if key is None:

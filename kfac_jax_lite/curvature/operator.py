@@ -89,7 +89,7 @@ class Streamed:
             parts = self.parts()
             return blocks.dense(parts, size, parts[0].dense().dtype)
 
-        def product(units):
+        def product(units: Any):
             return self.mm(units, None)
 
         record = self.stream.params, np.arange(size), self.stream.at_once
@@ -357,7 +357,7 @@ class Operator:
         """
         self.check(b, 0)
 
-        def damped(v):
+        def damped(v: Any):
             return jax.tree.map(lambda x, y: x + damping * y, self.mv(v), v)
 
         return jax.scipy.sparse.linalg.cg(damped, b, **options)[0]

@@ -6,7 +6,7 @@ first. All return *sums* over the rows that count and their number ``N``.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,12 +25,14 @@ from kfac_jax_lite.types import (
 )
 
 
-def static(*names: str):
+def static(*names: str) -> Callable[[Callable[..., Any]], Any]:
     """``jax.jit`` with these arguments hashed."""
     return functools.partial(jax.jit, static_argnames=names)
 
 
-def linear_map(tagged: TaggedLoss, law: Law, params: Any, args: tuple, key: Any):
+def linear_map(
+    tagged: TaggedLoss, law: Law, params: Any, args: tuple[Any, ...], key: Any
+) -> tuple[Any, Callable[[Any], Any]]:
     """``v -> N M v`` on one batch, and ``N``.
 
     Args:
@@ -52,7 +54,7 @@ def linear_map(tagged: TaggedLoss, law: Law, params: Any, args: tuple, key: Any)
     (_, marks), forward = jax.linearize(model.values, params)
     curve = kernel(law, model, params, marks, key)
 
-    def moved(v):
+    def moved(v: Any) -> Any:
         return forward(v)[1]
 
     back = jax.linear_transpose(moved, params)
@@ -66,7 +68,7 @@ def wide(tree: Any) -> Any:
 
 @static("tagged", "law")
 def product(
-    tagged: TaggedLoss, law: Law, params: Any, args: tuple, key: Any, v: Any
+    tagged: TaggedLoss, law: Law, params: Any, args: tuple[Any, ...], key: Any, v: Any
 ) -> tuple[Any, Any]:
     """``(N M v, N)`` on one batch."""
     n, apply = linear_map(tagged, law, params, args, key)
@@ -78,7 +80,7 @@ def products(
     tagged: TaggedLoss,
     law: Law,
     params: Any,
-    args: tuple,
+    args: tuple[Any, ...],
     key: Any,
     vs: Any,
     chunk: int | None,
@@ -95,7 +97,7 @@ def block_product(
     tagged: TaggedLoss,
     law: Law,
     params: Any,
-    args: tuple,
+    args: tuple[Any, ...],
     key: Any,
     v: Any,
     owners: Any,
@@ -118,7 +120,7 @@ def block_product(
     """
     n, apply = linear_map(tagged, law, params, args, key)
 
-    def add(total, b):
+    def add(total: Any, b: Array):
         alone = jax.tree.map(lambda x, o: jnp.where(o == b, x, 0), v, owners)
         image = wide(apply(alone))
         own = jax.tree.map(lambda t, x, o: t + jnp.where(o == b, x, 0), *(
@@ -134,7 +136,7 @@ def row_moments(
     tagged: TaggedLoss,
     law: Law,
     params: Any,
-    args: tuple,
+    args: tuple[Any, ...],
     key: Any,
     indices: Sequence[Array],
     chunk: int,
@@ -163,11 +165,11 @@ def row_moments(
     rows = model.num_examples
     dtype = jnp.result_type(*[x.dtype for x in jax.tree.leaves(wide(params))])
 
-    def pull(q):
+    def pull(q: Array):
         (gradient,) = back(cotangents(q // count, q % count))
         return jax.flatten_util.ravel_pytree(gradient)[0].astype(dtype)
 
-    def add(total, q):
+    def add(total: Any, q: Array):
         u = jax.vmap(pull)(q)
         parts = [jnp.take(u, index, axis=1) for index in indices]
         grams = [jnp.einsum("qnk,qnl->nkl", x, x) for x in parts]
@@ -180,7 +182,7 @@ def row_moments(
 
 
 @static("tagged")
-def gradient(tagged: TaggedLoss, params: Any, args: tuple) -> tuple[Any, Any]:
+def gradient(tagged: TaggedLoss, params: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:
     """``(Σ_n J_nᵀ r_n, N)``: ``N`` times the gradient through the marked outputs."""
     model = marked_loss(tagged, params, args)
     (_, marks), back = jax.vjp(model.values, params)
@@ -191,7 +193,7 @@ def gradient(tagged: TaggedLoss, params: Any, args: tuple) -> tuple[Any, Any]:
 
 
 @static("tagged")
-def count(tagged: TaggedLoss, params: Any, args: tuple) -> Any:
+def count(tagged: TaggedLoss, params: Any, args: tuple[Any, ...]) -> Any:
     """``N``."""
     model = marked_loss(tagged, params, args)
     return jnp.asarray(model.num_terms(model.values(params)[1]))
@@ -199,7 +201,7 @@ def count(tagged: TaggedLoss, params: Any, args: tuple) -> Any:
 
 @static("tagged")
 def statistics(
-    tagged: TaggedLoss, params: Any, args: tuple, keys: Any, opt_state: Any
+    tagged: TaggedLoss, params: Any, args: tuple[Any, ...], keys: Any, opt_state: Any
 ) -> tuple[Any, Any]:
     """``N`` times K-FAC's statistics (means over the keys), and ``N``.
 
@@ -214,7 +216,7 @@ def statistics(
         Statistics by layer, diagonals left out, and ``N``.
     """
 
-    def estimate(key):
+    def estimate(key: Any):
         found = tagged.value_and_grad(params, *args, opt_state=opt_state, key=key)[-1]
         return {
             name: value

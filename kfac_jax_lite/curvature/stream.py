@@ -45,7 +45,7 @@ class Stream:
     key: Any
     progress: bool
     chunk: int | None
-    keys: tuple = dataclasses.field(init=False, repr=False, compare=False)
+    keys: tuple[Any, ...] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Makes the keys now, not at every product."""
@@ -61,7 +61,9 @@ class Stream:
         """``P``."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
-    def total(self, function: Callable, what: str) -> tuple[Any, Any]:
+    def total(
+        self, function: Callable[[int, tuple[Any, ...]], Any], what: str
+    ) -> tuple[Any, Any]:
         """``Σ function(number, batch)`` over the batches; a pair of sum and ``N``."""
         total = None
         for number, args in enumerate(self.shown(what)):
@@ -70,12 +72,12 @@ class Stream:
         assert total is not None  # refused when the operator was made
         return total
 
-    def mean(self, function: Callable, what: str) -> Any:
+    def mean(self, function: Callable[[int, tuple[Any, ...]], Any], what: str) -> Any:
         """The sum over ``N``."""
         total, n = self.total(function, what)
         return jax.tree.map(lambda x: x / jnp.asarray(n, x.dtype), total)
 
-    def shown(self, what: str) -> Iterable[tuple]:
+    def shown(self, what: str) -> Iterable[tuple[Any, ...]]:
         """The batches, behind a bar if one is wanted."""
         if not self.progress:
             return self.batches
@@ -88,7 +90,7 @@ class Stream:
         """The key of one batch: the same for every product."""
         return self.keys[number]
 
-    def record(self, number: int, args: tuple) -> tuple:
+    def record(self, number: int, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """What every program on a batch is given first."""
         return self.tagged, self.law, self.params, args, self.batch_key(number)
 
@@ -97,7 +99,7 @@ class Stream:
         if not self.law.centred:
             return None
 
-        def one(number, args):
+        def one(number: int, args: tuple[Any, ...]):
             del number
             return products.gradient(self.tagged, self.params, args)
 
@@ -111,7 +113,7 @@ class Stream:
     def mv(self, v: Any) -> Any:
         """``M v``, but for ``ḡ ḡᵀ v``."""
 
-        def one(number, args):
+        def one(number: int, args: tuple[Any, ...]):
             return products.product(*self.record(number, args), v)
 
         return self.mean(one, "product")
@@ -119,7 +121,7 @@ class Stream:
     def mm(self, vs: Any, chunk: int | None) -> Any:
         """``M v_i`` along a leading axis, but for ``ḡ ḡᵀ v_i``."""
 
-        def one(number, args):
+        def one(number: int, args: tuple[Any, ...]):
             return products.products(*self.record(number, args), vs, chunk=chunk)
 
         return self.mean(one, "products")
@@ -127,7 +129,7 @@ class Stream:
     def block_mv(self, v: Any, owners: Any, blocks: int) -> Any:
         """The same with the diagonal blocks only."""
 
-        def one(number, args):
+        def one(number: int, args: tuple[Any, ...]):
             record = self.record(number, args)
             return products.block_product(*record, v, owners, jnp.arange(blocks))
 
@@ -156,7 +158,7 @@ class Stream:
         if not self.law.rooted:
             return [self.columns(index, chunk) for index in indices]
 
-        def one(number, args):
+        def one(number: int, args: tuple[Any, ...]):
             record = self.record(number, args)
             arrays = [jnp.asarray(i) for i in indices]
             return products.row_moments(*record, arrays, chunk=chunk)
@@ -172,7 +174,7 @@ class Stream:
         """The blocks from products with unit vectors, ``chunk`` at once."""
         blocks, k = index.shape
 
-        def product(units):
+        def product(units: Any):
             return self.mm(units, None)
 
         images = unit_images(product, self.params, index.ravel(), chunk)
@@ -208,7 +210,7 @@ def unraveller(params: Any) -> tuple[jax.ShapeDtypeStruct, Callable[[Array], Any
     shapes = tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves)
     size = sum(leaf.size for leaf in leaves)
 
-    def unravel(vectors):
+    def unravel(vectors: Array):
         return jax.tree.unflatten(structure, split(vectors, shapes))
 
     return jax.ShapeDtypeStruct((size,), dtype), unravel

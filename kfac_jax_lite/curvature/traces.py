@@ -11,7 +11,7 @@ References:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -179,7 +179,7 @@ def leave_one_out(
     s /= np.linalg.norm(s, axis=0)
     curved = inner @ inside
 
-    def terms(directions, left_out):
+    def terms(directions: Sequence[Any], left_out: int):
         # Terms of samples i (last axis), so many directions projected out: of each, its
         # products with w_i, r_i and H w_i, and with H and all of them.
         known, length = np.trace(inner), size - (inside**2).sum(0)

@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
-from jax.extend.core import Jaxpr, Literal
+from jax.extend.core import Literal
 
 from kfac_jax_lite.tagging.interpreter import bind
-from kfac_jax_lite.types import Array
+from kfac_jax_lite.types import Array, Jaxpr, Var
 
 
-def canonical(function: Callable) -> Callable:
+def canonical(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """The same function, its convolutions ``[batch, *space, feature]`` throughout.
 
     Those inside ``jit`` and ``jax.checkpoint`` are found too; those in the body of a
@@ -39,12 +39,12 @@ def canonical(function: Callable) -> Callable:
     return run
 
 
-def evaluate(jaxpr: Jaxpr, consts: Sequence, operands: Sequence) -> list:
+def evaluate(jaxpr: Jaxpr, consts: Sequence[Any], operands: Sequence[Any]) -> list[Any]:
     """Evaluates a jaxpr, convolutions in canonical order."""
-    env: dict = dict(zip(jaxpr.constvars, consts, strict=True))
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, operands, strict=True))
 
-    def value(atom):
+    def value(atom: Var | Literal):
         return atom.val if isinstance(atom, Literal) else env[atom]
 
     for eqn in jaxpr.eqns:

@@ -245,10 +245,10 @@ def shifted_moment(geometry: ConvGeometry, x: Array, axis: int) -> Array:
     dtype = accumulation_dtype(x.dtype)
     m = geometry.n_in // k
 
-    def product(left, right, out):
+    def product(left: Array, right: Array, out: str):
         return jnp.einsum(out, left, right, preferred_element_type=dtype)
 
-    def moments(x):
+    def moments(x: Array):
         p = patches(geometry, x, without=axis)
         p = p.reshape(math.prod(p.shape[: 1 + axis]), rows + k - 1, -1, m)
         first = [
@@ -296,7 +296,7 @@ def patch_factor(
     batch, *space = geometry.rows
     form = recipe.layer.a_form, recipe.layer.site_shapes[0]
 
-    def factor(chunk):
+    def factor(chunk: Any):
         x, live = chunk
         rows = dense.along(geometry, inputs, "in", patches(geometry, x))
         live = None if live is None else live.reshape(-1)
@@ -310,7 +310,7 @@ def patch_factor(
     return by_chunks(factor, (x, live), elements)
 
 
-def by_chunks(function: Callable, argument: Any, elements: int) -> Any:
+def by_chunks(function: Callable[[Any], Array], argument: Any, elements: int) -> Any:
     """Adds a function up over chunks of examples, as large as the device likes them.
 
     Args:
@@ -323,7 +323,7 @@ def by_chunks(function: Callable, argument: Any, elements: int) -> Any:
     """
     batch = len(jax.tree.leaves(argument)[0])
 
-    def chunked(limit):
+    def chunked(limit: int) -> Callable[[Any], Array]:
         split = split_of_batch(batch, elements, limit)
         return lambda x: sum_of_chunks(function, x, split)
 
@@ -358,17 +358,17 @@ def split_of_batch(batch: int, elements: int, limit: int) -> tuple[int, int]:
     return shards, next((c for c in divisors if elements // c <= limit), most)
 
 
-def sum_of_chunks(function: Callable, argument: Any, split: Shape) -> Any:
+def sum_of_chunks(function: Callable[[Any], Array], argument: Any, split: Shape) -> Any:
     """``Σ function(chunk)`` over chunks that take a part of every shard."""
     shards, chunks = split
     if chunks == 1:
         return function(argument)
 
-    def cut(x):
+    def cut(x: Array):
         x = x.reshape(shards, chunks, -1, *x.shape[1:])
         return jnp.moveaxis(x, 1, 0)
 
-    def add(total, chunk):
+    def add(total: Any, chunk: Any):
         chunk = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), chunk)
         return jax.tree.map(jnp.add, total, function(chunk)), None
 

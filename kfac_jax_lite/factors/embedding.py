@@ -113,7 +113,7 @@ def eigenbasis_moment(
 def scattered(token: Array, value: Array, geometry: EmbeddingGeometry) -> Array:
     """Adds rows ``[…, R, d]`` up by token: ``[…, vocabulary, d]``."""
 
-    def add(token, value):
+    def add(token: Array, value: Array):
         zeros = jnp.zeros((geometry.n_in, value.shape[-1]), value.dtype)
         return zeros.at[token].add(value)
 

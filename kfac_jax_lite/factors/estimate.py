@@ -39,7 +39,7 @@ STATISTICS = ("factors", "squares")
 
 
 def tag(
-    loss_fn: Callable,
+    loss_fn: Callable[..., Any],
     params: Any,
     *args: Any,
     fisher: str = "empirical",
@@ -119,7 +119,7 @@ def tag(
     return tagged
 
 
-def check_factor_dim(size: int) -> None:
+def check_factor_dim(size: Any) -> None:
     """It must be a whole number, at least 1."""
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ValueError(f"max_factor_dim must be a whole number >= 1, got {size!r}.")
@@ -141,7 +141,7 @@ class TaggedLoss:
         statistics: ``"factors"`` or ``"squares"``.
     """
 
-    loss_fn: Callable
+    loss_fn: Callable[..., Any]
     layers: tuple[LayerTag, ...]
     fisher: str
     weight_sharing: str
@@ -213,7 +213,7 @@ class TaggedLoss:
         run = Interpreter(watched.on_site, stacks).run
         num, closed = len(jax.tree.leaves(params)), found.closed
 
-        def tapped(flat, *probes):
+        def tapped(flat: list[Any], *probes: Any):
             filled, operands = watched.filled(*probes), [*flat, *leaves[num:]]
             out, marked = run(found.plan, closed.jaxpr, closed.consts, operands, filled)
             aux = out, marked, watched.inputs, watched.thin_inputs
@@ -233,7 +233,7 @@ class TaggedLoss:
         own = [t.views[0].leaf for t in found.layers if t.kind == "diagonal"]
         diagonals = {i: flat_grads[i] for i in own}
 
-        def compute(gated):
+        def compute(gated: bool):
             if not sampled:
                 by_field = finisher(watched.raw(raw, inputs, axes))
                 return pack_statistics(found, diagonals, by_field, n)
@@ -249,7 +249,7 @@ class TaggedLoss:
         value = jax.tree.unflatten(found.out_tree, out)
         return value, grads, Deferred(compute, rows) if deferred else compute(True)
 
-    def trace(self, params: Any, args: tuple, sampled: bool) -> Trace:
+    def trace(self, params: Any, args: tuple[Any, ...], sampled: bool) -> Trace:
         """The trace of the loss on these arguments, with the options of ``tag``."""
         options = TraceOptions(
             self.has_aux, self.num_examples, sampled, self.max_factor_dim
@@ -257,7 +257,12 @@ class TaggedLoss:
         return trace(self.loss_fn, params, args, options)
 
     def _watched(
-        self, found: Trace, params: Any, args: tuple, opt_state: Any, deferred: bool
+        self,
+        found: Trace,
+        params: Any,
+        args: tuple[Any, ...],
+        opt_state: Any,
+        deferred: bool,
     ) -> Watched:
         """What every layer is tapped with, and which ones are only watched."""
         opt_state = None if self.statistics == "squares" else opt_state
@@ -314,7 +319,7 @@ def without_numbers(note: str) -> str:
 
 
 def pack_statistics(
-    found: Trace, diagonals: dict[int, jax.Array], by_field: dict, terms: Any
+    found: Trace, diagonals: dict[int, jax.Array], by_field: dict[str, Any], terms: Any
 ) -> dict[str, Statistics]:
     """Statistics by layer; those of diagonals are made from the gradient."""
     statistics: dict[str, Statistics] = {}

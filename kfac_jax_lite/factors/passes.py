@@ -43,21 +43,25 @@ class Finisher:
     slots: dict[str, Slot]
     terms: jax.Array | None
 
-    def __call__(self, raw: dict, wanted: frozenset[str] = ALL_FIELDS) -> dict:
+    def __call__(
+        self, raw: dict[str, Any], wanted: frozenset[str] = ALL_FIELDS
+    ) -> dict[str, Any]:
         """Statistics by layer and field."""
         return {k: self._finish(k, raw[k], wanted) for k in raw if raw[k]}
 
-    def _finish(self, name: str, raw: dict, wanted: frozenset[str]) -> dict:
+    def _finish(
+        self, name: str, raw: dict[str, Any], wanted: frozenset[str]
+    ) -> dict[str, Any]:
         recipe, slot = self.recipes[name], self.slots[name]
 
-        def touch(raw):
+        def touch(raw: dict[str, Any]):
             return finish(recipe, raw, slot.basis, self.terms, wanted)
 
         if slot.due is None or not (recipe.masked or recipe.by_example):
             return touch(raw)
         shapes, axes = jax.eval_shape(touch, raw), varying_axes(raw)
 
-        def skip(raw):
+        def skip(raw: dict[str, Any]):
             del raw
             return vary(zeros_of(shapes), axes)
 
@@ -70,14 +74,14 @@ def zeros_of(shapes: Any) -> Any:
 
 
 def sampled_pull(
-    outputs: list,
-    pullback: Callable,
-    plain: dict,
+    outputs: list[Output],
+    pullback: Callable[..., Any],
+    plain: dict[str, Any],
     n: Any,
     finisher: Finisher,
     leaves: Sequence[int],
-    cotangents: list,
-) -> tuple[dict[int, jax.Array], dict]:
+    cotangents: list[jax.Array],
+) -> tuple[dict[int, jax.Array], dict[str, Any]]:
     """Pulls cotangents of the outputs back: gradients and statistics but ``A``.
 
     Gradients that nobody reads must not leave the conditional around this: XLA would
@@ -109,14 +113,14 @@ def sampled_pull(
 
 def resampled(
     fisher: str,
-    outputs: list,
-    pull: Callable,
-    plain: dict,
+    outputs: list[Output],
+    pull: Callable[..., Any],
+    plain: dict[str, Any],
     key: Any,
     grads: dict[int, jax.Array],
     finisher: Any,
     gated: bool,
-) -> tuple[dict[int, jax.Array], dict]:
+) -> tuple[dict[int, jax.Array], dict[str, Any]]:
     """The MC or exact Fisher's statistics, computed when any layer is due.
 
     Input factors come from the plain backward pass: XLA drops the other statistics of
@@ -160,7 +164,9 @@ def resampled(
     return grads, {k: found[k] | sides[k] for k in found}
 
 
-def typed_like(output: Output, function: Callable, argument: Any) -> jax.Array:
+def typed_like(
+    output: Output, function: Callable[..., jax.Array], argument: Any
+) -> jax.Array:
     """``function(likelihood, value, argument)``, typed like a marked output's value."""
     run = functools.partial(function, output.likelihood)
     if explicit_mesh(output.value) is None:
@@ -174,12 +180,19 @@ def hessian_column(likelihood: str, value: jax.Array, j: jax.Array) -> jax.Array
     return square_root_column(likelihood, value)[1](j)
 
 
-def exact_statistics(outputs: list, pull: Callable, total: dict) -> dict:
+def exact_statistics(
+    outputs: list[Output], pull: Callable[..., Any], total: dict[str, Any]
+) -> dict[str, Any]:
     """Adds the statistics of each column of the output Hessian's square root."""
     for number, output in enumerate(outputs):
         columns, _ = square_root_column(output.likelihood, output.value)
 
-        def add(total, j, number=number, output=output):
+        def add(
+            total: dict[str, Any],
+            j: jax.Array,
+            number: int = number,
+            output: Output = output,
+        ):
             zeros = [jnp.zeros_like(other.value) for other in outputs]
             zeros[number] = masked_rows(output, typed_like(output, hessian_column, j))
             _, statistics = pull(zeros)

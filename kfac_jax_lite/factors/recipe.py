@@ -220,7 +220,9 @@ def unit_blocks(s: Array, num_examples: Any) -> Array:
     return num_examples * jnp.einsum("...nuk,...nul->...ukl", s, s)
 
 
-def from_examples(recipe: Recipe, raw: dict, basis: tuple, terms: Any) -> dict:
+def from_examples(
+    recipe: Recipe, raw: dict[str, Any], basis: tuple[Any, ...], terms: Any
+) -> dict[str, Any]:
     """Factors of ``x̄_n`` (mean over positions) and ``c_n`` (sum over positions)."""
     layer, n = recipe.layer, recipe.num_examples
     c = raw["c_sum"]
@@ -244,7 +246,7 @@ def from_examples(recipe: Recipe, raw: dict, basis: tuple, terms: Any) -> dict:
     return {"a": a, "g": g} | ({"s": s} if basis else {})
 
 
-def rescaled(recipe: Recipe, raw: dict, terms: Any) -> dict:
+def rescaled(recipe: Recipe, raw: dict[str, Any], terms: Any) -> dict[str, Any]:
     """Statistics over ``N`` and ``R`` as over the terms and rows that count."""
     n = recipe.num_examples
 

@@ -7,7 +7,7 @@ multiplied by ``k sᵈ``, so that their mean over all offsets is the full statis
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -33,7 +33,7 @@ class Subsample:
     examples: int = 1
     positions: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Refuses what is no whole number from 1 on."""
         for name, value in dataclasses.asdict(self).items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -68,7 +68,7 @@ class Lattice(NamedTuple):
         """Whether some rows taken lie beyond the end: they are zero."""
         return any(n % s for n, s in zip(self.sizes, self.strides, strict=True))
 
-    def offsets(self, phase: Array) -> list:
+    def offsets(self, phase: Array) -> list[Any]:
         """The first index taken along each axis, the digits of ``phase``."""
         digits, before = [], 1
         for stride in self.strides:

@@ -44,7 +44,7 @@ def example_gradients(
     ]
     x_hat = functools.reduce(operator.mul, parts_of_x, jnp.ones((), dtype))
 
-    def per_example(value):
+    def per_example(value: Array):
         value = lax.transpose(value, geometry.order)
         return value.reshape(-1, geometry.positions, geometry.units).sum(1)
 

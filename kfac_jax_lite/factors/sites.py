@@ -27,7 +27,7 @@ def tap_site(
     phases: dict[str, Array],
     site: Site,
     output: Array,
-    inputs: list,
+    inputs: list[Any],
     slot: Slot,
 ) -> Array:
     """Taps one site with the estimators of its layer's kind."""
@@ -42,7 +42,7 @@ def site_statistics(
     phases: dict[str, Array],
     site: Site,
     cotangent: Array,
-    inputs: list,
+    inputs: list[Any],
     slot: Slot,
 ) -> dict[str, Array]:
     """What a tap's backward pass would return, from the inputs and the cotangent."""
@@ -54,9 +54,9 @@ def chosen(
     recipes: dict[str, Recipe],
     phases: dict[str, Array],
     site: Site,
-    inputs: list,
+    inputs: list[Any],
     slot: Slot,
-) -> tuple:
+) -> tuple[Any, ...]:
     """A site's estimators that feed a probe of its layer.
 
     Returns:
@@ -75,10 +75,10 @@ def estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
     geometry, layer = site.geometry, recipe.layer
     if isinstance(geometry, ScaleShiftGeometry):
 
-        def s_sum(inputs, c):
+        def s_sum(inputs: Any, c: Array):
             return scale_shift.example_gradients(geometry, inputs[0], c, layer.roles)
 
-        def blocks(inputs, c):
+        def blocks(inputs: Any, c: Array):
             return unit_blocks(s_sum(inputs, c), recipe.num_examples)
 
         return {"blocks": blocks, "s_sum": s_sum}
@@ -95,7 +95,7 @@ def estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
     lattice = recipe.lattice(site)
     share = lattice.share if lattice else 1
 
-    def input_factor(inputs, c):
+    def input_factor(inputs: Any, c: Array):
         if isinstance(geometry, EmbeddingGeometry):
             live = live_of(recipe, site)(inputs, c)
             return embedding.input_factor(geometry, inputs[0], recipe, live)
@@ -107,15 +107,15 @@ def estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
         x = input_rows(recipe, site, inputs, c)
         return dense.input_factor(x, recipe, form_a) * share
 
-    def output_factor(inputs, c):
+    def output_factor(inputs: Any, c: Array):
         c = summed_rows(recipe, site, inputs, c)
         return dense.output_factor(c, recipe, form_g, num_rows) * share
 
-    def live_rows(inputs, c):
+    def live_rows(inputs: Any, c: Array):
         count = jnp.sum(live_of(recipe, site)(inputs, c), -1)
         return jnp.broadcast_to(count, geometry.blocks)
 
-    def moment(inputs, c):
+    def moment(inputs: Any, c: Array):
         return eigenbasis_moment(recipe, site, inputs, c) * share
 
     return {a: input_factor, g: output_factor, rows: live_rows, "s": moment}
@@ -125,15 +125,15 @@ def example_estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
     """Sums over the positions of each example (see ``recipe``)."""
     geometry, live = site.geometry, live_of(recipe, site)
 
-    def x_sum(inputs, c):
+    def x_sum(inputs: Any, c: Array):
         if isinstance(geometry, EmbeddingGeometry):
             return embedding.example_sums(geometry, inputs[0], recipe, live(inputs, c))
         return dense.example_sums(input_rows(recipe, site, inputs, c), recipe)
 
-    def c_sum(inputs, c):
+    def c_sum(inputs: Any, c: Array):
         return dense.example_sums(output_rows(site, inputs, c), recipe)
 
-    def count(inputs, c):
+    def count(inputs: Any, c: Array):
         counts = dense.example_sums(live(inputs, c)[..., None], recipe)[..., 0]
         return jnp.broadcast_to(counts, (*geometry.blocks, recipe.num_examples))
 
@@ -144,29 +144,29 @@ def square_estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
     """Squares of the examples' gradients, or the gradients (see ``recipe``)."""
     geometry, n = site.geometry, recipe.num_examples
 
-    def rows(inputs, c):
+    def rows(inputs: Any, c: Array):
         x, c = input_rows(recipe, site, inputs, c), output_rows(site, inputs, c)
         return (c, x) if site.reverse else (x, c)
 
     if isinstance(geometry, EmbeddingGeometry):
 
-        def found(inputs, c):
+        def found(inputs: Any, c: Array):
             pairs = embedding.token_rows(geometry, inputs[0], None)
             return *pairs, embedding.output_rows(geometry, c)
 
-        def gradients(inputs, c):
+        def gradients(inputs: Any, c: Array):
             return embedding.example_gradients(geometry, found(inputs, c), n)
 
-        def square(inputs, c):
+        def square(inputs: Any, c: Array):
             token, share = squares.token_square_sums(*found(inputs, c), n)
             return n * embedding.scattered(token, share, geometry)
 
     else:
 
-        def gradients(inputs, c):
+        def gradients(inputs: Any, c: Array):
             return squares.example_gradients(*rows(inputs, c), n)
 
-        def square(inputs, c):
+        def square(inputs: Any, c: Array):
             return n * squares.square_sums(*rows(inputs, c), n)
 
     return {"gradients": gradients, "squares": square}
@@ -277,7 +277,7 @@ def live_of(recipe: Recipe, site: Site) -> Callable[[Any, Array], Any]:
     if not recipe.masked:
         return lambda inputs, c: None
 
-    def live(inputs, c):
+    def live(inputs: Any, c: Array):
         seen = jnp.any(output_rows(site, inputs, c) != 0, -1)
         # All groups of a convolution see the same positions.
         return (

@@ -12,7 +12,7 @@ from kfac_jax_lite.types import Array, LayerTag
 
 def read_state(
     opt_state: Any, layers: tuple[LayerTag, ...]
-) -> tuple[dict[str, Array] | None, dict[str, tuple]]:
+) -> tuple[dict[str, Array] | None, dict[str, tuple[Any, ...]]]:
     """Due flags and EKFAC bases by layer name; (None, {}) without a state.
 
     Where several states name a layer it is due if one of them wants it.
@@ -37,7 +37,7 @@ def read_state(
         )
     known = {layer.name for layer in layers}
     due: dict[str, Array] = {}
-    bases: dict[str, tuple] = {}
+    bases: dict[str, tuple[Any, ...]] = {}
     for state in states:
         for i, name in enumerate(sorted(state.factors)):
             if name not in known:
@@ -56,7 +56,10 @@ def read_state(
 
 
 def make_slots(
-    recipes: dict[str, Recipe], params: Any, due: dict | None, bases: dict
+    recipes: dict[str, Recipe],
+    params: Any,
+    due: dict[str, Array] | None,
+    bases: dict[str, tuple[Any, ...]],
 ) -> dict[str, Slot]:
     """Probes, due flag and bases of every tapped layer."""
     dtypes = {k: leaf.dtype for k, leaf in leaves_by_path(params).items()}

@@ -52,7 +52,7 @@ def square_sums(x: Array, c: Array, examples: int) -> Array:
         x, c = (jnp.square(v.astype(dtype)) for v in (x, c))
         return jnp.einsum("...ni,...no->...io", x, c)
 
-    def part(chunk):
+    def part(chunk: tuple[Array, ...]):
         x, c = (jnp.moveaxis(v, 0, -3) for v in chunk)
         return jnp.square(products(x, c)).sum(-3)
 

@@ -189,7 +189,7 @@ def moving_average(average: Any, fresh: Any, weight: Any, decay: Any) -> Any:
         ``X̂`` after.
     """
 
-    def mix(old, new):
+    def mix(old: Array, new: Array):
         rate = jnp.asarray((1 - decay) / weight, old.dtype)
         return old + rate * (new.astype(old.dtype) - old)
 

@@ -63,7 +63,7 @@ def is_thin(layer: LayerTag, site: Site) -> bool:
 
 
 def gradient_rows(
-    layer: LayerTag, site: Site, inputs: list, cotangent: Array, leaves: list[Any]
+    layer: LayerTag, site: Site, inputs: list[Any], cotangent: Array, leaves: list[Any]
 ) -> GradientRows:
     """The rows of a layer's gradient.
 

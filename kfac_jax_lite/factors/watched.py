@@ -7,7 +7,7 @@ on, which exist anyway; whoever wants its statistics computes them from those.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
@@ -43,21 +43,23 @@ class Watched:
     slots: dict[str, Slot]
     sites: dict[str, list[tuple[Site, jax.ShapeDtypeStruct]]]
     thin: dict[str, tuple[Site, jax.ShapeDtypeStruct]]
-    inputs: dict[str, dict[int, list]] = dataclasses.field(default_factory=dict)
-    thin_inputs: dict[str, list] = dataclasses.field(default_factory=dict)
+    inputs: dict[str, dict[int, list[Any]]] = dataclasses.field(default_factory=dict)
+    thin_inputs: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
 
     def outputs(self) -> dict[str, Array]:
         """Probes of the thin layers' outputs."""
         return {name: jnp.zeros(x.shape, x.dtype) for name, (_, x) in self.thin.items()}
 
-    def filled(self, probes: dict[str, Any], outputs: dict) -> dict[str, Slot]:
+    def filled(
+        self, probes: dict[str, Any], outputs: dict[str, Any]
+    ) -> dict[str, Slot]:
         """The slots with probes that are differentiated by."""
         return {
             name: slot._replace(probes=probes[name], output=outputs.get(name))
             for name, slot in self.slots.items()
         }
 
-    def probes(self, axes: frozenset) -> dict[str, Any]:
+    def probes(self, axes: frozenset[Hashable]) -> dict[str, Any]:
         """Probes of every layer; of a watched one, each shaped like a site's output."""
         probes: dict[str, Any] = {}
         for name, slot in self.slots.items():
@@ -68,7 +70,9 @@ class Watched:
                 probes[name] = slot.probes
         return vary(probes, axes)
 
-    def on_site(self, site: Site, output: Array, inputs: list, slot: Slot) -> Array:
+    def on_site(
+        self, site: Site, output: Array, inputs: list[Any], slot: Slot
+    ) -> Array:
         """Watches or taps one site."""
         name = site.layer or ""
         if slot.output is not None:
@@ -79,15 +83,15 @@ class Watched:
         order = [id(other) for other, _ in self.sites[name]]
         number = order.index(id(site))
         self.inputs.setdefault(name, {})[number] = inputs
-        probes: dict = slot.probes
+        probes: dict[Any, Array] = slot.probes
         return watch(output, probes[number])
 
     def rows(
         self,
         layers: Sequence[LayerTag],
-        inputs: dict[str, list],
+        inputs: dict[str, list[Any]],
         cotangents: dict[str, Array],
-        leaves: list,
+        leaves: list[Any],
     ) -> dict[str, GradientRows]:
         """Gradients of the thin layers as rows."""
         return {
@@ -98,7 +102,9 @@ class Watched:
             if t.name in self.thin
         }
 
-    def raw(self, raw: dict, inputs: dict, axes: frozenset) -> dict:
+    def raw(
+        self, raw: dict[str, Any], inputs: dict[str, Any], axes: frozenset[Hashable]
+    ) -> dict[str, Any]:
         """What taps would have returned for the watched layers, beside the others'.
 
         Args:
@@ -126,7 +132,9 @@ class Watched:
         return found
 
 
-def watchable(found: Trace, slots: dict[str, Slot]) -> dict[str, list]:
+def watchable(
+    found: Trace, slots: dict[str, Slot]
+) -> dict[str, list[tuple[Site, jax.ShapeDtypeStruct]]]:
     """Layers all of whose sites are in line, with those sites."""
     here = {id(site): (site, x) for site, x in in_line(found.plan, found.closed.jaxpr)}
     sites = {}

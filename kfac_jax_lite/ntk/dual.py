@@ -101,11 +101,18 @@ def dual_natural_gradient(
         raise ValueError(f"solver must be one of {tuple(SOLVERS)}, got {solver!r}.")
     solve = SOLVERS[solver]
 
-    def init(params):
+    def init(params: Any):
         del params
         return DualState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
 
-    def update(updates, state, params=None, *, batch=None, **extra_args):
+    def update(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        batch: Any = None,
+        **extra_args: Any,
+    ):
         del extra_args
         if params is None or not isinstance(batch, tuple):
             raise ValueError(
@@ -115,7 +122,7 @@ def dual_natural_gradient(
             )
         shift = damping_lib.value_at(damping, state.count)
 
-        def compute(grads, params, batch, shift):
+        def compute(grads: Any, params: Any, batch: tuple[Any, ...], shift: Array):
             rows = make_batch(tagged, params, batch, independent, chunk)
             return solve(rows, grads, shift)
 
@@ -139,7 +146,7 @@ def by_cholesky(batch: Batch, grads: Any, shift: Array) -> Any:
     pulled = batch.pull(batch.colour(jax.scipy.linalg.cho_solve(factor, x)))
     n = batch.terms
 
-    def combine(p, r, g):
+    def combine(p: Any, r: Any, g: Any):
         return (p.astype(r.dtype) / n + r / shift).astype(g.dtype)
 
     return jax.tree.map(combine, pulled, rest, grads)

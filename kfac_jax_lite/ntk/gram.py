@@ -13,8 +13,8 @@ from kfac_jax_lite.types import Array
 def kernel(
     tagged: TaggedLoss,
     params: Any,
-    batch: tuple,
-    other: tuple | None = None,
+    batch: tuple[Any, ...],
+    other: tuple[Any, ...] | None = None,
     *,
     trace: bool = False,
     independent: bool = False,
@@ -48,7 +48,7 @@ def kernel(
     chunk = checked(chunk)
     options = independent, chunk
 
-    def compute(params, batch, other):
+    def compute(params: Any, batch: tuple[Any, ...], other: Any):
         first = make_batch(tagged, params, batch, *options)
         second = first if other is None else make_batch(tagged, params, other, *options)
         (n, c), (m, e) = first.only_shape(), second.only_shape()
@@ -67,7 +67,7 @@ def kernel(
 def eigenvalues(
     tagged: TaggedLoss,
     params: Any,
-    batch: tuple,
+    batch: tuple[Any, ...],
     *,
     independent: bool = False,
     chunk: int | None = None,
@@ -89,7 +89,7 @@ def eigenvalues(
     """
     chunk = checked(chunk)
 
-    def compute(params, batch):
+    def compute(params: Any, batch: tuple[Any, ...]) -> Array:
         rows = make_batch(tagged, params, batch, independent, chunk)
         return jnp.linalg.eigvalsh(rows.dual())[::-1]
 

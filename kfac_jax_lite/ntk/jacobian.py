@@ -22,7 +22,7 @@ from kfac_jax_lite.types import Array, accumulation_dtype
 CHUNK = 256
 
 
-def checked(chunk: int | None) -> int:
+def checked(chunk: Any) -> int:
     """``chunk``, or its default; it must be a whole number, at least 1."""
     if chunk is None:
         return CHUNK
@@ -53,8 +53,8 @@ class Batch:
     terms: Array
     push: Callable[[Any], Array]
     pull: Callable[[Array], Any]
-    examples: tuple | None
-    rows_of: Callable[[tuple], Array]
+    examples: tuple[Any, ...] | None
+    rows_of: Callable[[tuple[Any, ...]], Array]
     chunk: int
 
     @property
@@ -90,7 +90,7 @@ class Batch:
             rows = jax.lax.map(self.rows_of, self.examples, batch_size=self.chunk)
             return rows.reshape(self.size, -1)[self.order()]
 
-        def row(j):
+        def row(j: Array):
             return flat(self.pull(jnp.arange(self.size) == j))
 
         return jax.lax.map(row, jnp.arange(self.size), batch_size=self.chunk)
@@ -134,26 +134,30 @@ class Batch:
 
 
 def make_batch(
-    tagged: TaggedLoss, params: Any, args: tuple, independent: bool, chunk: int
+    tagged: TaggedLoss,
+    params: Any,
+    args: tuple[Any, ...],
+    independent: bool,
+    chunk: int,
 ) -> Batch:
     """The outputs on a batch, and ``J``; passes are made where they are used."""
     model = marked_loss(tagged, params, args)
 
-    def values(params):
+    def values(params: Any):
         return model.values(params)[1]
 
     marks, back = jax.vjp(values, params)
     forward = jax.linearize(values, params)[1]
     outputs = model.outputs(marks)
 
-    def push(v):
+    def push(v: Any):
         typed = jax.tree.map(lambda x, p: x.astype(p.dtype), v, params)
         return join(output.value for output in model.outputs(forward(typed)))
 
-    def pull(y):
+    def pull(y: Array) -> Any:
         return back(cotangents(model, marks, y))[0]
 
-    def rows_of(example):
+    def rows_of(example: Any) -> Array:
         one = jax.tree.map(lambda x: x[None], example)
         alone = marked_loss(tagged, params, one)
         own, back = jax.vjp(lambda p: alone.values(p)[1], params)
@@ -177,7 +181,7 @@ def make_batch(
     return found
 
 
-def check_examples(batch: Batch, args: tuple) -> None:
+def check_examples(batch: Batch, args: tuple[Any, ...]) -> None:
     """All arguments and outputs must have their examples along the leading axis."""
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(args)]
     counts = {shape[0] if shape else None for shape in shapes}
@@ -189,7 +193,9 @@ def check_examples(batch: Batch, args: tuple) -> None:
         )
 
 
-def cotangents(model: MarkedLoss, marks: tuple, y: Array) -> tuple:
+def cotangents(
+    model: MarkedLoss, marks: tuple[Array, ...], y: Array
+) -> tuple[Array, ...]:
     """``y [D]`` as cotangents of the marks; zero for masks."""
     shapes = [output.value.shape for output in model.outputs(marks)]
     pieces = jnp.split(y, np.cumsum([math.prod(shape) for shape in shapes])[:-1])
@@ -201,13 +207,13 @@ def products(first: Batch, second: Batch) -> Array:
     """``J₁ J₂ᵀ [D₁, D₂]``, neither Jacobian held as a whole."""
     if first.examples is None or second.examples is None:
 
-        def column(j):
+        def column(j: Array):
             return first.push(second.pull(jnp.arange(second.size) == j))
 
         found = jax.lax.map(column, jnp.arange(second.size), batch_size=second.chunk)
         return found.T
 
-    def block(example):
+    def block(example: Any) -> Array:
         rows = second.rows_of(example)
         return jax.lax.map(
             lambda other: first.rows_of(other) @ rows.T,

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import Literal
 
 from kfac_jax_lite.tagging.layers import (
     Branch,
@@ -24,6 +24,7 @@ from kfac_jax_lite.tagging.layers import (
     Site,
     Steps,
 )
+from kfac_jax_lite.types import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 from kfac_jax_lite.views import Shape, View
 
 
@@ -157,7 +158,7 @@ class Walk:
         self.loops: Shape = ()
         self.branch: Branch = ()
         self.touched: collections.Counter[int] = collections.Counter()
-        self.data_bit = 1 << num_leaves
+        self.data_bit: int = 1 << num_leaves
         self.while_leaves = 0
         self.branches = 0
         self.reached = 0
@@ -169,7 +170,9 @@ class Scope:
     """Facts and dependencies of the variables of one jaxpr."""
 
     def __init__(self, walk: Walk, plan: Plan, jaxpr: Jaxpr):
-        self.walk, self.plan, self.jaxpr = walk, plan, jaxpr
+        self.walk: Walk = walk
+        self.plan: Plan = plan
+        self.jaxpr: Jaxpr = jaxpr
         self.facts: dict[Var, Fact] = {}
         self.deps: dict[Var, int] = {}
         self.consumers: dict[Var, list[int]] = collections.defaultdict(list)
@@ -184,11 +187,11 @@ class Scope:
             if not isinstance(atom, Literal):
                 self.consumers[atom].append(-1)
 
-    def fact(self, atom) -> Fact:
+    def fact(self, atom: Any) -> Fact:
         """The fact of an atom (None for literals and unknowns)."""
         return None if isinstance(atom, Literal) else self.facts.get(atom)
 
-    def dependencies(self, atoms: Iterable) -> int:
+    def dependencies(self, atoms: Iterable[Any]) -> int:
         """Bit set of the leaves (and the data) that atoms depend on."""
         bits = 0
         for atom in atoms:
@@ -198,7 +201,7 @@ class Scope:
                 bits |= self.deps.get(atom, 0)
         return bits
 
-    def used_once(self, atom) -> bool:
+    def used_once(self, atom: Any) -> bool:
         """Whether a single equation (or the output list) reads the variable."""
         return not isinstance(atom, Literal) and len(self.consumers[atom]) == 1
 
@@ -297,8 +300,8 @@ class Scope:
             if not repeated or at is None or not self.used_once(atom):
                 left.append(fact)
                 continue
-            results: list = list(self.jaxpr.eqns[at].outvars)
-            views: dict = {"shift": fact}
+            results: list[Any] = list(self.jaxpr.eqns[at].outvars)
+            views: dict[str, Any] = {"shift": fact}
             self.add_units(at, views, (), shape_of(atom), results.index(atom))
         return left
 

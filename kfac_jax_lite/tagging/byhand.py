@@ -11,11 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import JaxprEqn, Primitive
 
 from kfac_jax_lite.tagging.analysis import RULES, Fact, Scope, shape_of
 from kfac_jax_lite.tagging.nesting import BY_HAND, enterable, stand_in
-from kfac_jax_lite.types import Array
+from kfac_jax_lite.types import Array, JaxprEqn, Primitive
 from kfac_jax_lite.views import Shape
 
 BUILT_IN = frozenset(RULES)
@@ -46,7 +45,7 @@ def tag_as(output: Array, reference: Callable[..., Array], *operands: Any) -> Ar
             f"gives {shape}."
         )
 
-    def layer(output, *operands):
+    def layer(output: Array, *operands: Any):
         return output, reference(*operands)
 
     layer.__name__ = BY_HAND
@@ -100,7 +99,7 @@ def tag_conv(
     )
     feature = numbers.out_spec[1]
 
-    def reference(x, w, *bias):
+    def reference(x: Array, w: Array, *bias: Array):
         z = lax.conv_general_dilated(x, w, **options)
         for each in bias:
             z = z + lax.broadcast_in_dim(each, z.shape, (feature,))

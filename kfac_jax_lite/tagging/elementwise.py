@@ -8,8 +8,9 @@ goes through it, its curvature is that of the layer it ends up in.
 
 import dataclasses
 import math
+from typing import Any
 
-from jax.extend.core import JaxprEqn, Literal
+from jax.extend.core import Literal
 
 from kfac_jax_lite.tagging.analysis import (
     Beside,
@@ -23,6 +24,7 @@ from kfac_jax_lite.tagging.analysis import (
 )
 from kfac_jax_lite.tagging.layers import EmbeddingGeometry, ScaleShiftGeometry, Site
 from kfac_jax_lite.tagging.structure import axis_step, move_scaled, spread_site
+from kfac_jax_lite.types import JaxprEqn
 from kfac_jax_lite.views import Shape, View
 
 
@@ -74,10 +76,10 @@ def main_operand(facts: list[Fact]) -> int | None:
     return side if whole[side] else None
 
 
-def factor_of(scope: Scope, atom, divided: bool) -> Factor:
+def factor_of(scope: Scope, atom: Any, divided: bool) -> Factor:
     """A variable that multiplies a parameter, without axes it is broadcast along."""
     shape = shape_of(atom)
-    steps: tuple = ()
+    steps: tuple[tuple[str, Any], ...] = ()
     at = None if isinstance(atom, Literal) else scope.producers.get(atom)
     producer = None if at is None else scope.jaxpr.eqns[at]
     if producer is not None and producer.primitive.name == "broadcast_in_dim":
@@ -94,7 +96,7 @@ def factor_of(scope: Scope, atom, divided: bool) -> Factor:
     return Factor(atom, shape, steps)
 
 
-def more_factors_follow(scope: Scope, var, fact: Scaled) -> bool:
+def more_factors_follow(scope: Scope, var: Any, fact: Scaled) -> bool:
     """Whether the product's only reader multiplies it by more data."""
     if not scope.used_once(var) or scope.consumers[var][0] < 0:
         return False
@@ -164,7 +166,7 @@ def takes(site: Site, role: str) -> bool:
     return site.kind != "embedding" and not rescaled and role not in site.views
 
 
-def spread(scope: Scope, index: int, atom, fact: Fact, shape: Shape) -> None:
+def spread(scope: Scope, index: int, atom: Any, fact: Fact, shape: Shape) -> None:
     """A lookup shared by the whole batch (positions) is tapped where it meets it.
 
     Behind the sum every example has a row of its own, and a gradient of its own.
@@ -214,9 +216,7 @@ def aligned(
         return None
     if view.stack != site.primary.stack:
         return None
-    order = [
-        axis for label, axis in sorted((lb, a) for lb, a in pairs if a is not None)
-    ]
+    order = [axis for _, axis in sorted((lb, a) for lb, a in pairs if a is not None)]
     sizes = tuple(view.core[a] for a in order)
     geometry = site.geometry
     if isinstance(geometry, ScaleShiftGeometry):

@@ -10,14 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
+from jax.extend.core import Literal, jaxpr_as_fun
 
 from kfac_jax_lite.tagging.layers import Plan, Ref, Site
 from kfac_jax_lite.tagging.taps import Slot
-from kfac_jax_lite.types import Array
+from kfac_jax_lite.types import Array, ClosedJaxpr, Jaxpr, JaxprEqn
 
 Slots = dict[str, Slot]
-OnSite = Callable[[Site, Array, list, Slot], Array]
+OnSite = Callable[[Site, Array, list[Any], Slot], Array]
 
 
 class Interpreter:
@@ -37,19 +37,26 @@ class Interpreter:
         stack_leaf: dict[str, int],
         on_mark: Callable[[str, Array], Array] | None = None,
     ):
-        self.on_site, self.stack_leaf, self.on_mark = on_site, stack_leaf, on_mark
-        self.envs: dict[Plan, dict] = {}
+        self.on_site: OnSite = on_site
+        self.stack_leaf: dict[str, int] = stack_leaf
+        self.on_mark: Callable[[str, Array], Array] | None = on_mark
+        self.envs: dict[Plan, dict[Any, Any]] = {}
 
     def run(
-        self, plan: Plan, jaxpr: Jaxpr, consts: Sequence, args: Sequence, slots: Slots
-    ) -> tuple[list, list]:
+        self,
+        plan: Plan,
+        jaxpr: Jaxpr,
+        consts: Sequence[Any],
+        args: Sequence[Any],
+        slots: Slots,
+    ) -> tuple[list[Any], list[Any]]:
         """Evaluates ``jaxpr``; returns its outputs and the marked outputs passed."""
         env = dict(zip(jaxpr.constvars, consts, strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
         self.envs[plan] = env
-        marked: list = []
+        marked: list[Any] = []
 
-        def value(atom):
+        def value(atom: Any):
             if isinstance(atom, Ref):
                 return self.envs[atom.plan][atom.atom]
             return atom.val if isinstance(atom, Literal) else env[atom]
@@ -76,7 +83,7 @@ class Interpreter:
         return [value(a) for a in jaxpr.outvars], marked
 
 
-def bind(jaxpr: Jaxpr, eqn: JaxprEqn, operands: list) -> list:
+def bind(jaxpr: Jaxpr, eqn: JaxprEqn, operands: list[Any]) -> list[Any]:
     """Evaluates one equation as it was traced: ``jaxpr`` cut down to that equation.
 
     How a primitive binds the functions in its parameters differs between JAX releases;
@@ -98,7 +105,14 @@ def bind(jaxpr: Jaxpr, eqn: JaxprEqn, operands: list) -> list:
     return jaxpr_as_fun(ClosedJaxpr(single, ()))(*values.values())
 
 
-def run_call(self: Interpreter, plan, index, eqn, operands, slots):
+def run_call(
+    self: Interpreter,
+    plan: Plan,
+    index: int,
+    eqn: JaxprEqn,
+    operands: list[Any],
+    slots: Slots,
+) -> tuple[list[Any], list[Any]]:
     """``jit`` and plain calls: evaluated in line."""
     jaxpr = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
     consts = getattr(jaxpr, "consts", ())
@@ -106,11 +120,18 @@ def run_call(self: Interpreter, plan, index, eqn, operands, slots):
     return self.run(inner, getattr(jaxpr, "jaxpr", jaxpr), consts, operands, slots)
 
 
-def run_checkpoint(self: Interpreter, plan, index, eqn, operands, slots):
+def run_checkpoint(
+    self: Interpreter,
+    plan: Plan,
+    index: int,
+    eqn: JaxprEqn,
+    operands: list[Any],
+    slots: Slots,
+) -> tuple[list[Any], list[Any]]:
     """``jax.checkpoint``: the taps are rematerialised with the rest."""
     (inner,) = plan.children[index]
 
-    def body(operands, slots):
+    def body(operands: list[Any], slots: Slots):
         return self.run(inner, eqn.params["jaxpr"], (), operands, slots)
 
     body = jax.checkpoint(
@@ -119,7 +140,14 @@ def run_checkpoint(self: Interpreter, plan, index, eqn, operands, slots):
     return body(operands, slots)
 
 
-def run_scan(self: Interpreter, plan, index, eqn, operands, slots):
+def run_scan(
+    self: Interpreter,
+    plan: Plan,
+    index: int,
+    eqn: JaxprEqn,
+    operands: list[Any],
+    slots: Slots,
+) -> tuple[list[Any], list[Any]]:
     """``scan``: slots of layers whose parameter it slices are sliced along."""
     p = eqn.params
     n_const, n_carry = p["num_consts"], p["num_carry"]
@@ -137,7 +165,7 @@ def run_scan(self: Interpreter, plan, index, eqn, operands, slots):
     dues = {k: stacked[k].due for k in sliced}
     stacked = {k: v._replace(due=None) for k, v in stacked.items()}
 
-    def body(carry, x):
+    def body(carry: list[Any], x: tuple[Any, ...]):
         xs, layer_slots = x
         layer_slots = {k: v._replace(due=dues[k]) for k, v in layer_slots.items()}
         out, _ = self.run(
@@ -156,13 +184,25 @@ def run_scan(self: Interpreter, plan, index, eqn, operands, slots):
     return [*carry, *ys], []
 
 
-def run_cond(self: Interpreter, plan, index, eqn, operands, slots):
+def run_cond(
+    self: Interpreter,
+    plan: Plan,
+    index: int,
+    eqn: JaxprEqn,
+    operands: list[Any],
+    slots: Slots,
+) -> tuple[list[Any], list[Any]]:
     """``cond`` and ``switch``: every branch gets its taps."""
     which, *operands = operands
     branches = []
     for inner, closed in zip(plan.children[index], eqn.params["branches"], strict=True):
 
-        def branch(operands, slots, inner=inner, closed=closed):
+        def branch(
+            operands: list[Any],
+            slots: Slots,
+            inner: Plan = inner,
+            closed: ClosedJaxpr = closed,
+        ):
             out, _ = self.run(inner, closed.jaxpr, closed.consts, operands, slots)
             return out
 
@@ -170,7 +210,7 @@ def run_cond(self: Interpreter, plan, index, eqn, operands, slots):
     return lax.switch(which, branches, operands, slots), []
 
 
-HANDLERS = {
+HANDLERS: dict[str, Callable[..., tuple[list[Any], list[Any]]]] = {
     "jit": run_call,
     "pjit": run_call,
     "closed_call": run_call,

@@ -2,12 +2,12 @@
 
 import math
 
-from jax.extend.core import JaxprEqn
 from jax.lax import GatherScatterMode
 
 from kfac_jax_lite.tagging.analysis import (
     Counting,
     Fact,
+    Factor,
     Output,
     Scaled,
     Scope,
@@ -16,6 +16,7 @@ from kfac_jax_lite.tagging.analysis import (
 )
 from kfac_jax_lite.tagging.layers import EmbeddingGeometry, Site
 from kfac_jax_lite.tagging.matchers import scales_of, weight_of
+from kfac_jax_lite.types import JaxprEqn
 from kfac_jax_lite.views import View
 
 
@@ -73,7 +74,7 @@ def gather(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     return [Output(site, tuple(labels))]
 
 
-def constant(factors: tuple) -> bool:
+def constant(factors: tuple[Factor, ...]) -> bool:
     """Whether everything that multiplies a table is a scalar."""
     return all(math.prod(f.shape) == 1 for f in factors)
 

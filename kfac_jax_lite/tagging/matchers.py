@@ -6,8 +6,6 @@ the equation applies a layer and returns the facts of its outputs.
 
 import math
 
-from jax.extend.core import JaxprEqn
-
 from kfac_jax_lite.tagging.analysis import (
     Beside,
     Counting,
@@ -20,6 +18,7 @@ from kfac_jax_lite.tagging.analysis import (
     shape_of,
 )
 from kfac_jax_lite.tagging.layers import ConvGeometry, DenseGeometry, Scale, Site
+from kfac_jax_lite.types import JaxprEqn
 from kfac_jax_lite.views import Shape, View
 
 

@@ -1,6 +1,9 @@
 """Rules for primitives that hold other programs: calls, loops, branches."""
 
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+from collections.abc import Sequence
+from typing import Any
+
+from jax.extend.core import Literal
 
 from kfac_jax_lite.tagging.analysis import (
     Beside,
@@ -13,6 +16,7 @@ from kfac_jax_lite.tagging.analysis import (
 )
 from kfac_jax_lite.tagging.layers import Plan, Ref
 from kfac_jax_lite.tagging.structure import keep
+from kfac_jax_lite.types import Jaxpr, JaxprEqn, Var
 from kfac_jax_lite.views import View
 
 # Name of the call by which ``byhand.tag_as`` marks a layer.
@@ -26,14 +30,16 @@ def stop_gradient(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     return [None]
 
 
-def inner(scope: Scope, index: int, jaxpr, facts, deps):
+def inner(
+    scope: Scope, index: int, jaxpr: Jaxpr, facts: list[Fact], deps: list[int]
+) -> tuple[list[Fact], list[int]]:
     """Walks a jaxpr inside an equation under a plan of its own."""
     plan = Plan()
     scope.plan.children[index] = scope.plan.children.get(index, ()) + (plan,)
     return Scope(scope.walk, plan, jaxpr).run(facts, deps)
 
 
-def enterable(scope: Scope, atoms, facts: list[Fact]) -> list[Fact]:
+def enterable(scope: Scope, atoms: Sequence[Any], facts: list[Fact]) -> list[Fact]:
     """Facts as a nested jaxpr sees them."""
     kept: list[Fact] = []
     for atom, fact in zip(atoms, facts, strict=True):
@@ -70,7 +76,7 @@ def call(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
 
 
 def by_hand(
-    scope: Scope, index: int, atoms: list, facts: list[Fact], jaxpr: Jaxpr
+    scope: Scope, index: int, atoms: list[Any], facts: list[Fact], jaxpr: Jaxpr
 ) -> Output | None:
     """A layer that the user named; it replaces what the rules made of its output."""
     if isinstance(facts[0], Output):
@@ -108,7 +114,7 @@ def custom_rule(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
 
 
 def stand_in(
-    scope: Scope, index: int, atoms: list, facts: list[Fact], jaxpr: Jaxpr
+    scope: Scope, index: int, atoms: list[Any], facts: list[Fact], jaxpr: Jaxpr
 ) -> Output | None:
     """Treats an equation as the one layer that a jaxpr of its operands would be.
 

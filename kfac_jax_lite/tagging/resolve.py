@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +71,7 @@ def group_sites(walk: Walk, facts: Facts, reasons: dict[int, str]) -> list[Group
     Returns:
         The groups.
     """
-    groups: dict[tuple, Group] = {}
+    groups: dict[tuple[Any, ...], Group] = {}
     waiting = batched_sites(walk, facts)
     for site in waiting:
         if site.kind == "scale_shift" and not place_examples(site, facts):

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+from typing import Any
 
-from jax.extend.core import JaxprEqn, Literal
+from jax.extend.core import Literal
 
 from kfac_jax_lite.likelihoods import PREFIX
 from kfac_jax_lite.tagging.analysis import (
@@ -18,6 +19,7 @@ from kfac_jax_lite.tagging.analysis import (
     shape_of,
 )
 from kfac_jax_lite.tagging.layers import EmbeddingGeometry
+from kfac_jax_lite.types import JaxprEqn
 from kfac_jax_lite.views import Shape, View, remap_unit_axes
 
 
@@ -37,7 +39,7 @@ def same(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     return [keep(scope, a, f) for a, f in zip(eqn.invars, facts, strict=True)]
 
 
-def keep(scope: Scope, atom, fact: Fact) -> Fact:
+def keep(scope: Scope, atom: Any, fact: Fact) -> Fact:
     """A fact, unless it is a layer's output that something else reads too."""
     return None if isinstance(fact, Output) and not scope.used_once(atom) else fact
 
@@ -79,7 +81,7 @@ def move_axes(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     return [None]
 
 
-def axis_step(eqn: JaxprEqn) -> tuple:
+def axis_step(eqn: JaxprEqn) -> tuple[str, Any]:
     """An equation that moves axes as ``(name, argument)``."""
     if eqn.primitive.name == "transpose":
         return ("transpose", tuple(map(int, eqn.params["permutation"])))
@@ -90,14 +92,14 @@ def axis_step(eqn: JaxprEqn) -> tuple:
     return ("reshape", out)
 
 
-def move_view(view: View, step: tuple) -> View | None:
+def move_view(view: View, step: tuple[str, Any]) -> View | None:
     """Applies a step to a view."""
     if step[0] == "broadcast":
         return view.broadcast(*step[1])
     return getattr(view, step[0])(step[1])
 
 
-def axis_sources(shape: Shape, step: tuple) -> tuple[int | None, ...] | None:
+def axis_sources(shape: Shape, step: tuple[str, Any]) -> tuple[int | None, ...] | None:
     """For every axis after a step the axis before it; None for new unit axes."""
     name, argument = step
     if name == "transpose":
@@ -108,7 +110,7 @@ def axis_sources(shape: Shape, step: tuple) -> tuple[int | None, ...] | None:
     return remap_unit_axes(shape, argument, tuple(range(len(shape))))
 
 
-def move_scaled(fact: Scaled, step: tuple) -> Scaled | None:
+def move_scaled(fact: Scaled, step: tuple[str, Any]) -> Scaled | None:
     """Applies a step to the view and to every factor beside it.
 
     A factor has the view's rank with unit axes where it is broadcast, or is a scalar.
@@ -130,7 +132,7 @@ def move_scaled(fact: Scaled, step: tuple) -> Scaled | None:
     return Scaled(view, tuple(factors))
 
 
-def move_beside(fact: Beside, shape: Shape, step: tuple) -> Beside | None:
+def move_beside(fact: Beside, shape: Shape, step: tuple[str, Any]) -> Beside | None:
     """Applies a step to views that stand side by side."""
     source = axis_sources(shape, step)
     if source is None or fact.axis not in source:
@@ -148,7 +150,9 @@ def move_beside(fact: Beside, shape: Shape, step: tuple) -> Beside | None:
     return None if None in views else Beside(tuple(views), axis)
 
 
-def move_counting(fact: Counting, shape: Shape, step: tuple) -> Counting | None:
+def move_counting(
+    fact: Counting, shape: Shape, step: tuple[str, Any]
+) -> Counting | None:
     """Applies a step to the axis that counts."""
     source = axis_sources(shape, step)
     if source is None:
@@ -158,7 +162,7 @@ def move_counting(fact: Counting, shape: Shape, step: tuple) -> Counting | None:
 
 
 def repeated(
-    scope: Scope, index: int, fact: Output, shape: Shape, step: tuple
+    scope: Scope, index: int, fact: Output, shape: Shape, step: tuple[str, Any]
 ) -> Output | None:
     """A layer's output after a step that may repeat it along new axes."""
     new = step[1][0] if step[0] == "broadcast" else ()
@@ -172,7 +176,7 @@ def repeated(
     return moved if spread_site(scope, index, moved, before, new) else None
 
 
-def move_output(fact: Output, shape: tuple, step: tuple) -> Output | None:
+def move_output(fact: Output, shape: Shape, step: tuple[str, Any]) -> Output | None:
     """Applies a step to the labels of a layer's output."""
     labels = fact.labels
     if step[0] == "transpose":
@@ -251,7 +255,9 @@ def concatenate_rule(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact])
 
 
 @rule("split")
-def split_rule(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
+def split_rule(
+    scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]
+) -> list[Any] | None:
     """``jnp.split`` of a fused parameter: one view per piece."""
     view = facts[0]
     if not isinstance(view, View):

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import jax
 
@@ -27,7 +28,7 @@ class Facts:
         max_factor_dim: Largest Kronecker factor that is kept in full.
     """
 
-    paths: Sequence[tuple]
+    paths: Sequence[tuple[Any, ...]]
     shapes: Sequence[Shape]
     num_examples: int
     batch_sizes: Collection[int]
@@ -117,7 +118,7 @@ def with_unused(
 
 
 def diagonal_tag(
-    leaf: int, shape: Shape, path: tuple, used: set[str], reason: str
+    leaf: int, shape: Shape, path: tuple[Any, ...], used: set[str], reason: str
 ) -> LayerTag:
     """The tag of a parameter that no rule recognised."""
     name = unique(plain(path) or "params", used)
@@ -144,14 +145,14 @@ def fallback_reason(walk: Walk, leaf: int, reasons: dict[int, str]) -> str:
     return f"no rule for {', '.join(uses)}" if uses else "used in no layer"
 
 
-def plain(path: tuple) -> str:
+def plain(path: tuple[Any, ...]) -> str:
     """A key path as ``a/b/0``."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def name_groups(groups: list[list[int]], paths: Sequence[tuple]) -> list[str]:
+def name_groups(groups: list[list[int]], paths: Sequence[tuple[Any, ...]]) -> list[str]:
     """Names every group by its parameters' path: the parent if that is unambiguous."""
-    owners: dict[tuple, set[int]] = {}
+    owners: dict[tuple[Any, ...], set[int]] = {}
     for number, leaves in enumerate(groups):
         for leaf in leaves:
             owners.setdefault(paths[leaf][:-1], set()).add(number)

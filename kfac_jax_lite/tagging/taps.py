@@ -59,12 +59,14 @@ def tap(
     return output
 
 
-def _forward(estimators, output, inputs, due, probes):
+def _forward(
+    estimators: Estimators, output: Array, inputs: Any, due: Any, probes: Probes
+):
     del estimators
     return output, (inputs, due, probes)
 
 
-def _backward(estimators, residuals, cotangent):
+def _backward(estimators: Estimators, residuals: tuple[Any, ...], cotangent: Array):
     inputs, due, probes = residuals
     statistics = estimated(estimators, inputs, cotangent, due, probes)
     return cotangent, None, None, statistics
@@ -78,11 +80,13 @@ def estimated(
     for name, estimate in estimators:
         probe = probes[name]
 
-        def refresh(inputs, cotangent, probe, estimate=estimate):
+        def refresh(
+            inputs: Any, cotangent: Array, probe: Array, estimate: Estimator = estimate
+        ):
             statistic = automatic(estimate, inputs, cotangent).astype(probe.dtype)
             return vary(statistic, varying_axes(probe))
 
-        def skip(inputs, cotangent, probe):
+        def skip(inputs: Any, cotangent: Array, probe: Array):
             del inputs, cotangent
             return untouched(probe)
 

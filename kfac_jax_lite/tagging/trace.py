@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr
 
 # The rules register themselves.
 from kfac_jax_lite.likelihoods import MASK, row_shape
@@ -21,7 +20,7 @@ from kfac_jax_lite.tagging.layers import Plan, Site
 from kfac_jax_lite.tagging.resolve import resolve
 from kfac_jax_lite.tagging.tags import Facts, plain
 from kfac_jax_lite.tree import without_value
-from kfac_jax_lite.types import LayerTag
+from kfac_jax_lite.types import ClosedJaxpr, LayerTag
 
 __all__ = ["Trace", "trace"]
 del _elementwise, _lookups, _matchers, _nesting, _structure
@@ -67,7 +66,12 @@ class TraceOptions:
     max_factor_dim: int
 
 
-def trace(loss_fn: Callable, params: Any, args: tuple, options: TraceOptions) -> Trace:
+def trace(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    args: tuple[Any, ...],
+    options: TraceOptions,
+) -> Trace:
     """Traces ``loss_fn(params, *args)`` abstractly and finds its layers.
 
     Args:
@@ -118,7 +122,7 @@ def trace(loss_fn: Callable, params: Any, args: tuple, options: TraceOptions) ->
     return Trace(closed, plan, layers, sites, n, marks, out_tree)
 
 
-def check_params(flat: list) -> None:
+def check_params(flat: list[Any]) -> None:
     """Parameters must be real floating-point arrays, at least one."""
     if not flat:
         raise ValueError("params has no leaves: there is nothing to train.")
@@ -148,7 +152,14 @@ def check_loss(shape: Any, has_aux: bool) -> None:
         raise TypeError(f"loss_fn must return a real number, got {value.dtype}.")
 
 
-def check_while(loss_fn, params, args, has_aux, flat, leaves: int) -> None:
+def check_while(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    args: tuple[Any, ...],
+    has_aux: bool,
+    flat: list[tuple[Any, Any]],
+    leaves: int,
+) -> None:
     """A ``while`` loop is fine only where no derivative has to pass it."""
     value = (lambda *a: loss_fn(*a)[0]) if has_aux else loss_fn
     try:
@@ -161,7 +172,7 @@ def check_while(loss_fn, params, args, has_aux, flat, leaves: int) -> None:
         ) from error
 
 
-def count_examples(walk: Walk, args: tuple, given: int | None) -> int:
+def count_examples(walk: Walk, args: tuple[Any, ...], given: int | None) -> int:
     """``N``: rows of the marked output, else given, else the shared leading axis."""
     marked = {
         math.prod(row_shape(shape, name)) * math.prod(loops)
@@ -189,7 +200,7 @@ def count_examples(walk: Walk, args: tuple, given: int | None) -> int:
     return n
 
 
-def leading_axes(args: tuple) -> dict[int, str]:
+def leading_axes(args: tuple[Any, ...]) -> dict[int, str]:
     """Leading axes of the array arguments (PRNG keys aside), each with an example."""
     sizes: dict[int, str] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(args)[0]:
@@ -201,7 +212,7 @@ def leading_axes(args: tuple) -> dict[int, str]:
     return sizes
 
 
-def leading_axis(args: tuple) -> int:
+def leading_axis(args: tuple[Any, ...]) -> int:
     """The leading axis that all array arguments share."""
     sizes = leading_axes(args)
     if len(sizes) == 1:
