@@ -21,7 +21,7 @@ LONG_STEP = 1.0
 def doctor(
     tagged: TaggedLoss,
     opt_state: Any,
-    batch: tuple | None = None,
+    batch: tuple[Any, ...] | None = None,
     params: Any = None,
     *,
     key: Any = None,
@@ -120,7 +120,7 @@ def of_state(
 
 
 def of_parameters(
-    opt_state: Any, params: Any, records: dict, learning_rate: float | None
+    opt_state: Any, params: Any, records: dict[str, Any], learning_rate: float | None
 ) -> Iterator[Finding]:
     """Parameters that are not finite, and updates as long as they are."""
     size, step = float(optax.tree.norm(params)), last_update(opt_state, learning_rate)

@@ -55,7 +55,9 @@ class Batch(NamedTuple):
     sampled: float | None
 
 
-def examined(tagged: TaggedLoss, params: Any, batch: tuple, key: Any) -> Batch:
+def examined(
+    tagged: TaggedLoss, params: Any, batch: tuple[Any, ...], key: Any
+) -> Batch:
     """Takes loss and statistics of a batch, and what else can be asked of it."""
     value, _, fresh = gradient(tagged, params, batch, key)
     rows = layer_rows(tagged, params, *batch)
@@ -68,7 +70,7 @@ def examined(tagged: TaggedLoss, params: Any, batch: tuple, key: Any) -> Batch:
     )
 
 
-def gradient(tagged: TaggedLoss, params: Any, batch: tuple, key: Any) -> Any:
+def gradient(tagged: TaggedLoss, params: Any, batch: tuple[Any, ...], key: Any) -> Any:
     """What ``value_and_grad`` returns."""
     try:
         hash(tagged)
@@ -77,7 +79,9 @@ def gradient(tagged: TaggedLoss, params: Any, batch: tuple, key: Any) -> Any:
     return COMPILED(tagged, params, *batch, key=key)
 
 
-def doubled_loss(tagged: TaggedLoss, params: Any, batch: tuple) -> float | None:
+def doubled_loss(
+    tagged: TaggedLoss, params: Any, batch: tuple[Any, ...]
+) -> float | None:
     """The loss of a batch that holds every example twice.
 
     Args:
@@ -103,7 +107,7 @@ def doubled_loss(tagged: TaggedLoss, params: Any, batch: tuple) -> float | None:
 
 
 def sampled_share(
-    tagged: TaggedLoss, params: Any, batch: tuple, key: Any, fresh: dict
+    tagged: TaggedLoss, params: Any, batch: tuple[Any, ...], key: Any, fresh: dict
 ) -> float | None:
     """Trace of the empirical Fisher matrix over that of sampled labels, or None."""
     if tagged.fisher != "empirical" or key is None:
@@ -132,7 +136,7 @@ def traces(layer: LayerTag, whole: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def of_batch(
-    tagged: TaggedLoss, seen: Batch, records: dict, factors: Sequence[Factors]
+    tagged: TaggedLoss, seen: Batch, records: dict[str, Any], factors: Sequence[Factors]
 ) -> Iterator[Finding]:
     """What a batch shows of the loss and of the factors."""
     if not np.isfinite(seen.loss):

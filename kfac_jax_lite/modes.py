@@ -129,7 +129,9 @@ class Reading:
         return union
 
 
-def evaluation_mode(tagged: TaggedLoss, params: Any, batch: tuple) -> Iterator[Finding]:
+def evaluation_mode(
+    tagged: TaggedLoss, params: Any, batch: tuple[Any, ...]
+) -> Iterator[Finding]:
     """Traces that evaluation mode leaves in the program of a loss.
 
     Args:
@@ -199,13 +201,15 @@ def unused_key(name: str) -> Finding:
     )
 
 
-def holds_examples(tagged: TaggedLoss, params: Any, batch: tuple) -> list[bool]:
+def holds_examples(
+    tagged: TaggedLoss, params: Any, batch: tuple[Any, ...]
+) -> list[bool]:
     """Which leaves of a batch have an axis of examples, the first."""
     found = tagged.trace(params, batch, tagged.fisher != "empirical")
     return examples(found.num_examples, batch)
 
 
-def examples(terms: int, batch: tuple) -> list[bool]:
+def examples(terms: int, batch: tuple[Any, ...]) -> list[bool]:
     """Which leaves of a batch have as many rows as there are examples.
 
     Their number is the longest leading axis that divides the number of loss terms. As
