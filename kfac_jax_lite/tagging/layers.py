@@ -217,15 +217,17 @@ def positions_per_example(rows: Shape, num_examples: int) -> int | None:
     """How many rows belong to one example, when rows are example-major.
 
     The examples are found as the leading axes whose product is ``num_examples``, or as
-    a leading axis that flattens examples and positions.
+    a leading axis that flattens examples and positions, unless a later axis is as long
+    as there are examples: then these are more likely there (time comes first).
 
     Returns:
         ``R / N`` with rows reshapable to ``[N, R / N]``, or None when they are not.
     """
-    product = 1
+    product, flat = 1, num_examples == 1 or num_examples not in rows[1:]
     for size in rows:
         product *= size
-        if product == num_examples or (size == product and size % num_examples == 0):
+        flattened = flat and size == product and size % num_examples == 0
+        if product == num_examples or flattened:
             return math.prod(rows) // num_examples
         if product > num_examples:
             break

@@ -28,8 +28,7 @@ NEEDED = (
 SMOKE = (
     "tests/test_public_api.py",
     "tests/test_transform.py",
-    "tests/test_tagging.py",
-    "tests/test_zoo.py",
+    "tests/fuzz",
     "tests/test_checkpoint.py",
     "tests/test_parallel.py",
     "tests/experiments/test_readme.py::test_quickstart",

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -143,8 +143,9 @@ def go(run: Run) -> None:
                 folders.put(folder)
 
         with ThreadPoolExecutor(run.workers) as pool, run.out.open("a") as file:
-            shown = tqdm(pool.map(one, todo), total=len(todo), unit="mutant")
-            for row in shown:
+            tasks = [pool.submit(one, mutant) for mutant in todo]
+            shown = tqdm(as_completed(tasks), total=len(todo), unit="mutant")
+            for row in (task.result() for task in shown):
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 shown.set_postfix_str(f"{row['outcome']}: {row['module']}")
