@@ -176,3 +176,15 @@ def all_finite(tree) -> Array:
     sums = [jnp.sum(x, dtype=accumulation_dtype(x.dtype)) for x in leaves]
     flags = [jnp.isfinite(total) for total in sums]
     return jnp.all(jnp.stack(flags)) if flags else jnp.asarray(True)
+
+
+def norms_finite(tree) -> Array:
+    """Whether the squared norm of every leaf is finite; a scalar.
+
+    Entries beyond the root of the largest number, 1.8e19 in float32, count as broken
+    too: products with inverses, and with themselves, overflow.
+    """
+    return all_finite(
+        [jnp.sum(jnp.square(x.astype(accumulation_dtype(x.dtype))))
+         for x in jax.tree.leaves(tree)]
+    )  # fmt: skip

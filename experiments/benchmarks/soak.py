@@ -312,12 +312,8 @@ def sorted_layers(tagged: Any) -> list[Any]:
 
 def moved(state: Any, count: int) -> Any:
     """The state with K-FAC's step count at ``count``."""
-
-    def is_kfac(path: Any, value: Any) -> bool:
-        del value
-        return getattr(path[-1], "tuple_name", "") == "KFACState"
-
-    return optax.tree.set(state, is_kfac, count=jnp.asarray(count, jnp.int32))
+    held = kfac_state(state)._replace(count=jnp.asarray(count, jnp.int32))
+    return optax.tree.set(state, KFACState=held)
 
 
 # ---------------------------------------------------------------------------- the run
@@ -341,6 +337,7 @@ class Soak:
         self.memory = Memory()
         self.samples: list[dict[str, Any]] = []
         self.seconds: list[float] = []
+        self.processor: list[float] = []
         self.losses: list[float] = []
         self.done = 0
 
@@ -369,9 +366,10 @@ class Soak:
             self.events[event] += 1
             batch, spoil = draw(rng, event)
             watch = "nan" in event or event == "inf"
-            begin = time.perf_counter()
+            begin = time.perf_counter(), time.process_time()
             self.params, step = player.take(self.params, batch, spoil, watch)
-            self.seconds.append(time.perf_counter() - begin)
+            self.seconds.append(time.perf_counter() - begin[0])
+            self.processor.append(time.process_time() - begin[1])
             if event == "clean":
                 self.losses.append(step.value)
             if player.steps % self.config.check == 0:
@@ -386,13 +384,14 @@ class Soak:
         record = {
             "step": self.done,
             "ms": 1e3 * statistics.median(self.seconds),
+            "processor_ms": 1e3 * statistics.median(self.processor),
             "loss": statistics.median(self.losses),
             "compiled": self.compiled.count,
             **self.memory.now(),
             "errors": errors,
         }
         self.samples.append(record)
-        self.seconds, self.losses = [], []
+        self.seconds, self.processor, self.losses = [], [], []
         head = " ".join(f"{k} {v:.4g}" for k, v in record.items() if k != "errors")
         worst = " ".join(f"{k} {v:.1e}" for k, v in errors.items())
         bar = "#" * round(20 * self.done / self.config.steps)
@@ -484,7 +483,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (name, r["steps"], r["refused"], *map(sum, (r["refreshes"], r["inversions"])))
         for name, r in result["players"].items()
     ]
-    print(text_table(("optimiser", "steps", "refused", "refreshes", "inversions"), rows))
+    print(
+        text_table(("optimiser", "steps", "refused", "refreshes", "inversions"), rows)
+    )
     found = result["verdicts"]
     print(text_table(("verdict", "good", "what"),
                      [(k, str(v["good"]), v["what"]) for k, v in found.items()]))  # fmt: skip

@@ -58,7 +58,7 @@ class Oracle:
             Whether the batch must have been accepted.
         """
         given = [s for s, due in zip(step.statistics, self.due, strict=True) if due]
-        sound = [step.gradient, *(matrix for pair in given for matrix in pair)]
+        sound = [step.squares, *(matrix for pair in given for matrix in pair)]
         accepted = all(np.isfinite(array).all() for array in sound)
         self.compare("due", step.due, self.due)
         if accepted:

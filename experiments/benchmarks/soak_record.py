@@ -17,7 +17,7 @@ class Step(NamedTuple):
 
     Attributes:
         value: the loss.
-        gradient: all gradients, as one vector.
+        squares: squared norms of the gradient's leaves, in float32.
         statistics: ``(A, G)`` as ``update`` was given them, by layer.
         due: which of them were asked for.
         sound: whether parameters, averages and inverses are finite after the step.
@@ -32,7 +32,7 @@ class Step(NamedTuple):
     """
 
     value: float
-    gradient: np.ndarray
+    squares: np.ndarray
     statistics: list[tuple[np.ndarray, np.ndarray]]
     due: np.ndarray
     sound: bool
@@ -66,7 +66,8 @@ def packed(value: Any, grads: Any, statistics: Any, params: Any, state: Any) -> 
     """
     held = kfac_state(state)
     pairs = [(statistics[name].a, statistics[name].g) for name in sorted(statistics)]
-    floats = [value, *jax.tree.leaves(grads), *jax.tree.leaves(pairs)]
+    squares = [jnp.vdot(g, g) for g in jax.tree.leaves(grads)]
+    floats = [value, *squares, *jax.tree.leaves(pairs)]
     checked = jax.tree.leaves((params, held.factors, held.inverses))
     sound = jnp.stack([jnp.isfinite(leaf).all() for leaf in checked]).all()
     clocks = [getattr(held.clock, name) for name in CLOCKS]
@@ -109,7 +110,7 @@ def unpacked(
     failed = clocks.pop("failures") > failures
     return Step(
         value=float(floats[0]),
-        gradient=floats[1:end],
+        squares=floats[1:end],
         statistics=statistics[::-1],
         due=due,
         sound=bool(sound),

@@ -73,7 +73,10 @@ def verdicts(
     Returns:
         By question: whether it is good, the numbers, and the bound.
     """
-    first, last = samples[: len(samples) // 4 or 1], samples[-(len(samples) // 4 or 1) :]
+    first, last = (
+        samples[: len(samples) // 4 or 1],
+        samples[-(len(samples) // 4 or 1) :],
+    )
 
     def worst(part: Sequence[Mapping[str, Any]], name: str) -> float:
         found = [s["errors"][name] for s in part if name in s["errors"]]
@@ -98,7 +101,9 @@ def verdicts(
           f"{min(counts)} to {max(counts)}", slope=slope(samples, "arrays"))  # fmt: skip
     anew = samples[-1]["compiled"] - samples[0]["compiled"]
     judge("compilations", anew == 0, f"{anew} after the first sample", count=anew)
-    early, late = (float(np.median([s["ms"] for s in part])) for part in (first, last))
-    text = f"{early:.3g} ms per step at first, {late:.3g} at last"
+    early, late = (
+        float(np.median([s["processor_ms"] for s in part])) for part in (first, last)
+    )
+    text = f"{early:.3g} ms of processor per step at first, {late:.3g} at last"
     judge("speed", late < SLOWER * early, text, first=early, last=late)
     return judged

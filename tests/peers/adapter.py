@@ -1,0 +1,118 @@
+"""K-FAC for tests that know parameters and gradients only.
+
+The peers' tests call ``tx.update(grads, state, params)``: no loss, no network. K-FAC
+wants statistics, so a loss is made that has this very gradient, as a user without the
+loss could do: the linear one, ``L(p) = Σ pᵀ g``, tagged like any other, of one example.
+
+- ``kfac`` and its relatives: ``pᵀ g`` is a matrix product, every parameter a dense
+  layer with one output. ``A = g gᵀ`` over the whole parameter and ``G = 1``: the full
+  matrix of gradient covariances, in every inverse method.
+- ``kfac_units``: the parameters are the mean of a normal output. With
+  ``fisher="exact"`` its curvature is the identity whatever the gradient: unit-wise
+  blocks, kind ``scale_shift``.
+
+What else is adapted: complex parameters are taken apart into real and imaginary parts
+by ``optax.contrib.split_real_and_imaginary``; trees without a leaf, which ``kfac.tag``
+refuses, get ``optax.identity``; the layers of the last ``init`` are remembered, because
+``optax.tree.map_params`` calls ``init`` without parameters.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import kfac_jax_lite as kfac
+
+CALLS = {"init": 0, "update": 0}
+
+
+def linear(params: Any, grads: Any) -> Any:
+    """The loss whose gradient is ``grads``."""
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(grads), strict=True)
+    return sum(jnp.sum(jnp.vdot(p, g)) for p, g in pairs)
+
+
+def units(params: Any, grads: Any) -> Any:
+    """The same, the parameters being the mean of a normal output."""
+    whole, slope = (
+        jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(tree)])
+        for tree in (params, grads)
+    )
+    return jnp.vdot(kfac.normal(whole[None])[0], slope)
+
+
+def from_gradients(loss: Any, fisher: str, make: Any) -> Any:
+    """A transformation of gradients alone.
+
+    Args:
+        loss: ``linear`` or ``units``.
+        fisher: the Fisher of the statistics.
+        make: layers to K-FAC.
+
+    Returns:
+        The transformation.
+    """
+    held: dict[str, Any] = {}
+
+    def tagged(tree):
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+        return kfac.tag(loss, shapes, shapes, num_examples=1, fisher=fisher)
+
+    def init(params):
+        CALLS["init"] += 1
+        if jax.tree.leaves(params):
+            held["layers"] = tagged(params).layers
+        elif "layers" not in held:
+            return optax.EmptyState()
+        return make(held["layers"]).init(params)
+
+    def update(updates, state, params=None, **extra_args):
+        CALLS["update"] += 1
+        if not jax.tree.leaves(updates):
+            return updates, state
+        found = tagged(updates)
+        at = jax.tree.map(jnp.zeros_like, updates)
+        *_, statistics = found.value_and_grad(at, updates, opt_state=state)
+        step = make(found.layers).update
+        return step(updates, state, params, statistics=statistics, **extra_args)
+
+    plain = optax.GradientTransformationExtraArgs(init, update)
+    split = optax.contrib.split_real_and_imaginary(plain)
+    return optax.with_extra_args_support(split)
+
+
+def factory(inverse: str, loss: Any = linear, fisher: str = "empirical") -> Any:
+    """An optimiser as optax's tests look them up: keywords to transformation."""
+
+    def make(
+        learning_rate: optax.ScalarOrSchedule,
+        damping: optax.ScalarOrSchedule = 1.0,
+        momentum: float | None = 0.9,
+    ):
+        def of(layers):
+            return kfac.kfac(
+                layers, learning_rate, damping=damping, momentum=momentum,
+                kl_clip=None, inverse=inverse,
+            )  # fmt: skip
+
+        return from_gradients(loss, fisher, of)
+
+    return make
+
+
+FACTORIES = {
+    "kfac": factory("cholesky"),
+    "kfac_eigh": factory("eigh"),
+    "kfac_ekfac": factory("ekfac"),
+    "kfac_low_rank": factory("low_rank"),
+    "kfac_newton_schulz": factory("newton_schulz"),
+    "kfac_units": factory("cholesky", units, "exact"),
+}
+
+
+def in_place(learning_rate: Any = 1e-3, *args: Any, **kwargs: Any) -> Any:
+    """K-FAC where a test asks optax for one of its optimisers; the rest is dropped."""
+    del args, kwargs
+    return FACTORIES["kfac"](learning_rate, momentum=None)
