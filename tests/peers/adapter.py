@@ -112,7 +112,60 @@ FACTORIES = {
 }
 
 
-def in_place(learning_rate: Any = 1e-3, *args: Any, **kwargs: Any) -> Any:
-    """K-FAC where a test asks optax for one of its optimisers; the rest is dropped."""
-    del args, kwargs
-    return FACTORIES["kfac"](learning_rate, momentum=None)
+# Damping so large that nothing of the curvature is left, but for one part in LIMIT.
+LIMIT = 1e8
+
+
+def in_place(
+    learning_rate: Any = 1e-3,
+    momentum: Any = None,
+    nesterov: Any = None,
+    b1: Any = None,
+    b2: Any = None,
+    weight_decay: Any = None,
+    mu_dtype: Any = None,
+    accumulator_dtype: Any = None,
+) -> Any:
+    """K-FAC where a test asks optax for one of its optimisers.
+
+    Many of those tests ask for gradient descent and know its numbers. K-FAC has them in
+    the limit of large damping, ``η λ (F + λ I)⁻¹ g → η g``; learning rate and momentum
+    are taken, the rest is dropped.
+    """
+    del nesterov, b1, b2, weight_decay, mu_dtype, accumulator_dtype
+    if callable(learning_rate):
+        schedule = learning_rate
+        rate = lambda count: LIMIT * schedule(count)  # noqa: E731
+    else:
+        rate = LIMIT * learning_rate
+    return FACTORIES["kfac_eigh"](rate, LIMIT, momentum)
+
+
+def counted(tx: Any) -> Any:
+    """A transformation whose calls are counted, as those of ``from_gradients`` are."""
+
+    def init(params):
+        CALLS["init"] += 1
+        return tx.init(params)
+
+    def update(updates, state, params=None, **extra_args):
+        CALLS["update"] += 1
+        return tx.update(updates, state, params, **extra_args)
+
+    tx = optax.with_extra_args_support(tx)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def control(
+    learning_rate: Any = 1e-3,
+    momentum: Any = None,
+    nesterov: Any = None,
+    b1: Any = None,
+    b2: Any = None,
+    weight_decay: Any = None,
+    mu_dtype: Any = None,
+    accumulator_dtype: Any = None,
+) -> Any:
+    """Optax's RMSProp in the same place: what it fails is about the optimiser named."""
+    del momentum, nesterov, b1, b2, weight_decay, mu_dtype, accumulator_dtype
+    return counted(optax.rmsprop(learning_rate))
