@@ -179,12 +179,13 @@ def all_finite(tree) -> Array:
 
 
 def norms_finite(tree) -> Array:
-    """Whether the squared norm of every leaf is finite; a scalar.
+    """Whether the squared norm of every leaf is finite; a scalar."""
+    # Entries beyond 1.8e19 in float32 count as broken: their products with inverses,
+    # and with themselves, overflow.
+    squares = [jnp.square(widened(x)) for x in jax.tree.leaves(tree)]
+    return all_finite(squares)
 
-    Entries beyond the root of the largest number, 1.8e19 in float32, count as broken
-    too: products with inverses, and with themselves, overflow.
-    """
-    return all_finite(
-        [jnp.sum(jnp.square(x.astype(accumulation_dtype(x.dtype))))
-         for x in jax.tree.leaves(tree)]
-    )  # fmt: skip
+
+def widened(x: Array) -> Array:
+    """In the precision that sums are taken in."""
+    return x.astype(accumulation_dtype(x.dtype))

@@ -305,6 +305,8 @@ def placed_step(
 def step(options: Options, grads: Any, state: KFACState, statistics: Any, reject: Any):
     """One update: reduce, average, invert, precondition."""
     layers = present_layers(options.layers, grads)
+    if not layers:  # a mask hides them all
+        return grads, state._replace(count=state.count + 1)
     plan = options.plan(layers)
     check_state(layers, state)
     before = state

@@ -117,6 +117,12 @@ class Oracle:
 
         A fixed period is the oracle's own; an adaptive interval is the one that the
         optimiser chose.
+
+        Args:
+            step: the step taken, with the intervals in force after it.
+
+        Returns:
+            A flag per layer.
         """
         following = self.count + 1
         found = []

@@ -97,8 +97,8 @@ def verdicts(
     grown = slope(samples, "rss_mb")
     judge("memory", grown < MEGABYTES, f"{grown:.2f} MB in the second half", mb=grown)
     counts = [s["arrays"] for s in samples]
-    judge("live arrays", slope(samples, "arrays") < 1,
-          f"{min(counts)} to {max(counts)}", slope=slope(samples, "arrays"))  # fmt: skip
+    more = slope(samples, "arrays")
+    judge("live arrays", more < 1, f"{min(counts)} to {max(counts)}", slope=more)
     anew = samples[-1]["compiled"] - samples[0]["compiled"]
     judge("compilations", anew == 0, f"{anew} after the first sample", count=anew)
     early, late = (

@@ -1,6 +1,6 @@
 """One test file of a peer, in a process of its own.
 
-    python -m tests.peers.child SOURCE_FOLDER FILE VARIANT RESULT
+python -m tests.peers.child SOURCE_FOLDER FILE VARIANT RESULT
 """
 
 import json

@@ -55,7 +55,9 @@ class File:
     def variants(self) -> tuple[str, ...]:
         """The runs to compare."""
         return (
-            ("control", "ours") if self.kind == "list" else ("theirs", "control", "ours")
+            ("control", "ours")
+            if self.kind == "list"
+            else ("theirs", "control", "ours")
         )
 
 
@@ -122,7 +124,9 @@ def lists_replaced(variant: str) -> Iterator[None]:
 
     def our_named(*args):
         rows = list(args[0]) if len(args) == 1 and not callable(args[0]) else []
-        if rows and all(isinstance(r, tuple) and hasattr(r[-1], "update") for r in rows):
+        if rows and all(
+            isinstance(r, tuple) and hasattr(r[-1], "update") for r in rows
+        ):
             made = factories(variant).items()
             return named((name, make(learning_rate=1.0)) for name, make in made)
         return named(*args)
