@@ -296,7 +296,7 @@ def test_gradient_whose_norm_overflows_is_refused(inverse, size):
     batch = MODEL.batch(4, jnp.float32)
     run = jax.jit(tagged.value_and_grad)
     _, grads, statistics = run(params, *batch, opt_state=state)
-    grads["layer0"]["w"] = grads["layer0"]["w"].at[0, 0].set(size)
+    grads["layer0"]["kernel"] = grads["layer0"]["kernel"].at[0, 0].set(size)
     updates, after = tx.update(grads, state, params, statistics=statistics)
     identical(updates, jax.tree.map(jnp.zeros_like, params))
     assert int(kfac_state(after).skipped) == 1

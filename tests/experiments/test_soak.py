@@ -86,7 +86,8 @@ def test_errors_of_factors_and_inverses(rng):
     scale = np.abs(matrix).max()
     assert errors["factor"] == pytest.approx(0.1 / scale)
     assert errors["asymmetry"] == pytest.approx(0.1 / np.abs(bent).max())
-    assert soak_oracle.factor_errors(-matrix, matrix)["negative"] > 0.5
+    indefinite = matrix - 2 * np.linalg.eigvalsh(matrix)[2] * np.eye(5)
+    assert soak_oracle.factor_errors(indefinite, matrix)["negative"] > 0.01
 
     pi = np.sqrt(np.trace(matrix) / 5 / 2.5)
     explicit = kfac_inverses(
@@ -118,7 +119,7 @@ def test_errors_of_bases(rng):
 
 def sample(number, **values):
     errors = dict.fromkeys(soak_verdict.BOUNDS, 1e-8)
-    plain = {"rss_mb": 800.0, "arrays": 99, "compiled": 7, "processor_ms": 0.5}
+    plain = {"rss_mb": 800.0, "arrays": 99, "compiled": 7, "fast_ms": 0.5}
     return {"step": 100 * number, "errors": errors} | plain | values
 
 
@@ -126,7 +127,7 @@ PLANTED = {
     "memory": lambda i: {"rss_mb": 800.0 + i},
     "live arrays": lambda i: {"arrays": 99 + i},
     "compilations": lambda i: {"compiled": 7 + (i > 30)},
-    "speed": lambda i: {"processor_ms": 0.5 + 0.01 * i},
+    "speed": lambda i: {"fast_ms": 0.5 + 0.01 * i},
     "factor": lambda i: {"errors": {"factor": 1e-6 * i}},
     "inverse": lambda i: {"errors": {"inverse": np.nan if i == 3 else 0.0}},
 }
