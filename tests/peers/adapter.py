@@ -6,15 +6,16 @@ loss could do: the linear one, ``L(p) = Σ pᵀ g``, tagged like any other, of o
 
 - ``kfac`` and its relatives: ``pᵀ g`` is a matrix product, every parameter a dense
   layer with one output. ``A = g gᵀ`` over the whole parameter and ``G = 1``: the full
-  matrix of gradient covariances, in every inverse method.
+  matrix of gradient covariances, in every inverse method. ``kfac_elementwise`` makes
+  the same gradient entry by entry: kind ``scale_shift``, for parameters on meshes.
 - ``kfac_units``: the parameters are the mean of a normal output. With
-  ``fisher="exact"`` its curvature is the identity whatever the gradient: unit-wise
-  blocks, kind ``scale_shift``.
+  ``fisher="exact"``: kind ``diagonal``, for want of a layer.
 
 What else is adapted: complex parameters are taken apart into real and imaginary parts
 by ``optax.contrib.split_real_and_imaginary``; trees without a leaf, which ``kfac.tag``
-refuses, get ``optax.identity``; the layers of the last ``init`` are remembered, because
-``optax.tree.map_params`` calls ``init`` without parameters.
+refuses, get ``optax.identity``; the layers of the last ``init`` are remembered for all,
+because ``optax.tree.map_params`` calls ``init`` without parameters, where a user would
+have given layers before.
 """
 
 from typing import Any
@@ -26,12 +27,19 @@ import optax
 import kfac_jax_lite as kfac
 
 CALLS = {"init": 0, "update": 0}
+HELD: dict[str, Any] = {}
 
 
 def linear(params: Any, grads: Any) -> Any:
     """The loss whose gradient is ``grads``."""
     pairs = zip(jax.tree.leaves(params), jax.tree.leaves(grads), strict=True)
     return sum(jnp.sum(jnp.vdot(p, g)) for p, g in pairs)
+
+
+def elementwise(params: Any, grads: Any) -> Any:
+    """The same as products of entries, which JAX also does on sharded axes."""
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(grads), strict=True)
+    return sum(jnp.sum(p * g) for p, g in pairs)
 
 
 def units(params: Any, grads: Any) -> Any:
@@ -54,7 +62,6 @@ def from_gradients(loss: Any, fisher: str, make: Any) -> Any:
     Returns:
         The transformation.
     """
-    held: dict[str, Any] = {}
 
     def tagged(tree):
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
@@ -63,10 +70,10 @@ def from_gradients(loss: Any, fisher: str, make: Any) -> Any:
     def init(params):
         CALLS["init"] += 1
         if jax.tree.leaves(params):
-            held["layers"] = tagged(params).layers
-        elif "layers" not in held:
+            HELD["layers"] = tagged(params).layers
+        elif "layers" not in HELD:
             return optax.EmptyState()
-        return make(held["layers"]).init(params)
+        return make(HELD["layers"]).init(params)
 
     def update(updates, state, params=None, **extra_args):
         CALLS["update"] += 1
@@ -109,11 +116,13 @@ FACTORIES = {
     "kfac_low_rank": factory("low_rank"),
     "kfac_newton_schulz": factory("newton_schulz"),
     "kfac_units": factory("cholesky", units, "exact"),
+    "kfac_elementwise": factory("cholesky", elementwise),
 }
 
 
-# Damping so large that nothing of the curvature is left, but for one part in LIMIT.
-LIMIT = 1e8
+# Damping so large that nothing of the curvature is left: of explicit inverses, which
+# split it over two factors, one part in √LIMIT.
+LIMIT = 1e16
 
 
 def in_place(
@@ -138,7 +147,7 @@ def in_place(
         rate = lambda count: LIMIT * schedule(count)  # noqa: E731
     else:
         rate = LIMIT * learning_rate
-    return FACTORIES["kfac_eigh"](rate, LIMIT, momentum)
+    return FACTORIES["kfac"](rate, LIMIT, momentum)
 
 
 def counted(tx: Any) -> Any:

@@ -127,8 +127,9 @@ def lists_replaced(variant: str) -> Iterator[None]:
         if rows and all(
             isinstance(r, tuple) and hasattr(r[-1], "update") for r in rows
         ):
-            made = factories(variant).items()
-            return named((name, make(learning_rate=1.0)) for name, make in made)
+            made = factories(variant)
+            name = "kfac_elementwise" if variant == "ours" else "kfac"
+            return named((name, made[name](learning_rate=1.0)))
         return named(*args)
 
     parameterized.product, parameterized.named_parameters = our_product, our_named
@@ -147,6 +148,15 @@ class Stand:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["module"], name)
+
+
+def told_version(module: types.ModuleType) -> None:
+    """Of a module that skips tests for old versions of JAX, and compares text.
+
+    ``"0.10.2" < "0.7.2"``: without this all of them would be skipped.
+    """
+    if "jax" in vars(module):
+        module.jax = Stand(jax, __version__="0.9.9")  # type: ignore
 
 
 def put(module: types.ModuleType, file: File, variant: str) -> None:
@@ -184,6 +194,12 @@ def train_states(variant: str) -> list[Any]:
     return found
 
 
+def by_path(tree: Any) -> dict[str, Any]:
+    """Leaves by path."""
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in found}
+
+
 def with_payload(checkpoints: Any, variant: str) -> Stand:
     """``flax.training.checkpoints`` that saves a ``TrainState`` beside each target.
 
@@ -219,6 +235,8 @@ def with_payload(checkpoints: Any, variant: str) -> Stand:
         adapter.CALLS["update"] += 1
         seen = flax.serialization.to_state_dict(state)
         wanted = flax.serialization.to_state_dict(states[int(seen["step"])])
-        jax.tree.map(np.testing.assert_array_equal, seen, wanted)
+        # By path: orbax gives back nothing where a part of the state is empty.
+        for name, leaf in by_path(wanted).items():
+            np.testing.assert_array_equal(by_path(seen)[name], leaf)
 
     return Stand(checkpoints, save_checkpoint=save, restore_checkpoint=restore)
