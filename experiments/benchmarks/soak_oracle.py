@@ -139,7 +139,7 @@ class Oracle:
 # ---------------------------------------------------------------------- comparing
 
 
-def relative(seen: Any, wanted: np.ndarray) -> float:
+def relative(seen: Any, wanted: Any) -> float:
     """``max |seen − wanted| / max |wanted|``."""
     scale = np.abs(wanted).max()
     return float(np.abs(np.float64(seen) - wanted).max() / scale) if scale else 0.0

@@ -86,6 +86,7 @@ def run(folder, file, variant):
     """Runs a file's tests and returns records by test."""
     path = Path(folder) / file.path
     spec = importlib.util.spec_from_file_location(f"peer_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     if file.kind == "list":

@@ -101,7 +101,9 @@ def factories(variant: str) -> dict[str, Callable]:
 def listed(first: dict[str, Any], variant: str) -> tuple[dict[str, Any], ...]:
     """Entries in place of theirs, with the keys that theirs have."""
     plain = LISTED if variant == "ours" else LISTED[:1]
-    rows = [{"opt_name": name, "opt_kwargs": options} for name, options in plain]
+    rows: list[dict[str, Any]] = [
+        {"opt_name": name, "opt_kwargs": options} for name, options in plain
+    ]
     if "wrapper_name" in first:
         rows = [row | {"wrapper_name": None, "wrapper_kwargs": None} for row in rows]
         names = ("opt_name", "opt_kwargs", "wrapper_name", "wrapper_kwargs")
