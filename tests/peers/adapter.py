@@ -12,10 +12,10 @@ loss could do: the linear one, ``L(p) = Σ pᵀ g``, tagged like any other, of o
   ``fisher="exact"``: kind ``diagonal``, for want of a layer.
 
 What else is adapted: complex parameters are taken apart into real and imaginary parts
-by ``optax.contrib.split_real_and_imaginary``; trees without a leaf, which ``kfac.tag``
-refuses, get ``optax.identity``; the layers of the last ``init`` are remembered for all,
-because ``optax.tree.map_params`` calls ``init`` without parameters, where a user would
-have given layers before.
+by ``optax.contrib.split_real_and_imaginary``; trees without a leaf and whole numbers,
+both of which ``kfac.tag`` refuses, are left alone and made real; the layers of the last
+``init`` are remembered for all, because ``optax.tree.map_params`` calls ``init``
+without parameters, where a user would have given layers before.
 """
 
 from typing import Any
@@ -51,6 +51,19 @@ def units(params: Any, grads: Any) -> Any:
     return jnp.vdot(kfac.normal(whole[None])[0], slope)
 
 
+def as_arrays(tree: Any) -> Any:
+    """Python's numbers as arrays, whole numbers as real ones."""
+
+    def convert(x):
+        dtype = jnp.result_type(x)
+        real = jnp.issubdtype(dtype, jnp.inexact)
+        return jnp.asarray(x, dtype if real else jnp.float32)
+
+    return jax.tree.map(
+        lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else convert(x), tree
+    )
+
+
 def from_gradients(loss: Any, fisher: str, make: Any) -> Any:
     """A transformation of gradients alone.
 
@@ -70,6 +83,7 @@ def from_gradients(loss: Any, fisher: str, make: Any) -> Any:
     def init(params):
         CALLS["init"] += 1
         if jax.tree.leaves(params):
+            params = as_arrays(params)
             HELD["layers"] = tagged(params).layers
         elif "layers" not in HELD:
             return optax.EmptyState()
@@ -79,6 +93,7 @@ def from_gradients(loss: Any, fisher: str, make: Any) -> Any:
         CALLS["update"] += 1
         if not jax.tree.leaves(updates):
             return updates, state
+        updates = as_arrays(updates)
         found = tagged(updates)
         at = jax.tree.map(jnp.zeros_like, updates)
         *_, statistics = found.value_and_grad(at, updates, opt_state=state)

@@ -13,9 +13,6 @@ REASONS = {
     "test_optimizer_serialization_to_bytes": (
         "compares states by ==, which arrays of more than one number do not have"
     ),
-    "ExtraArgsTest.test_extra_args": (
-        "parameters are Python's whole numbers, which kfac.tag refuses by name"
-    ),
 }
 
 
