@@ -95,14 +95,13 @@ def factories(variant: str) -> dict[str, Callable]:
         del learning_rate
         return adapter.counted(optax.adam(0.1, b1))
 
-    return {"kfac": adam}
+    return dict.fromkeys(adapter.FACTORIES, adam)
 
 
-def listed(first: dict[str, Any], variant: str) -> tuple[dict[str, Any], ...]:
+def listed(first: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     """Entries in place of theirs, with the keys that theirs have."""
-    plain = LISTED if variant == "ours" else LISTED[:1]
     rows: list[dict[str, Any]] = [
-        {"opt_name": name, "opt_kwargs": options} for name, options in plain
+        {"opt_name": name, "opt_kwargs": options} for name, options in LISTED
     ]
     if "wrapper_name" in first:
         rows = [row | {"wrapper_name": None, "wrapper_kwargs": None} for row in rows]
@@ -121,7 +120,7 @@ def lists_replaced(variant: str) -> Iterator[None]:
         return rows and all(isinstance(v, dict) and "opt_name" in v for v in values)
 
     def our_product(*args, **kwargs):
-        swapped = [listed(v[0], variant) if is_list(v) else v for v in args]
+        swapped = [listed(v[0]) if is_list(v) else v for v in args]
         return product(*swapped, **kwargs)
 
     def our_named(*args):
@@ -130,7 +129,7 @@ def lists_replaced(variant: str) -> Iterator[None]:
             isinstance(r, tuple) and hasattr(r[-1], "update") for r in rows
         ):
             made = factories(variant)
-            name = "kfac_elementwise" if variant == "ours" else "kfac"
+            name = "kfac_elementwise"
             return named((name, made[name](learning_rate=1.0)))
         return named(*args)
 

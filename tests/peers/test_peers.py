@@ -96,7 +96,7 @@ def test_verdicts(monkeypatch):
     assert {k.removeprefix("Test.test_"): r["verdict"] for k, r in rows.items()} == {
         "ok": "passed",
         "idle": "untouched",
-        "named": "about the optimiser named",
+        "named": "control fails too",
         "broken": "fails as it is",
         "known": "reason known",
         "fault": "ours fails",
