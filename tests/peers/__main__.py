@@ -6,8 +6,9 @@ Every test file runs up to three times, each in a process of its own: as it is
 (``theirs``), with another optimiser of optax in the place of the one that a test names
 (``control``), and with K-FAC there (``ours``). Where the tests take a list of
 optimisers, Adam alone is the control. A test that fails with ours and with the control
-is about the optimiser it names (its numbers, the fields of its state); one that fails with ours alone is looked at, and has
-its reason in ``reasons.py`` or is a fault of ours.
+is about the optimiser it names: its numbers, the fields of its state. One that fails
+with ours alone is looked at, and has its reason in ``reasons.py`` or is a fault of
+ours.
 """
 
 import argparse
