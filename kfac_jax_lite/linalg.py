@@ -178,3 +178,16 @@ def all_finite(tree: Any) -> Array:
     sums = [jnp.sum(x, dtype=accumulation_dtype(x.dtype)) for x in leaves]
     flags = [jnp.isfinite(total) for total in sums]
     return jnp.all(jnp.stack(flags)) if flags else jnp.asarray(True)
+
+
+def norms_finite(tree) -> Array:
+    """Whether the squared norm of every leaf is finite; a scalar."""
+    # Entries beyond 1.8e19 in float32 count as broken: their products with inverses,
+    # and with themselves, overflow.
+    squares = [jnp.square(widened(x)) for x in jax.tree.leaves(tree)]
+    return all_finite(squares)
+
+
+def widened(x: Array) -> Array:
+    """In the precision that sums are taken in."""
+    return x.astype(accumulation_dtype(x.dtype))

@@ -19,7 +19,7 @@ from kfac_jax_lite.factors.state import Clock, KFACState, words, zero_statistics
 from kfac_jax_lite.intervals import Interval, every
 from kfac_jax_lite.inverse import Method, initial_inverse, method_named
 from kfac_jax_lite.inversions import inversions
-from kfac_jax_lite.linalg import all_finite
+from kfac_jax_lite.linalg import norms_finite
 from kfac_jax_lite.options import Options
 from kfac_jax_lite.ownership import Plan
 from kfac_jax_lite.placement import own_part, state_specs
@@ -106,9 +106,10 @@ def scale_by_kfac(
         An optax transformation. ``update(grads, state, params,
         statistics=statistics)``; gradients are expected to be averaged over devices
         already; ``damping=`` there overrides the one given here. A batch with a NaN
-        or Inf in gradients or statistics gives zero updates and changes nothing in the
-        state but ``skipped``; so does one with ``reject=True``, after which inverses
-        that hold damping are made anew.
+        or Inf in gradients or statistics, or with a gradient whose squared norm
+        overflows, gives zero updates and changes nothing in the state but ``skipped``;
+        so does one with ``reject=True``, after which inverses that hold damping are
+        made anew.
 
     Raises:
         ValueError: A value is out of range; layers of another model; at ``update``,
@@ -178,7 +179,7 @@ def init_state(options: Options, params: Any) -> KFACState:
     plan = options.plan(layers)
     zeros, inverses, kinds = {}, {}, {}
     for layer in layers:
-        dtype = accumulation_dtype(dtypes[layer.params[0]])
+        dtype = accumulation_dtype(dtypes.get(layer.params[0], jnp.float32))
         kinds[layer.name] = dtype
         zeros[layer.name] = zero_statistics(layer, dtype, moments)
         inverses[layer.name] = initial_inverse(layer, options.method, dtype)
@@ -312,13 +313,15 @@ def step(
 ) -> tuple[Any, KFACState]:
     """One update: reduce, average, invert, precondition."""
     layers = present_layers(options.layers, grads)
+    if not layers:  # a mask hides them all
+        return grads, state._replace(count=state.count + 1)
     plan = options.plan(layers)
     check_state(layers, state)
     before = state
     state = own_part(layers, state, plan)
     shift = damping_lib.value_at(options.damping, state.count)
     number, clock = state.count + 1, state.clock
-    accepted = everywhere(all_finite(grads), options.axis_name)
+    accepted = everywhere(norms_finite(grads), options.axis_name)
     accepted &= ~jnp.asarray(reject)
     factors, previous = dict(state.factors), dict(state.previous)
     if statistics is not None:

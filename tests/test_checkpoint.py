@@ -1,5 +1,9 @@
 """Saving and restoring, and the two training loops of Flax."""
 
+import copy
+import pickle
+
+import flax
 import flax.linen as nn
 import flax.serialization
 import jax
@@ -9,6 +13,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from flax.training import checkpoints
 from flax.training.train_state import TrainState
 
 import kfac_jax_lite as kfac
@@ -165,3 +170,94 @@ def test_nnx_optimizer():
     wanted, _, wanted_losses = train(tagged, tx, params, batches)
     close(jax.tree.leaves(nnx.state(model, nnx.Param)), jax.tree.leaves(wanted), 1e-8)
     np.testing.assert_allclose(losses, wanted_losses, rtol=1e-8)
+
+
+# ---------------------------------------------------------------- flax's checkpoints
+
+
+@pytest.mark.filterwarnings("ignore:Flax Checkpointing will soon be deprecated")
+@pytest.mark.parametrize("orbax", cases([False, True], [False]))
+def test_flax_checkpoints_keep_the_newest(tmp_path, orbax):
+    """``flax.training.checkpoints``, with flax's and with orbax's files."""
+    tagged, tx, params = first_pass("mlp")[0], transformation(), MODEL.params()
+    flax.config.update("flax_use_orbax_checkpointing", orbax)
+    try:
+        state = TrainState.create(apply_fn=None, params=params, tx=tx)
+        saved = []
+        for number, batch in enumerate(batches_of(MODEL, 3)):
+            _, grads, statistics = tagged.value_and_grad(
+                state.params, *batch, opt_state=state.opt_state
+            )
+            state = KFACTrainState.apply_gradients(
+                state, grads=grads, statistics=statistics
+            )
+            checkpoints.save_checkpoint(tmp_path, state, number, keep=2)
+            saved.append(state)
+        fresh = TrainState.create(apply_fn=None, params=MODEL.params(seed=7), tx=tx)
+        for number, options in ((2, {}), (1, {"step": 1})):
+            found = checkpoints.restore_checkpoint(tmp_path, fresh, **options)
+            assert int(found.step) == number + 1
+            pairs = (s.replace(step=np.zeros(())) for s in (found, saved[number]))
+            identical(*pairs)
+        with pytest.raises(ValueError, match="0"):
+            checkpoints.restore_checkpoint(tmp_path, fresh, step=0)
+    finally:
+        flax.config.update("flax_use_orbax_checkpointing", False)
+
+
+def test_large_arrays_are_cut_and_joined(monkeypatch):
+    """Flax cuts arrays longer than a limit: here every factor."""
+    state = train(first_pass("mlp")[0], transformation(), MODEL.params(),
+                  batches_of(MODEL, 2))[1]  # fmt: skip
+    monkeypatch.setattr(flax.serialization, "MAX_CHUNK_SIZE", 24)
+    data = flax.serialization.to_bytes(state)
+    assert data.count(b"__msgpack_chunked_array__") > 4
+    fresh = transformation().init(MODEL.params(seed=7))
+    identical(flax.serialization.from_bytes(fresh, data), state)
+
+
+@pytest.mark.parametrize("other", ["inverse", "interval", "network"])
+def test_bytes_of_another_state_are_refused(other):
+    """With the path of the first field that differs."""
+    layers, model = first_pass("mlp")[0].layers, MODEL
+    options = {"inverse": "eigh"} if other == "inverse" else {}
+    if other == "interval":
+        options = {"interval": kfac.intervals.every(2)}
+    if other == "network":
+        model, layers = BY_NAME["heads_out"], first_pass("heads_out")[0].layers
+    target = kfac.kfac(layers, 0.05, **options).init(model.params())
+    data = flax.serialization.to_bytes(transformation().init(MODEL.params()))
+    with pytest.raises(ValueError, match="at path ./kfac"):
+        flax.serialization.from_bytes(target, data)
+
+
+def test_pickle_and_deepcopy():
+    state = train(first_pass("mlp")[0], transformation(), MODEL.params(),
+                  batches_of(MODEL, 2))[1]  # fmt: skip
+    identical(pickle.loads(pickle.dumps(state)), state)
+    identical(copy.deepcopy(state), state)
+
+
+def test_nnx_optimizer_splits_and_merges():
+    """An ``nnx.Optimizer`` taken apart and put together goes on."""
+    model = NnxNetwork(nnx.Rngs(0))
+    graph, params = nnx.split(model, nnx.Param)
+    batch = MODEL.batch(4)
+
+    def loss(params, x, y):
+        return cross_entropy(nnx.merge(graph, params)(x), y)
+
+    tagged = kfac.tag(loss, params, *batch)
+    optimizer = nnx.Optimizer(model, kfac.kfac(tagged.layers, 0.05), wrt=nnx.Param)
+    _, grads, statistics = tagged.value_and_grad(
+        nnx.state(model, nnx.Param), *batch, opt_state=optimizer.opt_state
+    )
+    optimizer.update(model, grads, statistics=statistics)
+    structure, state = nnx.split(optimizer)
+    merged = nnx.merge(structure, state)
+    identical(nnx.as_pure(nnx.state(merged)), nnx.as_pure(nnx.state(optimizer)))
+    before = nnx.as_pure(nnx.state(model, nnx.Param))
+    merged.update(model, grads, statistics=statistics)
+    after = nnx.as_pure(nnx.state(model, nnx.Param))
+    moved = jax.tree.map(lambda x, y: bool((x != y).any()), before, after)
+    assert all(jax.tree.leaves(moved))

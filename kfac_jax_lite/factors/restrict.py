@@ -6,6 +6,7 @@ here.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -30,11 +31,14 @@ def present_layers(
         whole: Whether every visible parameter must be in a layer.
 
     Returns:
-        Layers, sorted by name, that own at least one leaf of the tree.
+        Layers, sorted by name, that own at least one leaf of the tree; all of them for
+        the placeholder with which ``optax.tree.map_params`` asks what a state is like.
 
     Raises:
         ValueError: The tree is not of the model that was tagged.
     """
+    if isinstance(tree, placeholder()):
+        return tuple(sorted(layers, key=lambda layer: layer.name))
     leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_masked)[0]
     found = {path_key(path): leaf for path, leaf in leaves}
     here = []
@@ -58,6 +62,19 @@ def present_layers(
     if whole:
         check_owned(here, found)
     return tuple(sorted(here, key=lambda layer: layer.name))
+
+
+@functools.cache
+def placeholder() -> type:
+    """What ``optax.tree.map_params`` gives to ``init`` in place of parameters."""
+    seen = []
+
+    def init(params):
+        seen.append(type(params))
+        return ()
+
+    optax.tree.map_params(init, lambda leaf: leaf, ())
+    return seen[0]
 
 
 def is_masked(node: Any) -> bool:
