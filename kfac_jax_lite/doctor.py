@@ -257,7 +257,7 @@ def doubled_loss(tagged: TaggedLoss, params: Any, batch: Sequence[Any]) -> float
 def sampled_share(
     tagged: TaggedLoss,
     params: Any,
-    batch: tuple[Any, ...],
+    batch: Sequence[Any],
     key: Any,
     fresh: dict[str, Any],
 ) -> float | None:
