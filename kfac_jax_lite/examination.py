@@ -107,7 +107,11 @@ def doubled_loss(
 
 
 def sampled_share(
-    tagged: TaggedLoss, params: Any, batch: tuple[Any, ...], key: Any, fresh: dict
+    tagged: TaggedLoss,
+    params: Any,
+    batch: tuple[Any, ...],
+    key: Any,
+    fresh: dict[str, Any],
 ) -> float | None:
     """Trace of the empirical Fisher matrix over that of sampled labels, or None."""
     if tagged.fisher != "empirical" or key is None:
