@@ -55,9 +55,7 @@ class Batch(NamedTuple):
     sampled: float | None
 
 
-def examined(
-    tagged: TaggedLoss, params: Any, batch: tuple[Any, ...], key: Any
-) -> Batch:
+def examined(tagged: TaggedLoss, params: Any, batch: Sequence[Any], key: Any) -> Batch:
     """Takes loss and statistics of a batch, and what else can be asked of it."""
     value, _, fresh = gradient(tagged, params, batch, key)
     rows = layer_rows(tagged, params, *batch)
@@ -70,7 +68,7 @@ def examined(
     )
 
 
-def gradient(tagged: TaggedLoss, params: Any, batch: tuple[Any, ...], key: Any) -> Any:
+def gradient(tagged: TaggedLoss, params: Any, batch: Sequence[Any], key: Any) -> Any:
     """What ``value_and_grad`` returns."""
     try:
         hash(tagged)
@@ -79,9 +77,7 @@ def gradient(tagged: TaggedLoss, params: Any, batch: tuple[Any, ...], key: Any) 
     return COMPILED(tagged, params, *batch, key=key)
 
 
-def doubled_loss(
-    tagged: TaggedLoss, params: Any, batch: tuple[Any, ...]
-) -> float | None:
+def doubled_loss(tagged: TaggedLoss, params: Any, batch: Sequence[Any]) -> float | None:
     """The loss of a batch that holds every example twice.
 
     Args:
@@ -109,7 +105,7 @@ def doubled_loss(
 def sampled_share(
     tagged: TaggedLoss,
     params: Any,
-    batch: tuple[Any, ...],
+    batch: Sequence[Any],
     key: Any,
     fresh: dict[str, Any],
 ) -> float | None:

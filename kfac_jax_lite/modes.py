@@ -130,7 +130,7 @@ class Reading:
 
 
 def evaluation_mode(
-    tagged: TaggedLoss, params: Any, batch: tuple[Any, ...]
+    tagged: TaggedLoss, params: Any, batch: Sequence[Any]
 ) -> Iterator[Finding]:
     """Traces that evaluation mode leaves in the program of a loss.
 
@@ -201,15 +201,13 @@ def unused_key(name: str) -> Finding:
     )
 
 
-def holds_examples(
-    tagged: TaggedLoss, params: Any, batch: tuple[Any, ...]
-) -> list[bool]:
+def holds_examples(tagged: TaggedLoss, params: Any, batch: Sequence[Any]) -> list[bool]:
     """Which leaves of a batch have an axis of examples, the first."""
     found = tagged.trace(params, batch, tagged.fisher != "empirical")
     return examples(found.num_examples, batch)
 
 
-def examples(terms: int, batch: tuple[Any, ...]) -> list[bool]:
+def examples(terms: int, batch: Sequence[Any]) -> list[bool]:
     """Which leaves of a batch have as many rows as there are examples.
 
     Their number is the longest leading axis that divides the number of loss terms. As
