@@ -206,15 +206,15 @@ def test_moments_turn_with_the_basis(rng):
     """``diag(Qᵀ (Q_old diag(s) Q_oldᵀ) Q)`` of the whole block, densely."""
     layer = first_pass("mlp")[0].layers[0]
     (n_a, n_g), method = layer.sizes, METHODS["ekfac"]
-    statistics = []
+    damping, statistics = jnp.asarray(0.1), []
     for _ in range(2):
         moments = rng.uniform(0.1, 1, (n_a, n_g))
         arrays = map(jnp.asarray, (spd(rng, n_a), spd(rng, n_g), moments))
         statistics.append(KroneckerStatistics(*arrays))
     start = initial_inverse(layer, method, jnp.float64)
-    old, first = method.refresh(layer, statistics[0], start, 0.1, jnp.asarray(True))
+    old, first = method.refresh(layer, statistics[0], start, damping, jnp.asarray(True))
     np.testing.assert_allclose(first.s, np.outer(old.d_a, old.d_g))
-    new, found = method.refresh(layer, statistics[1], old, 0.1, jnp.asarray(False))
+    new, found = method.refresh(layer, statistics[1], old, damping, jnp.asarray(False))
     before, after = (np.kron(b.q_a, b.q_g) for b in (old, new))
     block = before @ np.diag(statistics[1].s.ravel()) @ before.T
     wanted = np.diag(after.T @ block @ after).reshape(n_a, n_g)
