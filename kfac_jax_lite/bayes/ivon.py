@@ -150,8 +150,10 @@ def ivon(
     ):
         del extra_args
         if params is None or not isinstance(statistics, ReparameterisedStatistics):
-            wanted = "params and statistics= of kfac.bayes.value_and_grad"
-            raise ValueError(f"ivon: update wants {wanted}.")
+            raise ValueError(
+                "ivon: update wants params and statistics= of kfac.bayes."
+                "value_and_grad."
+            )
         fresh = statistics.hessian
         if axis_name is not None:
             fresh = jax.tree.map(lambda h: device_mean(h, axis_name), fresh)
