@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Literal, jaxpr_as_fun
 
-from kfac_jax_lite.tagging.layers import Plan, Ref, Site
+from kfac_jax_lite.tagging.layers import Plan, Ref, Site, scan_counts
 from kfac_jax_lite.tagging.taps import Slot
 from kfac_jax_lite.types import Array, ClosedJaxpr, Jaxpr, JaxprEqn
 
@@ -149,8 +149,8 @@ def run_scan(
     slots: Slots,
 ) -> tuple[list[Any], list[Any]]:
     """``scan``: slots of layers whose parameter it slices are sliced along."""
-    p = eqn.params
-    n_const, n_carry = p["num_consts"], p["num_carry"]
+    p, (n_const, n_carry) = eqn.params, scan_counts(eqn)
+    loop = p["jaxpr"]
     consts = operands[:n_const]
     carry = operands[n_const : n_const + n_carry]
     (inner,) = plan.children[index]
@@ -170,8 +170,8 @@ def run_scan(
         layer_slots = {k: v._replace(due=dues[k]) for k, v in layer_slots.items()}
         out, _ = self.run(
             inner,
-            p["jaxpr"].jaxpr,
-            p["jaxpr"].consts,
+            getattr(loop, "jaxpr", loop),
+            getattr(loop, "consts", ()),
             [*consts, *carry, *xs],
             {**whole, **layer_slots},
         )

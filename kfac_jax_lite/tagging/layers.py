@@ -8,7 +8,7 @@ import dataclasses
 import math
 from typing import Any
 
-from kfac_jax_lite.types import Shape
+from kfac_jax_lite.types import JaxprEqn, Shape
 from kfac_jax_lite.views import View
 
 Steps = tuple[tuple[str, Any], ...]
@@ -232,3 +232,23 @@ def positions_per_example(rows: Shape, num_examples: int) -> int | None:
         if product > num_examples:
             break
     return None
+
+
+def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
+    """How many operands of a ``scan`` are constants, and how many are carried.
+
+    Told by ranks: what is scanned over or stacked up has an axis less inside. (JAX 0.12
+    no longer writes the numbers into the equation as JAX 0.10 does.)
+
+    Returns:
+        The numbers; further operands are scanned over.
+    """
+    body = eqn.params["jaxpr"]
+    body = getattr(body, "jaxpr", body)
+
+    def kept(outside: Any, inside: Any) -> int:
+        pairs = zip(outside, inside, strict=True)
+        return sum(len(a.aval.shape) == len(b.aval.shape) for a, b in pairs)
+
+    carried = kept(eqn.outvars, body.outvars)
+    return kept(eqn.invars, body.invars) - carried, carried

@@ -14,7 +14,7 @@ from kfac_jax_lite.tagging.analysis import (
     Walk,
     rule,
 )
-from kfac_jax_lite.tagging.layers import Plan, Ref
+from kfac_jax_lite.tagging.layers import Plan, Ref, scan_counts
 from kfac_jax_lite.tagging.structure import keep
 from kfac_jax_lite.types import Jaxpr, JaxprEqn, Var
 from kfac_jax_lite.views import View
@@ -149,8 +149,8 @@ def stand_in(
 @rule("scan", always=True)
 def scan(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     """Loop constants stay whole parameters; scanned ones become stacked layers."""
-    n_const, n_carry = eqn.params["num_consts"], eqn.params["num_carry"]
-    body = eqn.params["jaxpr"].jaxpr
+    n_const, n_carry = scan_counts(eqn)
+    body = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
     facts = enterable(scope, eqn.invars, facts)
     carried = body.outvars[:n_carry]
     stacked = set()
