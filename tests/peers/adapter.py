@@ -85,7 +85,7 @@ def from_gradients(loss: Any, fisher: str, make: Any) -> Any:
         if jax.tree.leaves(params):
             params = as_arrays(params)
             HELD["layers"] = tagged(params).layers
-        elif "layers" not in HELD:
+        elif "layers" not in HELD or isinstance(params, (dict, list, tuple)):
             return optax.EmptyState()
         return make(HELD["layers"]).init(params)
 
