@@ -100,14 +100,11 @@ def factories(variant: str) -> dict[str, Callable]:
 
 def listed(first: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     """Entries in place of theirs, with the keys that theirs have."""
-    rows: list[dict[str, Any]] = [
-        {"opt_name": name, "opt_kwargs": options} for name, options in LISTED
-    ]
+    rows = [(name, options, None, None) for name, options in LISTED]
+    keys = ("opt_name", "opt_kwargs")
     if "wrapper_name" in first:
-        rows = [row | {"wrapper_name": None, "wrapper_kwargs": None} for row in rows]
-        names = ("opt_name", "opt_kwargs", "wrapper_name", "wrapper_kwargs")
-        rows += [dict(zip(names, row, strict=True)) for row in WRAPPED]
-    return tuple(rows)
+        rows, keys = [*rows, *WRAPPED], (*keys, "wrapper_name", "wrapper_kwargs")
+    return tuple(dict(zip(keys, row, strict=False)) for row in rows)
 
 
 @contextlib.contextmanager
