@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: train test lint bench docs dist clean
+.PHONY: train test coverage lint bench docs dist clean
 .DEFAULT_GOAL := test
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
@@ -19,6 +19,11 @@ train: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# Lines and branches that the tests run, also in build/coverage.json.
+coverage: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=term:skip-covered \
+		--cov-report=json:build/coverage.json $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

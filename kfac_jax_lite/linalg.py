@@ -180,7 +180,7 @@ def all_finite(tree: Any) -> Array:
     return jnp.all(jnp.stack(flags)) if flags else jnp.asarray(True)
 
 
-def norms_finite(tree) -> Array:
+def norms_finite(tree: Any) -> Array:
     """Whether the squared norm of every leaf is finite; a scalar."""
     # Entries beyond 1.8e19 in float32 count as broken: their products with inverses,
     # and with themselves, overflow.

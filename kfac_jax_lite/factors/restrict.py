@@ -67,9 +67,9 @@ def present_layers(
 @functools.cache
 def placeholder() -> type:
     """What ``optax.tree.map_params`` gives to ``init`` in place of parameters."""
-    seen = []
+    seen: list[type] = []
 
-    def init(params):
+    def init(params: Any):
         seen.append(type(params))
         return ()
 
