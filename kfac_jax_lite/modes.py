@@ -142,7 +142,7 @@ def evaluation_mode(
     Yields:
         ``stored_averages``, ``unused_key``.
     """
-    found = tagged.trace(params, batch, tagged.fisher != "empirical")
+    found = tagged.trace(params, tuple(batch), tagged.fisher != "empirical")
     num, data = len(jax.tree.leaves(params)), examples(found.num_examples, batch)
     flat, _ = jax.tree_util.tree_flatten_with_path(batch)
     leaves = [leaf for _, leaf in flat]
@@ -203,7 +203,7 @@ def unused_key(name: str) -> Finding:
 
 def holds_examples(tagged: TaggedLoss, params: Any, batch: Sequence[Any]) -> list[bool]:
     """Which leaves of a batch have an axis of examples, the first."""
-    found = tagged.trace(params, batch, tagged.fisher != "empirical")
+    found = tagged.trace(params, tuple(batch), tagged.fisher != "empirical")
     return examples(found.num_examples, batch)
 
 
@@ -221,7 +221,7 @@ def examples(terms: int, batch: Sequence[Any]) -> list[bool]:
     Returns:
         A flag per leaf.
     """
-    sizes = [size for size in leading_axes(batch) if size and terms % size == 0]
+    sizes = [size for size in leading_axes(tuple(batch)) if size and terms % size == 0]
     size = max(sizes, default=None)
     found = []
     for argument in batch:
