@@ -346,3 +346,25 @@ def test_scales_of_a_time_major_sequence_fall_back(rng):
 )
 def test_rows_of_an_example(rows, examples, each):
     assert positions_per_example(rows, examples) == each
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_masked_convolution_is_that_of_the_rest(groups, sharing, rng):
+    """Examples that a mask leaves out are as if they were not there."""
+
+    def loss(p, x, mask):
+        z = lax.conv_general_dilated(
+            x.reshape(len(x), IN, 2), p["k"], (1,), "SAME",
+            dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=groups,
+        )  # fmt: skip
+        z = kfac.normal(jnp.tanh(z).sum(1), mask=mask)
+        return jnp.sum(mask * jnp.sum(z**2, -1)) / jnp.sum(mask)
+
+    params = {"k": jnp.asarray(rng.normal(size=(3, 2 // groups, 4)))}
+    x, mask = jnp.asarray(rng.normal(size=(B, 2 * IN))), jnp.arange(B) % 2 == 0
+    seen, wanted = (
+        jax.jit(kfac.tag(loss, *a, weight_sharing=sharing).value_and_grad)(*a)[-1]["k"]
+        for a in ((params, x, mask), (params, x[mask], mask[mask]))
+    )
+    close(seen, wanted, 1e-6)
