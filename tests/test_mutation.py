@@ -75,6 +75,14 @@ def test_plausible_operators(operator, kept):
     assert mutants.plausible(operator) is kept
 
 
+def test_drawn_mutants_are_replayed(one_module):
+    for mutant in mutants.drawn(5, 0):
+        row = {"module": mutant.module, "name": mutant.name, "change": mutant.change}
+        again = mutants.replayed(row)
+        assert again is None or again == mutant
+    assert mutants.replayed(row | {"change": ["no such line", "x"]}) is None
+
+
 def test_controls_change_nothing(one_module):
     for mutant in mutants.controls(3, 0):
         assert mutant.source == SMALL.read_text() and not mutant.change
@@ -188,14 +196,14 @@ def test_what_is_done_is_not_done_again(one_module, tmp_path):
     todo = list(wanted(run))
     outcomes = itertools.cycle(["killed", "survived", "timeout"])
     rows = [
-        {"id": m.identity, "outcome": o} for m, o in zip(todo, outcomes, strict=False)
+        vars(m) | {"id": m.identity, "change": m.change, "outcome": outcome}
+        for m, outcome in zip(todo, outcomes, strict=False)
     ]
     out.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
     assert [m.identity for m in wanted(run)] == [rows[-1]["id"]]
+    lost = [r for r in rows[:-1] if r["outcome"] != "killed" and r["kind"] != "control"]
     again = {m.identity for m in wanted(Run(drawn=5, controls=1, out=out, again=True))}
-    assert again == {r["id"] for r in rows[:-1] if r["outcome"] != "killed"} | {
-        rows[-1]["id"]
-    }
+    assert again == {r["id"] for r in [*lost, rows[-1]]}
     assert len(recorded(out)) == len(rows) - 1
 
 

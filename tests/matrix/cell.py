@@ -158,5 +158,5 @@ def run_cell(
     row |= {"sources": cell.sources, "versions": installed(python)}
     row |= counts(report) | {"seconds": round(time.perf_counter() - start)}
     if succeeded(row):
-        shutil.rmtree(environment)
+        shutil.rmtree(environment, ignore_errors=True)
     return row

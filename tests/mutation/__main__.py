@@ -34,7 +34,7 @@ class Run:
         seed: Of the draw.
         budget: Seconds of tests, as they were measured, that a mutant has to survive.
         workers: Mutants at once.
-        again: Try once more what survived or timed out (with a larger budget, say).
+        again: Try once more what was not caught (with a larger budget, say).
         out: The results, as JSON lines.
     """
 
@@ -67,19 +67,25 @@ def recorded(path: Path) -> dict[str, dict[str, Any]]:
     return {row["id"]: row for row in rows}
 
 
+AGAIN = ("survived", "timeout", "error")
+
+
 def wanted(run: Run) -> Iterator[Mutant]:
     """All mutants of a run that are still to be tried."""
     known = recorded(run.out)
+    once_more = {k for k, r in known.items() if run.again and r["outcome"] in AGAIN}
+    drawn = [known[k] for k in once_more if known[k]["kind"] == "drawn"]
     yielded = set()
     for mutant in (
         *mutants.formulas(),
+        *filter(None, map(mutants.replayed, drawn)),
         *mutants.controls(run.controls, run.seed),
         *mutants.drawn(run.drawn, run.seed),
     ):
-        row = known.get(mutant.identity)
-        again = row and run.again and row["outcome"] in ("survived", "timeout")
-        if (row is None or again) and mutant.identity not in yielded:
-            yielded.add(mutant.identity)
+        key = mutant.identity
+        new = key not in known or (key in once_more and mutant.kind != "control")
+        if new and key not in yielded:
+            yielded.add(key)
             yield mutant
 
 

@@ -6,9 +6,10 @@ import hashlib
 import itertools
 import random
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cosmic_ray import plugins
 from cosmic_ray.ast import ast_nodes, get_ast
@@ -145,6 +146,8 @@ def drawn(count: int, seed: int) -> Iterator[Mutant]:
     Yields:
         Mutants whose module still compiles.
     """
+    if not count:
+        return
     places: dict[tuple[Path, tuple[int, int]], list[tuple[str, int]]] = {}
     for path in core():
         for position, operator, occurrence in sites(path):
@@ -165,6 +168,27 @@ def drawn(count: int, seed: int) -> Iterator[Mutant]:
         count -= 1
         if not count:
             return
+
+
+def replayed(row: Mapping[str, Any]) -> Mutant | None:
+    """A drawn mutant of earlier results, in the code as it is now.
+
+    Args:
+        row: Its record.
+
+    Returns:
+        The mutant; None if its line is not there exactly once any more.
+    """
+    original = (ROOT / row["module"]).read_text()
+    lines = original.splitlines()
+    before, after = row["change"][:2]
+    places = [i for i, line in enumerate(lines) if line.strip() == before]
+    if len(places) != 1 or len(row["change"]) != 2:
+        return None
+    (place,) = places
+    lines[place] = lines[place].replace(before, after)
+    source = "\n".join([*lines, ""])
+    return Mutant(row["module"], place + 1, row["name"], "drawn", source, original)
 
 
 def compiles(source: str) -> bool:
