@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint
+import orbax.checkpoint as ocp
 
 import kfac_jax_lite as kfac
 from experiments.benchmarks import soak_oracle
@@ -183,7 +183,7 @@ class Player:
             data = flax.serialization.to_bytes(saved)
             restored = flax.serialization.from_bytes(saved, data)
         else:
-            with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+            with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(folder, saved)
                 checkpointer.wait_until_finished()
                 restored = checkpointer.restore(folder, saved)

@@ -137,8 +137,8 @@ def ivon(
     def init_fn(params: Any):
         zeros, start = averages_like(params), averages_like(params, initial)
         numbers = [jnp.asarray(x, jnp.float32) for x in scale]
-        count = jnp.zeros((), jnp.int32)
-        return IVONState(count, zeros, start, rate.init(params), *numbers)
+        first, count = rate.init(params), jnp.zeros((), jnp.int32)
+        return IVONState(count, zeros, start, first, *numbers)
 
     def update_fn(
         updates: Any,
@@ -146,9 +146,8 @@ def ivon(
         params: Any = None,
         *,
         statistics: Any = None,
-        **extra_args: Any,
+        **_: Any,
     ):
-        del extra_args
         if params is None or not isinstance(statistics, ReparameterisedStatistics):
             raise ValueError(
                 "ivon: update wants params and statistics= of kfac.bayes."
@@ -171,9 +170,8 @@ def ivon(
             hessian,
         )
         steps, rates = rate.update(steps, state.rate, params)
-        accepted = all_finite((updates, fresh))
+        accepted, zeros = all_finite((updates, fresh)), optax.tree.zeros_like(steps)
         new = state._replace(count=count, gradient=mean, hessian=hessian, rate=rates)
-        zeros = optax.tree.zeros_like(steps)
         return choose(accepted, steps, zeros), choose(accepted, new, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -33,7 +33,7 @@ The same was done with nothing changed {controls} times, and {passed} times all 
 {command}
 """
 COMMAND = """\
-```bash
+```sh
 .venv/bin/python -m tests.mutation measure   # the fast suite: which test runs a line
 .venv/bin/python -m tests.mutation run       # resumable, a progress bar
 .venv/bin/python -m tests.mutation report    # this page
