@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -14,6 +13,7 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
+from tests.matrix.sources import copy, tracked
 from tests.mutation import mutants
 from tests.mutation.covering import Covering, measure, within
 from tests.mutation.mutants import ROOT, Mutant
@@ -21,6 +21,7 @@ from tests.mutation.page import write
 from tests.mutation.trial import attempt
 
 LEAST_LIMIT = 120  # seconds that even the quickest tests are given
+AGAIN = ("survived", "timeout", "error")
 RESULTS = mutants.HERE / "results" / "mutants.jsonl"
 
 
@@ -67,9 +68,6 @@ def recorded(path: Path) -> dict[str, dict[str, Any]]:
     return {row["id"]: row for row in rows}
 
 
-AGAIN = ("survived", "timeout", "error")
-
-
 def wanted(run: Run) -> Iterator[Mutant]:
     """All mutants of a run that are still to be tried."""
     known = recorded(run.out)
@@ -89,20 +87,13 @@ def wanted(run: Run) -> Iterator[Mutant]:
             yield mutant
 
 
-def copy(folder: Path) -> None:
-    """Copies the files that git knows, with the cache of compiled programs."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    for name in listed.stdout.splitlines():
-        if (ROOT / name).is_file():
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, target)
+def copied(folder: Path) -> Path:
+    """A copy of the checkout, with the cache of compiled programs."""
+    copy(tracked(), folder)
     cache = ROOT / ".pytest_cache"
     if cache.exists():
         shutil.copytree(cache, folder / cache.name)
+    return folder
 
 
 def tried(mutant: Mutant, folder: Path, covering: Covering, budget: float) -> dict:
@@ -138,8 +129,7 @@ def go(run: Run) -> None:
     with tempfile.TemporaryDirectory(prefix="mutants-") as parent:
         folders: SimpleQueue[Path] = SimpleQueue()
         for number in range(run.workers):
-            copy(Path(parent) / str(number))
-            folders.put(Path(parent) / str(number))
+            folders.put(copied(Path(parent) / str(number)))
 
         def one(mutant: Mutant) -> dict:
             folder = folders.get()
