@@ -9,7 +9,6 @@ Notation: ``R`` rows, factors of shape ``[*blocks, d, d]``; ``A`` is ``a × a`` 
 diagonal nothing.
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -72,7 +71,7 @@ def layer_rows(tagged: TaggedLoss, params: Any, *args: Any) -> dict[str, Rows]:
             continue
         masked = MASK in found.marks
         recipe = make_recipe(layer, sites, n, reduce, masked, tagged.subsample)
-        forward = count_rows([s for s in sites if not s.reverse], n, False)
+        forward = count_rows([s for s in sites if not s.reverse], False)
         if recipe.by_example:
             statistics = n
         elif layer.kind == "scale_shift":
@@ -94,11 +93,9 @@ def saved_flops(site: Site, recipe: Recipe) -> int:
     lattice = recipe.lattice(site)
     if lattice is not None:
         geometry = sampled_geometry(geometry, lattice)
-        n = lattice.kept[0]
-        recipe = dataclasses.replace(recipe, num_examples=n)
         if lattice.uneven:
             return 0
-    axis = chosen_axis(geometry, recipe)
+    axis = chosen_axis(geometry, recipe.at(site))
     if axis is None:
         return 0
     rows, size = math.prod(geometry.rows), recipe.layer.a_shape[-1]

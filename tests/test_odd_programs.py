@@ -9,7 +9,6 @@ import pytest
 from jax import lax
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite.tagging.layers import positions_per_example
 from tests.helpers import close
 
 B, IN, OUT = 6, 4, 3
@@ -310,42 +309,6 @@ def test_shift_used_twice_for_every_sequence(rng):
     examples = jax.jit(jax.vmap(jax.grad(loss), (None, 0, 0)))
     each = examples(params, x[:, None], y[:, None])["s"]  # of the mean over 3 terms
     close(found.blocks[:, 0, 0], (each**2).sum(0) * 3 / B, 1e-9)
-
-
-def test_scales_of_a_time_major_sequence_fall_back(rng):
-    """Twice as many steps as examples: the first axis is not taken for examples."""
-
-    def loss(p, x, y):
-        h = jnp.swapaxes(x.reshape(B, 1, IN) * jnp.ones((2 * B, 1)), 0, 1)
-        z = jnp.tanh(jnp.tanh(h) * p["scale"] + p["shift"]).sum(0)
-        return squares(kfac.normal(z @ p["w"]), y)
-
-    params, x, y = problem(rng, {"scale": (IN,), "shift": (IN,), "w": (IN, OUT)})
-    tagged = kfac.tag(loss, params, x, y)
-    assert {x.name: x.kind for x in tagged.layers} == {
-        "scale": "diagonal",
-        "shift": "diagonal",
-        "w": "dense",
-    }
-    assert all("axis of" in x.note for x in tagged.layers if x.kind == "diagonal")
-
-
-@pytest.mark.parametrize(
-    ("rows", "examples", "each"),
-    [
-        ((4,), 4, 1),
-        ((12,), 4, 3),
-        ((4, 3), 4, 3),
-        ((4, 3), 12, 1),
-        ((4, 4), 4, 4),
-        ((8, 4), 4, None),
-        ((8, 2), 4, 4),
-        ((6, 4), 4, None),
-        ((5, 4), 1, 20),
-    ],
-)
-def test_rows_of_an_example(rows, examples, each):
-    assert positions_per_example(rows, examples) == each
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -124,7 +124,7 @@ def shift_axis(geometry: ConvGeometry) -> int | None:
 
 def chosen_axis(geometry: ConvGeometry, recipe: Recipe) -> int | None:
     """``shift_axis`` where every row of a full factor counts by itself, else None."""
-    all_rows = not recipe.masked and recipe.positions(geometry.rows) == 1
+    all_rows = not recipe.masked and recipe.positions == 1
     full = recipe.layer.a_form == FULL
     return shift_axis(geometry) if all_rows and full else None
 
@@ -300,11 +300,11 @@ def patch_factor(
         x, live = chunk
         rows = dense.along(geometry, inputs, "in", patches(geometry, x))
         live = None if live is None else live.reshape(-1)
-        rows = dense.homogeneous(rows, recipe, geometry.rows, live)
+        rows = dense.homogeneous(rows, recipe, live)
         return dense.input_factor(rows, recipe, form)
 
     live = None if live is None else live.reshape(batch, -1)
-    if recipe.positions(geometry.rows) not in (1, math.prod(space)):
+    if recipe.positions not in (1, math.prod(space)):
         return factor((x, live))
     elements = math.prod(geometry.rows) * geometry.n_in * geometry.groups
     return by_chunks(factor, (x, live), elements)

@@ -85,11 +85,9 @@ def moved(steps: Steps, value: Array) -> Array:
     return value
 
 
-def homogeneous(
-    x: Array, recipe: Recipe, rows: Shape, live: Array | None = None
-) -> Array:
+def homogeneous(x: Array, recipe: Recipe, live: Array | None = None) -> Array:
     """Averages positions and appends 1 for the bias: ``[*blocks, R, in+1]``."""
-    k = recipe.positions(rows)
+    k = recipe.positions
     if k > 1 and not recipe.by_example:
         x = x.reshape(*x.shape[:-2], x.shape[-2] // k, k, x.shape[-1])
         x = x.mean(-2, dtype=accumulation_dtype(x.dtype))
@@ -98,9 +96,9 @@ def homogeneous(
     return x if live is None else jnp.where(live[..., None], x, 0)
 
 
-def summed(c: Array, recipe: Recipe, rows: Shape) -> Array:
+def summed(c: Array, recipe: Recipe) -> Array:
     """Reduces positions by their sum: ``[*blocks, R, out]``."""
-    k = recipe.positions(rows)
+    k = recipe.positions
     if k > 1:
         c = c.reshape(*c.shape[:-2], -1, k, c.shape[-1])
         c = c.sum(-2, dtype=accumulation_dtype(c.dtype))

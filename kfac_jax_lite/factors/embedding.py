@@ -58,7 +58,7 @@ def input_factor(
     """``A``'s diagonal, ``[*blocks, vocabulary]``."""
     token, weight = token_rows(geometry, inputs, live)
     value = jnp.square(weight.astype(accumulation_dtype(weight.dtype)))
-    k = recipe.positions(geometry.rows)
+    k = recipe.positions
     if k > 1:  # Σ_t of the example's count of token i_t is that count squared
         pairs = token.reshape(*token.shape[:-1], -1, k)
         same = pairs[..., :, None] == pairs[..., None, :]

@@ -20,9 +20,8 @@ import jax.numpy as jnp
 from kfac_jax_lite import forms
 from kfac_jax_lite.factors.sampling import Lattice, Subsample, lattice_of
 from kfac_jax_lite.linalg import expanded
-from kfac_jax_lite.tagging.layers import Site, positions_per_example
+from kfac_jax_lite.tagging.layers import Site
 from kfac_jax_lite.types import Array, LayerTag, accumulation_dtype
-from kfac_jax_lite.views import Shape
 
 # What does not depend on the labels: of a sampled Fisher, it comes from the plain pass.
 INPUT_SIDE = frozenset({"a", "a_out"})
@@ -42,6 +41,7 @@ class Recipe:
         reduce: Whether rows of one example are reduced first.
         by_example: Whether positions are added up over several sites.
         examples: Of scales and shifts: how many examples then have a sum.
+        positions: Of the recipe ``at`` one site: how many consecutive rows are reduced.
         masked: Whether only rows count whose cotangent is not zero.
         subsample: Which of its rows are taken.
         squares: Whether squares of the examples' gradients are wanted, not factors;
@@ -58,17 +58,18 @@ class Recipe:
     subsample: Subsample = Subsample()
     squares: bool = False
     examples: int = 0
+    positions: int = 1
 
     def lattice(self, site: Site) -> Lattice | None:
         """The rows that are taken at one of its sites; None: all."""
         n, name = self.num_examples, self.layer.name
-        return lattice_of(self.subsample, name, site.geometry, n, self.reduce)
+        return lattice_of(self.subsample, name, site, n, self.reduce)
 
-    def positions(self, rows: Shape) -> int:
-        """How many consecutive rows are one example's, where they are reduced."""
-        if not self.reduce:
-            return 1
-        return positions_per_example(rows, self.num_examples) or 1
+    def at(self, site: Site, num_examples: int | None = None) -> "Recipe":
+        """The recipe at one of its sites, of all examples or of a part of them."""
+        positions = site.positions or 1 if self.reduce else 1
+        n = self.num_examples if num_examples is None else num_examples
+        return dataclasses.replace(self, num_examples=n, positions=positions)
 
 
 def make_recipe(
@@ -84,7 +85,7 @@ def make_recipe(
 
     def rows(reverse: bool, reduced: bool = reduce) -> int:
         chosen = [s for s in sites if s.reverse == reverse]
-        return count_rows(chosen, num_examples, reduced)
+        return count_rows(chosen, reduced)
 
     several = len(sites) > 1 or any(s.repeat > 1 for s in sites)
     examples = num_examples
@@ -97,8 +98,7 @@ def make_recipe(
             layer, num_examples, 0, by_example=several, masked=masked, squares=True
         )
     else:
-        every = [positions_per_example(s.geometry.rows, num_examples) for s in sites]
-        by_example = reduce and all(every) and not layer.tied
+        by_example = reduce and all(s.positions for s in sites) and not layer.tied
         by_example = by_example and (several or masked)
         if by_example and subsample != Subsample():
             raise ValueError(
@@ -121,7 +121,7 @@ def make_recipe(
 def check_rows(layer: LayerTag, sites: list[Site], num_examples: int) -> None:
     """Every row must be one example's."""
     for site in sites:
-        if positions_per_example(site.geometry.rows, num_examples) is None:
+        if site.positions is None:
             raise ValueError(
                 f"layer {layer.name}: squares of single examples' gradients need rows "
                 f"that belong to the {num_examples} terms of the loss, got rows "
@@ -129,13 +129,13 @@ def check_rows(layer: LayerTag, sites: list[Site], num_examples: int) -> None:
             )
 
 
-def count_rows(sites: list[Site], num_examples: int, reduce: bool) -> int:
+def count_rows(sites: list[Site], reduce: bool) -> int:
     """``R``: rows over all sites and repetitions; of a ``cond``, the largest branch."""
 
     def rows_of(site: Site) -> int:
         rows = math.prod(site.geometry.rows)
         if reduce:
-            rows //= positions_per_example(site.geometry.rows, num_examples) or 1
+            rows //= site.positions or 1
         return rows * site.repeat
 
     def total(sites: list[Site], depth: int) -> int:

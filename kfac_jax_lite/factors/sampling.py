@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from kfac_jax_lite.tagging.layers import ConvGeometry, Geometry, positions_per_example
+from kfac_jax_lite.tagging.layers import ConvGeometry, Site
 from kfac_jax_lite.tree import vary, varying_axes
 from kfac_jax_lite.types import Array
 from kfac_jax_lite.views import Shape
@@ -104,7 +104,7 @@ class Lattice(NamedTuple):
 def lattice_of(
     subsample: Subsample,
     name: str,
-    geometry: Geometry,
+    site: Site,
     num_examples: int,
     reduce: bool,
 ) -> Lattice | None:
@@ -113,7 +113,7 @@ def lattice_of(
     Args:
         subsample: What the user asked for.
         name: The layer's name, for errors.
-        geometry: The site's geometry.
+        site: The site.
         num_examples: ``N``.
         reduce: Whether positions are reduced first.
 
@@ -126,8 +126,7 @@ def lattice_of(
     """
     if subsample == Subsample():
         return None
-    rows = geometry.rows
-    each = positions_per_example(rows, num_examples)
+    rows, each = site.geometry.rows, site.positions
     if each is None:
         raise ValueError(
             f"layer {name}: subsample needs rows in the order of the examples, got "
@@ -144,7 +143,7 @@ def lattice_of(
             f"'reduce' with rows {rows} for {num_examples} examples."
         )
     space: Shape = (each,)
-    if isinstance(geometry, ConvGeometry):
+    if isinstance(site.geometry, ConvGeometry):
         if rows[0] % num_examples:
             raise ValueError(
                 f"layer {name}: subsample wants the examples along the batch axis of a "
@@ -152,6 +151,6 @@ def lattice_of(
             )
         space = (rows[0] // num_examples, *rows[1:])
     steps = [min(subsample.positions, n) for n in space]
-    if isinstance(geometry, ConvGeometry):
+    if isinstance(site.geometry, ConvGeometry):
         steps[0] = 1
     return Lattice((num_examples, *space), (subsample.examples, *steps))

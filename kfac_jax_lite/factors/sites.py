@@ -1,6 +1,5 @@
 """Which estimators a site is tapped with: one for every probe that the site feeds."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,6 @@ from kfac_jax_lite.tagging.layers import (
 )
 from kfac_jax_lite.tagging.taps import Estimator, Slot, estimated, tap
 from kfac_jax_lite.types import Array
-from kfac_jax_lite.views import Shape
 
 
 def tap_site(
@@ -98,7 +96,8 @@ def estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
     def input_factor(inputs: Any, c: Array):
         if isinstance(geometry, EmbeddingGeometry):
             live = live_of(recipe, site)(inputs, c)
-            return embedding.input_factor(geometry, inputs[0], recipe, live)
+            part = recipe.at(site)
+            return embedding.input_factor(geometry, inputs[0], part, live)
         if isinstance(geometry, ConvGeometry) and geometry.n_in:
             part, own, x = conv_sample(recipe, site, inputs)
             live = taken_live(recipe, site, inputs, c)
@@ -181,7 +180,7 @@ def eigenbasis_moment(recipe: Recipe, site: Site, inputs: Any, c: Array) -> Arra
     if isinstance(geometry, EmbeddingGeometry):
         rows = forms.turned(rows, q_g, layer.g_form, wide_g)
         live = live_of(recipe, site)(inputs, c)
-        k = recipe.positions(geometry.rows)
+        k = recipe.at(site).positions
         if k > 1:
             x = embedding.example_sums(geometry, inputs[0], recipe, live) / k
             x = jnp.square(taken(recipe, site, inputs, x))
@@ -209,12 +208,12 @@ def input_rows(recipe: Recipe, site: Site, inputs: Any, c: Array) -> Array:
         part, own, x = conv_sample(recipe, site, inputs)
         x = dense.along(own, inputs[0], "in", conv.patches(own, x))
         live = taken_live(recipe, site, inputs, c)
-        return dense.homogeneous(x, part, own.rows, live)
+        return dense.homogeneous(x, part, live)
     else:
         x = dense.input_rows(geometry, inputs[0])  # type: ignore[arg-type]
     x = taken(recipe, site, inputs, x)
-    part, rows = sample_of(recipe, site)
-    return dense.homogeneous(x, part, rows, taken_live(recipe, site, inputs, c))
+    live = taken_live(recipe, site, inputs, c)
+    return dense.homogeneous(x, sample_of(recipe, site), live)
 
 
 def conv_sample(
@@ -225,15 +224,13 @@ def conv_sample(
     x, lattice = conv.channels_last(geometry, inputs[0]), recipe.lattice(site)
     if lattice is not None:
         geometry, x = conv.sampled(geometry, x, lattice, inputs[2])
-    return sample_of(recipe, site)[0], geometry, x
+    return sample_of(recipe, site), geometry, x
 
 
-def sample_of(recipe: Recipe, site: Site) -> tuple[Recipe, Shape]:
-    """Recipe and rows of the part that is taken."""
+def sample_of(recipe: Recipe, site: Site) -> Recipe:
+    """The recipe of the part that is taken at a site."""
     lattice = recipe.lattice(site)
-    if lattice is None:
-        return recipe, site.geometry.rows
-    return dataclasses.replace(recipe, num_examples=lattice.kept[0]), lattice.kept
+    return recipe.at(site, lattice.kept[0] if lattice else None)
 
 
 def taken(recipe: Recipe, site: Site, inputs: Any, rows: Array) -> Array:
@@ -269,7 +266,7 @@ def output_rows(site: Site, inputs: Any, c: Array) -> Array:
 def summed_rows(recipe: Recipe, site: Site, inputs: Any, c: Array) -> Array:
     """Cotangent rows that are taken, after ``reduce``."""
     rows = taken(recipe, site, inputs, output_rows(site, inputs, c))
-    return dense.summed(rows, *sample_of(recipe, site))
+    return dense.summed(rows, sample_of(recipe, site))
 
 
 def live_of(recipe: Recipe, site: Site) -> Callable[[Any, Array], Any]:

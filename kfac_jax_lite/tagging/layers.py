@@ -142,6 +142,8 @@ class Site:
         reverse: Whether the weight is used in the direction opposite to its layer's.
         place: The plan and the number of the equation it stands behind.
         by_hand: Whether the user named it, whatever else uses its parameters.
+        positions: How many rows in a row are one example's; None: they are not side by
+            side, or it cannot be told.
     """
 
     kind: str
@@ -155,6 +157,7 @@ class Site:
     reverse: bool = False
     place: tuple["Plan", int] | None = None
     by_hand: bool = False
+    positions: int | None = None
 
     @property
     def primary(self) -> View:
@@ -211,27 +214,6 @@ class Plan:
         own = [s for ss in self.sites.values() for s in ss if s.layer is not None]
         inner = [s for ps in self.children.values() for p in ps for s in p.all_sites()]
         return own + inner
-
-
-def positions_per_example(rows: Shape, num_examples: int) -> int | None:
-    """How many rows belong to one example, when rows are example-major.
-
-    The examples are found as the leading axes whose product is ``num_examples``, or as
-    a leading axis that flattens examples and positions, unless a later axis is as long
-    as there are examples: then these are more likely there (time comes first).
-
-    Returns:
-        ``R / N`` with rows reshapable to ``[N, R / N]``, or None when they are not.
-    """
-    product, flat = 1, num_examples == 1 or num_examples not in rows[1:]
-    for size in rows:
-        product *= size
-        flattened = flat and size == product and size % num_examples == 0
-        if product == num_examples or flattened:
-            return math.prod(rows) // num_examples
-        if product > num_examples:
-            break
-    return None
 
 
 def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:

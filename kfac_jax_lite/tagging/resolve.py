@@ -10,10 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kfac_jax_lite.tagging.analysis import Walk
-from kfac_jax_lite.tagging.layers import (
-    Site,
-    positions_per_example,
-)
+from kfac_jax_lite.tagging.layers import Site
 from kfac_jax_lite.tagging.tags import (
     Facts,
     Group,
@@ -74,7 +71,7 @@ def group_sites(walk: Walk, facts: Facts, reasons: dict[int, str]) -> list[Group
     groups: dict[tuple[Any, ...], Group] = {}
     waiting = batched_sites(walk, facts)
     for site in waiting:
-        if site.kind == "scale_shift" and not place_examples(site, facts):
+        if site.kind == "scale_shift" and not grouped_by_example(site, facts):
             for view in site.views.values():
                 walk.uses[view.leaf].append(
                     f"a scale or shift without an axis of {facts.num_examples} examples"
@@ -126,7 +123,7 @@ def batched_sites(walk: Walk, facts: Facts) -> list[Site]:
     return kept
 
 
-def place_examples(site: Site, facts: Facts) -> bool:
+def grouped_by_example(site: Site, facts: Facts) -> bool:
     """Finds which rows of a scale or shift belong to one example.
 
     The examples are the loss terms, or (a parameter added to whole sequences) leading
@@ -135,11 +132,10 @@ def place_examples(site: Site, facts: Facts) -> bool:
     Returns:
         Whether there are examples.
     """
-    geometry, n = site.geometry, facts.num_examples
-    positions = positions_per_example(geometry.rows, n)
+    geometry, n, positions = site.geometry, facts.num_examples, site.positions
     if positions is None:
         rows = geometry.rows
-        if not rows or rows[0] not in facts.batch_sizes or n % rows[0]:
+        if not rows or rows[0] == n or rows[0] not in facts.batch_sizes or n % rows[0]:
             return False
         positions = math.prod(rows[1:])
     site.geometry = dataclasses.replace(geometry, positions=positions)  # type: ignore

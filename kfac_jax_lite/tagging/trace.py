@@ -16,6 +16,7 @@ from kfac_jax_lite.tagging import matchers as _matchers
 from kfac_jax_lite.tagging import nesting as _nesting
 from kfac_jax_lite.tagging import structure as _structure
 from kfac_jax_lite.tagging.analysis import Walk, analyse
+from kfac_jax_lite.tagging.examples import place_examples
 from kfac_jax_lite.tagging.layers import Plan, Site
 from kfac_jax_lite.tagging.resolve import resolve
 from kfac_jax_lite.tagging.tags import Facts, plain
@@ -107,6 +108,7 @@ def trace(
     if walk.while_leaves:
         check_while(loss_fn, params, args, has_aux, flat, walk.while_leaves)
     n = count_examples(walk, args, options.num_examples)
+    place_examples(walk, plan, closed.jaxpr, len(flat), n)
     check_marks(walk, options.sampled)
     check_masks(walk)
     paths = [without_value(path) for path, _ in flat]

@@ -1,7 +1,6 @@
 """What must hold for every program: gradients, coverage, statistics, reports."""
 
 import collections
-import re
 from typing import Any
 
 import jax
@@ -216,9 +215,6 @@ class Comparison:
             self.units(claim, seen.blocks)
             return
         found: Any = [self.block(layer, *pair) for pair in claim.blocks()]
-        if None in found:
-            SEEN["rows whose order cannot be told"] += 1
-            return
         for field in found[0]:
             wanted = np.stack([one[field] for one in found])
             actual = np.asarray(getattr(seen, field))
@@ -233,7 +229,7 @@ class Comparison:
             raise Wrong(f"{field} is off by {error:.2g}:\n{actual}\nwanted\n{wanted}")
 
     def block(self, layer, weight, bias):
-        """The statistics of one block, by field; None where rows are ambiguous."""
+        """The statistics of one block, by field."""
         if weight is None:
             forward, reverse = oracle.bias_alone(self.recording, bias, self.fisher), []
         else:
@@ -251,9 +247,6 @@ class Comparison:
             reverse = []
         if layer.tied != bool(reverse):
             raise Wrong(f"tied is {layer.tied}, but {len(reverse)} uses are reverse")
-        grouped = self.squares or self.sharing == "reduce"
-        if grouped and self.vague(forward + reverse):
-            return None
         return self.fields(layer, forward, reverse)
 
     def fields(self, layer, forward, reverse):
@@ -272,30 +265,8 @@ class Comparison:
             found |= {"a_out": a, "g_out": np.diag(g) if one_hot else g}
         return found
 
-    def vague(self, sites):
-        """Whether rows are laid out in an order that shapes alone mistake."""
-        if "Members(" in repr(self.program) or "'examples'" in repr(self.program):
-            return True
-        terms = self.program.terms
-        for site in sites:
-            k = oracle.positions(site.use.rows, terms)
-            if k is not None and terms == self.program.batch:
-                groups = site.use.example.reshape(terms, -1)
-                if (groups != groups[:, :1]).any():
-                    return True
-        return False
-
-    def members_look_like_examples(self):
-        """Whether rows ``[members, examples]`` may be read as examples first."""
-        shared = re.search(r"Members\(.*stacked=False", repr(self.program), re.DOTALL)
-        batch, terms = self.program.batch, self.program.terms
-        return bool(shared) and (batch == 2 or terms == 2 * batch)
-
     def units(self, claim, actual):
         """Unit-wise blocks of scales and shifts."""
-        if self.members_look_like_examples():
-            SEEN["rows whose order cannot be told"] += 1
-            return
         roles = [r for r in ("scale", "shift") if r in claim.parts]
         entries = np.stack([claim.parts[r].ravel() for r in roles], -1)
         known = self.recording, entries, self.program, self.fisher

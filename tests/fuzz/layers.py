@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from tests import oracles
-from tests.fuzz.runs import Use, elementwise_use, lead_of, matrix_use
+from tests.fuzz.runs import Use, elementwise_use, matrix_use
 
 LOOKUPS = (
     "index", "take", "one_hot", "columns", "scaled", "scaled_after", "clipped",
@@ -59,9 +59,8 @@ class Embed:
 
         def uses():
             rows = jax.nn.one_hot(ids, self.vocab, dtype=jnp.float64)
-            flat = self.form == "flat_ids"
-            known = {"scales": (scale, 1.0), "layer": "embedding", "flat": flat}
-            return [matrix_use(run, index, rows, **known)]
+            scales = (scale, 1.0)
+            return [matrix_use(index, rows, scales=scales, layer="embedding")]
 
         z = run.site(self.looked_up(run.params[self.name], ids), uses)
         z = math.sqrt(self.width) * z if self.form == "scaled_after" else z
@@ -70,12 +69,12 @@ class Embed:
         table, index = (d[self.name + "_positions"] for d in (run.params, run.index))
         if self.positions == "looked_up":
             rows = jnp.broadcast_to(jnp.eye(self.length), (*ids.shape, self.length))
-            use = lambda: [matrix_use(run, index, rows, layer="embedding")]  # noqa: E731
+            use = lambda: [matrix_use(index, rows, layer="embedding")]  # noqa: E731
             return run.site(z + table[jnp.arange(self.length)], use)
         if self.positions == "sliced":
             table, index = table[: self.length], index[: self.length]
         y = z + table
-        return run.site(y, lambda: [elementwise_use(run, "shift", index, 1.0, y.shape)])
+        return run.site(y, lambda: [elementwise_use("shift", index, 1.0, y.shape)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +132,7 @@ class Conv:
             return z
         y = z + run.params[self.name + "_bias"]
         bias = run.index[self.name + "_bias"]
-        return run.site(y, lambda: [elementwise_use(run, "shift", bias, 1.0, y.shape)])
+        return run.site(y, lambda: [elementwise_use("shift", bias, 1.0, y.shape)])
 
     def use(self, run, index, h, shape, group):
         """The use of one group's kernel: patches and channels of that group."""
@@ -141,7 +140,7 @@ class Conv:
             self.kernel, self.strides, self.padding, self.spread, self.dilation,
             self.groups,
         )  # fmt: skip
-        width, known = self.n_out // self.groups, lead_of(run, shape[:-1])
+        width = self.n_out // self.groups
 
         def cut(c, v):
             part = np.asarray(c, np.float64)[..., group * width : (group + 1) * width]
@@ -155,7 +154,6 @@ class Conv:
             cut=cut,
             rows=tuple(shape[:-1]),
             layer="conv",
-            **{k: v.ravel() for k, v in known.items()},
         )
 
 
@@ -191,17 +189,17 @@ class Heads:
     def apply(self, run, h):
         z = jnp.einsum("...i,ihk->...hk", h, run.params[self.name])
         index = run.index[self.name].reshape(self.n_in, -1)
-        z = run.site(z, lambda: [flattened(matrix_use(run, index, h), h)])
+        z = run.site(z, lambda: [flattened(matrix_use(index, h), h)])
         if self.bias:
             z = z + run.params[self.name + "_bias"]
             bias = run.index[self.name + "_bias"]
-            z = run.site(z, lambda: [elementwise_use(run, "shift", bias, 1.0, z.shape)])
+            z = run.site(z, lambda: [elementwise_use("shift", bias, 1.0, z.shape)])
         flat = z.reshape(*h.shape[:-1], -1)
         if not self.back:
             return flat
         y = jnp.einsum("...hk,hko->...o", jnp.tanh(z), run.params[self.name + "_back"])
         index = run.index[self.name + "_back"].reshape(-1, self.n_in)
-        return run.site(y, lambda: [matrix_use(run, index, jnp.tanh(flat))])
+        return run.site(y, lambda: [matrix_use(index, jnp.tanh(flat))])
 
 
 def flattened(use, h):
@@ -247,12 +245,12 @@ class Experts:
         if self.bias:
             z = z + run.params[self.name + "_bias"]
             bias = run.index[self.name + "_bias"]
-            z = run.site(z, lambda: [elementwise_use(run, "shift", bias, 1.0, z.shape)])
+            z = run.site(z, lambda: [elementwise_use("shift", bias, 1.0, z.shape)])
         return z.reshape(*h.shape[:-1], -1)
 
     def use(self, run, index, x, e):
         """One expert's."""
-        use = matrix_use(run, index, x)
+        use = matrix_use(index, x)
         cut = use.cut
         use.cut = lambda c, v: cut(np.asarray(c)[..., e, :], v)
         return use

@@ -93,9 +93,8 @@ def with_bias(sites, biases):
         raise Wrong(f"{len(sites)} uses of the weight, {len(biases)} of the bias")
     left = list(biases)
     for site in sites:
-        c = site.c[:, np.argsort(site.use.numbers)]
-        alike = [b for b in left if b.c.shape == c.shape]
-        same = [b for b in alike if np.allclose(b.c, c, 1e-6, 1e-13)]
+        alike = [b for b in left if b.c.shape == site.c.shape]
+        same = [b for b in alike if np.allclose(b.c, site.c, 1e-6, 1e-13)]
         if not same:
             raise Wrong("the bias has other cotangents than the weight")
         left.remove(same[0])
@@ -122,13 +121,9 @@ def count_rows(sites, rows_of):
 
 
 def positions(rows, terms):
-    """How many consecutive rows are one term's; None where that cannot be said."""
-    size = 1
-    for number, d in enumerate(rows):
-        size *= d
-        if size == terms or (number == 0 and d % terms == 0):
-            return int(np.prod(rows)) // terms
-    return None
+    """How many rows are one term's; None where they are not those of whole terms."""
+    leading = [int(np.prod(rows[: k + 1])) for k in range(len(rows))]
+    return int(np.prod(rows)) // terms if terms in leading else None
 
 
 def one_per_term(sites, terms, together):
@@ -267,6 +262,4 @@ def bias_alone(recording, bias, fisher):
         while int(np.prod(shape[:lead])) < rows:
             lead += 1
         site.use.rows = shape[:lead]
-        example = site.use.example.reshape(rows, -1) if rows else site.use.example
-        site.use.example = example[:, 0]
     return sites

@@ -32,9 +32,7 @@ class Use:
             of it for a matrix, else an array like the result.
         rows_of: Of ``x``, in numpy.
         cut: Of a result's cotangent, in numpy: ``[R, out]`` for a matrix.
-        rows: Row axes as the program lays them out.
-        numbers: ``[R]``, the rows' numbers, counted in the order examples, positions.
-        example: ``[R]`` or shaped like the result: example of the batch.
+        rows: Row axes, examples first, however the program lays them out.
         layer: What the layer is called.
         site: Which offset its result got.
         branch: ``(cond, branch)`` around it, outermost first.
@@ -47,8 +45,6 @@ class Use:
     rows_of: Callable = np.asarray
     cut: Callable = np.asarray
     rows: tuple = ()
-    numbers: Any = None
-    example: Any = None
     layer: str = "dense"
     site: int | None = None
     branch: tuple = ()
@@ -121,58 +117,40 @@ class Recorder(Run):
         self.taken.pop()
 
 
-def lead_of(run: Run, lead: tuple) -> dict[str, np.ndarray]:
-    """Numbers and examples of rows whose axes are ``lead``, examples first."""
-    numbers = np.arange(int(np.prod(lead))).reshape(lead)
-    example = np.arange(run.batch).reshape(-1, *(1,) * (len(lead) - 1))
-    return {"numbers": numbers, "example": np.broadcast_to(example, lead)}
-
-
-def matrix_use(run: Run, index, x, *, order=None, flat=False, scales=(), layer="dense"):
+def matrix_use(index, x, *, scales=(), layer="dense"):
     """The use of a matrix by rows ``x [*lead, in]`` of a result ``[*lead, out]``.
 
     Args:
-        run: The run.
         index: ``[in, out]``.
         x: Rows, examples first.
-        order: The order in which the program lays the row axes out.
-        flat: Whether it lays them out as one axis.
         scales: Variables that multiply the matrix from the left and from the right.
         layer: What the layer is called.
 
     Returns:
         The use.
     """
-    lead = x.shape[:-1]
-    order = tuple(range(len(lead))) if order is None else tuple(order)
-    known = lead_of(run, lead)
     left, right = scales or (1.0, 1.0)
 
-    def laid_out(v):
-        v = np.asarray(v, np.float64)
-        return v.transpose(*order, len(order)).reshape(-1, v.shape[-1])
+    def rows(v):
+        return np.asarray(v, np.float64).reshape(-1, v.shape[-1])
 
-    rows = tuple(lead[i] for i in order)
     return Use(
         "matrix",
         np.asarray(index),
         (x, left, right),
-        rows_of=lambda v: laid_out(np.asarray(v[0]) * np.asarray(v[1])),
-        cut=lambda c, v: laid_out(c) * np.asarray(v[2]),
-        rows=(int(np.prod(rows)),) if flat else rows,
+        rows_of=lambda v: rows(np.asarray(v[0]) * np.asarray(v[1])),
+        cut=lambda c, v: rows(c) * np.asarray(v[2]),
+        rows=x.shape[:-1],
         layer=layer,
-        **{k: v.transpose(order).ravel() for k, v in known.items()},
     )
 
 
-def elementwise_use(run: Run, kind: str, index, x, shape):
+def elementwise_use(kind: str, index, x, shape):
     """The use of a scale or shift in a result of that shape, examples first."""
-    known = lead_of(run, tuple(shape))
     return Use(
         kind,
         np.broadcast_to(np.asarray(index), shape),
         x,
         rows_of=lambda v: np.broadcast_to(np.asarray(v, np.float64), shape),
         cut=lambda c, v: np.asarray(c, np.float64),
-        example=known["example"],
     )

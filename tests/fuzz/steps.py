@@ -131,13 +131,12 @@ class Dense:
 
     def apply(self, run, h):
         w, index, scales = self.weight.read(run)
-        z, order, flat = self.product(h, w)
+        z = self.product(h, w)
 
         def uses():
             if index is None:
                 return []
-            known = {"order": order, "flat": flat, "scales": scales}
-            return [matrix_use(run, index, h, **known)]
+            return [matrix_use(index, h, scales=scales)]
 
         if self.form == "flattened" and self.bias in ("plus", "front"):
             z = run.site(z, uses).reshape(-1, z.shape[-1])
@@ -147,28 +146,27 @@ class Dense:
         return self.biased(run, run.site(z, uses))
 
     def product(self, h, w):
-        """``h W``, the order of the rows in it, whether they are one axis."""
-        lead = tuple(range(h.ndim - 1))
+        """``h W``."""
         if self.form == "einsum":
-            return *self.einsum(h, w), False
+            return self.einsum(h, w)
         if self.form == "weight_first":
             z = lax.dot_general(w, h, (((0,), (h.ndim - 1,)), ((), ())))
-            return jnp.moveaxis(z, 0, -1), lead, False
+            return jnp.moveaxis(z, 0, -1)
         if self.form == "flattened":
             z = h.reshape(-1, h.shape[-1]) @ w
-            return z.reshape(*h.shape[:-1], -1), lead, True
+            return z.reshape(*h.shape[:-1], -1)
         if self.form == "vmapped":
             row = lambda x: w.T @ x  # noqa: E731
-            for _ in lead:
+            for _ in h.shape[:-1]:
                 row = jax.vmap(row)
-            return row(h), lead, False
+            return row(h)
         if self.form == "own_product":
-            return own_product(h, w), lead, False
+            return own_product(h, w)
         if self.form == "jitted":
-            return jax.jit(jnp.dot)(h, w), lead, False
+            return jax.jit(jnp.dot)(h, w)
         if self.form == "tensordot":
-            return jnp.tensordot(h, w, ((h.ndim - 1,), (0,))), lead, False
-        return h @ w, lead, False
+            return jnp.tensordot(h, w, ((h.ndim - 1,), (0,)))
+        return h @ w
 
     def einsum(self, h, w):
         """Operands with their axes shuffled, and the result shuffled back."""
@@ -179,11 +177,11 @@ class Dense:
         out = left[::-1].replace("i", "o")
         z = jnp.einsum(f"{left},{right}->{out}", h.transpose(axes), matrix)
         back = [out.index(c) for c in [*letters[:-1], "o"]]
-        return z.transpose(back), tuple(i for i in axes if i < h.ndim - 1)
+        return z.transpose(back)
 
     def bias_use(self, run, shape, x=1.0):
         index = run.index[self.bias_name].reshape(-1)
-        return elementwise_use(run, "shift", index, x, shape)
+        return elementwise_use("shift", index, x, shape)
 
     def biased(self, run, z):
         """The product plus the bias, in many ways."""
@@ -253,9 +251,7 @@ class Scale:
                 run.odd(run.index[name])
             else:
                 index = run.index[name]
-                y = run.site(
-                    y, lambda: [elementwise_use(run, "scale", index, x, h.shape)]
-                )
+                y = run.site(y, lambda: [elementwise_use("scale", index, x, h.shape)])
             return self.shifted(run, y)
         return self.shifted(run, x)
 
@@ -264,9 +260,7 @@ class Scale:
         if "shift" in self.parts:
             name = self.name + "_shift"
             y, index = x + run.params[name], run.index[name]
-            x = run.site(
-                y, lambda: [elementwise_use(run, "shift", index, 1.0, y.shape)]
-            )
+            x = run.site(y, lambda: [elementwise_use("shift", index, 1.0, y.shape)])
         return x
 
     def rate(self, h):

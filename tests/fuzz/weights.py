@@ -92,7 +92,8 @@ class Weight:
             ``(matrix, index, (left, right))``; no index where this is no layer.
         """
         w = self.select(jnp, run.params)
-        index = self.select(np, run.index)
+        # In a plain run the numbers of stacked entries are not taken apart.
+        index = self.select(np, run.index) if run.recording else None
         one, kind = (1.0, 1.0), self.arithmetic
         if kind == "none":
             return w, index, one
