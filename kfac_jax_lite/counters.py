@@ -5,13 +5,14 @@ One function per complaint; every threshold is a constant with its reason.
 
 import statistics
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from kfac_jax_lite.damping import adaptive
+from kfac_jax_lite.damping import adaptive, levenberg_marquardt
 from kfac_jax_lite.findings import ERROR, NOTICE, WARNING, Finding
+from kfac_jax_lite.tree import find_states
 
 # Below it, the learning rate plays no part: ten times as much would change nothing.
 SHORTENED = 0.1
@@ -32,6 +33,20 @@ FEW_REFRESHES = 10
 # Intervals (and steps) after which a refresh that is due has been forgotten: rules and
 # stagger may hold one back for two.
 FORGOTTEN_INTERVALS, FORGOTTEN_STEPS = 3, 10
+# Reduction ratios beyond which ``levenberg_marquardt`` changes the damping.
+POOR, GOOD = 0.25, 0.75
+
+
+class Judged(NamedTuple):
+    """What a Levenberg-Marquardt rule has made of its last reduction ratio.
+
+    Attributes:
+        ratio: ``ρ``.
+        damping: ``λ`` of the next step.
+    """
+
+    ratio: float
+    damping: float
 
 
 def skipped_batches(record: dict[str, Any]) -> Iterator[Finding]:
@@ -296,9 +311,77 @@ def adaptive_damping(
         f"{value:.2g}, and steps still end {end} the minimum along their direction "
         f"(agreement {agreement:.2g}).",
         "A larger learning rate or kl_clip: no damping lengthens steps that they hold "
-        "back; or a smaller minimum of kfac.damping.adaptive()."
+        "back; or a smaller minimum of kfac.damping.adaptive(), unless "
+        "damping_too_small is found as well."
         if short
         else "A lower learning rate or larger batches: gradients are mostly noise; or "
         "a larger maximum of kfac.damping.adaptive().",
         {"damping": value, "agreement": agreement, "observations": len(same)},
     )
+
+
+def judged(opt_state: Any, state: Any) -> Judged | None:
+    """What the Levenberg-Marquardt rule around a ``KFACState`` did last, if any."""
+    for outer in find_states(opt_state, "GuidedState"):
+        ratio = float(outer.ratio)
+        if outer.kfac is state and np.isfinite(ratio):
+            return Judged(ratio, float(outer.damping))
+    return None
+
+
+def judged_damping(
+    record: dict[str, Any], history: Sequence[Sequence[dict[str, Any]]], last: Judged
+) -> Iterator[Finding]:
+    """A Levenberg-Marquardt damping that has come to its bound.
+
+    Bounds and ``T`` are no part of the state. But ``ρ < 1/4`` or ``ρ > 3/4`` changes
+    any ``λ`` that is not held, and two changes are a multiple of ``T`` steps apart: a
+    ``λ`` that has stayed for longer was there when the last ``ρ`` was taken, and was
+    held. So is one at a default bound.
+
+    Args:
+        record: A record of the ``KFACState``.
+        history: Earlier ones.
+        last: What the rule did last.
+
+    Yields:
+        ``damping_at_bound``.
+    """
+    value, rule, good = record["damping"], levenberg_marquardt(), last.ratio > GOOD
+    if POOR <= last.ratio <= GOOD or last.damping != value:
+        return
+    bound = np.float32(rule.minimum if good else rule.maximum)
+    if value != bound and not stayed(record, history):
+        return
+    well, end = ("well", "lower") if good else ("badly", "upper")
+    yield Finding(
+        NOTICE if good else WARNING,
+        "damping_at_bound",
+        None,
+        f"The Levenberg-Marquardt damping stays at its {end} bound, {value:.2g}, "
+        f"although the quadratic model predicts the loss {well} (reduction ratio "
+        f"{last.ratio:.2g}).",
+        "A smaller minimum of kfac.damping.levenberg_marquardt() if training is slow, "
+        "unless damping_too_small is found as well; else nothing."
+        if good
+        else "Larger batches for the model, a lower learning rate where it is fixed; "
+        "or a larger maximum of kfac.damping.levenberg_marquardt().",
+        {"damping": value, "ratio": last.ratio},
+    )
+
+
+def stayed(record: dict[str, Any], history: Sequence[Sequence[dict[str, Any]]]) -> bool:
+    """Whether a damping has stayed three times as long as between two changes."""
+    past = {r["steps"]: r for p in history for r in p if r["name"] == record["name"]}
+    past[record["steps"]] = record
+    track = [past[n] for n in sorted(past) if n <= record["steps"]]
+    changes = [
+        (old["steps"], new["steps"])
+        for old, new in zip(track, track[1:], strict=False)
+        if old["damping"] != new["damping"]
+    ]
+    pairs = zip(changes, changes[1:], strict=False)
+    between = min((new - old for (old, _), (_, new) in pairs), default=None)
+    if between is None:
+        return False
+    return record["steps"] - changes[-1][1] >= OBSERVATIONS * between

@@ -11,6 +11,7 @@ from kfac_jax_lite.examination import examined, of_batch
 from kfac_jax_lite.factors.estimate import TaggedLoss
 from kfac_jax_lite.findings import ERROR, NOTICE, WARNING, Finding, Findings
 from kfac_jax_lite.modes import evaluation_mode
+from kfac_jax_lite.symptoms import Rule
 from kfac_jax_lite.telemetry import report
 from kfac_jax_lite.tree import find_states
 
@@ -72,18 +73,21 @@ def doctor(
     for state in find_states(opt_state):
         if state.factors:
             own = [records[name] for name in sorted(state.factors)]
-            found += of_state(own, counters.lags(state), history)
-        factors += symptoms.factors_of(tagged.layers, state, records)
+            last = counters.judged(opt_state, state)
+            found += of_state(own, counters.lags(state), history, last)
+            record = (state, records, rule_of(own[0], last))
+            factors += symptoms.factors_of(tagged.layers, *record)
     for one in factors:
-        adapted = records[one.layer.name]["retreats"] is not None
+        adapted = one.rule is not None and one.rule.name == "adaptive"
         shown = [f for f in symptoms.damping(one) if not (adapted and is_large(f))]
         found += [*shown, *symptoms.degenerate(one)]
     if params is not None:
         found += of_parameters(opt_state, params, records, learning_rate)
     if batch is not None:
-        seen = examined(tagged, params, batch, key)
+        traced = tagged.trace(params, tuple(batch), tagged.fisher != "empirical")
+        seen = examined(tagged, params, batch, key, traced.num_examples)
         found += of_batch(tagged, seen, records, factors)
-        found += evaluation_mode(tagged, params, batch)
+        found += evaluation_mode(traced, params, batch)
     if any(finding.kind == "fisher_vanishes" for finding in found):
         found = [f for f in found if not is_large(f)]  # its consequence
     order = [ERROR, WARNING, NOTICE]
@@ -95,8 +99,20 @@ def is_large(finding: Finding) -> bool:
     return finding.kind == "damping_too_large"
 
 
+def rule_of(record: dict[str, Any], last: counters.Judged | None) -> Rule | None:
+    """What adapts the damping of a state, or None."""
+    if record["retreats"] is not None:
+        return Rule("adaptive", (record["agreement"] or 0) < 0)
+    if last is not None:
+        return Rule("levenberg_marquardt", last.ratio < counters.POOR)
+    return None
+
+
 def of_state(
-    records: Sequence[dict[str, Any]], lags: dict[str, float], history: Any
+    records: Sequence[dict[str, Any]],
+    lags: dict[str, float],
+    history: Any,
+    last: counters.Judged | None,
 ) -> Iterator[Finding]:
     """What the counters of one ``KFACState`` show."""
     whole = records[0]
@@ -113,6 +129,8 @@ def of_state(
         return
     yield from counters.trust_region(whole, history)
     yield from counters.adaptive_damping(records, history)
+    if last is not None:
+        yield from counters.judged_damping(whole, history, last)
     yield from counters.intervals(records, history)
     for record in records:
         yield from counters.refreshes(record, lags.get(record["name"]))

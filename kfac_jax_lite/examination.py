@@ -14,7 +14,7 @@ from kfac_jax_lite.factors.estimate import TaggedLoss
 from kfac_jax_lite.factors.state import curvature
 from kfac_jax_lite.findings import ERROR, NOTICE, WARNING, Finding
 from kfac_jax_lite.flops import layer_rows
-from kfac_jax_lite.modes import holds_examples
+from kfac_jax_lite.modes import examples
 from kfac_jax_lite.symptoms import Factors
 from kfac_jax_lite.types import LayerTag
 
@@ -55,7 +55,9 @@ class Batch(NamedTuple):
     sampled: float | None
 
 
-def examined(tagged: TaggedLoss, params: Any, batch: Sequence[Any], key: Any) -> Batch:
+def examined(
+    tagged: TaggedLoss, params: Any, batch: Sequence[Any], key: Any, terms: int
+) -> Batch:
     """Takes loss and statistics of a batch, and what else can be asked of it."""
     value, _, fresh = gradient(tagged, params, batch, key)
     rows = layer_rows(tagged, params, *batch)
@@ -63,7 +65,7 @@ def examined(tagged: TaggedLoss, params: Any, batch: Sequence[Any], key: Any) ->
         float(value[0] if tagged.has_aux else value),
         fresh,
         {name: found.statistics for name, found in rows.items()},
-        doubled_loss(tagged, params, batch),
+        doubled_loss(tagged, params, batch, terms),
         sampled_share(tagged, params, batch, key, fresh),
     )
 
@@ -77,20 +79,23 @@ def gradient(tagged: TaggedLoss, params: Any, batch: Sequence[Any], key: Any) ->
     return COMPILED(tagged, params, *batch, key=key)
 
 
-def doubled_loss(tagged: TaggedLoss, params: Any, batch: Sequence[Any]) -> float | None:
+def doubled_loss(
+    tagged: TaggedLoss, params: Any, batch: Sequence[Any], terms: int
+) -> float | None:
     """The loss of a batch that holds every example twice.
 
     Args:
         tagged: The tagged loss.
         params: The parameters.
         batch: Its arguments.
+        terms: ``N`` of this batch.
 
     Returns:
         The loss; None where it cannot be told which axis is that of the examples, or
         where the loss does not take another batch size.
     """
     leaves, tree = jax.tree.flatten(batch)
-    flags = holds_examples(tagged, params, batch)
+    flags = examples(terms, batch)
     if not any(flags):
         return None
     pairs = zip(leaves, flags, strict=True)

@@ -17,9 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
-from kfac_jax_lite.factors.estimate import TaggedLoss
 from kfac_jax_lite.findings import NOTICE, WARNING, Finding
-from kfac_jax_lite.tagging.trace import leading_axes
+from kfac_jax_lite.tagging.trace import Trace, leading_axes
 
 # What leaves an array what it was, up to its shape and one number: a stored variance
 # with epsilon added is still a stored variance; a mean over a batch is none.
@@ -130,19 +129,18 @@ class Reading:
 
 
 def evaluation_mode(
-    tagged: TaggedLoss, params: Any, batch: Sequence[Any]
+    found: Trace, params: Any, batch: Sequence[Any]
 ) -> Iterator[Finding]:
-    """Traces that evaluation mode leaves in the program of a loss.
+    """What evaluation mode leaves behind in the program of a loss.
 
     Args:
-        tagged: The tagged loss.
+        found: The loss, traced on the batch.
         params: The parameters.
         batch: Its arguments.
 
     Yields:
         ``stored_averages``, ``unused_key``.
     """
-    found = tagged.trace(params, tuple(batch), tagged.fisher != "empirical")
     num, data = len(jax.tree.leaves(params)), examples(found.num_examples, batch)
     flat, _ = jax.tree_util.tree_flatten_with_path(batch)
     leaves = [leaf for _, leaf in flat]
@@ -199,12 +197,6 @@ def unused_key(name: str) -> Finding:
         "(deterministic=False); leave the key out if nothing is random.",
         {"argument": name},
     )
-
-
-def holds_examples(tagged: TaggedLoss, params: Any, batch: Sequence[Any]) -> list[bool]:
-    """Which leaves of a batch have an axis of examples, the first."""
-    found = tagged.trace(params, tuple(batch), tagged.fisher != "empirical")
-    return examples(found.num_examples, batch)
 
 
 def examples(terms: int, batch: Sequence[Any]) -> list[bool]:

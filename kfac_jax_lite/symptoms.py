@@ -23,6 +23,8 @@ ROUNDED = 0.1
 # are estimates: eigenvalues thousands of times below the mean are noise, or directions
 # that no batch has shown yet, and a gradient along them is noise as well.
 MOST_AMPLIFIED = 1e4
+# The least damping to advise, over the mean eigenvalue: ten times what amplifies so.
+SHARE = 1e-3
 # Where even the largest curvature changes the damped matrix by less than a tenth, the
 # step is the gradient over the damping: K-FAC's cost for plain gradient descent.
 FLAT = 1.1
@@ -36,6 +38,18 @@ ZERO, DEAD = 1e-10, 0.25
 SEEN = 5
 # Parameters outside of any curvature block that couples them.
 FALLBACK, MOSTLY_FALLBACK = 0.05, 0.5
+
+
+class Rule(NamedTuple):
+    """A rule that adapts the damping.
+
+    Attributes:
+        name: Of the function in ``kfac.damping`` that makes it.
+        rises: Whether the last step asked for a larger damping.
+    """
+
+    name: str
+    rises: bool
 
 
 class Factors(NamedTuple):
@@ -52,6 +66,7 @@ class Factors(NamedTuple):
         refreshes: How many refreshes have gone into them.
         memory: How many refreshes the average is worth once it has filled up,
             ``(1 + d) / (1 − d)`` (see ``kfac_jax_lite.telemetry.memory``).
+        rule: What adapts the damping, or None.
     """
 
     layer: LayerTag
@@ -63,6 +78,7 @@ class Factors(NamedTuple):
     eps: float
     refreshes: int
     memory: float
+    rule: Rule | None
 
     @property
     def largest(self) -> float:
@@ -71,7 +87,10 @@ class Factors(NamedTuple):
 
 
 def factors_of(
-    layers: Sequence[LayerTag], state: Any, records: dict[str, dict[str, Any]]
+    layers: Sequence[LayerTag],
+    state: Any,
+    records: dict[str, dict[str, Any]],
+    rule: Rule | None,
 ) -> list[Factors]:
     """The factors of the Kronecker layers that have been refreshed.
 
@@ -79,6 +98,7 @@ def factors_of(
         layers: ``tagged.layers``.
         state: A ``KFACState``.
         records: What ``kfac.report`` says, by layer name.
+        rule: What adapts the damping of this state, or None.
 
     Returns:
         A record per layer.
@@ -99,8 +119,8 @@ def factors_of(
         eps = float(np.finfo(averaged.a.dtype).eps)
         rest = max(1 - float(clock.weight[index]), eps)
         decay = min(rest ** (1 / refreshes), 1 - eps)
-        counts = (refreshes, (1 + decay) / (1 - decay))
-        found.append(Factors(layer, averaged, a, g, shift, damped, eps, *counts))
+        numbers = (eps, refreshes, (1 + decay) / (1 - decay), rule)
+        found.append(Factors(layer, averaged, a, g, shift, damped, *numbers))
     return found
 
 
@@ -117,7 +137,9 @@ def damping(factors: Factors) -> Iterator[Finding]:
             name,
             f"With damping {value:.1g}, the matrices to be inverted have a condition "
             f"number of {condition:.1e}: more than this precision resolves.",
-            "A damping that is orders of magnitude larger, or kfac.damping.adaptive().",
+            "A damping that is orders of magnitude larger, or kfac.damping.adaptive()."
+            if factors.rule is None
+            else larger(factors.rule, block),
             {"damping": value, "condition": condition, "eps": factors.eps},
         )
     amplified = float(np.max(block.mean / block.low))
@@ -130,7 +152,9 @@ def damping(factors: Factors) -> Iterator[Finding]:
             f"{amplified:.1e} times as far as typical ones: so small eigenvalues of an "
             "estimate are noise.",
             "A larger damping, about the mean eigenvalue times 1e-3 to 1, or "
-            "kfac.damping.adaptive().",
+            "kfac.damping.adaptive()."
+            if factors.rule is None
+            else larger(factors.rule, block),
             {"damping": value, "amplification": amplified},
         )
     ratio = float(np.max(block.high)) / value
@@ -145,6 +169,21 @@ def damping(factors: Factors) -> Iterator[Finding]:
             'zero, the empirical Fisher matrix vanishes: fisher="mc" or "exact".',
             {"damping": value, "largest": factors.largest, "ratio": ratio},
         )
+
+
+def larger(rule: Rule, block: Damped) -> str:
+    """What keeps a rule from making the damping too small."""
+    call = f"kfac.damping.{rule.name}(), about {SHARE * np.max(block.mean):.1g}"
+    if rule.rises:
+        return f"A larger initial of {call}: the rule is raising the damping already."
+    where = {
+        "adaptive": "steps end too short, as those do that kl_clip shortens",
+        "levenberg_marquardt": "the quadratic model predicts the loss well",
+    }[rule.name]
+    return (
+        f"A larger minimum of {call}: the rule does not see the eigenvalues, and "
+        f"lowers the damping where {where}."
+    )
 
 
 def degenerate(factors: Factors) -> Iterator[Finding]:

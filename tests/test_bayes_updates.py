@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 
 import kfac_jax_lite as kfac
+from kfac_jax_lite.types import SquareStatistics
 from tests.helpers import batches_of, cases, close, identical, leaves
 from tests.parallel import AXIS, SPLIT, WHOLE, mesh_of
 from tests.variational import (
@@ -195,6 +196,44 @@ def test_a_batch_with_nan_changes_nothing(name):
     identical(*kept)
     whole = step(*after, keys[2], *last)
     close(whole[0], step(*before, keys[2], *last)[0], 1e-12)
+
+
+def seen_by(name, params):
+    """Gradients, and statistics of the same size."""
+    if name == "ivon":
+        return params, kfac.bayes.ReparameterisedStatistics(params)
+    blocks = {k: jnp.asarray(v) for k, v in matrices(params).items()}
+    return params, {k: SquareStatistics(jnp.square(v)) for k, v in blocks.items()}
+
+
+@pytest.mark.parametrize("name", ["vogn", "ivon"])
+@pytest.mark.parametrize(("dtype", "size"), [("float64", 1e200), ("float32", 1e30)])
+@pytest.mark.parametrize("which", ["gradients", "statistics"])
+def test_a_batch_whose_squared_norm_overflows_changes_nothing(name, dtype, size, which):
+    """Each entry is finite, and so is the sum of all."""
+    (_, tx), params = made(name), MODEL.params(jnp.dtype(dtype))
+    good = seen_by(name, params)
+    _, state = tx.update(good[0], tx.init(params), params, statistics=good[1])
+    assert int(state.count) == 1
+    place, bad = ("gradients", "statistics").index(which), list(good)
+    bad[place] = jax.tree.map(lambda x: jnp.full_like(x, size), good[place])
+    updates, after = tx.update(bad[0], state, params, statistics=bad[1])
+    identical(optax.apply_updates(params, updates), params)
+    identical(after, state)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((params, after)))
+
+
+def test_a_curvature_that_overflows_changes_nothing():
+    """Of a batch that does not itself: ``½ (ĥ/2)² / h`` is 1e39, beyond float32."""
+    params = {"w": jnp.ones(3, jnp.float32)}
+    tx = kfac.bayes.ivon(DATA, RATE, initial=1e-4, decay=0.5, prior_precision=1e-6)
+    state = tx.init(params)
+    for size, count in ((1e18, 0), (1.0, 1)):
+        new = jax.tree.map(lambda x, size=size: jnp.full_like(x, size), params)
+        statistics = kfac.bayes.ReparameterisedStatistics(new)
+        _, after = tx.update(params, state, params, statistics=statistics)
+        assert int(after.count) == count
+        assert np.isfinite(after.hessian["w"]).all()
 
 
 # ---------------------------------------------------------------- several devices

@@ -6,7 +6,6 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import kfac_jax_lite as kfac
@@ -225,104 +224,6 @@ def test_an_interval_at_its_longest():
     every = drifting_run(kfac.intervals.every(3), 40)
     assert doctor(every[0], every[1], history=every[2]) == []
     assert doctor(first[0], first[1], history=first[2]) == []
-
-
-def adapted_run(steps=10, **options):
-    """Reports and the state of a run whose damping is adapted."""
-    rule = kfac.damping.adaptive(**options)
-    batch, params = data(), parameters()
-    tagged = kfac.tag(mean_loss, params, *batch)
-    tx = kfac.kfac(tagged.layers, 0.05, damping=rule, kl_clip=None, momentum=None)
-
-    @jax.jit
-    def step(params, state):
-        _, grads, statistics = tagged.value_and_grad(params, *batch, opt_state=state)
-        updates, state = tx.update(grads, state, params, statistics=statistics)
-        return optax.apply_updates(params, updates), state
-
-    state, history = tx.init(params), []
-    for _ in range(steps):
-        params, state = step(params, state)
-        history.append(report(state))
-    return tagged, state, history
-
-
-def test_an_adaptive_damping_at_its_bound():
-    """Steps of a twentieth of Newton's end too short however small the damping is."""
-    tagged, state, history = adapted_run(minimum=0.5)
-    (finding,) = doctor(tagged, state, history=history)
-    assert finding.kind == "damping_at_bound"
-    assert "lower" in finding.message
-    assert finding.numbers["damping"] == pytest.approx(0.5)
-    assert finding.numbers["agreement"] == pytest.approx(
-        np.median([past[0]["agreement"] for past in history[-3:]])
-    )
-    assert doctor(tagged, state) == []  # nothing but a number
-    # The twin is on its way; or the last number stands at two steps only.
-    tagged, moving, history = adapted_run()
-    assert doctor(tagged, moving, history=history) == []
-    tagged, two, history = adapted_run(3, initial=0.6, minimum=0.4)
-    assert [past[0]["damping"] for past in history].count(np.float32(0.4)) == 2
-    assert doctor(tagged, two, history=history) == []
-
-
-def test_a_bound_seen_in_one_state():
-    """At a default bound; in an inverse that has been there for some steps."""
-    tagged, state, _ = adapted_run()
-    for bound, word in ((1e-8, "lower"), (1e8, "upper")):
-        sign = 0.9 if word == "lower" else -0.9
-        inner = clocked(state.inner, {"damping": bound}.items())
-        held = state._replace(inner=inner, agreement=jnp.float32(sign))
-        found = {f.kind: f for f in doctor(tagged, held)}
-        assert word in found["damping_at_bound"].message
-    value = float(state.damping)
-    old = clocked(state.inner, inverse_damping=value, last_inverse=7)
-    assert "damping_at_bound" in kinds(doctor(tagged, state._replace(inner=old)))
-    new = clocked(state.inner, inverse_damping=1.1 * value, last_inverse=7)
-    assert "damping_at_bound" not in kinds(doctor(tagged, state._replace(inner=new)))
-
-
-def test_an_adaptive_damping_chooses_large_values():
-    tagged, state, _ = adapted_run(1, initial=1e6)
-    assert doctor(tagged, state) == []
-    tagged, _, fixed = run(damping=1e6)
-    assert kinds(doctor(tagged, fixed)) == {"damping_too_large"}
-
-
-@pytest.mark.parametrize("inverse", ["cholesky", "eigh"])
-def test_damping_against_eigenvalues(inverse):
-    """In float32; of 4 examples, factors have eigenvalues of zero."""
-    record = run(data(4, np.float32), parameters(np.float32), inverse=inverse)
-    tagged, _, state = record
-    assert doctor(tagged, state) == []
-    seen = {}
-    for value in (1e-14, 1e-8, 1e6):
-        sick = clocked(state, {"damping": value}.items(), inverse_damping=value)
-        seen[value] = kinds(doctor(tagged, sick))
-    assert "damping_too_small" in seen[1e-8]
-    assert {"damping_below_rounding", "damping_too_small"} <= seen[1e-14]
-    assert seen[1e6] == {"damping_too_large"}
-    assert "damping_below_rounding" not in kinds(doctor(*in_float64(tagged, state)))
-
-
-def in_float64(tagged, state):
-    """The same factors, with a damping that only the better precision resolves."""
-    factors = jax.tree.map(lambda x: x.astype(np.float64), state.kfac.factors)
-    state = clocked(state, {"damping": 1e-8}.items(), inverse_damping=1e-8)
-    return tagged, state._replace(kfac=state.kfac._replace(factors=factors))
-
-
-def test_a_small_damping_of_good_factors_is_none_too_small():
-    """Isotropic factors need no damping: the criterion is theirs, not a number."""
-    tagged, _, state = healthy()
-    a, g = ({"hidden": n, "out": m} for n, m in ((7, 9), (8, 3)))
-    factors = {
-        k: kfac.KroneckerStatistics(jnp.eye(a[k]), jnp.eye(g[k]))
-        for k in ("hidden", "out")
-    }
-    state = clocked(state, inverse_damping=1e-10)
-    state = state._replace(kfac=state.kfac._replace(factors=factors))
-    assert doctor(tagged, state) == []
 
 
 def test_constant_inputs():

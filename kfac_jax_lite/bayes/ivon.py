@@ -20,15 +20,14 @@ from jax import lax
 
 from kfac_jax_lite.bayes.posterior import (
     Number,
+    accepted_step,
     averages_like,
     diagonal_draw,
     scale_of,
     visible,
 )
 from kfac_jax_lite.factors.state import moving_average
-from kfac_jax_lite.linalg import all_finite
 from kfac_jax_lite.reduce import summed_already
-from kfac_jax_lite.tree import choose
 from kfac_jax_lite.types import Array
 
 
@@ -117,7 +116,8 @@ def ivon(
 
     Returns:
         An optax transformation; ``update`` wants ``params`` and ``statistics=``, from
-        ``kfac.bayes.value_and_grad``. A batch with NaN or Inf changes nothing.
+        ``kfac.bayes.value_and_grad``. A batch with NaN or Inf, or
+        with gradients or curvature whose squared norm overflows, changes nothing.
 
     Raises:
         ValueError: A value is out of range; at ``update``, ``params`` or statistics are
@@ -169,10 +169,8 @@ def ivon(
             params,
             hessian,
         )
-        steps, rates = rate.update(steps, state.rate, params)
-        accepted, zeros = all_finite((updates, fresh)), optax.tree.zeros_like(steps)
-        new = state._replace(count=count, gradient=mean, hessian=hessian, rate=rates)
-        return choose(accepted, steps, zeros), choose(accepted, new, state)
+        new = state._replace(count=count, gradient=mean, hessian=hessian)
+        return accepted_step(rate, steps, params, state, new, (updates, hessian))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

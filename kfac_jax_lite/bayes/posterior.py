@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import optax
 
 from kfac_jax_lite.factors.restrict import is_masked
+from kfac_jax_lite.linalg import norms_finite
+from kfac_jax_lite.tree import choose
 from kfac_jax_lite.types import Array, accumulation_dtype
 
 Number = int | float | Array
@@ -150,6 +152,29 @@ def averages_like(params: Any, value: Number = 0.0) -> Any:
         return jnp.full_like(x, value, dtype=accumulation_dtype(x.dtype))
 
     return jax.tree.map(start, params)
+
+
+def accepted_step(
+    rate: Any, steps: Any, params: Any, state: Any, new: Any, seen: Any
+) -> tuple[Any, Any]:
+    """A step and the state after it; zeros and the old state where it was refused.
+
+    Args:
+        rate: The learning rate's transformation.
+        steps: The steps before it.
+        params: The parameters.
+        state: The state before, with that of ``rate``.
+        new: The state after, but for the latter.
+        seen: The batch's gradients and the curvature after it: one of them with a
+            squared norm that is not finite refuses the batch.
+
+    Returns:
+        The updates and the state.
+    """
+    steps, rates = rate.update(steps, state.rate, params)
+    accepted, zeros = norms_finite(seen), optax.tree.zeros_like(steps)
+    new = new._replace(rate=rates)
+    return choose(accepted, steps, zeros), choose(accepted, new, state)
 
 
 def noise_like(params: Any, key: Any) -> Any:

@@ -15,17 +15,16 @@ import optax
 
 from kfac_jax_lite.bayes.posterior import (
     Number,
+    accepted_step,
     averages_like,
     diagonal_draw,
     scale_of,
 )
 from kfac_jax_lite.factors.restrict import present_layers
 from kfac_jax_lite.factors.state import moving_average
-from kfac_jax_lite.linalg import all_finite
 from kfac_jax_lite.precondition import assemble
 from kfac_jax_lite.reduce import reduce_statistics
 from kfac_jax_lite.transform import ALL_REDUCE
-from kfac_jax_lite.tree import choose
 from kfac_jax_lite.types import (
     Array,
     DiagonalStatistics,
@@ -101,7 +100,8 @@ def vogn(
 
     Returns:
         An optax transformation; ``update`` wants ``params`` and ``statistics=``, from
-        ``kfac.bayes.value_and_grad``. A batch with NaN or Inf changes nothing.
+        ``kfac.bayes.value_and_grad``. A batch with NaN or Inf, or
+        with gradients or squares whose squared norm overflows, changes nothing.
 
     Raises:
         ValueError: A value is out of range; at ``update``, ``params`` are missing, or
@@ -144,11 +144,8 @@ def vogn(
         steps = jax.tree.map(
             lambda m, s, mu: (m / (s + shift)).astype(mu.dtype), mean, average, params
         )
-        steps, rates = rate.update(steps, state.rate, params)
-        accepted = all_finite((updates, fresh))
-        new = state._replace(count=count, gradient=mean, squares=average, rate=rates)
-        zeros = optax.tree.zeros_like(steps)
-        return choose(accepted, steps, zeros), choose(accepted, new, state)
+        new = state._replace(count=count, gradient=mean, squares=average)
+        return accepted_step(rate, steps, params, state, new, (updates, average))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
