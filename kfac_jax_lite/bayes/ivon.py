@@ -116,8 +116,8 @@ def ivon(
 
     Returns:
         An optax transformation; ``update`` wants ``params`` and ``statistics=``, from
-        ``kfac.bayes.value_and_grad``. A batch with NaN or Inf, or
-        with gradients or curvature whose squared norm overflows, changes nothing.
+        ``kfac.bayes.value_and_grad``. A batch with NaN or Inf,
+        or with gradients or curvature whose squared norm overflows, changes nothing.
 
     Raises:
         ValueError: A value is out of range; at ``update``, ``params`` or statistics are

@@ -100,8 +100,8 @@ def vogn(
 
     Returns:
         An optax transformation; ``update`` wants ``params`` and ``statistics=``, from
-        ``kfac.bayes.value_and_grad``. A batch with NaN or Inf, or
-        with gradients or squares whose squared norm overflows, changes nothing.
+        ``kfac.bayes.value_and_grad``. A batch with NaN or Inf,
+        or with gradients or squares whose squared norm overflows, changes nothing.
 
     Raises:
         ValueError: A value is out of range; at ``update``, ``params`` are missing, or
