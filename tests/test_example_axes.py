@@ -147,10 +147,19 @@ def loop(p, x):
     return scaled(p, lax.stop_gradient(h)).sum(0)
 
 
+def carried(p, x):
+    """A value of three axes in a loop; its examples are picked by number on the way."""
+
+    def step(h, _):
+        return scaled(p, h)[:, jnp.arange(len(x))], None
+
+    return lax.scan(step, first(x), None, 2)[0].sum(0)
+
+
 SCALES = [
     swapped, batch_first, flattened, merged_elsewhere, scanned, recurrent_scale, mapped,
-    branches, called, padded, pooled, convolved, attention, looked_up, picked, halves,
-    loop,
+    carried, branches, called, padded, pooled, convolved, attention, looked_up, picked,
+    halves, loop,
 ]  # fmt: skip
 MATRICES = [dense_layer, scanned, attention, flattened]
 
@@ -274,16 +283,24 @@ def test_terms_of_two_axes(rng):
     close(found.blocks, np.einsum("nuk,nul->ukl", g, g) / len(pairs), 1e-9)
 
 
-def test_what_cannot_be_told_falls_back(rng):
-    """Examples picked by number: the axes are not followed, the shape is square."""
+def picks(p, x):
+    """Picked by number: the axes are not followed, the shape is square."""
+    return scaled(p, x)[jnp.arange(N)[:, None], jnp.arange(T)[None]].sum(1)
 
-    def picks(p, x):
-        return scaled(p, x)[jnp.arange(N)[:, None], jnp.arange(T)[None]].sum(1)
 
-    case = problem(rng, picks)
+def steps_first(p, x):
+    """Flattened time first: an example's rows are not side by side."""
+    return scaled(p, first(x).reshape(-1, D)).reshape(T, len(x), D).sum(0)
+
+
+@pytest.mark.parametrize(
+    ("network", "n"), [(picks, N), (steps_first, N), (steps_first, 3)]
+)
+def test_what_cannot_be_grouped_falls_back(rng, network, n):
+    case = problem(rng, network, n=n)
     tagged, _ = case.statistics(fisher="empirical")
     notes = {x.name: x.note for x in tagged.layers if x.kind == "diagonal"}
-    assert "axis of 4 examples" in notes["s"]
+    assert f"axis of {n} examples" in notes["s"]
 
 
 @pytest.mark.parametrize(
