@@ -335,6 +335,15 @@ def test_axes_that_meet_are_one():
     assert settled(both) == (time, batch) and len(width) == 1
 
 
+def test_long_chains():
+    """Thousands of values that meet one after the other, a new one first."""
+    value = first = (Index(4),)
+    for _ in range(5000):
+        value, old = (Index(4),), value
+        unify(value, old)
+    assert settled(value) == settled(first)
+
+
 def test_axes_that_split():
     """``[12] -> [3, 4] -> [12]`` is the same axis; ``[3, 4] -> [4, 3]`` is not."""
     (flat,) = axes = ((Index(12),),)

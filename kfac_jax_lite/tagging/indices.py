@@ -6,6 +6,7 @@ learnt of one (that it splits into two, say) then holds of the other.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 
 from kfac_jax_lite.views import Shape
@@ -18,10 +19,12 @@ class Index:
     Attributes:
         size: Number of values.
         known: The indices it was found to be the product of (or equal to), if any.
+        number: Of two that are equal the older one stays, so that chains are short.
     """
 
     size: int
     known: "Axis | None" = None
+    number: int = dataclasses.field(default_factory=itertools.count().__next__)
 
 
 # The indices an axis is the product of, slowest first; none for an axis of length one.
@@ -43,7 +46,9 @@ def settled(axes: Iterable[Index]) -> Axis:
     """Indices in the terms of what they are known to be made of."""
     found: list[Index] = []
     for index in axes:
-        found += [index] if index.known is None else settled(index.known)
+        if index.known is not None:
+            index.known = settled(index.known)
+        found += [index] if index.known is None else index.known
     return tuple(found)
 
 
@@ -62,7 +67,7 @@ def unify(first: Axis, second: Axis) -> None:
     a, b = left[0], right[0]
     if a is b:
         return unify(left[1:], right[1:])
-    large, small = (a, b) if a.size > b.size else (b, a)
+    small, large = sorted((a, b), key=lambda index: (index.size, index.number))
     if large.size % small.size:
         return
     large.known = (small, *fresh(large.size // small.size))
