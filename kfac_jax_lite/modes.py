@@ -15,10 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Jaxpr, JaxprEqn, Literal
+from jax.extend.core import Literal
 
 from kfac_jax_lite.findings import NOTICE, WARNING, Finding
 from kfac_jax_lite.tagging.trace import Trace, leading_axes
+from kfac_jax_lite.types import Jaxpr, JaxprEqn
 
 # What leaves an array what it was, up to its shape and one number: a stored variance
 # with epsilon added is still a stored variance; a mean over a batch is none.
