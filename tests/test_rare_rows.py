@@ -1,0 +1,248 @@
+"""Rare forms of a loss in which a layer has several rows, against explicit offsets.
+
+The oracle: ``loss(params, x, y, o)`` adds ``o = 0`` where the layer's output is to be
+tapped, ``jax.grad`` in ``o`` gives its cotangents ``c``, and ``A = 1/N Σ a aᵀ`` and
+``G = N²/R Σ c cᵀ`` are written out.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import kfac_jax_lite as kfac
+from tests.helpers import close
+
+B, T, D, OUT = 5, 4, 3, 2
+PROGRAMS = {}
+
+
+def program(kind, offset, inputs, **shapes):
+    """Registers a loss with its first layer: kind, output's shape, and input rows."""
+
+    def register(loss):
+        PROGRAMS[loss.__name__] = loss, kind, offset, inputs, shapes
+        return loss
+
+    return register
+
+
+def squares(z, y):
+    return 0.5 * jnp.sum((z - y) ** 2, -1).mean()
+
+
+def data(rng, shapes):
+    params = {k: jnp.asarray(rng.normal(size=s)) for k, s in shapes.items()}
+    return params, jnp.asarray(rng.normal(size=(B, T, D))), rng.normal(size=(B, D))
+
+
+def plus(z, o=None):
+    """The output to be tapped, with its offset."""
+    return z if o is None else z + o
+
+
+def every_position(x):
+    return np.tile(np.eye(T), (B, 1))
+
+
+# ------------------------------------------------ tables
+
+
+@program("embedding", (B, T, D), every_position, e=(T, D))
+def positions_from_a_call(p, x, y, o):
+    found = jax.jit(lambda e: e[jnp.arange(T)])(p["e"])
+    return squares(jnp.tanh(x + plus(found, o)).sum(1), y)
+
+
+@program("embedding", (B, T, D), every_position, e=(T, D))
+def positions_repeated_before_they_are_used(p, x, y, o):
+    found = plus(jnp.broadcast_to(p["e"][jnp.arange(T)], (B, T, D)), o)
+    return squares(jnp.tanh(x * found).sum(1), y)
+
+
+@program("embedding", (B, T, D), every_position, e=(T, D))
+def positions_repeated_twice(p, x, y, o):
+    found = plus(jnp.broadcast_to(p["e"][jnp.arange(T)], (B, T, D)), o)
+    found = jnp.broadcast_to(found, (2, B, T, D))
+    return squares(jnp.tanh(jnp.stack([x, 2 * x]) * found).sum((0, 2)), y)
+
+
+@program("embedding", (B, T, D), lambda x: np.repeat(every_position(x), D, 0), e=(T, 1))
+def a_number_for_each_position(p, x, y, o):
+    """Shared by all units, so that these are rows."""
+    return squares(jnp.tanh(plus(x + p["e"][jnp.arange(T)], o)).sum(1), y)
+
+
+@program("embedding", (T, 1), lambda x: np.eye(T), e=(T, 1))
+def a_number_added_to_constants(p, x, y, o):
+    found = plus(p["e"][jnp.arange(T)], o) + jnp.ones((T, D))
+    return squares(jnp.tanh(x + found).sum(1), y)
+
+
+@program("embedding", (2, T, D), lambda x: np.tile(np.eye(T), (2, 1)), e=(T, D))
+def positions_whose_axes_change_places(p, x, y, o):
+    ids = jnp.stack([jnp.arange(T), jnp.arange(T)[::-1]])
+    found = jnp.swapaxes(plus(p["e"][ids], o), 0, 1)
+    return squares(jnp.tanh(x[:, :, None] + found).sum((1, 2)), y)
+
+
+def tokens(x):
+    return jnp.asarray(np.argsort(np.asarray(x[..., 0]), 1))
+
+
+@program("embedding", (B * T, D), lambda x: np.eye(T)[tokens(x).ravel()], e=(T, D))
+def tokens_whose_axes_are_merged(p, x, y, o):
+    found = p["e"][jnp.argsort(x[..., 0], 1)].reshape(B * T, D)
+    return squares(jnp.tanh(plus(found, o)).reshape(B, T, D).sum(1), y)
+
+
+def numbered(x):
+    return np.eye(T)[tokens(x)[:, 0]]
+
+
+@program("dense", (B, D), numbered, w=(T, D))
+def one_hot_vectors_of_a_grid(p, x, y, o):
+    """A count over two axes is not followed: rows like any other, the same factors."""
+    first = jnp.argsort(x[..., 0], 1)[:, 0]
+    hot = first[:, None, None] == jnp.arange(T).reshape(2, 2)
+    return squares(plus(hot.reshape(B, T).astype(x.dtype) @ p["w"], o), y)
+
+
+# ------------------------------------------------ loops
+
+
+def rows(x):
+    return np.swapaxes(x, 0, 1).reshape(-1, D)
+
+
+@program("dense", (T, B, D), rows, w=(D, D))
+def a_weight_carried_unchanged(p, x, y, o):
+    def body(w, step):
+        x, *o = step
+        return w, jnp.tanh(plus(x @ w, *o))
+
+    steps = (jnp.swapaxes(x, 0, 1), *(() if o is None else (o,)))
+    return squares(lax.scan(body, p["w"], steps)[1].sum(0), y)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_factors_of_rows_written_out(name, rng):
+    loss, kind, offset, inputs, shapes = PROGRAMS[name]
+    params, x, y = data(rng, shapes)
+    plain = functools.partial(loss, o=None)
+    tagged = kfac.tag(plain, params, x, y, num_examples=B)
+    (layer,) = tagged.layers
+    assert layer.kind == kind
+    run = jax.jit(lambda p: (tagged.value_and_grad(p, x, y)[1:]))
+    grads, statistics = run(params)
+    wanted, c = jax.jit(jax.grad(loss, argnums=(0, 3)))(params, x, y, jnp.zeros(offset))
+    close(grads, wanted)
+    a, c = np.asarray(inputs(x), np.float64), np.asarray(c).reshape(-1, *layer.g_shape[-1:])
+    assert len(a) == len(c)
+    found = statistics[layer.name]
+    wanted = a.T @ a / B
+    close(found.a, np.diag(wanted) if np.ndim(found.a) == 1 else wanted)
+    close(found.g, B**2 / len(c) * c.T @ c)
+
+
+# ------------------------------------------------ what falls back, shifts
+
+
+def repeated_and_merged(p, x, y):
+    return squares((jnp.broadcast_to(p["b"], (2, D)).reshape(-1)[1:-2] + x[:, 0]), y)
+
+
+def repeated_and_cut(p, x, y):
+    return squares(x[:, 0] + jnp.broadcast_to(p["b"], (4, D))[1:2], y)
+
+
+def repeated_and_reversed(p, x, y):
+    return squares(x[:, 0] + jnp.flip(jnp.broadcast_to(p["b"], (2, D)), 1)[0], y)
+
+
+def one_kernel_for_all_channels(p, x, y):
+    """A depthwise kernel that all channels share, spread over a full one."""
+    kernel = jnp.broadcast_to(p["b"][:, None, None], (D, D, D))
+    options = {"dimension_numbers": ("NHC", "HIO", "NHC")}
+    z = lax.conv_general_dilated(x, kernel, (1,), "VALID", **options)
+    return squares(z.sum(1), y)
+
+
+FALLBACKS = [
+    repeated_and_merged, repeated_and_cut, repeated_and_reversed,
+    one_kernel_for_all_channels,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", FALLBACKS, ids=lambda f: f.__name__)
+def test_what_no_rule_follows_keeps_its_squared_gradient(loss, rng):
+    params, x, y = data(rng, {"b": (D,)})
+    tagged = kfac.tag(loss, params, x, y, num_examples=B)
+    (layer,) = tagged.layers
+    assert layer.kind == "diagonal" and layer.note
+    _, grads, statistics = jax.jit(tagged.value_and_grad)(params, x, y)
+    wanted = jax.jit(jax.grad(loss))(params, x, y)
+    close(grads, wanted)
+    close(statistics["b"].gradient, wanted["b"])
+    assert int(statistics["b"].num_examples) == B
+
+
+def test_a_part_of_every_row_of_a_table(rng):
+    """A lookup of two columns of three: the third is not in it."""
+    ids = jnp.arange(B) % T
+
+    def loss(p, x, y):
+        start = jnp.stack([ids, jnp.ones_like(ids)], 1)
+        numbers = lax.GatherDimensionNumbers((1,), (0,), (0, 1))
+        z = lax.gather(p["e"], start, numbers, (1, 2))
+        return squares(jnp.concatenate([z, x[:, 0, :1]], 1), y)
+
+    params, x, y = data(rng, {"e": (T, D)})
+    tagged = kfac.tag(loss, params, x, y, num_examples=B)
+    (layer,) = tagged.layers
+    assert layer.kind == "diagonal" and "gather" in layer.note
+    grads = jax.jit(tagged.value_and_grad)(params, x, y)[1]
+    close(grads, jax.grad(loss)(params, x, y))
+
+
+def examples_squared(loss, params, x, y, name):
+    """``1/N Σ g_n²`` of a parameter, example by example."""
+    gradient = jax.jit(jax.grad(loss))
+    each = [gradient(params, x[n : n + 1], y[n : n + 1])[name] for n in range(B)]
+    return np.mean(np.square(each), 0)
+
+
+def test_a_shift_behind_rows_that_were_split(rng):
+    """Output axes in front of the rows: the shift is not joined to the weight."""
+
+    def loss(p, x, y):
+        z = (p["w"].T @ x.reshape(-1, D).T).reshape(D, len(x), T)
+        return squares(jnp.tanh(z + p["b"][:, None, None]).sum(2).T, y)
+
+    params, x, y = data(rng, {"w": (D, D), "b": (D,)})
+    tagged = kfac.tag(loss, params, x, y, num_examples=B)
+    assert {t.name: t.kind for t in tagged.layers} == {"w": "dense", "b": "scale_shift"}
+    found = jax.jit(tagged.value_and_grad)(params, x, y)[-1]
+    wanted = examples_squared(loss, params, x, y, "b")
+    close(found["b"].blocks[:, 0, 0], wanted)
+
+
+def test_biases_of_a_loop_around_one_weight(rng):
+    """A bias for every turn is no bias of the weight that all turns share."""
+
+    def loss(p, x, y):
+        turn = lambda h, b: (jnp.tanh(h @ p["w"] + b), h)  # noqa: E731
+        return squares(lax.scan(turn, x[:, 0], p["b"])[0], y)
+
+    params, x, y = data(rng, {"w": (D, D), "b": (T, D)})
+    tagged = kfac.tag(loss, params, x, y)
+    assert {t.name: t.kind for t in tagged.layers} == {"w": "dense", "b": "scale_shift"}
+    found = jax.jit(tagged.value_and_grad)(params, x, y)[-1]
+    close(found["b"].blocks[..., 0, 0], examples_squared(loss, params, x, y, "b"))
+    h, total = np.asarray(x[:, 0]), 0.0
+    for b in np.asarray(params["b"]):
+        total, h = total + h.T @ h / B, np.tanh(h @ np.asarray(params["w"]) + b)
+    close(found["w"].a, total)
