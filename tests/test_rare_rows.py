@@ -246,3 +246,44 @@ def test_biases_of_a_loop_around_one_weight(rng):
     for b in np.asarray(params["b"]):
         total, h = total + h.T @ h / B, np.tanh(h @ np.asarray(params["w"]) + b)
     close(found["w"].a, total)
+
+
+@pytest.mark.parametrize("groups", [1, D])
+def test_positions_of_a_convolution_that_a_mask_hides(groups, rng):
+    """Patches and cotangents of the positions that count, written out."""
+    mask = np.arange(T) < np.array([4, 2, 1, 3, 2])[:, None]
+    options = {"feature_group_count": groups, "dimension_numbers": ("NHC", "HIO", "NHC")}
+
+    def loss(p, x, mask):
+        z = lax.conv_general_dilated(x, p["k"], (1,), "SAME", **options)
+        z = kfac.normal(z, mask=mask)
+        return 0.5 * jnp.where(mask[..., None], z**2, 0).sum() / mask.sum(), z
+
+    params, x, _ = data(rng, {"k": (2, D // groups, D)})
+    tagged = kfac.tag(loss, params, x, jnp.asarray(mask), has_aux=True)
+    run = jax.jit(tagged.value_and_grad)
+    (_, z), _, statistics = run(params, x, jnp.asarray(mask))
+    after = np.concatenate([x[:, 1:], np.zeros((B, 1, D))], 1)
+    patches = np.stack([x, after], 2)[mask]  # rows, taps, channels
+    n, c = mask.sum(), np.asarray(z)[mask] / mask.sum()
+    found = statistics["k"]
+    if groups == 1:
+        a = patches.reshape(n, -1)
+        close(found.a, a.T @ a / n, 1e-6)
+        close(found.g, n * c.T @ c, 1e-6)
+    else:
+        close(found.a, np.einsum("rig,rjg->gij", patches, patches) / n, 1e-6)
+        close(found.g[:, 0, 0], n * (c**2).sum(0), 1e-6)
+
+
+def test_why_a_weight_and_its_bias_fall_back(rng):
+    """The weight is read in part, and elsewhere too; the bias goes with it."""
+
+    def loss(p, x, y):
+        z = x[:, 0, :-1] @ p["w"][:-1] + p["b"]
+        return squares(z, y) + jnp.sin(p["w"]).sum()
+
+    params, x, y = data(rng, {"w": (D, D), "b": (D,)})
+    notes = {t.name: t.note for t in kfac.tag(loss, params, x, y).layers}
+    assert "only part of it reaches a layer" in notes["w"]
+    assert "its layer's weight fell back" in notes["b"]
