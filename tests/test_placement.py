@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import kfac_jax_lite as kfac
 from kfac_jax_lite.ownership import NOBODY, Plan
 from kfac_jax_lite.placement import own_part
+from tests import parallel
 from tests.helpers import first_pass, identical
 from tests.models import BY_NAME
 
@@ -34,3 +36,31 @@ def test_a_device_sees_its_own_slices():
         else:
             identical(part, whole)
     identical(own_part(layers, numbered, NOBODY), numbered)
+
+
+@pytest.mark.usefixtures("compiled_anew")
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+def test_moments_of_ekfac_travel_with_the_bases():
+    """Owners invert, and turn second moments, as one device does."""
+    model, reduction = BY_NAME["mlp"], kfac.Reduction("owner", devices=2, bucket=0)
+    result = parallel.run(model, "checked", reduction, 3, "ekfac", devices=2)
+    parallel.same(model, result, 3, inverse="ekfac")
+
+
+def test_what_moments_of_ekfac_cost_on_the_way():
+    """``a g`` numbers more in every refresh, and in every parcel of an owner."""
+    layers = first_pass("mlp")[0].layers
+    reduction = kfac.Reduction("owner", devices=2, bucket=0)
+    moments = sum(t.sizes[0] * t.sizes[1] for t in layers)
+    found = {
+        inverse: kfac.traffic(layers, reduction, 2, inverse)
+        for inverse in ("eigh", "ekfac")
+    }
+
+    def total(inverse, event, kind):
+        chosen = [c for c in found[inverse] if (c.event, c.kind) == (event, kind)]
+        return sum(c.elements for c in chosen if c.layer)
+
+    for event, kind in (("refresh", "all_reduce"), ("inversion", "all_gather")):
+        more = total("ekfac", event, kind) - total("eigh", event, kind)
+        assert moments <= more <= moments + 2 * len(layers)  # filled up to even shares

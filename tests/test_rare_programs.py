@@ -7,7 +7,6 @@ weight ``A ⊗ G``, of a scale or shift its units' blocks, of what falls back ``
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax import lax
 

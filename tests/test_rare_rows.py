@@ -18,6 +18,7 @@ from tests.helpers import close
 
 B, T, D, OUT = 5, 4, 3, 2
 PROGRAMS = {}
+NHC = {"dimension_numbers": ("NHC", "HIO", "NHC")}
 
 
 def program(kind, offset, inputs, **shapes):
@@ -136,11 +137,12 @@ def test_factors_of_rows_written_out(name, rng):
     tagged = kfac.tag(plain, params, x, y, num_examples=B)
     (layer,) = tagged.layers
     assert layer.kind == kind
-    run = jax.jit(lambda p: (tagged.value_and_grad(p, x, y)[1:]))
+    run = jax.jit(lambda p: tagged.value_and_grad(p, x, y)[1:])
     grads, statistics = run(params)
     wanted, c = jax.jit(jax.grad(loss, argnums=(0, 3)))(params, x, y, jnp.zeros(offset))
     close(grads, wanted)
-    a, c = np.asarray(inputs(x), np.float64), np.asarray(c).reshape(-1, *layer.g_shape[-1:])
+    a = np.asarray(inputs(x), np.float64)
+    c = np.asarray(c).reshape(-1, layer.g_shape[-1])
     assert len(a) == len(c)
     found = statistics[layer.name]
     wanted = a.T @ a / B
@@ -166,8 +168,7 @@ def repeated_and_reversed(p, x, y):
 def one_kernel_for_all_channels(p, x, y):
     """A depthwise kernel that all channels share, spread over a full one."""
     kernel = jnp.broadcast_to(p["b"][:, None, None], (D, D, D))
-    options = {"dimension_numbers": ("NHC", "HIO", "NHC")}
-    z = lax.conv_general_dilated(x, kernel, (1,), "VALID", **options)
+    z = lax.conv_general_dilated(x, kernel, (1,), "VALID", **NHC)
     return squares(z.sum(1), y)
 
 
@@ -252,7 +253,7 @@ def test_biases_of_a_loop_around_one_weight(rng):
 def test_positions_of_a_convolution_that_a_mask_hides(groups, rng):
     """Patches and cotangents of the positions that count, written out."""
     mask = np.arange(T) < np.array([4, 2, 1, 3, 2])[:, None]
-    options = {"feature_group_count": groups, "dimension_numbers": ("NHC", "HIO", "NHC")}
+    options = NHC | {"feature_group_count": groups}
 
     def loss(p, x, mask):
         z = lax.conv_general_dilated(x, p["k"], (1,), "SAME", **options)
@@ -287,3 +288,22 @@ def test_why_a_weight_and_its_bias_fall_back(rng):
     notes = {t.name: t.note for t in kfac.tag(loss, params, x, y).layers}
     assert "only part of it reaches a layer" in notes["w"]
     assert "its layer's weight fell back" in notes["b"]
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_a_tied_weight_behind_a_mask(sharing, rng):
+    """Rows that do not count are as if they were not there, in both directions."""
+    mask = jnp.asarray([True, False, True, True, False])
+
+    def loss(p, x, y, mask):
+        z = kfac.normal(jnp.tanh(x @ p["w"]) @ p["w"].T, mask=mask)
+        return 0.5 * jnp.where(mask[:, None], (z - y) ** 2, 0).sum() / mask.sum()
+
+    params, x, y = data(rng, {"w": (D, OUT)})
+    args = x[:, 0], y, mask
+    found = []
+    for batch in (args, [v[mask] for v in args]):
+        tagged = kfac.tag(loss, params, *batch, weight_sharing=sharing)
+        assert tagged.layers[0].tied
+        found.append(jax.jit(tagged.value_and_grad)(params, *batch))
+    close(*found, 1e-6)
