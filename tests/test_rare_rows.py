@@ -307,3 +307,54 @@ def test_a_tied_weight_behind_a_mask(sharing, rng):
         assert tagged.layers[0].tied
         found.append(jax.jit(tagged.value_and_grad)(params, *batch))
     close(*found, 1e-6)
+
+
+def test_tokens_of_examples_that_a_mask_hides(rng):
+    """Sums over an example's tokens, with and without the examples hidden."""
+    mask = jnp.asarray([True, False, True, True, False])
+
+    def loss(p, ids, y, mask):
+        z = kfac.normal(jnp.tanh(p["e"][ids]).sum(1), mask=mask)
+        return 0.5 * jnp.where(mask[:, None], (z - y) ** 2, 0).sum() / mask.sum()
+
+    params, x, y = data(rng, {"e": (T, D)})
+    args = jnp.asarray(rng.integers(0, T, (B, 2))), y, mask
+    found = []
+    for batch in (args, [v[mask] for v in args]):
+        tagged = kfac.tag(loss, params, *batch, weight_sharing="reduce")
+        assert tagged.layers[0].kind == "embedding"
+        found.append(jax.jit(tagged.value_and_grad)(params, *batch))
+    close(*found, 1e-6)
+
+
+def test_frames_beside_the_examples_of_a_convolution(rng):
+    """``reduce``: the mean over all positions of all frames of an example."""
+
+    def loss(p, x, y):
+        frames = x.reshape(-1, T // 2, D)
+        z = lax.conv_general_dilated(frames, p["k"], (1,), "SAME", **NHC)
+        return squares(z.reshape(x.shape).sum(1), y)
+
+    params, x, y = data(rng, {"k": (1, D, D)})
+    tagged = kfac.tag(loss, params, x, y, num_examples=B, weight_sharing="reduce")
+    found = jax.jit(tagged.value_and_grad)(params, x, y)[-1]["k"]
+    mean, z = np.asarray(x).mean(1), np.asarray(x).sum(1) @ params["k"][0]
+    c = T * (z - y) / B  # summed over the positions
+    close(found.a, mean.T @ mean / B)
+    close(found.g, B * np.asarray(c).T @ np.asarray(c))
+
+
+def test_every_second_bag_of_tokens_in_the_eigenbasis(rng):
+    """EKFAC's moments of mean inputs: those of half of the examples, twice."""
+    ids = jnp.asarray(rng.integers(0, T, (6, 2)))
+    y = jnp.asarray(rng.normal(size=(6, D)))
+    loss = lambda p, ids, y: squares(p["e"][ids].sum(1), y)  # noqa: E731
+    params = {"e": jnp.asarray(rng.normal(size=(T, D)))}
+    options = {"weight_sharing": "reduce", "subsample": kfac.Subsample(examples=2)}
+    tagged = kfac.tag(loss, params, ids, y, **options)
+    state = kfac.scale_by_kfac(tagged.layers, inverse="ekfac").init(params)
+    run = jax.jit(tagged.value_and_grad)
+    found = run(params, ids, y, opt_state=state)[-1]["e"].s  # in the first basis, I
+    x = np.stack([np.bincount(i, minlength=T) / 2 for i in np.asarray(ids)])
+    c = 2 * np.asarray(params["e"][ids].sum(1) - y) / 6  # of both tokens
+    close(found, 2 * 6 * np.einsum("ni,nj->ij", x[::2] ** 2, c[::2] ** 2))
