@@ -34,13 +34,11 @@ def exchanged(
         plan: Who does what.
         layers: The layers present.
         due: Which are due, ``[layers]``.
-        statistics: This device's, by layer name; or None.
+        statistics: This device's, by layer name.
 
     Returns:
         Layer name to statistics; what was not due means nothing.
     """
-    if statistics is None:
-        return {}
     own = {t.name: checked_statistics(t, statistics) for t in layers}
     flags = {t.name: due[i] for i, t in enumerate(layers)}
     fresh = {}

@@ -100,7 +100,8 @@ def saved_flops(site: Site, recipe: Recipe) -> int:
         return 0
     rows, size = math.prod(geometry.rows), recipe.layer.a_shape[-1]
     full = forms.symmetric_product_flops(rows, size)
-    return (full - shifted_flops(geometry, axis)) * site.repeat
+    times = site.repeat * math.prod(recipe.layer.stack)
+    return (full - shifted_flops(geometry, axis)) * times
 
 
 def example_gradients(site: Site) -> int:

@@ -89,8 +89,6 @@ def own_part(layers: Sequence[LayerTag], state: KFACState, plan: Plan) -> KFACSt
     Raises:
         ValueError: A slice is not of the shape that the plan wants.
     """
-    if not plan.owners:
-        return state
     factors: dict[str, Any] = dict(state.factors)
     inverses, previous = dict(state.inverses), dict(state.previous)
     for layer in layers:

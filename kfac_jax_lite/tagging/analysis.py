@@ -161,7 +161,7 @@ class Walk:
         self.data_bit: int = 1 << num_leaves
         self.while_leaves = 0
         self.branches = 0
-        self.reached = 0
+        self.reached: int
         self.nested_marks = False
         self.scopes: dict[Plan, Scope] = {}
 

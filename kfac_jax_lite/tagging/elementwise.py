@@ -24,8 +24,10 @@ from kfac_jax_lite.tagging.analysis import (
 )
 from kfac_jax_lite.tagging.layers import EmbeddingGeometry, ScaleShiftGeometry, Site
 from kfac_jax_lite.tagging.structure import axis_step, move_scaled, spread_site
-from kfac_jax_lite.types import JaxprEqn
+from kfac_jax_lite.types import JaxprEqn, Var
 from kfac_jax_lite.views import Shape, View
+
+MOVES = ("reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims")
 
 
 @rule("mul", "div")
@@ -43,8 +45,6 @@ def scale(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
         fact = Scaled(fact, ())
     shape = shape_of(eqn.outvars[0])
     view = stretched(fact.view, shape)  # type: ignore[union-attr]
-    if view is None:
-        return None
     scope.mark_used([facts[1 - side]], eqn.primitive.name)
     factor = factor_of(scope, other, divided)
     result = Scaled(view, (*fact.factors, factor))  # type: ignore[union-attr]
@@ -57,12 +57,11 @@ def scale(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     return [scope.add_units(index, {"scale": view}, result.factors, shape)]
 
 
-def stretched(view: View, shape: Shape) -> View | None:
+def stretched(view: View, shape: Shape) -> View:
     """The view as an operand of that shape (unit axes and scalars are repeated)."""
     if view.shape == () and shape:
         return view.broadcast(shape, ())
-    same_rank = len(view.axes) == len(shape)
-    return dataclasses.replace(view, shape=shape) if same_rank else None
+    return dataclasses.replace(view, shape=shape)
 
 
 def main_operand(facts: list[Fact]) -> int | None:
@@ -106,14 +105,22 @@ def more_factors_follow(scope: Scope, var: Any, fact: Scaled) -> bool:
         if name == "div" and eqn.invars[1] is var:
             return False
         other = eqn.invars[1] if eqn.invars[0] is var else eqn.invars[0]
-        known = not isinstance(other, Literal) and scope.facts.get(other) is not None
-        return not known and not isinstance(other, Literal)
+        return not isinstance(other, Literal) and not is_known(scope, other)
     if name == "convert_element_type":
         return more_factors_follow(scope, eqn.outvars[0], fact)
-    if name in ("reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims"):
+    if name in MOVES:
         moved = move_scaled(fact, axis_step(eqn))
         return moved is not None and more_factors_follow(scope, eqn.outvars[0], moved)
     return False
+
+
+def is_known(scope: Scope, var: Any) -> bool:
+    """Whether a variable has a fact, or will have that of one whose axes it moves."""
+    if var in scope.facts or var not in scope.producers:
+        return scope.fact(var) is not None
+    eqn = scope.jaxpr.eqns[scope.producers[var]]
+    source = eqn.invars[0] if eqn.primitive.name in MOVES else None
+    return isinstance(source, Var) and is_known(scope, source)
 
 
 @rule("add", "add_any", "sub")
@@ -137,8 +144,6 @@ def shift(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     assert isinstance(own, View)
     whole = own.shape == shape and own.dense
     own = stretched(own, shape)
-    if own is None:
-        return None
     joins = eqn.primitive.name != "sub" and scope.used_once(atom)
     if joins and isinstance(other, Output) and not other.beside:
         role = "shift" if other.site.kind == "scale_shift" else "bias"

@@ -63,8 +63,6 @@ def name(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
 def move_axes(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     """Axes move; a layer's output keeps its labels while they can be followed."""
     fact = keep(scope, eqn.invars[0], facts[0])
-    if len(eqn.invars) > 1:  # dynamic shapes
-        return None
     step = axis_step(eqn)
     if isinstance(fact, View):
         view = move_view(fact, step)
