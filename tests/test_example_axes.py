@@ -360,4 +360,17 @@ def test_sizes_that_do_not_divide():
     left, right = (Index(6), Index(4)), (Index(4), Index(6))
     unify(left, right)
     assert settled(left) == left and settled(right) == right
-    assert [len(a) for a in reshaped((left,), (0, 24))] == [1, 1]
+    assert reshaped(((), left), (0, 24)) == ((), left)
+
+
+def test_a_parameter_repeated_without_data(rng):
+    """Repeats are no examples, though there are as many."""
+
+    def loss(p, x, y):
+        kernel = jnp.broadcast_to(p["s"], (N, D)).reshape(D, N)
+        z = kfac.normal(jnp.tanh(x.sum(1) @ kernel)[:, :2])
+        return 0.5 * jnp.mean(jnp.sum((z - y) ** 2, -1))
+
+    case = problem(rng, swapped)
+    tagged = kfac.tag(loss, {"s": case.params["s"]}, case.x, case.y)
+    assert [x.kind for x in tagged.layers] == ["diagonal"]

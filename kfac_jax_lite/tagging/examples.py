@@ -3,13 +3,13 @@
 The terms of the loss are the leading axes of the marked output, or of the arguments; a
 site whose output has these axes has the examples there. Statistics that add up the
 positions of an example (scales and shifts, ``weight_sharing="reduce"``, squares) want
-them first: rows are put in that order. A site that the axes could not be followed to is
-judged by its shape.
+them first: rows are put in that order. Where the terms could not be followed to a site,
+but an argument's first axis could, its shape decides.
 """
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -43,22 +43,44 @@ def place_examples(
     """
     found: Followed = {}
     follow(jaxpr, plan, [fresh_axes(shape_of(v)) for v in jaxpr.invars], found)
+    inputs: Any = jaxpr.invars[num_leaves:]
+    batch = [found[plan][v][0] for v in inputs if has_examples(v.aval)]
     terms = terms_of(walk, found, num_examples)
     if not walk.marks:
-        inputs: Any = jaxpr.invars[num_leaves:]
-        held = [found[plan][v] for v in inputs if leads(v.aval, num_examples)]
-        terms = [axes[0] for axes in held]
+        terms = [a for a in batch if math.prod(i.size for i in a) == num_examples]
     for other in terms[1:]:
         unify(terms[0], other)
+    known = Known(terms[0] if terms else (), tuple(batch), num_examples)
     for site in walk.sites:
-        axes = row_axes(walk, site, found)
-        place(site, axes, terms[0] if terms else (), num_examples)
+        site.positions = by_terms(site, row_axes(walk, site, found), known)
+        if site.positions is None and site.kind == "scale_shift":
+            rows = site.geometry.rows  # as they are in order now
+            site.positions = by_sequence(rows, row_axes(walk, site, found), known)
 
 
-def leads(aval: Any, num_examples: int) -> bool:
-    """Whether an argument has the examples along its first axis (keys have not)."""
+class Known(NamedTuple):
+    """What is known of the examples.
+
+    Attributes:
+        terms: The indices that number the terms of the loss.
+        batch: First axes of the arguments.
+        num_examples: ``N``.
+    """
+
+    terms: Axis
+    batch: Axes
+    num_examples: int
+
+    @property
+    def members(self) -> Axis:
+        """The indices of the arguments' first axes."""
+        return settled(index for axis in self.batch for index in axis)
+
+
+def has_examples(aval: Any) -> bool:
+    """Whether an argument may have examples along its first axis (keys have not)."""
     raw_key = aval.dtype == jnp.uint32 and aval.shape == (2,)
-    return aval.shape[:1] == (num_examples,) and not raw_key
+    return bool(aval.shape) and not raw_key
 
 
 def terms_of(walk: Walk, found: Followed, num_examples: int) -> list[Axis]:
@@ -94,15 +116,16 @@ def row_order(geometry: Geometry) -> Shape:
     return geometry.order[: len(geometry.rows)]
 
 
-def place(site: Site, axes: Axes | None, terms: Axis, num_examples: int) -> None:
-    """Sets a site's ``positions``, after its rows have been put in order if need be."""
-    rows, terms = site.geometry.rows, settled(terms)
+def by_terms(site: Site, axes: Axes | None, known: Known) -> int | None:
+    """How many rows belong to one term; the rows are put in order if need be."""
+    rows, terms, n = site.geometry.rows, settled(known.terms), known.num_examples
     seen = [index for axis in axes or () for index in axis]
     present = [index for index in terms if index in seen]
     if axes is None or not present or any(seen.count(i) > 1 for i in present):
         # Not followed, or several axes are the examples': by shape, unless it is open.
-        site.positions = positions_per_example(rows, num_examples, flat=not terms)
-        return
+        if not terms or any(index in known.members for index in seen):
+            return positions_per_example(rows, n, flat=not terms)
+        return None
     heads = {k: axis[0] for k, axis in enumerate(axes) if axis and within(axis, terms)}
     leading = sorted(heads, key=lambda k: terms.index(heads[k]))
     order = (*leading, *(k for k in range(len(axes)) if k not in heads))
@@ -110,7 +133,26 @@ def place(site: Site, axes: Axes | None, terms: Axis, num_examples: int) -> None
     if moved is not None:
         site.geometry, axes = moved, tuple(axes[k] for k in order)
     first = tuple(index for axis in axes for index in axis)[: len(terms)]
-    site.positions = math.prod(rows) // num_examples if first == terms else None
+    return math.prod(rows) // n if first == terms else None
+
+
+def by_sequence(rows: Shape, axes: Axes | None, known: Known) -> int | None:
+    """How many rows belong to an example that has several terms of the loss.
+
+    So it is for a parameter that is added to whole sequences.
+
+    Args:
+        rows: Lengths of the rows' axes.
+        axes: Their axes; the first must be that of an argument.
+        known: What is known of the examples.
+
+    Returns:
+        How many, or None.
+    """
+    if not axes or not axes[0] or not within(axes[0], known.members):
+        return None
+    whole = rows[0] < known.num_examples and known.num_examples % rows[0] == 0
+    return math.prod(rows[1:]) if whole else None
 
 
 def within(axis: Axis, terms: Axis) -> bool:

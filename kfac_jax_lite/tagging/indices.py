@@ -27,14 +27,14 @@ class Index:
     number: int = dataclasses.field(default_factory=itertools.count().__next__)
 
 
-# The indices an axis is the product of, slowest first; none for an axis of length one.
+# The indices an axis is the product of, slowest first; none for one of length 0 or 1.
 Axis = tuple[Index, ...]
 Axes = tuple[Axis, ...]
 
 
 def fresh(size: int) -> Axis:
     """An axis of which nothing is known."""
-    return (Index(size),) if size != 1 else ()
+    return (Index(size),) if size > 1 else ()
 
 
 def fresh_axes(shape: Shape) -> Axes:
@@ -95,9 +95,9 @@ def reshaped(axes: Axes, shape: Shape) -> Axes:
 
 def slowest(indices: Axis, size: int) -> tuple[Axis, Axis] | None:
     """The slowest indices with ``size`` values in all, and the rest; None: cut."""
-    if size == 1:
+    if size <= 1:
         return (), indices
-    if not indices or size == 0:
+    if not indices:
         return None
     index, rest = indices[0], indices[1:]
     if size % index.size == 0:

@@ -71,7 +71,7 @@ def group_sites(walk: Walk, facts: Facts, reasons: dict[int, str]) -> list[Group
     groups: dict[tuple[Any, ...], Group] = {}
     waiting = batched_sites(walk, facts)
     for site in waiting:
-        if site.kind == "scale_shift" and not grouped_by_example(site, facts):
+        if site.kind == "scale_shift" and not grouped_by_example(site):
             for view in site.views.values():
                 walk.uses[view.leaf].append(
                     f"a scale or shift without an axis of {facts.num_examples} examples"
@@ -123,22 +123,12 @@ def batched_sites(walk: Walk, facts: Facts) -> list[Site]:
     return kept
 
 
-def grouped_by_example(site: Site, facts: Facts) -> bool:
-    """Finds which rows of a scale or shift belong to one example.
-
-    The examples are the loss terms, or (a parameter added to whole sequences) leading
-    rows of the batch, each with several loss terms.
-
-    Returns:
-        Whether there are examples.
-    """
-    geometry, n, positions = site.geometry, facts.num_examples, site.positions
-    if positions is None:
-        rows = geometry.rows
-        if not rows or rows[0] == n or rows[0] not in facts.batch_sizes or n % rows[0]:
-            return False
-        positions = math.prod(rows[1:])
-    site.geometry = dataclasses.replace(geometry, positions=positions)  # type: ignore
+def grouped_by_example(site: Site) -> bool:
+    """Says of a scale or shift which rows belong to one example, if any do."""
+    if site.positions is None:
+        return False
+    own = {"positions": site.positions}
+    site.geometry = dataclasses.replace(site.geometry, **own)  # type: ignore[arg-type]
     return True
 
 

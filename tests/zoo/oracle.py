@@ -116,17 +116,17 @@ def expanded(spec, inputs, cotangents):
 def reduced(spec, inputs, cotangents, terms):
     """One row per example: the mean input and the summed cotangent of all its rows.
 
-    The mean is over rows: a site with more positions counts more. A site whose leading
-    axes are not the loss terms cannot say which rows belong to a term: then no site is
-    reduced.
+    The mean is over rows: a site with more positions counts more. Where the second axis
+    of the rows is as long as there are terms, and the first is not, time comes first. A
+    site with fewer rows than terms has none for each of them: then no site is reduced.
     """
     pairs = expanded(spec, inputs, cotangents)
-    for a, (x, _) in zip(inputs, pairs, strict=True):
-        examples = a.shape[1] if isinstance(spec, Blocks) else a.shape[0]
-        if terms not in (examples, x.shape[1] * x.shape[2]):
-            return pairs
+    if any(x.shape[1] * x.shape[2] < terms for x, _ in pairs):
+        return pairs
     rows, sums = [], []
     for x, c in pairs:
+        if x.shape[2] == terms != x.shape[1]:
+            x, c = x.swapaxes(1, 2), c.swapaxes(2, 3)
         rows.append(x.reshape(x.shape[0], terms, -1, x.shape[-1]))
         sums.append(c.reshape(*c.shape[:2], terms, -1, c.shape[-1]).sum(3))
     mean = np.concatenate(rows, 2).mean(2, keepdims=True)

@@ -30,7 +30,7 @@ def convolved_again(parts, x):
 
 
 def time_major(parts, x):
-    """A layer over ``[time, batch]``: its rows are not grouped by example."""
+    """A layer over ``[time, batch]``: an example's rows are not side by side."""
     h = jnp.tanh(parts["layer"](jnp.swapaxes(x, 0, 1)))
     return parts["head"](h.mean(0))
 
