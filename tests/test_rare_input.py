@@ -82,12 +82,10 @@ def test_examples_along_an_axis_in_space():
 
     def loss(p, x):
         numbers = {"dimension_numbers": ("NHC", "HIO", "NHC")}
-        z = lax.conv_general_dilated(
-            x.reshape(2, 3, 4), p["k"], (1,), "SAME", **numbers
-        )
+        z = lax.conv_general_dilated(x, p["k"], (1,), "SAME", **numbers)
         return jnp.mean(jnp.sum(z**2, -1))
 
-    record = loss, {"k": np.ones((1, 4, 2))}, np.ones((6, 4))
+    record = loss, {"k": np.ones((1, 4, 2))}, np.ones((2, 3, 4))
     every = kfac.Subsample(examples=2)
     with pytest.raises(ValueError, match="along the batch axis of a convolution"):
         kfac.tag(*record, num_examples=6, subsample=every)
