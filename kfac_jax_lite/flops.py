@@ -106,7 +106,7 @@ def saved_flops(site: Site, recipe: Recipe) -> int:
 
 def example_gradients(site: Site) -> int:
     """Number of gradients ``s_n`` that one site of a scale_shift layer makes."""
-    return site.geometry.examples * site.repeat  # type: ignore[union-attr]
+    return site.examples * site.repeat
 
 
 def gradient_flops(layer: LayerTag, rows: Rows) -> int:

@@ -90,7 +90,7 @@ def make_recipe(
     several = len(sites) > 1 or any(s.repeat > 1 for s in sites)
     examples = num_examples
     if layer.kind == "scale_shift":
-        groups = {s.geometry.examples for s in sites}  # type: ignore[union-attr]
+        groups = {s.examples for s in sites}
         by_example, examples = several and len(groups) == 1, max(groups)
     elif squares:
         check_rows(layer, sites, num_examples)

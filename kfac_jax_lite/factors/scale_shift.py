@@ -10,25 +10,23 @@ References:
 
 import functools
 import operator
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
 from kfac_jax_lite.factors.dense import moved
-from kfac_jax_lite.tagging.layers import ScaleShiftGeometry
+from kfac_jax_lite.tagging.layers import Site
 from kfac_jax_lite.types import Array, accumulation_dtype
 
 
 def example_gradients(
-    geometry: ScaleShiftGeometry,
-    factors: list[Array],
-    cotangent: Array,
-    roles: tuple[str, ...],
+    site: Site, factors: list[Array], cotangent: Array, roles: tuple[str, ...]
 ) -> Array:
     """``s_n`` of every unit at one site, ``[examples, units, k]``.
 
     Args:
-        geometry: Axis order of the site.
+        site: A site of a scale or shift.
         factors: Variables whose product is ``x̂``.
         cotangent: ``c`` at the site's output.
         roles: ``("scale", "shift")`` or one of them.
@@ -36,6 +34,7 @@ def example_gradients(
     Returns:
         Gradients of the examples.
     """
+    geometry: Any = site.geometry
     dtype = accumulation_dtype(cotangent.dtype)
     c = cotangent.astype(dtype)
     parts_of_x = [
@@ -46,7 +45,7 @@ def example_gradients(
 
     def per_example(value: Array):
         value = lax.transpose(value, geometry.order)
-        return value.reshape(-1, geometry.positions, geometry.units).sum(1)
+        return value.reshape(site.examples, -1, geometry.units).sum(1)
 
     parts = {"scale": lambda: per_example(c * x_hat), "shift": lambda: per_example(c)}
     return jnp.stack([parts[role]() for role in roles], -1)

@@ -74,7 +74,7 @@ def estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
     if isinstance(geometry, ScaleShiftGeometry):
 
         def s_sum(inputs: Any, c: Array):
-            return scale_shift.example_gradients(geometry, inputs[0], c, layer.roles)
+            return scale_shift.example_gradients(site, inputs[0], c, layer.roles)
 
         def blocks(inputs: Any, c: Array):
             return unit_blocks(s_sum(inputs, c), recipe.num_examples)

@@ -1,10 +1,9 @@
 """Which rows of a site belong to one example.
 
-The terms of the loss are the leading axes of the marked output, or of the arguments; a
-site whose output has these axes has the examples there. Statistics that add up the
-positions of an example (scales and shifts, ``weight_sharing="reduce"``, squares) want
-them first: rows are put in that order. Where the terms could not be followed to a site,
-but an argument's first axis could, its shape decides.
+The terms of the loss are numbered by the leading axes of the marked output, else of the
+arguments, else of what the loss closes over. A site whose output has these axes has the
+examples there. Statistics that add up the positions of an example (scales and shifts,
+``weight_sharing="reduce"``, squares) want them first: rows are put in that order.
 """
 
 import dataclasses
@@ -43,27 +42,28 @@ def place_examples(
     """
     found: Followed = {}
     follow(jaxpr, plan, [fresh_axes(shape_of(v)) for v in jaxpr.invars], found)
-    inputs: Any = jaxpr.invars[num_leaves:]
-    batch = [found[plan][v][0] for v in inputs if has_examples(v.aval)]
+    given = [found[plan][v][0] for v in jaxpr.invars[num_leaves:] if has_rows(v.aval)]
+    closed = [found[plan][v][0] for v in jaxpr.constvars if has_rows(v.aval)]
     terms = terms_of(walk, found, num_examples)
-    if not walk.marks:
-        terms = [a for a in batch if math.prod(i.size for i in a) == num_examples]
+    for axes in (given, closed):
+        if not terms and not walk.marks:
+            terms = [axis for axis in axes if length(axis) == num_examples]
     for other in terms[1:]:
         unify(terms[0], other)
-    known = Known(terms[0] if terms else (), tuple(batch), num_examples)
+    known = Examples(terms[0] if terms else (), (*given, *closed), num_examples)
     for site in walk.sites:
-        site.positions = by_terms(site, row_axes(walk, site, found), known)
+        site.positions = positions(site, row_axes(walk, site, found), known)
         if site.positions is None and site.kind == "scale_shift":
             rows = site.geometry.rows  # as they are in order now
             site.positions = by_sequence(rows, row_axes(walk, site, found), known)
 
 
-class Known(NamedTuple):
+class Examples(NamedTuple):
     """What is known of the examples.
 
     Attributes:
-        terms: The indices that number the terms of the loss.
-        batch: First axes of the arguments.
+        terms: The indices that number the terms of the loss, if it can be said.
+        batch: First axes of the arguments and of what the loss closes over.
         num_examples: ``N``.
     """
 
@@ -71,13 +71,13 @@ class Known(NamedTuple):
     batch: Axes
     num_examples: int
 
-    @property
-    def members(self) -> Axis:
-        """The indices of the arguments' first axes."""
-        return settled(index for axis in self.batch for index in axis)
+
+def length(axis: Axis) -> int:
+    """How many values an axis takes."""
+    return math.prod(index.size for index in axis)
 
 
-def has_examples(aval: Any) -> bool:
+def has_rows(aval: Any) -> bool:
     """Whether an argument may have examples along its first axis (keys have not)."""
     raw_key = aval.dtype == jnp.uint32 and aval.shape == (2,)
     return bool(aval.shape) and not raw_key
@@ -116,15 +116,24 @@ def row_order(geometry: Geometry) -> Shape:
     return geometry.order[: len(geometry.rows)]
 
 
-def by_terms(site: Site, axes: Axes | None, known: Known) -> int | None:
-    """How many rows belong to one term; the rows are put in order if need be."""
-    rows, terms, n = site.geometry.rows, settled(known.terms), known.num_examples
+def positions(site: Site, axes: Axes | None, known: Examples) -> int | None:
+    """How many rows belong to one term; the rows are put in order if need be.
+
+    Of terms that nothing is known of, the shape must tell.
+
+    Args:
+        site: The site.
+        axes: Those of its rows, if they were followed.
+        known: What is known of the examples.
+
+    Returns:
+        How many, or None.
+    """
+    n, terms = known.num_examples, settled(known.terms)
     seen = [index for axis in axes or () for index in axis]
-    present = [index for index in terms if index in seen]
-    if axes is None or not present or any(seen.count(i) > 1 for i in present):
-        # Not followed, or several axes are the examples': by shape, unless it is open.
-        if not terms or any(index in known.members for index in seen):
-            return positions_per_example(rows, n, flat=not terms)
+    if not terms:
+        return positions_per_example(site.geometry.rows, n)
+    if axes is None or any(seen.count(index) > 1 for index in terms):
         return None
     heads = {k: axis[0] for k, axis in enumerate(axes) if axis and within(axis, terms)}
     leading = sorted(heads, key=lambda k: terms.index(heads[k]))
@@ -133,25 +142,30 @@ def by_terms(site: Site, axes: Axes | None, known: Known) -> int | None:
     if moved is not None:
         site.geometry, axes = moved, tuple(axes[k] for k in order)
     first = tuple(index for axis in axes for index in axis)[: len(terms)]
-    return math.prod(rows) // n if first == terms else None
+    return math.prod(site.geometry.rows) // n if first == terms else None
 
 
-def by_sequence(rows: Shape, axes: Axes | None, known: Known) -> int | None:
+def by_sequence(rows: Shape, axes: Axes | None, known: Examples) -> int | None:
     """How many rows belong to an example that has several terms of the loss.
 
     So it is for a parameter that is added to whole sequences.
 
     Args:
         rows: Lengths of the rows' axes.
-        axes: Their axes; the first must be that of an argument.
+        axes: Their axes. The first must be the first axis of an argument, and number
+            the slowest terms, as far as these are known.
         known: What is known of the examples.
 
     Returns:
         How many, or None.
     """
-    if not axes or not axes[0] or not within(axes[0], known.members):
+    terms, n = settled(known.terms), known.num_examples
+    if not axes or not axes[0] or axes[0] not in map(settled, known.batch):
         return None
-    whole = rows[0] < known.num_examples and known.num_examples % rows[0] == 0
+    first = axes[0]
+    slowest = first == terms[: len(first)] or not terms
+    rest = any(index in terms for axis in axes[1:] for index in axis)
+    whole = slowest and not rest and rows[0] < n and n % rows[0] == 0
     return math.prod(rows[1:]) if whole else None
 
 
@@ -194,17 +208,15 @@ def reordered(geometry: Geometry, order: Shape) -> Geometry | None:
     return dataclasses.replace(geometry, rows=rows, order=moved(geometry.order))
 
 
-def positions_per_example(rows: Shape, num_examples: int, flat: bool) -> int | None:
+def positions_per_example(rows: Shape, num_examples: int) -> int | None:
     """How many rows belong to one example, by their shape: examples come first.
 
-    The examples are found as the leading axes whose product is ``num_examples``, or as
-    a leading axis that flattens examples and positions. If a later axis is as long as
-    there are examples they may be there: nothing is said.
+    They are the leading axes whose product is ``num_examples``. If a later axis is as
+    long they may be there: nothing is said.
 
     Args:
         rows: Lengths of the rows' axes.
         num_examples: ``N``.
-        flat: Whether a leading axis may flatten examples and positions.
 
     Returns:
         ``R / N`` with rows reshapable to ``[N, R / N]``, or None when they are not.
@@ -213,8 +225,5 @@ def positions_per_example(rows: Shape, num_examples: int, flat: bool) -> int | N
         return math.prod(rows)
     rows = tuple(size for size in rows if size != 1)
     leading = [math.prod(rows[: k + 1]) for k in range(len(rows))]
-    found = num_examples in leading or (
-        flat and bool(rows) and rows[0] % num_examples == 0
-    )
-    known = found and num_examples not in rows[1:]
+    known = num_examples in leading and num_examples not in rows[1:]
     return math.prod(rows) // num_examples if known else None

@@ -2,7 +2,7 @@
 
 Shapes alone do not tell ``[time, batch, width]`` from ``[batch, time, width]`` if both
 are equally long. One rule per primitive says which axes of its results are axes of its
-operands; what has no rule keeps its axes if its shape stays, and has new ones if not.
+operands; the results of a primitive without a rule have new axes.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +11,7 @@ from typing import Any
 from jax.extend.core import Literal
 
 from kfac_jax_lite.tagging.analysis import shape_of
+from kfac_jax_lite.tagging.counting import Counts, count
 from kfac_jax_lite.tagging.indices import (
     Axes,
     fresh,
@@ -26,6 +27,17 @@ Followed = dict[Plan, dict[Var, Axes]]
 Enter = Callable[[int, Jaxpr, Sequence[Axes]], list[Axes]]
 Rule = Callable[[JaxprEqn, list[Axes], Enter], list[Axes]]
 RULES: dict[str, Rule] = {}
+# An entry of the result depends on the entries in its place.
+ELEMENTWISE = """
+abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
+bitcast_convert_type cbrt ceil clamp clz complex conj convert_element_type copy copy_p
+cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma
+igammac imag integer_pow is_finite le le_to lgamma log log1p logistic lt lt_to max min
+mul name ne neg nextafter not or pcast polygamma population_count pow pvary real
+reduce_precision regularized_incomplete_beta rem reshard round rsqrt select_n
+sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin
+sinh sqrt square stop_gradient sub tan tanh xor zeta
+"""
 
 
 def follow(
@@ -50,6 +62,7 @@ def follow(
         known = None if isinstance(atom, Literal) else axes.get(atom)
         return fresh_axes(shape_of(atom)) if known is None else known
 
+    counts: Counts = {}
     for index, eqn in enumerate(jaxpr.eqns):
 
         def enter(number: int, inner: Jaxpr, inputs: Sequence[Axes], at: int = index):
@@ -57,9 +70,12 @@ def follow(
             own = plans[number] if number < len(plans) else Plan()
             return follow(inner, own, inputs, found)
 
-        follow_one = RULES.get(eqn.primitive.name, same_shape)
-        results = follow_one(eqn, [read(atom) for atom in eqn.invars], enter)
+        follow_one = RULES.get(eqn.primitive.name, unknown)
+        operands = [read(atom) for atom in eqn.invars]
+        results = follow_one(eqn, operands, enter)
         axes.update(zip(eqn.outvars, results, strict=True))
+        if results:
+            count(eqn, operands, results[0], counts)
     return [read(atom) for atom in jaxpr.outvars]
 
 
@@ -73,25 +89,32 @@ def rule(*primitives: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def same_shape(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
-    """Operands of the result's shape meet it elementwise; all else is new."""
+def unknown(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
+    """Nothing is known of the results."""
+    del axes, enter
+    return [fresh_axes(shape_of(var)) for var in eqn.outvars]
+
+
+@rule(*ELEMENTWISE.split())
+def elementwise(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
+    """Axes of operands meet where they are as long as the result's."""
     del enter
-    shapes = [shape_of(var) for var in eqn.outvars]
-    if len(shapes) > 1:
-        return [fresh_axes(shape) for shape in shapes]
-    pairs = zip(eqn.invars, axes, strict=True)
-    alike = [own for atom, own in pairs if shape_of(atom) == shapes[0]]
-    for other in alike[1:]:
-        unify_all(alike[0], other)
-    return [alike[0] if alike else fresh_axes(shape) for shape in shapes]
+    shape = shape_of(eqn.outvars[0])
+    found = list(fresh_axes(shape))
+    for atom, own in zip(eqn.invars, axes, strict=True):
+        if len(own) == len(shape):
+            for i, size in enumerate(shape_of(atom)):
+                if size == shape[i]:
+                    unify(found[i], own[i])
+    return [tuple(found)]
 
 
-@rule("sort", "optimization_barrier", "while", "psum", "psum2", "psum_invariant",
-      "pmax", "pmin", "ppermute")  # fmt: skip
+@rule("optimization_barrier", "psum", "psum2", "psum_invariant", "pmax", "pmin",
+      "ppermute")  # fmt: skip
 def in_place(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
-    """Every result has the axes of the operand in its place, from the last on."""
-    del enter
-    return axes[len(axes) - len(eqn.outvars) :]
+    """Every result has the axes of the operand in its place."""
+    del eqn, enter
+    return axes
 
 
 @rule("transpose")
@@ -105,7 +128,9 @@ def transpose(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
 def reshape(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
     """Axes merged and split."""
     del enter
-    return [reshaped(axes[0], shape_of(eqn.outvars[0]))]
+    order = eqn.params.get("dimensions") if eqn.primitive.name == "reshape" else None
+    before = axes[0] if order is None else tuple(axes[0][i] for i in order)
+    return [reshaped(before, shape_of(eqn.outvars[0]))]
 
 
 @rule("broadcast_in_dim")
@@ -121,30 +146,85 @@ def broadcast(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
 
 
 @rule("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and",
-      "reduce_or", "reduce_xor", "argmax", "argmin")  # fmt: skip
+      "reduce_or", "reduce_xor", "argmax", "argmin", "reduce")  # fmt: skip
 def reduced(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
     """Some axes go."""
     del enter
-    return [tuple(a for i, a in enumerate(axes[0]) if i not in eqn.params["axes"])]
+    gone = eqn.params["dimensions" if eqn.primitive.name == "reduce" else "axes"]
+    kept = tuple(a for i, a in enumerate(axes[0]) if i not in gone)
+    return [kept for _ in eqn.outvars]
+
+
+def renewed(changed: Sequence[bool], axes: Axes, shape: Sequence[int]) -> Axes:
+    """The axes, but for new ones where they have changed."""
+    triples = zip(changed, axes, shape, strict=True)
+    return tuple(fresh(size) if new else a for new, a, size in triples)
 
 
 @rule("slice", "dynamic_slice", "tile")
 def whole(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
     """An axis of unchanged length is the whole axis."""
     del enter
-    return [kept(axes[0], shape_of(eqn.invars[0]), shape_of(eqn.outvars[0]))]
+    before, after = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
+    changed = [old != new for old, new in zip(before, after, strict=True)]
+    return [renewed(changed, axes[0], after)]
 
 
-def kept(axes: Axes, before: Sequence[int], after: Sequence[int]) -> Axes:
-    """Axes as they are where their length is, others new."""
-    triples = zip(axes, before, after, strict=True)
-    return tuple(a if old == new else fresh(new) for a, old, new in triples)
+@rule("scatter", "scatter-add", "scatter_add", "scatter-mul", "scatter_mul",
+      "scatter-min", "scatter_min", "scatter-max", "scatter_max")  # fmt: skip
+def written(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
+    """The operand's axes; where in it the updates go is not followed."""
+    del eqn, enter
+    return [axes[0]]
 
 
-def but_for(changed: Sequence[bool], axes: Axes, shape: Sequence[int]) -> Axes:
-    """The axes, but for new ones where they have changed."""
-    triples = zip(changed, axes, shape, strict=True)
-    return tuple(fresh(size) if new else a for new, a, size in triples)
+@rule("dynamic_update_slice")
+def updated(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
+    """The operand's axes, and the update's where it is as long."""
+    del enter
+    operand, update = map(shape_of, eqn.invars[:2])
+    for i, (size, own) in enumerate(zip(operand, update, strict=True)):
+        if size == own:
+            unify(axes[0][i], axes[1][i])
+    return [axes[0]]
+
+
+@rule("sort", "rev", "fft", "split", "top_k", "cumsum", "cumprod", "cummax", "cummin",
+      "cumlogsumexp")  # fmt: skip
+def along(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
+    """All axes but those along which entries change places are the operand's."""
+    del enter
+    p, rank = eqn.params, len(axes[0])
+    if eqn.primitive.name == "fft":
+        moved = range(rank - len(p["fft_lengths"]), rank)
+    else:
+        moved = p.get("dimensions", [p.get("dimension", p.get("axis"))])
+    still = eqn.primitive.name.startswith("cum")
+    results = []
+    for var, own in zip(eqn.outvars, axes * len(eqn.outvars), strict=False):
+        sizes = zip(shape_of(eqn.invars[0]), shape_of(var), strict=True)
+        places = [i in moved and not still for i in range(rank)]
+        changed = [a or old != new for a, (old, new) in zip(places, sizes, strict=True)]
+        results.append(renewed(changed, own, shape_of(var)))
+    return results
+
+
+@rule("stack")
+def stacked(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
+    """The operands' axes and a new one."""
+    del enter
+    for other in axes[1:]:
+        unify_all(axes[0], other)
+    place, shape = eqn.params["axis"], shape_of(eqn.outvars[0])
+    return [(*axes[0][:place], fresh(shape[place]), *axes[0][place:])]
+
+
+@rule("unstack")
+def unstacked(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
+    """One axis goes."""
+    del enter
+    gone = eqn.params["axis"]
+    return [tuple(a for i, a in enumerate(axes[0]) if i != gone) for _ in eqn.outvars]
 
 
 @rule("pad")
@@ -152,7 +232,7 @@ def pad(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
     """Axes that are padded are new."""
     del enter
     changed = [any(config) for config in eqn.params["padding_config"]]
-    return [but_for(changed, axes[0], shape_of(eqn.outvars[0]))]
+    return [renewed(changed, axes[0], shape_of(eqn.outvars[0]))]
 
 
 @rule("reduce_window_max", "reduce_window_sum", "reduce_window_min")
@@ -162,7 +242,7 @@ def pooled(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
     before, after = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
     windows = zip(eqn.params["window_dimensions"], before, after, strict=True)
     changed = [size > 1 or old != new for size, old, new in windows]
-    return [but_for(changed, axes[0], after)]
+    return [renewed(changed, axes[0], after)]
 
 
 @rule("concatenate")
@@ -175,15 +255,7 @@ def concatenate(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
             if i != along:
                 unify(a, b)
     changed = [i == along and len(axes) > 1 for i in range(len(out))]
-    return [but_for(changed, axes[0], out)]
-
-
-@rule("split", "top_k")
-def divided(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
-    """All axes but one are the operand's."""
-    del enter
-    changed = [i == eqn.params["axis"] for i in range(len(axes[0]))]
-    return [but_for(changed, axes[0], shape_of(var)) for var in eqn.outvars]
+    return [renewed(changed, axes[0], out)]
 
 
 @rule("dot_general")

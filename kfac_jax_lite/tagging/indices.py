@@ -18,12 +18,12 @@ class Index:
 
     Attributes:
         size: Number of values.
-        known: The indices it was found to be the product of (or equal to), if any.
-        number: Of two that are equal the older one stays, so that chains are short.
+        parts: The indices it was found to be the product of (or equal to), if any.
+        number: Of two that are equal the older one stays.
     """
 
     size: int
-    known: "Axis | None" = None
+    parts: "Axis | None" = None
     number: int = dataclasses.field(default_factory=itertools.count().__next__)
 
 
@@ -37,18 +37,21 @@ def fresh(size: int) -> Axis:
     return (Index(size),) if size > 1 else ()
 
 
-def fresh_axes(shape: Shape) -> Axes:
+def fresh_axes(shape: Iterable[int]) -> Axes:
     """Axes of a value of which nothing is known."""
     return tuple(map(fresh, shape))
 
 
-def settled(axes: Iterable[Index]) -> Axis:
+def settled(axis: Iterable[Index]) -> Axis:
     """Indices in the terms of what they are known to be made of."""
     found: list[Index] = []
-    for index in axes:
-        if index.known is not None:
-            index.known = settled(index.known)
-        found += [index] if index.known is None else index.known
+    left = [*axis][::-1]
+    while left:
+        index = left.pop()
+        if index.parts is None:
+            found.append(index)
+        else:
+            left += index.parts[::-1]
     return tuple(found)
 
 
@@ -70,7 +73,7 @@ def unify(first: Axis, second: Axis) -> None:
     small, large = sorted((a, b), key=lambda index: (index.size, index.number))
     if large.size % small.size:
         return
-    large.known = (small, *fresh(large.size // small.size))
+    large.parts = (small, *fresh(large.size // small.size))
     unify(left, right)
 
 
@@ -104,6 +107,6 @@ def slowest(indices: Axis, size: int) -> tuple[Axis, Axis] | None:
         found = slowest(rest, size // index.size)
         return found and ((index, *found[0]), found[1])
     if index.size % size == 0:
-        index.known = (Index(size), Index(index.size // size))
+        index.parts = (Index(size), Index(index.size // size))
         return slowest(settled(indices), size)
     return None

@@ -100,26 +100,17 @@ class EmbeddingGeometry:
 
 @dataclasses.dataclass(frozen=True)
 class ScaleShiftGeometry:
-    """Axis order that brings ``x̂`` to ``[*rows, units]``; shape steps per factor.
-
-    ``positions``: rows of one example, consecutive; set when the walk is resolved.
-    """
+    """Axis order that brings ``x̂`` to ``[*rows, units]``; shape steps per factor."""
 
     order: Shape
     rows: Shape
     units: int
     factor_ops: tuple[Steps, ...]
-    positions: int = 1
 
     @property
     def blocks(self) -> Shape:
         """Unit-wise blocks have no leading axis of their own."""
         return ()
-
-    @property
-    def examples(self) -> int:
-        """How many examples the rows belong to."""
-        return math.prod(self.rows) // self.positions
 
 
 Geometry = DenseGeometry | ConvGeometry | EmbeddingGeometry | ScaleShiftGeometry
@@ -166,6 +157,11 @@ class Site:
             if role in self.views:
                 return self.views[role]
         raise KeyError("a site owns at least one parameter")
+
+    @property
+    def examples(self) -> int:
+        """How many examples its rows belong to."""
+        return math.prod(self.geometry.rows) // (self.positions or 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,8 +70,9 @@ def group_sites(walk: Walk, facts: Facts, reasons: dict[int, str]) -> list[Group
     """
     groups: dict[tuple[Any, ...], Group] = {}
     waiting = batched_sites(walk, facts)
+    loose = ungrouped(walk, waiting)
     for site in waiting:
-        if site.kind == "scale_shift" and not grouped_by_example(site):
+        if site.kind == "scale_shift" and loose & set(site.views.values()):
             for view in site.views.values():
                 walk.uses[view.leaf].append(
                     f"a scale or shift without an axis of {facts.num_examples} examples"
@@ -123,13 +124,25 @@ def batched_sites(walk: Walk, facts: Facts) -> list[Site]:
     return kept
 
 
-def grouped_by_example(site: Site) -> bool:
-    """Says of a scale or shift which rows belong to one example, if any do."""
-    if site.positions is None:
-        return False
-    own = {"positions": site.positions}
-    site.geometry = dataclasses.replace(site.geometry, **own)  # type: ignore[arg-type]
-    return True
+def ungrouped(walk: Walk, waiting: list[Site]) -> set[View]:
+    """Scales and shifts with a use whose rows do not belong to examples.
+
+    They fall back with all their uses: a block without one of them would be wrong.
+
+    Args:
+        walk: The walk.
+        waiting: The sites that count.
+
+    Returns:
+        Their views, and those of what shares a block with them.
+    """
+    sites = [s for s in walk.sites if s.kind == "scale_shift"]
+    bad = [s for s in sites if s.positions is None or s not in waiting]
+    found: set[View] = set()
+    while more := {v for s in bad for v in s.views.values()} - found:
+        found |= more
+        bad = [s for s in sites if found & set(s.views.values())]
+    return found
 
 
 def bias_alone(site: Site, walk: Walk) -> Site:

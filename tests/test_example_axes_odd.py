@@ -1,0 +1,213 @@
+"""Programs that mislead about where the examples are: right, or it is said.
+
+Each of the networks is compared with the gradients of one example at a time (see
+``tests.test_example_axes``). Those under ``FOUND`` must not fall back.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import kfac_jax_lite as kfac
+from tests.helpers import close
+from tests.test_example_axes import D, N, T, first, problem, scaled
+
+
+def halves(p, x):
+    """A part of the batch is no axis of examples."""
+    parts = x.reshape(len(x) // 2 or 1, -1, *x.shape[1:])
+    return lax.scan(lambda c, a: (c, scaled(p, a).sum(1)), None, parts)[1].reshape(
+        -1, D
+    )
+
+
+def two_uses(p, x):
+    """One use of the scales can be grouped, the other one not."""
+    flat = scaled(p, first(x).reshape(-1, D) * 2).reshape(-1, len(x), D)
+    return scaled(p, x).sum(1) + flat.sum(0)
+
+
+def with_a_constant(p, x):
+    return scaled(p, x).sum(1) + scaled(
+        p, jnp.arange(1.0, 1 + T * D).reshape(T, D)
+    ).sum(0)
+
+
+def dispatched(p, x):
+    """Rows sorted by a score and written back, as to experts."""
+    flat = x.reshape(-1, D)
+    order = jnp.argsort(flat[:, 0])
+    h = scaled(p, flat[order])
+    return jnp.zeros_like(flat).at[order].set(h).reshape(x.shape).sum(1)
+
+
+def backwards(p, x):
+    return (scaled(p, x) + scaled(p, 2 * x[::-1])[::-1]).sum(1)
+
+
+def opaque(p, x):
+    """A call whose body is not followed transposes."""
+    h = scaled(p, first(x))
+    turn = jax.custom_derivatives.linear_call
+    return turn(lambda _, a: first(a), lambda _, a: first(a), (), h).sum(1)
+
+
+DOUBTFUL = [halves, two_uses, with_a_constant, dispatched, backwards, opaque]
+
+
+def printed(p, x):
+    jax.debug.callback(lambda v: None, x.sum())
+    return scaled(p, first(x)).sum(0)
+
+
+def outer(p, x):
+    """Operands with axes of length one meet."""
+    h = scaled(p, first(x))[:, :, None] * jnp.arange(1.0, 3)[None, None, :, None]
+    return h.sum((0, 2))
+
+
+def stacked(p, x):
+    h = scaled(p, first(x))
+    return jnp.stack([h[0], h[1], h.sum(0)], 1).sum(1)
+
+
+def into_a_buffer(p, x):
+    h = scaled(p, first(x))
+    return lax.dynamic_update_slice(jnp.ones((T + 1, len(x), D)), h, (1, 0, 0)).sum(0)
+
+
+def spectral(p, x):
+    h = jnp.fft.fft(jnp.cumsum(first(x), 0)).real
+    return scaled(p, lax.reduce(h, 0.0, lax.add, (0,)))
+
+
+def apart(p, x):
+    return sum(jnp.unstack(scaled(p, first(x)), axis=0))
+
+
+def last_step(p, x):
+    h = scaled(p, x.reshape(-1, D)).reshape(x.shape)
+    return h[jnp.arange(len(x)), -1]
+
+
+def last_step_time_first(p, x):
+    last = jnp.full(len(x), T - 1)
+    return scaled(p, first(x))[last, jnp.arange(len(x))]
+
+
+def every_step_by_number(p, x):
+    return scaled(p, x)[jnp.arange(len(x))[:, None], jnp.arange(T)[None]].sum(1)
+
+
+def reshaped_in_another_order(p, x):
+    """``reshape`` with an order of axes, as it makes of ``order="F"``."""
+    h = scaled(p, lax.reshape(x, (T, len(x), D), dimensions=(1, 0, 2)))
+    return h.sum(0)
+
+
+FOUND = [
+    printed, outer, stacked, into_a_buffer, spectral, apart, last_step,
+    last_step_time_first, every_step_by_number, reshaped_in_another_order,
+]  # fmt: skip
+
+
+def check(case, layers, found):
+    """Blocks of scales and shifts are those of the examples."""
+    grads = case.gradients()
+    for layer in layers:
+        if layer.kind == "scale_shift" and "also used by" not in layer.note:
+            g = np.stack([grads[k.strip("[]'")] for k in layer.params], -1)
+            wanted = np.einsum("nuk,nul->ukl", g, g) / len(case.x)
+            close(found[layer.name].blocks, wanted, 1e-9)
+
+
+@pytest.mark.parametrize("n", [2, N])
+@pytest.mark.parametrize("network", DOUBTFUL + FOUND, ids=lambda f: f.__name__)
+def test_right_or_a_fallback(rng, network, n):
+    case = problem(rng, network, n=n)
+    if network is backwards or network is opaque:  # examples meet: no gradient of one
+        case = dataclasses.replace(case, x=jnp.repeat(case.x[:1], n, 0))
+    tagged, found = case.statistics(fisher="empirical")
+    check(case, tagged.layers, found)
+    kinds = {x.name: x.kind for x in tagged.layers}
+    assert "scale_shift" in kinds.values() or network in DOUBTFUL, kinds
+
+
+def test_another_argument_as_long(rng):
+    """A set of other items, as many as examples, has none of the examples."""
+    items = jnp.asarray(rng.normal(size=(N, D)))
+
+    def loss(p, x, items, y):
+        h = scaled(p, items)
+        z = kfac.normal(jax.nn.softmax(x.sum(1) @ h.T) @ h @ p["v"])
+        return 0.5 * jnp.mean(jnp.sum((z - y) ** 2, -1))
+
+    case = problem(rng, halves)
+    tagged = kfac.tag(loss, case.params, case.x, items, case.y)
+    assert "scale_shift" not in {x.kind for x in tagged.layers}
+
+
+@pytest.mark.parametrize("n", [N, 3])
+def test_positions_as_an_argument(rng, n):
+    """Terms ``[N, T]``; the scales see ``[T, D]``, which is the same for all."""
+    places = jnp.asarray(rng.normal(size=(T, D)))
+
+    def loss(p, x, places, y):
+        z = kfac.normal(jnp.sin(x + scaled(p, places)[None]) @ p["v"])
+        return 0.5 * jnp.mean(jnp.sum((z - y[:, None]) ** 2, -1))
+
+    case = problem(rng, halves, n=n)
+    tagged = kfac.tag(loss, case.params, case.x, places, case.y)
+    assert "scale_shift" not in {x.kind for x in tagged.layers}
+
+
+def test_two_marks_in_two_layouts(rng):
+    """Examples and steps cannot be told apart any more."""
+
+    def loss(p, x, y):
+        h = scaled(p, x)
+        one = kfac.normal(h @ p["v"])
+        two = kfac.normal(first(h) @ p["v"])
+        wrong = jnp.sum((one - y[:, None]) ** 2, -1) + jnp.sum((two - y) ** 2, -1)
+        return 0.5 * jnp.mean(wrong)
+
+    case = problem(rng, halves)
+    tagged = kfac.tag(loss, case.params, case.x, case.y)
+    assert "scale_shift" not in {x.kind for x in tagged.layers}
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_a_loss_over_all_data(rng, flat):
+    """No argument at all: what the loss closes over is taken for the examples."""
+    case = problem(rng, halves)
+
+    def network(p, x):
+        if flat:
+            return scaled(p, first(x).reshape(-1, D)).reshape(T, len(x), D).sum(0)
+        return scaled(p, x).sum(1)
+
+    case = dataclasses.replace(case, network=network, marked=False)
+    x, y = case.x[:3], case.y[:3]
+    tagged = kfac.tag(lambda p: case.loss(p, x, y), case.params, num_examples=3)
+    assert ("scale_shift" in {x.kind for x in tagged.layers}) != flat
+    found = jax.jit(tagged.value_and_grad)(case.params)[-1]
+    check(dataclasses.replace(case, x=x, y=y), tagged.layers, found)
+
+
+def test_a_thousand_arguments_added_from_behind():
+    """Axes that become equal the wrong way round do not pile up."""
+
+    def loss(p, xs, y):
+        total = xs[-1]
+        for x in reversed(xs[:-1]):
+            total = total + x
+        z = kfac.normal(jnp.tanh(xs[-2] * p + total))
+        return jnp.mean(jnp.sum((z - y) ** 2, -1))
+
+    xs = [jnp.ones((4, 2))] * 1500
+    (layer,) = kfac.tag(loss, jnp.ones(2), xs, jnp.ones((4, 2))).layers
+    assert layer.kind == "scale_shift"
