@@ -165,6 +165,33 @@ def test_positions_as_an_argument(rng, n):
     assert "scale_shift" not in {x.kind for x in tagged.layers}
 
 
+def test_a_part_of_the_batch(rng):
+    """Rows ``[2, T]``, means over each half of the batch, are two of four examples."""
+
+    def network(p, x):
+        h = scaled(p, x.reshape(2, N // 2, T, D).mean(1))
+        return jnp.repeat(h, N // 2, 0).sum(1) + x.reshape(2, 2, T, D).reshape(
+            x.shape
+        ).sum(1)
+
+    case = problem(rng, network)
+    tagged, _ = case.statistics(fisher="empirical")
+    assert "scale_shift" not in {x.kind for x in tagged.layers}
+
+
+def test_some_of_more_items(rng):
+    """Of ``2 N`` items the first ``N`` are picked: an example has one, not two."""
+    items = jnp.asarray(rng.normal(size=(2 * N, D)))
+
+    def loss(p, items, y):
+        z = kfac.normal(scaled(p, items)[jnp.arange(N)] @ p["v"])
+        return 0.5 * jnp.mean(jnp.sum((z - y) ** 2, -1))
+
+    case = problem(rng, halves)
+    tagged = kfac.tag(loss, case.params, items, case.y)
+    assert "scale_shift" not in {x.kind for x in tagged.layers}
+
+
 def test_two_marks_in_two_layouts(rng):
     """Examples and steps cannot be told apart any more."""
 

@@ -18,7 +18,7 @@ def test_every_row_has_a_ratio_to_adam(tmp_path):
     given = ["--models", "lenet5", "--rounds", "1", "--cycle", "1"]
     result = bayes_steps.main([*given, "--out", str(tmp_path)])
     rows = result["models"]["lenet5"]
-    assert rows["Adam"]["ratio_to_adam"] == [1, 1, 1]
+    assert list(rows["Adam"]["ratio_to_adam"]) == [1, 1, 1]
     assert {"noisy K-FAC", "VOGN", "IVON"} < set(rows)
     assert json.loads((tmp_path / "bayes_steps.json").read_text())["models"].keys() == {
         "lenet5"
