@@ -109,7 +109,14 @@ def reshaped_in_another_order(p, x):
     return h.sum(0)
 
 
+def summed_under_vmap(p, x):
+    """A mean over a mapped axis by its name."""
+    mean = lambda row: scaled(p, row - lax.pmean(row, "time"))  # noqa: E731
+    return jax.vmap(mean, 0, 0, axis_name="time")(first(x)).sum(0)
+
+
 FOUND = [
+    summed_under_vmap,
     printed, outer, stacked, into_a_buffer, spectral, apart, last_step,
     last_step_time_first, every_step_by_number, reshaped_in_another_order,
 ]  # fmt: skip

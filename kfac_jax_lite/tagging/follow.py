@@ -112,9 +112,21 @@ def elementwise(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
 @rule("optimization_barrier", "psum", "psum2", "psum_invariant", "pmax", "pmin",
       "ppermute")  # fmt: skip
 def in_place(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
-    """Every result has the axes of the operand in its place."""
-    del eqn, enter
-    return axes
+    """Every result has the axes of the operand in its place.
+
+    Without those summed over by number, as ``psum`` does under ``vmap``.
+
+    Args:
+        eqn: The equation.
+        axes: Axes of its operands.
+        enter: Not needed.
+
+    Returns:
+        Axes of its results.
+    """
+    del enter
+    gone = eqn.params.get("axes", ())
+    return [tuple(a for i, a in enumerate(own) if i not in gone) for own in axes]
 
 
 @rule("transpose")
