@@ -192,7 +192,7 @@ def follow(number: int, child: subprocess.Popen[str], ended: Ended) -> None:
     assert child.stdout is not None
     with child.stdout as lines:
         for line in lines:
-            print(f"[{number}] {line.rstrip()}", flush=True)
+            print(f"[{number}] {line.rstrip()}\n", end="", flush=True)  # one write
     ended.put((number, child.wait()))
 
 

@@ -114,6 +114,7 @@ def test_chosen_ranks_are_taken():
         assert (record["error"] > 1e-7) == kept
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 def test_states_with_owners():
     """Factors in slices, and rows of an inverse on different devices."""

@@ -225,6 +225,7 @@ def test_inside_jit_and_cg(rng):
     close(ravel(op.solve(v, 0.3, tol=1e-12)), wanted, 1e-8)
 
 
+@pytest.mark.slow
 def test_lineax(rng):
     lineax = pytest.importorskip("lineax")
     case = problem("mlp")

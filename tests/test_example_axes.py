@@ -17,7 +17,7 @@ from jax import lax
 import kfac_jax_lite as kfac
 from kfac_jax_lite.tagging.examples import positions_per_example
 from kfac_jax_lite.tagging.indices import Index, reshaped, settled, unify
-from tests.helpers import close
+from tests.helpers import cases, close
 
 N = T = 4
 D = 3
@@ -161,7 +161,6 @@ SCALES = [
     carried, branches, called, padded, pooled, convolved, attention, looked_up, picked,
     halves, loop,
 ]  # fmt: skip
-MATRICES = [dense_layer, scanned, attention, flattened]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +219,10 @@ def test_scales_and_shifts(rng, network, marked, n):
     close(found[layer.name].blocks, wanted, 1e-9)
 
 
-@pytest.mark.parametrize("network", SCALES + MATRICES, ids=lambda f: f.__name__)
+FAST = [merged_elsewhere, recurrent_scale, convolved, looked_up, dense_layer]
+
+
+@pytest.mark.parametrize("network", cases([*SCALES, dense_layer], FAST))
 def test_squares(rng, network):
     case = problem(rng, network)
     tagged, found = case.statistics(fisher="empirical", statistics="squares")

@@ -31,6 +31,7 @@ def test_the_models_are_those_of_the_catalogue():
     assert set(typing.get_args(CostModelName)) == set(figures.MODELS)
 
 
+@pytest.mark.slow
 def test_the_papers_bytes(printed):
     text = printed(
         "--model", "resnet50", "--batch-norm", "full", "--steps", "2814"

@@ -51,6 +51,7 @@ def test_schedule():
     assert values == pytest.approx([0, 1, 2, 1, 0], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_lm_target(tmp_path, monkeypatch, capsys):
     """Both are tuned; a further search goes on after the trials it finds."""
     result = lm_target.main(options(tmp_path, 1))

@@ -59,6 +59,7 @@ def assert_only_the_first_wrote(config):
     assert steps == sorted(set(steps))
 
 
+@pytest.mark.slow
 def test_two_processes(command, console):
     arguments, config = command("two", "--epochs", "2")
     done = launch("--processes", "2", command=arguments)

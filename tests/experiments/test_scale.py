@@ -65,6 +65,7 @@ def test_an_axis_ends_before_a_step_that_would_take_too_long(monkeypatch):
     assert found["points"] == [] and "minutes are over" in found["stopped"]
 
 
+@pytest.mark.slow
 def test_scale(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scale, "AXES", scale.AXES[:2])
     options = "--width 4 8 --depth 2 --base 4 2 4 10".split()

@@ -226,6 +226,7 @@ def test_one_compilation(tmp_path):
     assert program.run._cache_size() == 1  # pyright: ignore
 
 
+@pytest.mark.slow
 def test_convolutions_and_batch_norm(tmp_path):
     """A model state, and layers whose kernels differ from trial to trial."""
     net = NetConfig(blocks=(1,), width=4)
