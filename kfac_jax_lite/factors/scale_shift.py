@@ -45,7 +45,8 @@ def example_gradients(
 
     def per_example(value: Array):
         value = lax.transpose(value, geometry.order)
-        return value.reshape(site.examples, -1, geometry.units).sum(1)
+        shape = (site.examples, site.positions or 1, geometry.units)
+        return value.reshape(shape).sum(1)
 
     parts = {"scale": lambda: per_example(c * x_hat), "shift": lambda: per_example(c)}
     return jnp.stack([parts[role]() for role in roles], -1)
