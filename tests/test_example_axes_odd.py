@@ -245,3 +245,22 @@ def test_a_thousand_arguments_added_from_behind():
     xs = [jnp.ones((4, 2))] * 1500
     (layer,) = kfac.tag(loss, jnp.ones(2), xs, jnp.ones((4, 2))).layers
     assert layer.kind == "scale_shift"
+
+
+def test_uses_in_two_orders(rng):
+    """Terms ``[N, T]`` by their number alone; rows ``[N, T]`` here, ``[T, N]`` there."""
+
+    def loss(p, x, y):
+        h = jnp.tanh(x)
+        z = h @ p["v"] + jnp.swapaxes(jnp.sin(first(h)) @ p["v"], 0, 1)
+        return 0.5 * jnp.mean(jnp.sum((z - y[:, None]) ** 2, -1))
+
+    case = problem(rng, halves)
+    p, options = {"v": case.params["v"]}, {"num_examples": N * T, "fisher": "empirical"}
+    tagged = kfac.tag(loss, p, case.x, case.y, statistics="squares", **options)
+    found = jax.jit(tagged.value_and_grad)(p, case.x, case.y)[-1]
+    seen = kfac.bayes.squares(tagged.layers, found, p)
+    one = jax.jit(jax.grad(loss))
+    pairs = [(n, t) for n in range(N) for t in range(T)]
+    each = [one(p, case.x[n, t][None, None], case.y[n, None])["v"] for n, t in pairs]
+    close(seen["v"], np.mean([np.square(g) for g in each], 0), 1e-9)

@@ -51,8 +51,15 @@ def place_examples(
     for other in terms[1:]:
         unify(terms[0], other)
     known = Examples(terms[0] if terms else (), (*given, *closed), num_examples)
+    # Where the terms are not known, the uses of one parameter agree on their order.
+    orders: dict[int, Axis] = {}
     for site in walk.sites:
-        site.positions = positions(site, row_axes(walk, site, found), known)
+        own = known.terms or orders.get(site.primary.leaf, ())
+        axes = row_axes(walk, site, found)
+        site.positions = positions(site, axes, known._replace(terms=own))
+        if not own and site.positions is not None:
+            axes = row_axes(walk, site, found) or ()
+            orders[site.primary.leaf] = leading(axes, num_examples)
         if site.positions is None and site.kind == "scale_shift":
             rows = site.geometry.rows  # as they are in order now
             site.positions = by_sequence(rows, row_axes(walk, site, found), known)
@@ -75,6 +82,15 @@ class Examples(NamedTuple):
 def length(axis: Axis) -> int:
     """How many values an axis takes."""
     return math.prod(index.size for index in axis)
+
+
+def leading(axes: Axes, size: int) -> Axis:
+    """The slowest indices that take ``size`` values in all."""
+    found: Axis = ()
+    for index in (index for axis in axes for index in axis):
+        if length(found) < size:
+            found = (*found, index)
+    return found
 
 
 def has_rows(aval: Any) -> bool:
@@ -136,13 +152,13 @@ def positions(site: Site, axes: Axes | None, known: Examples) -> int | None:
     if axes is None or any(seen.count(index) > 1 for index in terms):
         return None
     heads = {k: axis[0] for k, axis in enumerate(axes) if axis and within(axis, terms)}
-    leading = sorted(heads, key=lambda k: terms.index(heads[k]))
-    order = (*leading, *(k for k in range(len(axes)) if k not in heads))
+    first = sorted(heads, key=lambda k: terms.index(heads[k]))
+    order = (*first, *(k for k in range(len(axes)) if k not in heads))
     moved = reordered(site.geometry, order)
     if moved is not None:
         site.geometry, axes = moved, tuple(axes[k] for k in order)
-    first = tuple(index for axis in axes for index in axis)[: len(terms)]
-    return math.prod(site.geometry.rows) // n if first == terms else None
+    slowest = tuple(index for axis in axes for index in axis)[: len(terms)]
+    return math.prod(site.geometry.rows) // n if slowest == terms else None
 
 
 def by_sequence(rows: Shape, axes: Axes | None, known: Examples) -> int | None:
