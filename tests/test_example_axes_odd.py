@@ -248,7 +248,7 @@ def test_a_thousand_arguments_added_from_behind():
 
 
 def test_uses_in_two_orders(rng):
-    """Terms ``[N, T]`` by their number alone; rows ``[N, T]`` here, ``[T, N]`` there."""
+    """Terms ``[N, T]`` by their number alone, in two orders at two uses."""
 
     def loss(p, x, y):
         h = jnp.tanh(x)
