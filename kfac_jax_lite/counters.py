@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from kfac_jax_lite.damping import adaptive, levenberg_marquardt
+from kfac_jax_lite.damping import GOOD, POOR, adaptive, levenberg_marquardt
 from kfac_jax_lite.findings import ERROR, NOTICE, WARNING, Finding
 from kfac_jax_lite.tree import find_states
 
@@ -33,8 +33,6 @@ FEW_REFRESHES = 10
 # Intervals (and steps) after which a refresh that is due has been forgotten: rules and
 # stagger may hold one back for two.
 FORGOTTEN_INTERVALS, FORGOTTEN_STEPS = 3, 10
-# Reduction ratios beyond which ``levenberg_marquardt`` changes the damping.
-POOR, GOOD = 0.25, 0.75
 
 
 class Judged(NamedTuple):
@@ -226,7 +224,7 @@ def intervals(
     Yields:
         ``interval_at_longest``.
     """
-    tracks = [track(record, history) for record in records]
+    tracks = [track(record, history, "refreshes") for record in records]
     steps = [pair for one in tracks for pair in zip(one, one[1:], strict=False)]
     lengthened = [
         new["diff"]
@@ -263,13 +261,12 @@ def intervals(
 
 
 def track(
-    record: dict[str, Any], history: Sequence[Sequence[dict[str, Any]]]
+    record: dict[str, Any], history: Sequence[Sequence[dict[str, Any]]], by: str
 ) -> list[dict[str, Any]]:
-    """A layer's records, the latest of each refresh, in the order of refreshes."""
+    """A layer's records, the latest of each step (or refresh), in their order."""
     same = [r for past in history for r in past if r["name"] == record["name"]]
-    by_refresh = {r["refreshes"]: r for r in same if r["refreshes"]}
-    by_refresh[record["refreshes"]] = record
-    return [by_refresh[n] for n in sorted(by_refresh) if n <= record["refreshes"]]
+    latest = {r[by]: r for r in (*same, record)}
+    return [latest[n] for n in sorted(latest) if n <= record[by]]
 
 
 def adaptive_damping(
@@ -292,9 +289,7 @@ def adaptive_damping(
     if whole["retreats"] is None or not whole["agreement"]:
         return
     value, rule = whole["damping"], adaptive()
-    past = {r["steps"]: r for p in history for r in p if r["name"] == whole["name"]}
-    past[whole["steps"]] = whole
-    last = [past[n] for n in sorted(past) if n <= whole["steps"]][-OBSERVATIONS:]
+    last = track(whole, history, "steps")[-OBSERVATIONS:]
     same = [r for r in last if r["agreement"] and r["damping"] == value]
     held = [r["since_inversion"] or 0 for r in records if r["inverse_damping"] == value]
     bounds = [np.float32(bound) for bound in (rule.minimum, rule.maximum)]
@@ -372,12 +367,10 @@ def judged_damping(
 
 def stayed(record: dict[str, Any], history: Sequence[Sequence[dict[str, Any]]]) -> bool:
     """Whether a damping has stayed three times as long as between two changes."""
-    past = {r["steps"]: r for p in history for r in p if r["name"] == record["name"]}
-    past[record["steps"]] = record
-    track = [past[n] for n in sorted(past) if n <= record["steps"]]
+    past = track(record, history, "steps")
     changes = [
         (old["steps"], new["steps"])
-        for old, new in zip(track, track[1:], strict=False)
+        for old, new in zip(past, past[1:], strict=False)
         if old["damping"] != new["damping"]
     ]
     pairs = zip(changes, changes[1:], strict=False)

@@ -16,6 +16,8 @@ from kfac_jax_lite.types import Array
 Damping = float | Array | Callable[[Any], Any]
 # A step that ends this much steeper than it began counts as going no farther.
 FARTHEST = 5.0
+# Reduction ratios beyond which ``levenberg_marquardt`` changes the damping.
+POOR, GOOD = 0.25, 0.75
 
 
 def check(damping: Damping) -> None:
@@ -175,9 +177,9 @@ class LevenbergMarquardt:
     def adjust(self, damping: Array, ratio: Array) -> Array:
         """The next damping, given the reduction ratio ``ρ``."""
         change = jnp.asarray(self.factor**self.interval, damping.dtype)
-        lower = jnp.where(ratio > 0.75, damping * change, damping)
+        lower = jnp.where(ratio > GOOD, damping * change, damping)
         # A ratio that is not a number is a step into nowhere: trust the model less.
-        new = jnp.where(ratio >= 0.25, lower, damping / change)
+        new = jnp.where(ratio >= POOR, lower, damping / change)
         return jnp.clip(new, self.minimum, self.maximum)
 
 

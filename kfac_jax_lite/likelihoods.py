@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from kfac_jax_lite.linalg import expanded
-from kfac_jax_lite.types import Array
+from kfac_jax_lite.types import Array, accumulation_dtype
 from kfac_jax_lite.views import Shape
 
 PREFIX = "kfac_jax_lite."
@@ -139,7 +139,8 @@ def count_terms(outputs: Sequence[Output]) -> Array | None:
     """How many loss terms count, at least 1; None where nothing is masked."""
     for output in outputs:
         if output.mask is not None:
-            return jnp.maximum(output.mask.sum(), 1)
+            dtype = accumulation_dtype(output.value.dtype)
+            return jnp.maximum(output.mask.sum(dtype=dtype), 1)
     return None
 
 

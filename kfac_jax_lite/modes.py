@@ -18,7 +18,9 @@ import numpy as np
 from jax.extend.core import Literal
 
 from kfac_jax_lite.findings import NOTICE, WARNING, Finding
+from kfac_jax_lite.tagging.layers import inside
 from kfac_jax_lite.tagging.trace import Trace, leading_axes
+from kfac_jax_lite.tree import is_key
 from kfac_jax_lite.types import Jaxpr, JaxprEqn
 
 # What leaves an array what it was, up to its shape and one number: a stored variance
@@ -30,7 +32,6 @@ CARRYING = frozenset(
 )
 ROOTS = frozenset(("sqrt", "rsqrt", "pow"))
 PRODUCTS = frozenset(("dot_general", "conv_general_dilated"))
-INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +84,7 @@ class Reading:
 
     def equation(self, eqn: JaxprEqn, origins: list[Origin]) -> Sequence[Origin]:
         """The origins of an equation's outputs."""
-        body = next((eqn.params[key] for key in INNER if key in eqn.params), None)
-        body = getattr(body, "jaxpr", body)
+        body: Any = inside(eqn).jaxpr  # of a primitive that is not known: anything
         if isinstance(body, Jaxpr) and len(body.invars) == len(origins):
             found = self.run(body, origins)
             if len(found) == len(eqn.outvars) and eqn.primitive.name != "scan":
@@ -230,10 +230,3 @@ def is_array(value: Any) -> bool:
     """Whether it can be an average that a network has stored, one for every channel."""
     floating = jnp.issubdtype(getattr(value, "dtype", np.int32), jnp.floating)
     return floating and math.prod(np.shape(value)) > 1
-
-
-def is_key(leaf: Any) -> bool:
-    """Whether it is a PRNG key, typed or raw."""
-    dtype = getattr(leaf, "dtype", np.int32)
-    raw = dtype == jnp.uint32 and np.shape(leaf) == (2,)
-    return raw or bool(jnp.issubdtype(dtype, jax.dtypes.prng_key))

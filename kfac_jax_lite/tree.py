@@ -30,6 +30,17 @@ def without_value(path: tuple[Any, ...]) -> tuple[Any, ...]:
     return path[:-1] if path and path[-1] == attribute else path
 
 
+def is_raw_key(leaf: Any) -> bool:
+    """Whether it looks like a single PRNG key without a type, as numbers."""
+    return getattr(leaf, "dtype", None) == jnp.uint32 and leaf.shape == (2,)
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether it is a PRNG key: a raw one, or typed ones."""
+    dtype = getattr(leaf, "dtype", jnp.int32)
+    return is_raw_key(leaf) or bool(jnp.issubdtype(dtype, jax.dtypes.prng_key))
+
+
 def leaves_by_path(tree: Any) -> dict[str, Any]:
     """Leaves of a tree under their ``path_key``."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)

@@ -98,6 +98,49 @@ def test_positions_of_a_classifier_are_averaged_over_what_counts(rng):
         close(found, rows.T @ rows / 4, 1e-10)
 
 
+def tied_loss(first):
+    """A classifier: the mean over what counts of an example, then the same weight."""
+
+    def loss(p, x, y, mask, shift=(0.0, 0.0)):
+        inside, terms = mask[..., None], mask.any(1)
+        h = jnp.where(inside, jnp.tanh(first(p, x) + shift[0]), 0).sum(1)
+        z = h / jnp.maximum(inside.sum(1), 1) @ p["w"].T + shift[1]
+        z = kfac.categorical(z, mask=terms)
+        found = jnp.take_along_axis(jax.nn.log_softmax(z), y[:, None], 1)[:, 0]
+        return -jnp.where(terms, found, 0).sum() / terms.sum()
+
+    return loss
+
+
+FIRST = {
+    "dense": lambda p, x: x @ p["w"],
+    "table": lambda p, x: p["w"][jnp.argmax(x, -1)],
+}
+
+
+@pytest.mark.parametrize("kind", FIRST)
+def test_a_tied_weight_reduces_what_counts(rng, kind):
+    """Each use by itself: means of inputs and sums of cotangents over what counts."""
+    loss, x = tied_loss(FIRST[kind]), jnp.asarray(rng.normal(size=(4, 3, 3)))
+    params = {"w": jnp.asarray(rng.normal(size=(3, 4)))}
+    args = (x, jnp.asarray([0, 1, 2, 0]), MASK)
+    tagged = kfac.tag(loss, params, *args, weight_sharing="reduce")
+    found = jax.jit(tagged.value_and_grad)(params, *args)[-1]["w"]
+    zeros = (jnp.zeros((4, 3, 4)), jnp.zeros((4, 3)))
+    inner, outer = jax.grad(lambda s: loss(params, *args, s))(zeros)
+    length, terms = np.maximum(MASK.sum(1), 1)[:, None], 3
+    rows = x if kind == "dense" else np.eye(3)[np.argmax(x, -1)]
+    mean = np.where(MASK[..., None], rows, 0).sum(1) / length
+    h = np.tanh(FIRST[kind](params, x))
+    a, a_out = mean, np.where(MASK[..., None], h, 0).sum(1) / length
+    g, g_out = inner.sum(1), outer
+    wanted = [a.T @ a / terms, g.T @ g * terms, a_out.T @ a_out / terms]
+    wanted.append(g_out.T @ g_out * terms)
+    if kind == "table":  # its inputs' side is kept as a diagonal
+        wanted[0], wanted[3] = np.diag(wanted[0]), np.diag(wanted[3])
+    close([found.a, found.g, found.a_out, found.g_out], wanted, 1e-10)
+
+
 def test_quadratic_model_counts_the_same_terms(rng):
     params, x, y = data(rng)
     vector = jax.tree.map(jnp.ones_like, params)

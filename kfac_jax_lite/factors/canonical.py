@@ -6,6 +6,7 @@ inside a conditional or a loop, others run as plain loops, more than ten times s
 backward pass of a sampled Fisher consists of, has its kernel in another order.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from jax import lax
 from jax.extend.core import Literal
 
 from kfac_jax_lite.tagging.interpreter import bind
+from kfac_jax_lite.tagging.layers import CALLS, CHECKPOINTS, inside
 from kfac_jax_lite.types import Array, Jaxpr, Var
 
 
@@ -52,15 +54,14 @@ def evaluate(jaxpr: Jaxpr, consts: Sequence[Any], operands: Sequence[Any]) -> li
         name = eqn.primitive.name
         if name == "conv_general_dilated" and not eqn.params.get("out_sharding"):
             results = [convolve(eqn.params, *given)]
-        elif name in ("jit", "pjit"):
-            inner = eqn.params["jaxpr"]
-            results = evaluate(inner.jaxpr, inner.consts, given)
-        elif name in ("checkpoint", "remat2"):
+        elif name in CALLS:
+            results = evaluate(*inside(eqn), given)
+        elif name in CHECKPOINTS:
             results = jax.checkpoint(
-                lambda *xs, inner=eqn.params["jaxpr"]: evaluate(inner, (), xs),
+                functools.partial(evaluate, *inside(eqn)),
                 prevent_cse=eqn.params["prevent_cse"],
                 policy=eqn.params["policy"],
-            )(*given)
+            )(given)
         else:
             results = bind(jaxpr, eqn, given)
         env.update(zip(eqn.outvars, results, strict=True))

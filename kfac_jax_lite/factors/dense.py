@@ -15,6 +15,7 @@ References:
 import functools
 import math
 import operator
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -86,14 +87,39 @@ def moved(steps: Steps, value: Array) -> Array:
 
 
 def homogeneous(x: Array, recipe: Recipe, live: Array | None = None) -> Array:
-    """Averages positions and appends 1 for the bias: ``[*blocks, R, in+1]``."""
-    k = recipe.positions
-    if k > 1 and not recipe.by_example:
+    """Averages positions and appends 1 for the bias: ``[*blocks, R, in+1]``.
+
+    Args:
+        x: Rows ``[*blocks, R, in]``.
+        recipe: That of the layer at the site.
+        live: Which rows count, ``[*blocks, R]`` or ``[R]``; None: all.
+
+    Returns:
+        The rows, after ``reduce``; those that do not count are zero.
+    """
+    k = 1 if recipe.by_example else recipe.positions
+    if k > 1:
         x = x.reshape(*x.shape[:-2], x.shape[-2] // k, k, x.shape[-1])
-        x = x.mean(-2, dtype=accumulation_dtype(x.dtype))
+        if live is not None:
+            x = jnp.where(live.reshape(*live.shape[:-1], -1, k, 1), x, 0)
+        x = x.sum(-2, dtype=accumulation_dtype(x.dtype)) / counted(live, k)
+        live = None if live is None else reduced_live(live, k)
     if recipe.layer.bias:
         x = jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], -1)
     return x if live is None else jnp.where(live[..., None], x, 0)
+
+
+def counted(live: Array | None, k: int) -> Any:
+    """How many of every ``k`` rows count, one at least: ``[*blocks, R/k, 1]``, or k."""
+    if live is None:
+        return k
+    each = live.reshape(*live.shape[:-1], -1, k)
+    return jnp.maximum(each.sum(-1, keepdims=True), 1)
+
+
+def reduced_live(live: Array, k: int) -> Array:
+    """Which examples have a row that counts, of ``k`` rows each: ``[*blocks, R/k]``."""
+    return live.reshape(*live.shape[:-1], -1, k).any(-1)
 
 
 def summed(c: Array, recipe: Recipe) -> Array:

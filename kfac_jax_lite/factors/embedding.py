@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kfac_jax_lite.factors.dense import moved
+from kfac_jax_lite.factors.dense import counted, moved
 from kfac_jax_lite.factors.recipe import Recipe
 from kfac_jax_lite.tagging.layers import EmbeddingGeometry
 from kfac_jax_lite.types import Array, accumulation_dtype
@@ -63,7 +63,7 @@ def input_factor(
         pairs = token.reshape(*token.shape[:-1], -1, k)
         same = pairs[..., :, None] == pairs[..., None, :]
         w = weight.reshape(pairs.shape)
-        counts = jnp.where(same, w[..., None, :], 0).sum(-1) * w / k**2
+        counts = jnp.where(same, w[..., None, :], 0).sum(-1) * w / counted(live, k) ** 2
         value = counts.reshape(token.shape).astype(value.dtype)
     return scattered(token, value[..., None], geometry)[..., 0] / recipe.num_examples
 

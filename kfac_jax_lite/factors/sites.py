@@ -111,7 +111,8 @@ def estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
         return dense.output_factor(c, recipe, form_g, num_rows) * share
 
     def live_rows(inputs: Any, c: Array):
-        count = jnp.sum(live_of(recipe, site)(inputs, c), -1)
+        live = live_of(recipe, site)(inputs, c)
+        count = dense.reduced_live(live, recipe.at(site).positions).sum(-1)
         return jnp.broadcast_to(count, geometry.blocks)
 
     def moment(inputs: Any, c: Array):
@@ -182,7 +183,8 @@ def eigenbasis_moment(recipe: Recipe, site: Site, inputs: Any, c: Array) -> Arra
         live = live_of(recipe, site)(inputs, c)
         k = recipe.at(site).positions
         if k > 1:
-            x = embedding.example_sums(geometry, inputs[0], recipe, live) / k
+            x = embedding.example_sums(geometry, inputs[0], recipe, live)
+            x = x / dense.counted(live, k)
             x = jnp.square(taken(recipe, site, inputs, x))
             return dense.eigenbasis_moment(x, rows, recipe)
         token, weight = embedding.token_rows(geometry, inputs[0], live)

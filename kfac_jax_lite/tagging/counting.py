@@ -5,12 +5,10 @@ from ``iota`` and reach a ``gather`` through broadcasts, the wrapping of negativ
 (``select_n(i < 0, i, i + n)``), and side by side with others, one column each.
 """
 
-import math
-
 from jax.extend.core import Literal
 
 from kfac_jax_lite.tagging.analysis import shape_of
-from kfac_jax_lite.tagging.indices import Axes, Axis, unify
+from kfac_jax_lite.tagging.indices import Axes, Axis, length, unify
 from kfac_jax_lite.types import JaxprEqn, Var
 
 # By variable: the axis that each column counts along, if any; () is "never true".
@@ -59,5 +57,5 @@ def pick(eqn: JaxprEqn, operand: Axes, columns: tuple[Axis | None, ...]) -> None
     """An axis that is picked by its own numbers, from the first to the last, stays."""
     shape, starts = shape_of(eqn.invars[0]), eqn.params["dimension_numbers"]
     for column, axis in zip(columns, starts.start_index_map, strict=False):
-        if column is not None and shape[axis] == math.prod(i.size for i in column):
+        if column is not None and shape[axis] == length(column):
             unify(operand[axis], column)

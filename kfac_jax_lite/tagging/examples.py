@@ -10,12 +10,17 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-
 from kfac_jax_lite.likelihoods import MASK, row_shape
 from kfac_jax_lite.tagging.analysis import Walk, shape_of
 from kfac_jax_lite.tagging.follow import Followed, follow
-from kfac_jax_lite.tagging.indices import Axes, Axis, fresh_axes, settled, unify
+from kfac_jax_lite.tagging.indices import (
+    Axes,
+    Axis,
+    fresh_axes,
+    length,
+    settled,
+    unify,
+)
 from kfac_jax_lite.tagging.layers import (
     ConvGeometry,
     DenseGeometry,
@@ -24,6 +29,7 @@ from kfac_jax_lite.tagging.layers import (
     Plan,
     Site,
 )
+from kfac_jax_lite.tree import is_raw_key
 from kfac_jax_lite.types import Jaxpr
 from kfac_jax_lite.views import Shape
 
@@ -55,14 +61,13 @@ def place_examples(
     orders: dict[int, Axis] = {}
     for site in walk.sites:
         own = known.terms or orders.get(site.primary.leaf, ())
-        axes = row_axes(walk, site, found)
-        site.positions = positions(site, axes, known._replace(terms=own))
+        before = row_axes(walk, site, found)
+        site.positions = positions(site, before, known._replace(terms=own))
+        axes = row_axes(walk, site, found)  # in the order that the rows have now
         if not own and site.positions is not None:
-            axes = row_axes(walk, site, found) or ()
-            orders[site.primary.leaf] = leading(axes, num_examples)
+            orders[site.primary.leaf] = leading(axes or (), num_examples)
         if site.positions is None and site.kind == "scale_shift":
-            rows = site.geometry.rows  # as they are in order now
-            site.positions = by_sequence(rows, row_axes(walk, site, found), known)
+            site.positions = by_sequence(site.geometry.rows, axes, known)
 
 
 class Examples(NamedTuple):
@@ -79,11 +84,6 @@ class Examples(NamedTuple):
     num_examples: int
 
 
-def length(axis: Axis) -> int:
-    """How many values an axis takes."""
-    return math.prod(index.size for index in axis)
-
-
 def leading(axes: Axes, size: int) -> Axis:
     """The slowest indices that take ``size`` values in all."""
     found: Axis = ()
@@ -94,9 +94,8 @@ def leading(axes: Axes, size: int) -> Axis:
 
 
 def has_rows(aval: Any) -> bool:
-    """Whether an argument may have examples along its first axis (keys have not)."""
-    raw_key = aval.dtype == jnp.uint32 and aval.shape == (2,)
-    return bool(aval.shape) and not raw_key
+    """Whether an argument may have examples along its first axis (a key has not)."""
+    return bool(aval.shape) and not is_raw_key(aval)
 
 
 def terms_of(walk: Walk, found: Followed, num_examples: int) -> list[Axis]:

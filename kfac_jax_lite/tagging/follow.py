@@ -5,7 +5,7 @@ are equally long. One rule per primitive says which axes of its results are axes
 operands; the results of a primitive without a rule have new axes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 from jax.extend.core import Literal
@@ -14,13 +14,21 @@ from kfac_jax_lite.tagging.analysis import shape_of
 from kfac_jax_lite.tagging.counting import Counts, count
 from kfac_jax_lite.tagging.indices import (
     Axes,
+    Axis,
     fresh,
     fresh_axes,
     reshaped,
     unify,
     unify_all,
 )
-from kfac_jax_lite.tagging.layers import Plan, scan_counts
+from kfac_jax_lite.tagging.layers import (
+    CALLS,
+    CHECKPOINTS,
+    CUSTOM_RULES,
+    Plan,
+    inside,
+    scan_counts,
+)
 from kfac_jax_lite.types import Jaxpr, JaxprEqn, Var
 
 Followed = dict[Plan, dict[Var, Axes]]
@@ -100,13 +108,13 @@ def elementwise(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
     """Axes of operands meet where they are as long as the result's."""
     del enter
     shape = shape_of(eqn.outvars[0])
-    found = list(fresh_axes(shape))
+    found: dict[int, Axis] = {}
     for atom, own in zip(eqn.invars, axes, strict=True):
         if len(own) == len(shape):
             for i, size in enumerate(shape_of(atom)):
                 if size == shape[i]:
-                    unify(found[i], own[i])
-    return [tuple(found)]
+                    unify(found.setdefault(i, own[i]), own[i])
+    return [tuple(found.get(i) or fresh(size) for i, size in enumerate(shape))]
 
 
 @rule("optimization_barrier", "psum", "psum2", "psum_invariant", "pmax", "pmin",
@@ -126,7 +134,12 @@ def in_place(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
     """
     del enter
     gone = eqn.params.get("axes", ())
-    return [tuple(a for i, a in enumerate(own) if i not in gone) for own in axes]
+    return [without(own, gone) for own in axes]
+
+
+def without(axes: Axes, gone: Container[Any]) -> Axes:
+    """The axes but those at some places."""
+    return tuple(axis for i, axis in enumerate(axes) if i not in gone)
 
 
 @rule("transpose")
@@ -158,28 +171,45 @@ def broadcast(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
 
 
 @rule("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and",
-      "reduce_or", "reduce_xor", "argmax", "argmin", "reduce")  # fmt: skip
+      "reduce_or", "reduce_xor", "argmax", "argmin", "reduce", "unstack")  # fmt: skip
 def reduced(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
     """Some axes go."""
     del enter
-    gone = eqn.params["dimensions" if eqn.primitive.name == "reduce" else "axes"]
-    kept = tuple(a for i, a in enumerate(axes[0]) if i not in gone)
-    return [kept for _ in eqn.outvars]
+    return [without(axes[0], named(eqn)) for _ in eqn.outvars]
 
 
-def renewed(changed: Sequence[bool], axes: Axes, shape: Sequence[int]) -> Axes:
-    """The axes, but for new ones where they have changed."""
-    triples = zip(changed, axes, shape, strict=True)
-    return tuple(fresh(size) if new else a for new, a, size in triples)
+def named(eqn: JaxprEqn) -> Sequence[int]:
+    """The axes that an equation's parameters name."""
+    names = ("dimensions", "axes", "dimension", "axis")
+    found = next(eqn.params[name] for name in names if name in eqn.params)
+    return (found,) if isinstance(found, int) else found
 
 
-@rule("slice", "dynamic_slice", "tile")
+def renewed(axes: Axes, before: Any, after: Any, moved: Container[int] = ()) -> Axes:
+    """Axes of an operand as those of the result, but for new ones.
+
+    Args:
+        axes: Axes of the operand.
+        before: The operand.
+        after: The result, of as many axes. One that is as long is the operand's.
+        moved: But for those along which entries have changed places.
+
+    Returns:
+        Axes of the result.
+    """
+    sizes = zip(axes, shape_of(before), shape_of(after), strict=True)
+    return tuple(
+        axis if old == new and i not in moved else fresh(new)
+        for i, (axis, old, new) in enumerate(sizes)
+    )
+
+
+@rule("slice", "dynamic_slice", "tile", "cumsum", "cumprod", "cummax", "cummin",
+      "cumlogsumexp")  # fmt: skip
 def whole(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
     """An axis of unchanged length is the whole axis."""
     del enter
-    before, after = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
-    changed = [old != new for old, new in zip(before, after, strict=True)]
-    return [renewed(changed, axes[0], after)]
+    return [renewed(axes[0], eqn.invars[0], eqn.outvars[0])]
 
 
 @rule("scatter", "scatter-add", "scatter_add", "scatter-mul", "scatter_mul",
@@ -201,24 +231,17 @@ def updated(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
     return [axes[0]]
 
 
-@rule("sort", "rev", "fft", "split", "top_k", "cumsum", "cumprod", "cummax", "cummin",
-      "cumlogsumexp")  # fmt: skip
+@rule("sort", "rev", "fft", "split", "top_k")
 def along(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
     """All axes but those along which entries change places are the operand's."""
     del enter
-    p, rank = eqn.params, len(axes[0])
     if eqn.primitive.name == "fft":
-        moved = range(rank - len(p["fft_lengths"]), rank)
+        rank = len(axes[0])
+        moved: Sequence[int] = range(rank - len(eqn.params["fft_lengths"]), rank)
     else:
-        moved = p.get("dimensions", [p.get("dimension", p.get("axis"))])
-    still = eqn.primitive.name.startswith("cum")
-    results = []
-    for var, own in zip(eqn.outvars, axes * len(eqn.outvars), strict=False):
-        sizes = zip(shape_of(eqn.invars[0]), shape_of(var), strict=True)
-        places = [i in moved and not still for i in range(rank)]
-        changed = [a or old != new for a, (old, new) in zip(places, sizes, strict=True)]
-        results.append(renewed(changed, own, shape_of(var)))
-    return results
+        moved = named(eqn)
+    pairs = zip(axes * len(eqn.outvars), eqn.outvars, strict=False)
+    return [renewed(own, eqn.invars[0], var, moved) for own, var in pairs]
 
 
 @rule("stack")
@@ -231,43 +254,30 @@ def stacked(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
     return [(*axes[0][:place], fresh(shape[place]), *axes[0][place:])]
 
 
-@rule("unstack")
-def unstacked(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
-    """One axis goes."""
-    del enter
-    gone = eqn.params["axis"]
-    return [tuple(a for i, a in enumerate(axes[0]) if i != gone) for _ in eqn.outvars]
-
-
 @rule("pad")
 def pad(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
     """Axes that are padded are new."""
     del enter
-    changed = [any(config) for config in eqn.params["padding_config"]]
-    return [renewed(changed, axes[0], shape_of(eqn.outvars[0]))]
+    padded = [i for i, by in enumerate(eqn.params["padding_config"]) if any(by)]
+    return [renewed(axes[0], eqn.invars[0], eqn.outvars[0], padded)]
 
 
 @rule("reduce_window_max", "reduce_window_sum", "reduce_window_min")
-def pooled(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
+def windows(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
     """Axes that are pooled over are new."""
     del enter
-    before, after = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
-    windows = zip(eqn.params["window_dimensions"], before, after, strict=True)
-    changed = [size > 1 or old != new for size, old, new in windows]
-    return [renewed(changed, axes[0], after)]
+    pooled = [i for i, n in enumerate(eqn.params["window_dimensions"]) if n > 1]
+    return [renewed(axes[0], eqn.invars[0], eqn.outvars[0], pooled)]
 
 
 @rule("concatenate")
 def concatenate(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
     """All axes but one are those of every operand."""
     del enter
-    out, along = shape_of(eqn.outvars[0]), eqn.params["dimension"]
+    joined = named(eqn) if len(axes) > 1 else ()
     for other in axes[1:]:
-        for i, (a, b) in enumerate(zip(axes[0], other, strict=True)):
-            if i != along:
-                unify(a, b)
-    changed = [i == along and len(axes) > 1 for i in range(len(out))]
-    return [renewed(changed, axes[0], out)]
+        unify_all(without(axes[0], joined), without(other, joined))
+    return [renewed(axes[0], eqn.invars[0], eqn.outvars[0], joined)]
 
 
 @rule("dot_general")
@@ -279,10 +289,7 @@ def product(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
     for i, j in zip((*lhs_in, *lhs_batch), (*rhs_in, *rhs_batch), strict=True):
         unify(left[i], right[j])
     taken = (*lhs_in, *lhs_batch), (*rhs_in, *rhs_batch)
-    free = [
-        tuple(a for i, a in enumerate(side) if i not in used)
-        for side, used in zip(axes, taken, strict=True)
-    ]
+    free = [without(side, used) for side, used in zip(axes, taken, strict=True)]
     return [(*(left[i] for i in lhs_batch), *free[0], *free[1])]
 
 
@@ -320,13 +327,10 @@ def gather(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
     return [tuple(found)]
 
 
-@rule("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint",
-      "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")  # fmt: skip
+@rule(*CALLS, *CHECKPOINTS, *CUSTOM_RULES)
 def call(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
     """A program that runs once."""
-    names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
-    inner = next(eqn.params[name] for name in names if name in eqn.params)
-    return enter(0, getattr(inner, "jaxpr", inner), axes)
+    return enter(0, inside(eqn).jaxpr, axes)
 
 
 @rule("scan")
@@ -337,7 +341,7 @@ def scan(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
     steps = fresh(eqn.params["length"])
     for scanned in axes[first:]:
         unify(steps, scanned[0])
-    body = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
+    body = inside(eqn).jaxpr
     out = enter(0, body, [*axes[:first], *(scanned[1:] for scanned in axes[first:])])
     for before, after in zip(axes[n_const:first], out[:n_carry], strict=True):
         unify_all(before, after)

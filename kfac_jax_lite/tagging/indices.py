@@ -7,6 +7,7 @@ learnt of one (that it splits into two, say) then holds of the other.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable
 
 from kfac_jax_lite.views import Shape
@@ -40,6 +41,11 @@ def fresh(size: int) -> Axis:
 def fresh_axes(shape: Iterable[int]) -> Axes:
     """Axes of a value of which nothing is known."""
     return tuple(map(fresh, shape))
+
+
+def length(axis: Axis) -> int:
+    """How many values an axis takes."""
+    return math.prod(index.size for index in axis)
 
 
 def settled(axis: Iterable[Index]) -> Axis:

@@ -12,7 +12,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Literal, jaxpr_as_fun
 
-from kfac_jax_lite.tagging.layers import Plan, Ref, Site, scan_counts
+from kfac_jax_lite.tagging.layers import (
+    CALLS,
+    CHECKPOINTS,
+    Plan,
+    Ref,
+    Site,
+    inside,
+    scan_counts,
+)
 from kfac_jax_lite.tagging.taps import Slot
 from kfac_jax_lite.types import Array, ClosedJaxpr, Jaxpr, JaxprEqn
 
@@ -114,10 +122,8 @@ def run_call(
     slots: Slots,
 ) -> tuple[list[Any], list[Any]]:
     """``jit`` and plain calls: evaluated in line."""
-    jaxpr = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
-    consts = getattr(jaxpr, "consts", ())
     (inner,) = plan.children[index]
-    return self.run(inner, getattr(jaxpr, "jaxpr", jaxpr), consts, operands, slots)
+    return self.run(inner, *inside(eqn), operands, slots)
 
 
 def run_checkpoint(
@@ -132,7 +138,7 @@ def run_checkpoint(
     (inner,) = plan.children[index]
 
     def body(operands: list[Any], slots: Slots):
-        return self.run(inner, eqn.params["jaxpr"], (), operands, slots)
+        return self.run(inner, *inside(eqn), operands, slots)
 
     body = jax.checkpoint(
         body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"]
@@ -150,7 +156,6 @@ def run_scan(
 ) -> tuple[list[Any], list[Any]]:
     """``scan``: slots of layers whose parameter it slices are sliced along."""
     p, (n_const, n_carry) = eqn.params, scan_counts(eqn)
-    loop = p["jaxpr"]
     consts = operands[:n_const]
     carry = operands[n_const : n_const + n_carry]
     (inner,) = plan.children[index]
@@ -170,8 +175,7 @@ def run_scan(
         layer_slots = {k: v._replace(due=dues[k]) for k, v in layer_slots.items()}
         out, _ = self.run(
             inner,
-            getattr(loop, "jaxpr", loop),
-            getattr(loop, "consts", ()),
+            *inside(eqn),
             [*consts, *carry, *xs],
             {**whole, **layer_slots},
         )
@@ -211,12 +215,8 @@ def run_cond(
 
 
 HANDLERS: dict[str, Callable[..., tuple[list[Any], list[Any]]]] = {
-    "jit": run_call,
-    "pjit": run_call,
-    "closed_call": run_call,
-    "core_call": run_call,
-    "remat2": run_checkpoint,
-    "checkpoint": run_checkpoint,
+    **dict.fromkeys(CALLS, run_call),
+    **dict.fromkeys(CHECKPOINTS, run_checkpoint),
     "scan": run_scan,
     "cond": run_cond,
 }
@@ -227,10 +227,8 @@ def in_line(plan: Plan, jaxpr: Jaxpr) -> list[tuple[Site, jax.ShapeDtypeStruct]]
     found = []
     for index, eqn in enumerate(jaxpr.eqns):
         if HANDLERS.get(eqn.primitive.name) is run_call:
-            p = eqn.params
-            inner = p["jaxpr"] if "jaxpr" in p else p["call_jaxpr"]
             for child in plan.children.get(index, ()):
-                found += in_line(child, getattr(inner, "jaxpr", inner))
+                found += in_line(child, inside(eqn).jaxpr)
         for site in plan.sites.get(index, ()):
             kind: Any = eqn.outvars[site.output].aval
             found.append((site, jax.ShapeDtypeStruct(kind.shape, kind.dtype)))

@@ -6,14 +6,21 @@ the jaxprs inside it, by equation number; the interpreter follows it.
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from kfac_jax_lite.types import JaxprEqn, Shape
+from kfac_jax_lite.types import Jaxpr, JaxprEqn, Shape
 from kfac_jax_lite.views import View
 
 Steps = tuple[tuple[str, Any], ...]
 # ``(cond, branch)`` of every conditional around an equation, outermost first.
 Branch = tuple[tuple[int, int], ...]
+# Primitives that run a program once: as it is, recomputed in the backward pass, or with
+# a derivative of its own. And the parameters that hold it, or that of a loop.
+CALLS = ("jit", "pjit", "closed_call", "core_call")
+CHECKPOINTS = ("remat2", "checkpoint")
+CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+HELD = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +219,24 @@ class Plan:
         return own + inner
 
 
+class Inside(NamedTuple):
+    """The program inside an equation.
+
+    Attributes:
+        jaxpr: Its jaxpr; None if the equation has none.
+        consts: Values of that one's constants.
+    """
+
+    jaxpr: Jaxpr
+    consts: Sequence[Any]
+
+
+def inside(eqn: JaxprEqn) -> Inside:
+    """The program that a call, a loop or a function with its own derivative runs."""
+    held: Any = next((eqn.params[k] for k in HELD if k in eqn.params), None)
+    return Inside(getattr(held, "jaxpr", held), getattr(held, "consts", ()))
+
+
 def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
     """How many operands of a ``scan`` are constants, and how many are carried.
 
@@ -221,8 +246,7 @@ def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
     Returns:
         The numbers; further operands are scanned over.
     """
-    body = eqn.params["jaxpr"]
-    body = getattr(body, "jaxpr", body)
+    body = inside(eqn).jaxpr
 
     def kept(outside: Any, inside: Any) -> int:
         pairs = zip(outside, inside, strict=True)

@@ -14,7 +14,15 @@ from kfac_jax_lite.tagging.analysis import (
     Walk,
     rule,
 )
-from kfac_jax_lite.tagging.layers import Plan, Ref, scan_counts
+from kfac_jax_lite.tagging.layers import (
+    CALLS,
+    CHECKPOINTS,
+    CUSTOM_RULES,
+    Plan,
+    Ref,
+    inside,
+    scan_counts,
+)
 from kfac_jax_lite.tagging.structure import keep
 from kfac_jax_lite.types import Jaxpr, JaxprEqn, Var
 from kfac_jax_lite.views import View
@@ -56,17 +64,16 @@ def leaving(plan: Plan, fact: Fact) -> Fact:
     return fact
 
 
-@rule("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", always=True)
+@rule(*CALLS, *CHECKPOINTS, always=True)
 def call(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     """Calls that run their jaxpr once."""
-    jaxpr = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    jaxpr = inside(eqn).jaxpr
     facts = enterable(scope, eqn.invars, facts)
     if eqn.params.get("name") == BY_HAND:
         return [by_hand(scope, index, list(eqn.invars), facts, jaxpr), None]
     deps = [scope.dependencies([a]) for a in eqn.invars]
     out, out_deps = inner(scope, index, jaxpr, facts, deps)
-    if eqn.primitive.name in ("remat2", "checkpoint"):
+    if eqn.primitive.name in CHECKPOINTS:
         # Variables inside are recomputed: only whole parameters leave with a fact.
         out = [f if isinstance(f, View) else None for f in out]
     for var, bits in zip(eqn.outvars, out_deps, strict=True):
@@ -90,7 +97,7 @@ def by_hand(
     return output
 
 
-@rule("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", always=True)
+@rule(*CUSTOM_RULES, always=True)
 def custom_rule(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     """A function with a derivative of its own: tapped from outside or not at all.
 
@@ -104,10 +111,9 @@ def custom_rule(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     facts = enterable(scope, eqn.invars, facts)
     if not any(isinstance(f, View) for f in facts):
         return [None] * len(eqn.outvars)
-    key = "call_jaxpr" if "call_jaxpr" in eqn.params else "fun_jaxpr"
     output = None
     if len(eqn.outvars) == 1:
-        output = stand_in(scope, index, eqn.invars, facts, eqn.params[key].jaxpr)
+        output = stand_in(scope, index, eqn.invars, facts, inside(eqn).jaxpr)
     if output is None:
         scope.mark_used(facts, eqn.primitive.name.removesuffix("_call"))
     return [output] + [None] * (len(eqn.outvars) - 1)
@@ -150,14 +156,14 @@ def stand_in(
 def scan(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     """Loop constants stay whole parameters; scanned ones become stacked layers."""
     n_const, n_carry = scan_counts(eqn)
-    body = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
+    body = inside(eqn).jaxpr
     facts = enterable(scope, eqn.invars, facts)
     carried = body.outvars[:n_carry]
     stacked = set()
-    inside: list[Fact] = []
+    entering: list[Fact] = []
     for i, fact in enumerate(facts):
         if isinstance(fact, Scaled | Beside) and i < n_const:
-            inside.append(fact)
+            entering.append(fact)
             continue
         view = fact if isinstance(fact, View) else None
         if isinstance(fact, Scaled | Beside):
@@ -173,12 +179,12 @@ def scan(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
             if carried[i - n_const] is not body.invars[i]:
                 scope.mark_used([view], "scan carry")
                 view = None
-        inside.append(view)
+        entering.append(view)
     scope.plan.unstacked[index] = frozenset(stacked)
     bits = scope.dependencies(eqn.invars)
     walk, outer = scope.walk, scope.walk.loops
     walk.loops = outer + (eqn.params["length"],)
-    out, _ = inner(scope, index, body, inside, [bits] * len(inside))
+    out, _ = inner(scope, index, body, entering, [bits] * len(entering))
     walk.loops = outer
     # A carried parameter that the body hands through unchanged is still itself.
     results = out[:n_carry] + [None] * (len(out) - n_carry)

@@ -20,7 +20,7 @@ from kfac_jax_lite.tagging.examples import place_examples
 from kfac_jax_lite.tagging.layers import Plan, Site
 from kfac_jax_lite.tagging.resolve import resolve
 from kfac_jax_lite.tagging.tags import Facts, plain
-from kfac_jax_lite.tree import without_value
+from kfac_jax_lite.tree import is_key, without_value
 from kfac_jax_lite.types import ClosedJaxpr, LayerTag
 
 __all__ = ["Trace", "trace"]
@@ -207,9 +207,7 @@ def leading_axes(args: tuple[Any, ...]) -> dict[int, str]:
     sizes: dict[int, str] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(args)[0]:
         shape = tuple(getattr(leaf, "shape", ()))
-        dtype: Any = getattr(leaf, "dtype", None)
-        raw_key = dtype == jnp.uint32 and shape == (2,)
-        if shape and not raw_key and not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        if shape and not is_key(leaf):
             sizes.setdefault(shape[0], f"args{jax.tree_util.keystr(path)} {shape}")
     return sizes
 

@@ -94,7 +94,7 @@ def check_program(program, variant="exact"):
 
     run = jax.jit(run, compiler_options=FAST)
     plain, found, recorded = run(params, *args)
-    tolerance = 2e-5 if program.coarse else 1e-6 if program.masked else 1e-8
+    tolerance = 2e-5 if program.coarse else 1e-8
     recording = finish(recorded)
     check_oracle(program, recording, program.leaves(plain[1]), tolerance)
     for kind, result in found.items():

@@ -79,6 +79,17 @@ ODD = Program(
     penalties=("w0",),
     unused=("unused",),
 )  # fmt: skip
+# One weight for the positions of an example and, transposed, for their mean.
+TIED = Program(
+    4, (3, 4), 0,
+    (dense("w1", 4, 3, "einsum", store="transposed"), TANH, Mix("pool")),
+    (Head(Dense(Weight("w1", 3, 4, "transposed", "none", True)), "normal", "masked"),),
+)  # fmt: skip
+TIED_TABLE = Program(
+    4, (3,), 5,
+    (Embed("t0", 5, 4), TANH, Mix("pool")),
+    (Head(Dense(Weight("t0", 4, 5, "plain", "none", True)), "categorical", "masked"),),
+)  # fmt: skip
 
 SMALL = Program(
     3, (4,), 0,
@@ -94,4 +105,6 @@ CHOSEN = {
     "loops": (LOOPS, "exact"),
     "twice": (TWICE, "reduce"),
     "odd": (ODD, "squares"),
+    "tied": (TIED, "reduced exact"),
+    "tied table": (TIED_TABLE, "reduced exact"),
 }

@@ -166,6 +166,16 @@ def live_per_term(sites, terms, count):
     return [(x / np.maximum(live, 1), c)], count
 
 
+def live_rows(site, k):
+    """Of every ``k`` rows one: the mean input of those that count, if any does."""
+    seen = site.live.reshape(-1, k, 1)
+    x = (site.x.reshape(-1, k, site.x.shape[1]) * seen).sum(1)
+    x = x / np.maximum(seen.sum(1), 1)
+    c = site.c.reshape(len(site.c), -1, k, site.c.shape[-1]).sum(2)
+    some = seen.any((1, 2))
+    return x[some], c[:, some]
+
+
 def factors(sites, terms, sharing, tied, mask):
     """``A`` and ``G`` of a layer from its sites."""
     every = [positions(s.use.rows, terms) for s in sites]
@@ -173,10 +183,9 @@ def factors(sites, terms, sharing, tied, mask):
         terms = mask.sum()
         pairs, rows = live_per_term(sites, mask.size, terms)
     elif mask is not None:
-        live = [s.live for s in sites]
-        pairs = [
-            (s.x[m], s.c[:, m]) for s, m in zip(sites, live, strict=True) if s.taken
-        ]
+        reduce = sharing == "reduce"
+        each = [k if reduce and k else 1 for k in every]
+        pairs = [live_rows(s, k) for s, k in zip(sites, each, strict=True) if s.taken]
         terms = mask.sum()
         rows = max(sum(len(x) for x, _ in pairs), 1)
     elif sharing == "reduce":
