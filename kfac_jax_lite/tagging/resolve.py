@@ -44,7 +44,7 @@ def resolve(walk: Walk, facts: Facts) -> tuple[LayerTag, ...]:
         for site in group.sites:
             site.layer = name
         tags.append(layer_tag(group, name, facts, walk))
-    tags = [with_unused(tag, tags[:i], tags, facts) for i, tag in enumerate(tags)]
+    tags = with_unused(tags, facts)
     taken = {v.leaf for t in tags for v in t.views}
     used = {t.name for t in tags}
     for leaf, shape in enumerate(facts.shapes):

@@ -101,15 +101,20 @@ def once_for_all(group: Group, facts: Facts) -> bool:
     )
 
 
-def with_unused(
-    tag: LayerTag, before: list[LayerTag], tags: list[LayerTag], facts: Facts
-) -> LayerTag:
-    """Counts entries of its leaves that reach no layer to the first that owns them."""
-    unused = 0
-    for leaf in {v.leaf for v in tag.views} - {v.leaf for t in before for v in t.views}:
-        views = [v for t in tags for v in t.views if v.leaf == leaf]
-        used = sum(math.prod(v.stack + v.core) for v in views)
-        unused += math.prod(facts.shapes[leaf]) - used
+def with_unused(tags: list[LayerTag], facts: Facts) -> list[LayerTag]:
+    """Counts entries that reach no layer to the first tag that has their leaf."""
+    left: dict[int, int] = {}
+    for view in (view for tag in tags for view in tag.views):
+        size = left.get(view.leaf, math.prod(facts.shapes[view.leaf]))
+        left[view.leaf] = size - math.prod(view.stack + view.core)
+    return [
+        plus_unused(tag, sum(left.pop(leaf, 0) for leaf in {v.leaf for v in tag.views}))
+        for tag in tags
+    ]
+
+
+def plus_unused(tag: LayerTag, unused: int) -> LayerTag:
+    """The tag with entries that do not reach the loss."""
     if not unused:
         return tag
     notes = [tag.note] if tag.note else []
