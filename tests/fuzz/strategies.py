@@ -18,11 +18,12 @@ class Draws:
     Attributes:
         draw: Hypothesis's draw.
         owned: Weights that later steps of the same level may use again.
+        mapped: Whether steps are applied to each example by itself.
     """
 
     def __init__(self, draw):
         self.draw, self.names, self.owned = draw, itertools.count(), []
-        self.sequence = False
+        self.sequence = self.mapped = False
 
     def one(self, *values):
         """One of the values; the first is the simplest."""
@@ -117,8 +118,10 @@ class Draws:
             forms = ["residual", "jit", "checkpoint", "jit_closed", "gated", "plain"]
             forms += ["examples"] * (not inside)
             form = self.one(*forms)
-            deeper = inside or form == "examples"
-            return blocks.Inside(form, self.body(shape, depth, deeper))
+            outer, self.mapped = self.mapped, self.mapped or form == "examples"
+            body = self.body(shape, depth, inside or self.mapped)
+            self.mapped = outer
+            return blocks.Inside(form, body)
         if kind == "loop":
             form = self.one("scan", "remat", "unrolled", "reverse", "fori", "python")
             stacked = self.maybe() and form != "fori"
@@ -128,7 +131,9 @@ class Draws:
             return blocks.Loop(form, body, self.one(2, 3), stacked)
         if kind == "branches":
             pair = self.body(shape, depth, inside), self.body(shape, depth, inside)
-            return blocks.Branches(self.one("cond", "switch", "where"), pair)
+            # Each example would take a branch of its own: the oracle takes one for all.
+            forms = ["where"] if self.mapped else ["cond", "switch", "where"]
+            return blocks.Branches(self.one(*forms), pair)
         owned, self.owned = self.owned, []
         try:
             if kind == "members":
