@@ -186,6 +186,27 @@ def test_a_part_of_the_batch(rng):
     assert "scale_shift" not in {x.kind for x in tagged.layers}
 
 
+@pytest.mark.parametrize("start", [0, 1])
+def test_as_many_channels_as_terms(rng, start):
+    """One shift for all of ``[N, T, N T]``; terms as an argument's axes, or a part."""
+    steps = T - start
+    x, y = (jnp.asarray(rng.normal(size=(N, T, N * steps))) for _ in range(2))
+
+    def loss(p, x, y):
+        x, y = x[:, start:], y[:, start:]
+        return 0.5 * jnp.mean(jnp.sum((jnp.sin(x + p["b"]) - y) ** 2, -1))
+
+    params = {"b": jnp.asarray(0.3)}
+    tagged = kfac.tag(loss, params, x, y, num_examples=N * steps)
+    (layer,) = tagged.layers
+    assert layer.kind == ("diagonal" if start else "scale_shift")
+    if layer.kind == "scale_shift":
+        c = np.cos(x + 0.3) * (np.sin(x + 0.3) - y)
+        wanted = np.square(c.sum(-1)).sum() / (N * T)
+        found = tagged.value_and_grad(params, x, y)[-1]["b"].blocks
+        close(found, np.full((1, 1, 1), wanted))
+
+
 def test_some_of_more_items(rng):
     """Of ``2 N`` items the first ``N`` are picked: an example has one, not two."""
     items = jnp.asarray(rng.normal(size=(2 * N, D)))
@@ -247,20 +268,22 @@ def test_a_thousand_arguments_added_from_behind():
     assert layer.kind == "scale_shift"
 
 
-def test_uses_in_two_orders(rng):
-    """Terms ``[N, T]`` by their number alone, in two orders at two uses."""
+@pytest.mark.parametrize("seen", [slice(None), slice(1, None)])
+def test_uses_in_two_orders(rng, seen):
+    """Terms ``[N, T]`` in two orders at two uses: an argument's, or a part of it."""
 
     def loss(p, x, y):
-        h = jnp.tanh(x)
+        h = jnp.tanh(x)[:, seen]
         z = h @ p["v"] + jnp.swapaxes(jnp.sin(first(h)) @ p["v"], 0, 1)
         return 0.5 * jnp.mean(jnp.sum((z - y[:, None]) ** 2, -1))
 
     case = problem(rng, halves)
-    p, options = {"v": case.params["v"]}, {"num_examples": N * T, "fisher": "empirical"}
+    times = range(*seen.indices(T))
+    options = {"num_examples": N * len(times), "fisher": "empirical"}
+    p = {"v": case.params["v"]}
     tagged = kfac.tag(loss, p, case.x, case.y, statistics="squares", **options)
     found = jax.jit(tagged.value_and_grad)(p, case.x, case.y)[-1]
-    seen = kfac.bayes.squares(tagged.layers, found, p)
-    one = jax.jit(jax.grad(loss))
-    pairs = [(n, t) for n in range(N) for t in range(T)]
-    each = [one(p, case.x[n, t][None, None], case.y[n, None])["v"] for n, t in pairs]
-    close(seen["v"], np.mean([np.square(g) for g in each], 0), 1e-9)
+    squares = kfac.bayes.squares(tagged.layers, found, p)
+    terms = [(case.x[n, t], case.y[n, None]) for n in range(N) for t in times]
+    one = jax.jit(jax.grad(lambda p, x, y: loss(p, jnp.stack([x] * T)[None], y)))
+    close(squares["v"], np.mean([np.square(one(p, *t)["v"]) for t in terms], 0), 1e-9)

@@ -7,7 +7,9 @@ examples there. Statistics that add up the positions of an example (scales and s
 """
 
 import dataclasses
+import itertools
 import math
+import operator
 from typing import Any, NamedTuple
 
 from kfac_jax_lite.likelihoods import MASK, row_shape
@@ -48,15 +50,16 @@ def place_examples(
     """
     found: Followed = {}
     follow(jaxpr, plan, [fresh_axes(shape_of(v)) for v in jaxpr.invars], found)
-    given = [found[plan][v][0] for v in jaxpr.invars[num_leaves:] if has_rows(v.aval)]
-    closed = [found[plan][v][0] for v in jaxpr.constvars if has_rows(v.aval)]
+    given = [found[plan][v] for v in jaxpr.invars[num_leaves:] if has_rows(v.aval)]
+    closed = [found[plan][v] for v in jaxpr.constvars if has_rows(v.aval)]
     terms = terms_of(walk, found, num_examples)
-    for axes in (given, closed):
+    for arguments in (given, closed):
         if not terms and not walk.marks:
-            terms = [axis for axis in axes if length(axis) == num_examples]
+            terms = numbering(arguments, num_examples)
     for other in terms[1:]:
         unify(terms[0], other)
-    known = Examples(terms[0] if terms else (), (*given, *closed), num_examples)
+    batch = tuple(axes[0] for axes in (*given, *closed))
+    known = Examples(terms[0] if terms else (), batch, num_examples)
     # Where the terms are not known, the uses of one parameter agree on their order.
     orders: dict[int, Axis] = {}
     for site in walk.sites:
@@ -82,6 +85,13 @@ class Examples(NamedTuple):
     terms: Axis
     batch: Axes
     num_examples: int
+
+
+def numbering(arguments: list[Axes], size: int) -> list[Axis]:
+    """What numbers ``size`` terms: first axes of arguments, else several axes of one."""
+    first = [axes[0] for axes in arguments if length(axes[0]) == size]
+    several = [leading(axes, size) for axes in arguments]
+    return first or [indices for indices in several if length(indices) == size][:1]
 
 
 def leading(axes: Axes, size: int) -> Axis:
@@ -178,7 +188,9 @@ def by_sequence(rows: Shape, axes: Axes | None, known: Examples) -> int | None:
     if not axes or not axes[0] or axes[0] not in map(settled, known.batch):
         return None
     first = axes[0]
-    slowest = first == terms[: len(first)] or not terms
+    # Rows that might be a term each are not grouped where nothing is known of terms.
+    may_be_terms = n in itertools.accumulate(rows, operator.mul)
+    slowest = first == terms[: len(first)] if terms else not may_be_terms
     rest = any(index in terms for axis in axes[1:] for index in axis)
     whole = slowest and not rest and rows[0] < n and n % rows[0] == 0
     return math.prod(rows[1:]) if whole else None
