@@ -88,7 +88,7 @@ class Examples(NamedTuple):
 
 
 def numbering(arguments: list[Axes], size: int) -> list[Axis]:
-    """What numbers ``size`` terms: first axes of arguments, else several axes of one."""
+    """What numbers ``size`` terms: first axes of arguments, or several axes of one."""
     first = [axes[0] for axes in arguments if length(axes[0]) == size]
     several = [leading(axes, size) for axes in arguments]
     return first or [indices for indices in several if length(indices) == size][:1]
