@@ -117,6 +117,14 @@ def convolved(p, x):
     return scaled(p, first(h)).sum(0)
 
 
+def pointwise(p, x):
+    """A convolution with a kernel of one step; its batch is the time axis."""
+    dims = ("NHC", "HIO", "NHC")
+    kernel = jnp.eye(D)[None] / 2
+    h = lax.conv_general_dilated(first(x), kernel, (1,), "SAME", (1,), (1,), dims)
+    return scaled(p, h).sum(0)
+
+
 def attention(p, x):
     h = first(x)
     scores = jnp.einsum("tnd,snd->nts", h @ p["w"], h)
@@ -158,8 +166,8 @@ def carried(p, x):
 
 SCALES = [
     swapped, batch_first, flattened, merged_elsewhere, scanned, recurrent_scale, mapped,
-    carried, branches, called, padded, pooled, convolved, attention, looked_up, picked,
-    halves, loop,
+    carried, branches, called, padded, pooled, convolved, pointwise, attention,
+    looked_up, picked, halves, loop,
 ]  # fmt: skip
 
 
@@ -219,7 +227,7 @@ def test_scales_and_shifts(rng, network, marked, n):
     close(found[layer.name].blocks, wanted, 1e-9)
 
 
-FAST = [merged_elsewhere, recurrent_scale, convolved, looked_up, dense_layer]
+FAST = [merged_elsewhere, recurrent_scale, pointwise, looked_up, dense_layer]
 
 
 @pytest.mark.parametrize("network", cases([*SCALES, dense_layer], FAST))

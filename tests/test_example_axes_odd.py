@@ -207,6 +207,21 @@ def test_as_many_channels_as_terms(rng, start):
         close(found, np.full((1, 1, 1), wanted))
 
 
+@pytest.mark.parametrize("width", [1, 2])
+def test_a_convolution_over_the_batch(rng, width):
+    """Its rows are examples only if it sees one at a time."""
+    dims = ("NHC", "HIO", "NHC")
+    kernel = jnp.asarray(rng.normal(size=(width, D, D)))
+
+    def network(p, x):
+        h = scaled(p, first(x))
+        h = lax.conv_general_dilated(h, kernel, (1,), "SAME", None, None, dims)
+        return h.sum(0)
+
+    tagged, _ = problem(rng, network).statistics(fisher="empirical")
+    assert ("scale_shift" in {x.kind for x in tagged.layers}) == (width == 1)
+
+
 def test_some_of_more_items(rng):
     """Of ``2 N`` items the first ``N`` are picked: an example has one, not two."""
     items = jnp.asarray(rng.normal(size=(2 * N, D)))

@@ -295,12 +295,17 @@ def product(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
 
 @rule("conv_general_dilated")
 def convolution(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
-    """The batch axis stays."""
+    """The batch axis stays, and those in space along which the kernel has length 1."""
     del enter
-    dims = eqn.params["dimension_numbers"]
+    p, kernel = eqn.params, shape_of(eqn.invars[1])
+    lhs, rhs, out = p["dimension_numbers"]
     found = list(fresh_axes(shape_of(eqn.outvars[0])))
-    if eqn.params["batch_group_count"] == 1:
-        found[dims.out_spec[0]] = axes[0][dims.lhs_spec[0]]
+    if p["batch_group_count"] == 1:
+        found[out[0]] = axes[0][lhs[0]]
+    steps = zip(p["window_strides"], p["lhs_dilation"], p["padding"], strict=True)
+    for i, (stride, spread, padding) in enumerate(steps, 2):
+        if kernel[rhs[i]] == stride == spread == 1 and not any(padding):
+            found[out[i]] = axes[0][lhs[i]]
     return [tuple(found)]
 
 
