@@ -77,7 +77,7 @@ class Loop:
     def apply(self, run, h):
         names = tuple(self.shapes())
         params = {k: run.params[k] for k in names}
-        index = {k: run.index[k] for k in names}
+        index = {k: run.index[k] for k in names if run.recording}
 
         def body(h, params, index=None):
             return apply_all(self.steps, run.under(params, index or {}), h)
