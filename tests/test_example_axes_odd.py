@@ -222,6 +222,21 @@ def test_a_convolution_over_the_batch(rng, width):
     assert ("scale_shift" in {x.kind for x in tagged.layers}) == (width == 1)
 
 
+def test_labels_of_other_steps(rng):
+    """What a convolution has seen is not numbered as the labels are: shapes tell."""
+    dims = ("NHC", "HIO", "NHC")
+    x, y = (jnp.asarray(rng.normal(size=(N, T + 1, D))) for _ in range(2))
+
+    def loss(p, x, y):
+        h = lax.conv_general_dilated(x, p["k"], (1,), "SAME", None, None, dims)
+        return 0.5 * jnp.mean(jnp.sum((jnp.tanh(h) - y) ** 2, -1))
+
+    params = {"k": jnp.asarray(rng.normal(size=(2, D, D)))}
+    options = {"num_examples": N * (T + 1), "statistics": "squares"}
+    (layer,) = kfac.tag(loss, params, x, y, **options).layers
+    assert layer.kind == "conv"
+
+
 def test_some_of_more_items(rng):
     """Of ``2 N`` items the first ``N`` are picked: an example has one, not two."""
     items = jnp.asarray(rng.normal(size=(2 * N, D)))

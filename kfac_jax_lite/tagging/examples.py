@@ -88,10 +88,22 @@ class Examples(NamedTuple):
 
 
 def numbering(arguments: list[Axes], size: int) -> list[Axis]:
-    """What numbers ``size`` terms: first axes of arguments, or several axes of one."""
+    """What numbers ``size`` terms, of arguments.
+
+    First axes; else several, where all arguments that have so many agree about them
+    (labels and what a convolution over time has seen do not).
+
+    Args:
+        arguments: Axes of every argument.
+        size: How many terms.
+
+    Returns:
+        Indices that number them.
+    """
     first = [axes[0] for axes in arguments if length(axes[0]) == size]
-    several = [leading(axes, size) for axes in arguments]
-    return first or [indices for indices in several if length(indices) == size][:1]
+    several = dict.fromkeys(settled(leading(axes, size)) for axes in arguments)
+    fitting = [indices for indices in several if length(indices) == size]
+    return first or (fitting if len(fitting) == 1 else [])
 
 
 def leading(axes: Axes, size: int) -> Axis:
