@@ -263,9 +263,9 @@ def intervals(
 def track(
     record: dict[str, Any], history: Sequence[Sequence[dict[str, Any]]], by: str
 ) -> list[dict[str, Any]]:
-    """A layer's records, the latest of each step (or refresh), in their order."""
+    """A layer's records from the first step (or refresh) on, the latest of each."""
     same = [r for past in history for r in past if r["name"] == record["name"]]
-    latest = {r[by]: r for r in (*same, record)}
+    latest = {r[by]: r for r in same if r[by]} | {record[by]: record}
     return [latest[n] for n in sorted(latest) if n <= record[by]]
 
 
