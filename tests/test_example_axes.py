@@ -145,6 +145,13 @@ def picked(p, x):
     return scaled(p, best + jnp.sort(h, 0)).sum(0)
 
 
+def numbered_axes(p, x):
+    """Axes as NumPy's integers."""
+    h = scaled(p, first(x))
+    h = lax.concatenate([h, h], np.int64(0)) + lax.cumsum(jnp.tile(h, (2, 1, 1)), 0)
+    return lax.reduce_sum(h, (np.int64(0),))
+
+
 def halves(p, x):
     left, right = jnp.split(first(x), 2, axis=0)
     return scaled(p, jnp.tile(left + right, (2, 1, 1))).sum(0)
@@ -167,7 +174,7 @@ def carried(p, x):
 SCALES = [
     swapped, batch_first, flattened, merged_elsewhere, scanned, recurrent_scale, mapped,
     carried, branches, called, padded, pooled, convolved, pointwise, attention,
-    looked_up, picked, halves, loop,
+    looked_up, picked, numbered_axes, halves, loop,
 ]  # fmt: skip
 
 
@@ -227,7 +234,7 @@ def test_scales_and_shifts(rng, network, marked, n):
     close(found[layer.name].blocks, wanted, 1e-9)
 
 
-FAST = [merged_elsewhere, recurrent_scale, pointwise, looked_up, dense_layer]
+FAST = [merged_elsewhere, recurrent_scale, numbered_axes, looked_up, dense_layer]
 
 
 @pytest.mark.parametrize("network", cases([*SCALES, dense_layer], FAST))

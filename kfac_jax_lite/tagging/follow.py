@@ -179,10 +179,10 @@ def reduced(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
 
 
 def named(eqn: JaxprEqn) -> Sequence[int]:
-    """The axes that an equation's parameters name."""
+    """The axes that an equation names, whosever integers they are."""
     names = ("dimensions", "axes", "dimension", "axis")
     found = next(eqn.params[name] for name in names if name in eqn.params)
-    return (found,) if isinstance(found, int) else found
+    return [int(i) for i in (found if isinstance(found, Sequence) else (found,))]
 
 
 def renewed(axes: Axes, before: Any, after: Any, moved: Container[int] = ()) -> Axes:
