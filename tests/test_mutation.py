@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers import cases
 from tests.mutation import covering, mutants, page
-from tests.mutation.__main__ import Run, recorded, tried, wanted
+from tests.mutation.__main__ import Run, recorded, tried, valid, wanted
 from tests.mutation.trial import attempt
 
 SMALL = mutants.PACKAGE / "likelihoods.py"
@@ -212,6 +212,12 @@ def test_interval_of_a_share():
     stats = pytest.importorskip("scipy.stats")
     wanted = stats.binomtest(85, 100).proportion_ci(0.95, "wilson")
     assert page.interval(85, 100) == pytest.approx(tuple(wanted), abs=1e-4)
+
+
+def test_rewritten_formulas_leave_the_page():
+    kept = next(iter(mutants.formulas())).identity
+    kinds = {kept: "formula", "gone": "formula", "old": "drawn"}
+    assert set(valid({k: {"kind": kind} for k, kind in kinds.items()})) == {kept, "old"}
 
 
 def test_page(tmp_path, monkeypatch):

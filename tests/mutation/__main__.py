@@ -68,6 +68,12 @@ def recorded(path: Path) -> dict[str, dict[str, Any]]:
     return {row["id"]: row for row in rows}
 
 
+def valid(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Without formulas that have been rewritten since; their successors were tried."""
+    formulas = {mutant.identity for mutant in mutants.formulas()}
+    return {k: r for k, r in rows.items() if r["kind"] != "formula" or k in formulas}
+
+
 def wanted(run: Run) -> Iterator[Mutant]:
     """All mutants of a run that are still to be tried."""
     known = recorded(run.out)
@@ -155,7 +161,7 @@ def main(command: Run | Measure | Report) -> int:
         case Run():
             go(command)
         case Report():
-            write(recorded(command.results))
+            write(valid(recorded(command.results)))
     return 0
 
 

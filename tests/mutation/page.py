@@ -29,6 +29,8 @@ Core is every module of the package but `bayes`, `curvature`, `ntk` and those th
 the tests that run its line as take {budget:g} seconds unmutated; tests that would have
 been run after these might still have caught it. Hanging and crashing count as caught.
 The same was done with nothing changed {controls} times, and {passed} times all passed.
+Tests were written for what survived earlier runs, which was then tried again: the score
+of the drawn ones is that of the suite as it is, not an estimate for other changes.
 
 {command}
 """
