@@ -263,6 +263,12 @@ def a_grouped_kernel_whose_outputs_are_rescaled(p, x, y):
     return squares(convolved(x, p["k"] * jnp.exp(x[0]), groups=2)[:, 1:], y)
 
 
+@program({"k": "conv"}, k=(2, 2, 1, 4))
+def a_grouped_kernel_whose_inputs_are_rescaled(p, x, y):
+    scale = jnp.exp(x[0]).reshape(2, 2, 1, 1)
+    return squares(convolved(x, p["k"] * scale, groups=2)[:, 1:], y)
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_layers_and_blocks_of_one_example(name, rng):
     loss, kinds, shapes = PROGRAMS[name]

@@ -207,3 +207,43 @@ def test_layers_in_line(rng):
     sites = in_line(found.plan, found.closed.jaxpr)
     named = [(s.layer, out.shape) for s, out in sites if s.layer]
     assert named == [("a", (5, 3)), ("d", (5, 4))]
+
+
+def test_a_parameter_that_a_loop_hands_through(rng):
+    """It is the parameter still: uses inside the loop and behind it are one layer's."""
+
+    def step(carry, _):
+        h, w = carry
+        return (jnp.tanh(h @ w), w), None
+
+    def loss(p, x, y):
+        (h, w), _ = jax.lax.scan(step, (x, p["w"]), None, 2)
+        return 0.5 * jnp.sum((kfac.normal(h @ w) - y) ** 2, -1).mean()
+
+    w, x, y = (jnp.asarray(rng.normal(size=s)) for s in ((3, 3), (5, 3), (5, 3)))
+    tagged = kfac.tag(loss, {"w": w}, x, y)
+    assert [t.kind for t in tagged.layers] == ["dense"]
+    first = np.tanh(x @ w)
+    rows = np.concatenate([x, first, np.tanh(first @ w)])
+    found = jax.jit(tagged.value_and_grad)({"w": w}, x, y)[-1]
+    close(found["w"].a, rows.T @ rows / 5, 1e-12)
+
+
+def test_a_loss_of_parameters_alone():
+    with pytest.raises(ValueError, match=r"averages over \(no array arguments\)"):
+        kfac.tag(lambda p: jnp.sum(p["w"] ** 2), {"w": jnp.ones(3)})
+
+
+@pytest.mark.parametrize("due", [True, False])
+def test_statistics_that_are_not_finite(due):
+    """Of a layer that asked for them they spoil the batch; of another they do not."""
+    tagged, _, grads, statistics = first_pass("mlp")
+    params = BY_NAME["mlp"].params()
+    tx = kfac.scale_by_kfac(tagged.layers, interval=kfac.intervals.every(2))
+    state = tx.init(params)
+    if not due:
+        _, state = tx.update(grads, state, params, statistics=statistics)
+    bad = {**statistics, "layer0": jax.tree.map(jnp.zeros_like, statistics["layer0"])}
+    bad["layer0"] = bad["layer0"]._replace(a=bad["layer0"].a.at[0, 0].set(jnp.nan))
+    _, new = tx.update(grads, state, params, statistics=bad)
+    assert int(new.skipped) == due
