@@ -22,6 +22,7 @@ from kfac_jax_lite.types import Array, accumulation_dtype
 from kfac_jax_lite.views import Shape
 
 PREFIX = "kfac_jax_lite."
+LIKELIHOODS = ("categorical", "bernoulli", "normal")
 MASK = "mask"
 
 

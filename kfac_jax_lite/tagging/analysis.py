@@ -17,6 +17,9 @@ from typing import Any
 from jax.extend.core import Literal
 
 from kfac_jax_lite.tagging.layers import (
+    CALLS,
+    CHECKPOINTS,
+    CUSTOM_RULES,
     Branch,
     Plan,
     Ref,
@@ -24,6 +27,7 @@ from kfac_jax_lite.tagging.layers import (
     Site,
     Steps,
 )
+from kfac_jax_lite.tagging.liveness import Live, Liveness
 from kfac_jax_lite.types import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 from kfac_jax_lite.views import Shape, View
 
@@ -112,6 +116,7 @@ RULES: dict[str, Handler] = {}
 
 
 ALWAYS: set[str] = set()
+PROGRAMS = (*CALLS, *CHECKPOINTS, *CUSTOM_RULES, "scan", "cond", "while")
 
 
 def rule(*primitives: str, always: bool = False) -> Callable[[Handler], Handler]:
@@ -149,9 +154,11 @@ class Walk:
         nested_marks: Whether an output is marked inside a loop or branch.
         reached: Leaves that the loss depends on, as bits.
         scopes: The scope of every plan.
+        liveness: Where derivatives of the loss pass.
     """
 
-    def __init__(self, num_leaves: int):
+    def __init__(self, num_leaves: int, liveness: Liveness):
+        self.liveness: Liveness = liveness
         self.sites: list[Site] = []
         self.uses: dict[int, list[str]] = collections.defaultdict(list)
         self.marks: list[tuple[str, Shape, Shape]] = []
@@ -167,9 +174,16 @@ class Walk:
 
 
 class Scope:
-    """Facts and dependencies of the variables of one jaxpr."""
+    """Facts and dependencies of the variables of one jaxpr.
 
-    def __init__(self, walk: Walk, plan: Plan, jaxpr: Jaxpr):
+    Args:
+        walk: The walk over the whole loss.
+        plan: The jaxpr's plan.
+        jaxpr: The jaxpr.
+        outs: Through which of its results a derivative of the loss passes.
+    """
+
+    def __init__(self, walk: Walk, plan: Plan, jaxpr: Jaxpr, outs: Sequence[bool]):
         self.walk: Walk = walk
         self.plan: Plan = plan
         self.jaxpr: Jaxpr = jaxpr
@@ -177,14 +191,15 @@ class Scope:
         self.deps: dict[Var, int] = {}
         self.consumers: dict[Var, list[int]] = collections.defaultdict(list)
         self.producers: dict[Var, int] = {}
+        self.live: Live = walk.liveness.part(jaxpr, outs)
         walk.scopes[plan] = self
         for i, eqn in enumerate(jaxpr.eqns):
             for atom in eqn.invars:
-                if not isinstance(atom, Literal):
+                if not isinstance(atom, Literal) and i in self.live.equations:
                     self.consumers[atom].append(i)
             self.producers.update(dict.fromkeys(eqn.outvars, i))
-        for atom in jaxpr.outvars:
-            if not isinstance(atom, Literal):
+        for atom, live in zip(jaxpr.outvars, outs, strict=True):
+            if not isinstance(atom, Literal) and live:
                 self.consumers[atom].append(-1)
 
     def fact(self, atom: Any) -> Fact:
@@ -333,6 +348,10 @@ class Scope:
             self.deps[var] = bits
         facts = [self.fact(a) for a in eqn.invars]
         name = eqn.primitive.name
+        if index not in self.live.equations:
+            if name in PROGRAMS:
+                return
+            facts = [f if isinstance(f, Counting) else None for f in facts]
         if name not in ALWAYS and not any(f is not None for f in facts):
             return
         handler = RULES.get(name)
@@ -351,11 +370,21 @@ class Scope:
             self.facts[var] = fact
 
 
-def analyse(closed: ClosedJaxpr, num_leaves: int) -> tuple[Walk, Plan]:
-    """Walks a traced loss whose first ``num_leaves`` inputs are the parameters."""
+def analyse(closed: ClosedJaxpr, num_leaves: int, sampled: bool) -> tuple[Walk, Plan]:
+    """Walks a traced loss.
+
+    Args:
+        closed: The loss; its first result is its value.
+        num_leaves: How many of its first inputs are parameters.
+        sampled: Whether marked outputs are differentiated, too.
+
+    Returns:
+        What was found, and its plan.
+    """
     jaxpr = closed.jaxpr
-    walk, plan = Walk(num_leaves), Plan()
-    scope = Scope(walk, plan, jaxpr)
+    walk, plan = Walk(num_leaves, Liveness(sampled)), Plan()
+    outs = [i == 0 for i in range(len(jaxpr.outvars))]
+    scope = Scope(walk, plan, jaxpr, outs)
     scope.deps.update(dict.fromkeys(jaxpr.constvars, walk.data_bit))
     shapes = [tuple(v.aval.shape) for v in jaxpr.invars[:num_leaves]]
     facts: list[Fact] = [View.of_leaf(i, s) for i, s in enumerate(shapes)]

@@ -31,7 +31,7 @@ from kfac_jax_lite.views import View
 BY_HAND = "kfac_jax_lite_layer"
 
 
-@rule("stop_gradient")
+@rule("stop_gradient", always=True)
 def stop_gradient(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     """What is behind ``stop_gradient`` is data."""
     scope.deps[eqn.outvars[0]] = scope.walk.data_bit
@@ -42,9 +42,11 @@ def inner(
     scope: Scope, index: int, jaxpr: Jaxpr, facts: list[Fact], deps: list[int]
 ) -> tuple[list[Fact], list[int]]:
     """Walks a jaxpr inside an equation under a plan of its own."""
-    plan = Plan()
+    plan, eqn = Plan(), scope.jaxpr.eqns[index]
     scope.plan.children[index] = scope.plan.children.get(index, ()) + (plan,)
-    return Scope(scope.walk, plan, jaxpr).run(facts, deps)
+    flags = [v in scope.live.variables for v in eqn.outvars]
+    outs = scope.walk.liveness.results_inside(eqn, flags)
+    return Scope(scope.walk, plan, jaxpr, outs).run(facts, deps)
 
 
 def enterable(scope: Scope, atoms: Sequence[Any], facts: list[Fact]) -> list[Fact]:
@@ -115,7 +117,8 @@ def custom_rule(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     if len(eqn.outvars) == 1:
         output = stand_in(scope, index, eqn.invars, facts, inside(eqn).jaxpr)
     if output is None:
-        scope.mark_used(facts, eqn.primitive.name.removesuffix("_call"))
+        kind = eqn.primitive.name.removesuffix("_call").removesuffix("_call_jaxpr")
+        scope.mark_used(facts, f"{kind}, a function with a gradient of your own")
     return [output] + [None] * (len(eqn.outvars) - 1)
 
 
@@ -134,10 +137,11 @@ def stand_in(
     Returns:
         The layer's output, or None if the jaxpr is not exactly one layer.
     """
-    trial = Walk(scope.walk.data_bit.bit_length() - 1)
+    trial = Walk(scope.walk.data_bit.bit_length() - 1, scope.walk.liveness)
     trial.scopes.update(scope.walk.scopes)
     deps = [scope.dependencies([a]) for a in atoms]
-    (*_, out), _ = Scope(trial, Plan(), jaxpr).run(list(facts), deps)
+    outs = [a is jaxpr.outvars[-1] for a in jaxpr.outvars]
+    (*_, out), _ = Scope(trial, Plan(), jaxpr, outs).run(list(facts), deps)
     outside = dict(zip(jaxpr.invars, atoms, strict=True))
     if len(trial.sites) != 1 or trial.uses or not isinstance(out, Output):
         return None

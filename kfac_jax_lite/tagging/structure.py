@@ -6,7 +6,7 @@ from typing import Any
 
 from jax.extend.core import Literal
 
-from kfac_jax_lite.likelihoods import PREFIX
+from kfac_jax_lite.likelihoods import MASK, PREFIX
 from kfac_jax_lite.tagging.analysis import (
     Beside,
     Counting,
@@ -50,6 +50,8 @@ def name(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     text = eqn.params["name"]
     if text.startswith(PREFIX):
         likelihood = text.removeprefix(PREFIX)
+        if likelihood != MASK and dead_mark(scope, index, eqn):
+            return [None]
         scope.plan.marks[index] = likelihood
         shape = shape_of(eqn.invars[0])
         scope.walk.marks.append((likelihood, shape, scope.walk.loops))
@@ -57,6 +59,18 @@ def name(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
             scope.walk.nested_marks = True
         return [None]
     return [keep(scope, eqn.invars[0], facts[0])]
+
+
+def dead_mark(scope: Scope, index: int, eqn: JaxprEqn) -> bool:
+    """Whether a marked output is read, but by nothing that is differentiated.
+
+    So it is where the network is evaluated a second time, behind ``stop_gradient``.
+    """
+    out = eqn.outvars[0]
+    if out in scope.live.variables:
+        return False
+    later = (a for other in scope.jaxpr.eqns[index:] for a in other.invars)
+    return any(a is out for a in (*later, *scope.jaxpr.outvars))
 
 
 @rule("reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim")

@@ -104,7 +104,7 @@ def trace(
             "(jax.eval_shape of it suffices)."
         ) from error
     check_loss(shape, has_aux)
-    walk, plan = analyse(closed, len(flat))
+    walk, plan = analyse(closed, len(flat), options.sampled)
     if walk.while_leaves:
         check_while(loss_fn, params, args, has_aux, flat, walk.while_leaves)
     n = count_examples(walk, args, options.num_examples)
