@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from kfac_jax_lite.factors.estimate import TaggedLoss
-from kfac_jax_lite.likelihoods import Output, fisher_product, masked_rows
+from kfac_jax_lite.likelihoods import Output, fisher_product, weighted_rows
 from kfac_jax_lite.outputs import marked_loss
 from kfac_jax_lite.types import Array
 
@@ -62,10 +62,10 @@ def quadratic_model(tagged: TaggedLoss, params: Any, *args: Any) -> QuadraticMod
         slopes, tangents = jax.vmap(forward)(stacked)
         gram = jnp.zeros((len(vectors),) * 2, jnp.promote_types(loss.dtype, "float32"))
         n, moves = model.num_terms(marked), model.outputs(tangents)
-        for output, (name, dz, _) in zip(model.outputs(marked), moves, strict=True):
+        for output, (name, dz, *_) in zip(model.outputs(marked), moves, strict=True):
 
             def product(t: Array, name: str = name, output: Output = output):
-                return masked_rows(output, fisher_product(name, output.value, t))
+                return weighted_rows(output, fisher_product(name, output.value, t))
 
             curved = jax.vmap(product)(dz)
             rows = dz.reshape(len(vectors), -1), curved.reshape(len(vectors), -1)

@@ -15,7 +15,8 @@ from kfac_jax_lite.factors.sampling import Subsample
 from kfac_jax_lite.factors.slots import make_slots, read_phases, read_state
 from kfac_jax_lite.factors.thin import thin_layers
 from kfac_jax_lite.factors.watched import Watched, watchable
-from kfac_jax_lite.likelihoods import MASK, count_terms, outputs_of
+from kfac_jax_lite.factors.weights import with_weights
+from kfac_jax_lite.likelihoods import count_terms, outputs_of
 from kfac_jax_lite.sharding import explicit_mesh
 from kfac_jax_lite.tagging.interpreter import Interpreter
 from kfac_jax_lite.tagging.table import fingerprint, table
@@ -209,7 +210,7 @@ class TaggedLoss:
         watched = self._watched(found, params, args, opt_state, deferred)
         leaves = jax.tree.leaves((params, args))
         axes = varying_axes(leaves)
-        stacks = {t.name: t.views[0].leaf for t in found.layers}
+        stacks = {k: own[0].primary.leaf for k, own in found.slots.items()}
         run = Interpreter(watched.on_site, stacks).run
         num, closed = len(jax.tree.leaves(params)), found.closed
 
@@ -226,9 +227,9 @@ class TaggedLoss:
         one, silent = jnp.ones_like(loss), [jnp.zeros_like(z) for z in pulled]
         flat_grads, raw, cotangents = pullback((one, silent))
         rows = watched.rows(found.layers, operands, cotangents, flat_grads)
-        outputs = outputs_of(found.marks, marked)
+        outputs = with_weights(found, leaves, outputs_of(found.marks, marked))
         terms = count_terms(outputs)
-        finisher = Finisher(watched.recipes, watched.slots, terms)
+        finisher = Finisher(watched.recipes, watched.slots, outputs, sampled)
         n = found.num_examples if terms is None else terms
         own = [t.views[0].leaf for t in found.layers if t.kind == "diagonal"]
         diagonals = {i: flat_grads[i] for i in own}
@@ -241,7 +242,8 @@ class TaggedLoss:
             back = lambda marks: pullback((jnp.zeros_like(loss), marks))[:2]  # noqa: E731
             if not gated and terms is None:
                 plain = back(silent)[1]  # input factors inside the caller's gate, too
-            pull = functools.partial(sampled_pull, outputs, back, plain, n, finisher)
+            record = (found.marks, marked, back, plain, n, finisher)
+            pull = functools.partial(sampled_pull, *record)
             record = (self.fisher, outputs, pull, plain, key, diagonals, finisher)
             return pack_statistics(found, *resampled(*record, gated=gated), n)
 
@@ -276,20 +278,27 @@ class TaggedLoss:
         return Watched(recipes, read_phases(opt_state, recipes), slots, sites, thin)
 
     def _recipes(self, found: Trace) -> dict[str, Recipe]:
-        reduce, masked = self.weight_sharing == "reduce", MASK in found.marks
-        n, squares = found.num_examples, self.statistics == "squares"
+        squares, layers = (
+            self.statistics == "squares",
+            {t.name: t for t in found.layers},
+        )
         return {
-            t.name: make_recipe(
-                t, found.sites[t.name], n, reduce, masked, self.subsample, squares
+            slot: make_recipe(
+                layers[sites[0].layer or ""],
+                sites,
+                found.terms_of(sites[0]),
+                self.weight_sharing == "reduce",
+                found.masked(sites[0]),
+                self.subsample,
+                squares,
             )
-            for t in found.layers
-            if t.kind != "diagonal"
+            for slot, sites in found.slots.items()
         }
 
     def check_subsample(self, found: Trace) -> None:
         """Every layer must have rows that a part can be taken of, or it is named."""
-        for recipe in self._recipes(found).values():
-            for site in found.sites[recipe.layer.name]:
+        for slot, recipe in self._recipes(found).items():
+            for site in found.slots[slot]:
                 recipe.lattice(site)
 
     def _check_layers(self, found: Trace) -> None:

@@ -11,8 +11,9 @@ the way, in either case, counts as used outside a layer.
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from jax.extend.core import Literal
 
@@ -27,7 +28,7 @@ from kfac_jax_lite.tagging.layers import (
     Site,
     Steps,
 )
-from kfac_jax_lite.tagging.liveness import Live, Liveness
+from kfac_jax_lite.tagging.liveness import Live, Liveness, marks_in
 from kfac_jax_lite.types import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 from kfac_jax_lite.views import Shape, View
 
@@ -140,13 +141,29 @@ def rule(*primitives: str, always: bool = False) -> Callable[[Handler], Handler]
     return register
 
 
+class Mark(NamedTuple):
+    """A marked value.
+
+    Attributes:
+        name: Likelihood, or what stands in front of one.
+        shape: Its shape.
+        loops: Lengths of the loops around it.
+        eqn: The equation.
+    """
+
+    name: str
+    shape: Shape
+    loops: Shape
+    eqn: JaxprEqn
+
+
 class Walk:
     """What one walk over a whole loss has found, at any depth.
 
     Attributes:
         sites: Candidate layer applications, in program order.
         uses: Leaf number to the primitives that use it outside candidate layers.
-        marks: ``(likelihood, shape, loop lengths)`` of each marked output.
+        marks: The marked outputs, and what stands in front of them.
         loops: Lengths of the loops around the current equation.
         branch: The ``cond`` branches around the current equation, outermost first.
         touched: Leaves that a site or a use has accounted for at the current equation.
@@ -155,13 +172,21 @@ class Walk:
         reached: Leaves that the loss depends on, as bits.
         scopes: The scope of every plan.
         liveness: Where derivatives of the loss pass.
+        of_marks: Where derivatives of single marked outputs pass, if there are several,
+            by the identity of their equations.
     """
 
-    def __init__(self, num_leaves: int, liveness: Liveness):
+    def __init__(
+        self,
+        num_leaves: int,
+        liveness: Liveness,
+        of_marks: dict[int, Liveness] | None = None,
+    ):
         self.liveness: Liveness = liveness
+        self.of_marks: dict[int, Liveness] = of_marks or {}
         self.sites: list[Site] = []
         self.uses: dict[int, list[str]] = collections.defaultdict(list)
-        self.marks: list[tuple[str, Shape, Shape]] = []
+        self.marks: list[Mark] = []
         self.loops: Shape = ()
         self.branch: Branch = ()
         self.touched: collections.Counter[int] = collections.Counter()
@@ -181,9 +206,17 @@ class Scope:
         plan: The jaxpr's plan.
         jaxpr: The jaxpr.
         outs: Through which of its results a derivative of the loss passes.
+        marked: The same of marked outputs, by the identity of their equations.
     """
 
-    def __init__(self, walk: Walk, plan: Plan, jaxpr: Jaxpr, outs: Sequence[bool]):
+    def __init__(
+        self,
+        walk: Walk,
+        plan: Plan,
+        jaxpr: Jaxpr,
+        outs: Sequence[bool],
+        marked: Mapping[int, Sequence[bool]] = MappingProxyType({}),
+    ):
         self.walk: Walk = walk
         self.plan: Plan = plan
         self.jaxpr: Jaxpr = jaxpr
@@ -192,6 +225,11 @@ class Scope:
         self.consumers: dict[Var, list[int]] = collections.defaultdict(list)
         self.producers: dict[Var, int] = {}
         self.live: Live = walk.liveness.part(jaxpr, outs)
+        none = (False,) * len(jaxpr.outvars)
+        self.reaching: dict[int, Live] = {
+            k: part.part(jaxpr, marked.get(k, none))
+            for k, part in walk.of_marks.items()
+        }
         walk.scopes[plan] = self
         for i, eqn in enumerate(jaxpr.eqns):
             for atom in eqn.invars:
@@ -382,7 +420,9 @@ def analyse(closed: ClosedJaxpr, num_leaves: int, sampled: bool) -> tuple[Walk, 
         What was found, and its plan.
     """
     jaxpr = closed.jaxpr
-    walk, plan = Walk(num_leaves, Liveness(sampled)), Plan()
+    marks = marks_in(jaxpr)
+    of_marks = {id(eqn): Liveness(False, eqn) for eqn in marks if len(marks) > 1}
+    walk, plan = Walk(num_leaves, Liveness(sampled), of_marks), Plan()
     outs = [i == 0 for i in range(len(jaxpr.outvars))]
     scope = Scope(walk, plan, jaxpr, outs)
     scope.deps.update(dict.fromkeys(jaxpr.constvars, walk.data_bit))

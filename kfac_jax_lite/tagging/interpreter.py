@@ -33,7 +33,7 @@ class Interpreter:
 
     Args:
         on_site: ``(site, output, inputs, slot) -> output`` for every site, where
-            ``slot`` is the site's layer's entry of ``slots``.
+            ``slot`` is the site's entry of ``slots``; None: sites are nothing special.
         stack_leaf: Layer name to the leaf that a ``scan`` may consume by slices.
         on_mark: ``(likelihood, output) -> output`` for marked outputs; None leaves
             them.
@@ -41,11 +41,11 @@ class Interpreter:
 
     def __init__(
         self,
-        on_site: OnSite,
+        on_site: OnSite | None,
         stack_leaf: dict[str, int],
         on_mark: Callable[[str, Array], Array] | None = None,
     ):
-        self.on_site: OnSite = on_site
+        self.on_site: OnSite | None = on_site
         self.stack_leaf: dict[str, int] = stack_leaf
         self.on_mark: Callable[[str, Array], Array] | None = on_mark
         self.envs: dict[Plan, dict[Any, Any]] = {}
@@ -84,10 +84,10 @@ class Interpreter:
                 marked += results
             env.update(zip(eqn.outvars, results, strict=True))
             for site in plan.sites.get(index, ()):
-                if site.layer is not None:
+                if self.on_site is not None and site.layer is not None:
                     var = eqn.outvars[site.output]
                     inputs = [jnp.asarray(value(a)) for a in site.inputs]
-                    env[var] = self.on_site(site, env[var], inputs, slots[site.layer])
+                    env[var] = self.on_site(site, env[var], inputs, slots[site.slot])
         return [value(a) for a in jaxpr.outvars], marked
 
 
@@ -159,12 +159,8 @@ def run_scan(
     consts = operands[:n_const]
     carry = operands[n_const : n_const + n_carry]
     (inner,) = plan.children[index]
-    here = {site.layer for site in inner.all_sites()}
-    sliced = {
-        name
-        for name in here
-        if name is not None and self.stack_leaf[name] in plan.unstacked[index]
-    }
+    here = {site.slot for site in inner.all_sites()}
+    sliced = {k for k in here if self.stack_leaf.get(k) in plan.unstacked[index]}
     whole = {k: v for k, v in slots.items() if k not in sliced}
     stacked = {k: slots[k] for k in sliced}
     dues = {k: stacked[k].due for k in sliced}

@@ -9,6 +9,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
 from kfac_jax_lite.types import Jaxpr, JaxprEqn, Shape
 from kfac_jax_lite.views import View
 
@@ -142,6 +144,9 @@ class Site:
         by_hand: Whether the user named it, whatever else uses its parameters.
         positions: How many rows in a row are one example's; None: they are not side by
             side, or it cannot be told.
+        marks: Numbers of the marked outputs that depend on it, where there are several.
+        slot: Under which name its statistics are added up: the layer's, or one of
+            their own for the sites that other outputs depend on.
     """
 
     kind: str
@@ -156,6 +161,16 @@ class Site:
     place: tuple["Plan", int] | None = None
     by_hand: bool = False
     positions: int | None = None
+    marks: frozenset[int] = frozenset()
+    slot: str = ""
+
+    @property
+    def complex(self) -> bool:
+        """Whether its input is complex: every row is two, real and imaginary part."""
+        scales = getattr(self.geometry, "scales", ())
+        inputs = [a for a, s in zip(self.inputs[1:], scales) if s.side != "out"]  # noqa: B905
+        dtypes = [a.aval.dtype for a in (*self.inputs[:1], *inputs)]
+        return any(jnp.issubdtype(d, jnp.complexfloating) for d in dtypes)
 
     @property
     def primary(self) -> View:

@@ -40,10 +40,13 @@ class Liveness:
         sampled: Whether marked outputs are differentiated, too. One whose result is
             never read counts; one that is read only where no derivative passes, as in a
             second network behind ``stop_gradient``, does not.
+        mark: The equation of a marked output that is differentiated, beside what is
+            asked for.
     """
 
-    def __init__(self, sampled: bool):
+    def __init__(self, sampled: bool, mark: JaxprEqn | None = None):
         self.sampled: bool = sampled
+        self.mark: JaxprEqn | None = mark
         self.known: dict[tuple[Jaxpr, tuple[bool, ...]], Live] = {}
 
     def part(self, jaxpr: Jaxpr, outs: Sequence[bool]) -> Live:
@@ -62,7 +65,8 @@ class Liveness:
         read |= {a for a in jaxpr.outvars if isinstance(a, Var)}
         for index, eqn in reversed([*enumerate(jaxpr.eqns)]):
             flags = [v in variables for v in eqn.outvars]
-            if not (self.live(eqn, flags) or self.sampled_mark(eqn, read)):
+            root = eqn is self.mark or self.sampled_mark(eqn, read)
+            if not (root or self.live(eqn, flags)):
                 continue
             equations.add(index)
             passed = self.operands(eqn, flags)
@@ -73,9 +77,7 @@ class Liveness:
 
     def sampled_mark(self, eqn: JaxprEqn, read: set[Var]) -> bool:
         """Whether it marks an output that is sampled although nothing reads it."""
-        name = eqn.params.get("name", "") if eqn.primitive.name == "name" else ""
-        marks = name.removeprefix(PREFIX) in LIKELIHOODS and name.startswith(PREFIX)
-        return self.sampled and marks and eqn.outvars[0] not in read
+        return self.sampled and is_mark(eqn) and eqn.outvars[0] not in read
 
     def live(self, eqn: JaxprEqn, flags: Sequence[bool]) -> bool:
         """Whether an equation is live, given which of its results are."""
@@ -123,6 +125,24 @@ class Liveness:
             if more == flags[:n_carry]:
                 return flags
             flags[:n_carry] = more
+
+
+def is_mark(eqn: JaxprEqn) -> bool:
+    """Whether an equation marks an output."""
+    if eqn.primitive.name != "name":
+        return False
+    return eqn.params["name"] in [PREFIX + likelihood for likelihood in LIKELIHOODS]
+
+
+def marks_in(jaxpr: Jaxpr) -> list[JaxprEqn]:
+    """The equations that mark outputs, outside loops and branches."""
+    found: list[JaxprEqn] = []
+    for eqn in jaxpr.eqns:
+        if is_mark(eqn):
+            found.append(eqn)
+        elif eqn.primitive.name in CALLS + CHECKPOINTS:
+            found += marks_in(inside(eqn).jaxpr)
+    return found
 
 
 def real(atom: object) -> bool:

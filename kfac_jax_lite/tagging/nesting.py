@@ -23,6 +23,7 @@ from kfac_jax_lite.tagging.layers import (
     inside,
     scan_counts,
 )
+from kfac_jax_lite.tagging.liveness import Live, Liveness
 from kfac_jax_lite.tagging.structure import keep
 from kfac_jax_lite.types import Jaxpr, JaxprEqn, Var
 from kfac_jax_lite.views import View
@@ -42,11 +43,16 @@ def inner(
     scope: Scope, index: int, jaxpr: Jaxpr, facts: list[Fact], deps: list[int]
 ) -> tuple[list[Fact], list[int]]:
     """Walks a jaxpr inside an equation under a plan of its own."""
-    plan, eqn = Plan(), scope.jaxpr.eqns[index]
+    plan, eqn, walk = Plan(), scope.jaxpr.eqns[index], scope.walk
     scope.plan.children[index] = scope.plan.children.get(index, ()) + (plan,)
-    flags = [v in scope.live.variables for v in eqn.outvars]
-    outs = scope.walk.liveness.results_inside(eqn, flags)
-    return Scope(scope.walk, plan, jaxpr, outs).run(facts, deps)
+
+    def results(part: Live, liveness: Liveness) -> list[bool]:
+        flags = [v in part.variables for v in eqn.outvars]
+        return liveness.results_inside(eqn, flags)
+
+    outs = results(scope.live, walk.liveness)
+    marked = {k: results(scope.reaching[k], own) for k, own in walk.of_marks.items()}
+    return Scope(walk, plan, jaxpr, outs, marked).run(facts, deps)
 
 
 def enterable(scope: Scope, atoms: Sequence[Any], facts: list[Fact]) -> list[Fact]:

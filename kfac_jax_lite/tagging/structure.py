@@ -6,12 +6,13 @@ from typing import Any
 
 from jax.extend.core import Literal
 
-from kfac_jax_lite.likelihoods import MASK, PREFIX
+from kfac_jax_lite.likelihoods import BESIDE, PREFIX
 from kfac_jax_lite.tagging.analysis import (
     Beside,
     Counting,
     Fact,
     Factor,
+    Mark,
     Output,
     Scaled,
     Scope,
@@ -50,11 +51,11 @@ def name(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     text = eqn.params["name"]
     if text.startswith(PREFIX):
         likelihood = text.removeprefix(PREFIX)
-        if likelihood != MASK and dead_mark(scope, index, eqn):
+        if likelihood not in BESIDE and dead_mark(scope, index, eqn):
             return [None]
         scope.plan.marks[index] = likelihood
         shape = shape_of(eqn.invars[0])
-        scope.walk.marks.append((likelihood, shape, scope.walk.loops))
+        scope.walk.marks.append(Mark(likelihood, shape, scope.walk.loops, eqn))
         if scope.walk.loops or scope.walk.branch:
             scope.walk.nested_marks = True
         return [None]
@@ -62,10 +63,8 @@ def name(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
 
 
 def dead_mark(scope: Scope, index: int, eqn: JaxprEqn) -> bool:
-    """Whether a marked output is read, but by nothing that is differentiated.
-
-    So it is where the network is evaluated a second time, behind ``stop_gradient``.
-    """
+    """Whether a marked output is read, but by nothing that is differentiated."""
+    # As where the network is evaluated a second time, behind stop_gradient.
     out = eqn.outvars[0]
     if out in scope.live.variables:
         return False
