@@ -115,5 +115,11 @@ def marked_loss(tagged: TaggedLoss, params: Any, args: tuple[Any, ...]) -> Marke
     def weigh(outputs: list[Output]) -> list[Output]:
         return with_weights(found, [*jax.tree.leaves(params), *data], outputs)
 
-    names, n = found.marks, found.num_examples
-    return MarkedLoss(lambda p: evaluate(p, None), shifted, names, n, weigh)
+    def values(params: Any):
+        loss, marks = evaluate(params, None)
+        if tagged.curvature is not None:
+            loss = tagged.loss_fn(params, *args)
+            loss = loss[0] if tagged.has_aux else loss
+        return loss, marks
+
+    return MarkedLoss(values, shifted, found.marks, found.num_examples, weigh)

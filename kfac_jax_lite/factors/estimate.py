@@ -3,25 +3,30 @@
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kfac_jax_lite.factors.passes import Finisher, resampled, sampled_pull
+from kfac_jax_lite.factors.passes import (
+    Finisher,
+    resampled,
+    sampled_pull,
+    zeros_of,
+)
 from kfac_jax_lite.factors.recipe import Recipe, make_recipe
 from kfac_jax_lite.factors.sampling import Subsample
 from kfac_jax_lite.factors.slots import make_slots, read_phases, read_state
 from kfac_jax_lite.factors.thin import thin_layers
 from kfac_jax_lite.factors.watched import Watched, watchable
 from kfac_jax_lite.factors.weights import with_weights
-from kfac_jax_lite.likelihoods import count_terms, outputs_of
+from kfac_jax_lite.likelihoods import count_terms, masked_rows, outputs_of
 from kfac_jax_lite.sharding import explicit_mesh
 from kfac_jax_lite.tagging.interpreter import Interpreter
 from kfac_jax_lite.tagging.table import fingerprint, table
 from kfac_jax_lite.tagging.trace import Trace, TraceOptions, trace
-from kfac_jax_lite.tree import varying_axes
+from kfac_jax_lite.tree import vary, varying_axes
 from kfac_jax_lite.types import (
     Deferred,
     DiagonalStatistics,
@@ -51,6 +56,7 @@ def tag(
     max_factor_dim: int = 8192,
     subsample: Subsample = Subsample(),  # noqa: B008 (frozen)
     statistics: str = "factors",
+    curvature: Callable[..., Any] | None = None,
 ) -> "TaggedLoss":
     """Finds the layers of a loss function; nothing is executed.
 
@@ -75,6 +81,12 @@ def tag(
         statistics: ``"factors"``, or ``"squares"``: for dense layers, convolutions and
             embeddings the exact mean of the squares of single examples' gradients, as
             ``kfac.bayes.vogn`` wants them (no matter the weight sharing).
+        curvature: ``curvature(params, *args)``: the function whose Fisher matrix is
+            wanted where it is not the loss's, as in variational Monte Carlo and policy
+            gradients: value and gradient are those of ``loss_fn``, layers and
+            statistics those of this. With ``"mc"`` and ``"exact"`` what it marks is all
+            that matters; with ``"empirical"`` it returns a mean loss. It is evaluated
+            only when a layer is due.
 
     Returns:
         The tagged loss. ``print`` it for the table of layers.
@@ -109,6 +121,7 @@ def tag(
         max_factor_dim,
         subsample,
         statistics,
+        curvature,
     )
     found = tagged.trace(params, args, sampled)
     tagged = dataclasses.replace(tagged, layers=found.layers)
@@ -118,6 +131,29 @@ def tag(
         lines = "\n".join(f"  {', '.join(t.params)}: {t.note}" for t in fallen)
         raise ValueError(f"no layer rule covers these parameters:\n{lines}")
     return tagged
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """A function of which only the marked outputs matter, as a loss: zero."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, params: Any, *args: Any) -> jax.Array:
+        """Evaluates the function and returns zero."""
+        self.function(params, *args)
+        return jnp.zeros(())
+
+
+def seen_rows(names: Sequence[str], marks: Sequence[jax.Array]) -> list[jax.Array]:
+    """Cotangents of marks that are not zero in the rows that count."""
+    found = {id(o.value): o for o in outputs_of(names, marks)}
+    return [
+        masked_rows(found[id(m)], jnp.ones_like(m))
+        if id(m) in found
+        else jnp.zeros_like(m)
+        for m in marks
+    ]
 
 
 def check_factor_dim(size: Any) -> None:
@@ -140,6 +176,7 @@ class TaggedLoss:
         max_factor_dim: Largest factor that is kept in full.
         subsample: Which rows the factors are estimated from.
         statistics: ``"factors"`` or ``"squares"``.
+        curvature: The function whose Fisher matrix is wanted; None: ``loss_fn``.
     """
 
     loss_fn: Callable[..., Any]
@@ -151,6 +188,7 @@ class TaggedLoss:
     max_factor_dim: int
     subsample: Subsample = Subsample()
     statistics: str = "factors"
+    curvature: Callable[..., Any] | None = None
 
     def __str__(self) -> str:
         """The table of layers."""
@@ -204,6 +242,12 @@ class TaggedLoss:
         """
         if self.fisher == "mc" and key is None:
             raise ValueError('fisher="mc" samples labels: pass key=jax.random.key(…).')
+        if self.curvature is not None:
+            value, grads = jax.value_and_grad(self.loss_fn, has_aux=self.has_aux)(
+                params, *args
+            )
+            record = params, args, opt_state, key
+            return value, grads, self._apart(*record, deferred=deferred)
         sampled = self.fisher != "empirical"
         found = self.trace(params, args, sampled)
         self._check_layers(found)
@@ -225,6 +269,9 @@ class TaggedLoss:
             tapped, leaves[:num], *probes, has_aux=True
         )
         one, silent = jnp.ones_like(loss), [jnp.zeros_like(z) for z in pulled]
+        if isinstance(self.loss_fn, Outputs):
+            # Input factors, and rows that count, come from this pass.
+            silent = seen_rows(found.marks, pulled)
         flat_grads, raw, cotangents = pullback((one, silent))
         rows = watched.rows(found.layers, operands, cotangents, flat_grads)
         outputs = with_weights(found, leaves, outputs_of(found.marks, marked))
@@ -251,12 +298,53 @@ class TaggedLoss:
         value = jax.tree.unflatten(found.out_tree, out)
         return value, grads, Deferred(compute, rows) if deferred else compute(True)
 
+    def of_curvature(self) -> "TaggedLoss":
+        """The tagged function that the statistics are of."""
+        if self.curvature is None:
+            return self
+        sampled = self.fisher != "empirical"
+        loss = Outputs(self.curvature) if sampled else self.curvature
+        return dataclasses.replace(self, loss_fn=loss, has_aux=False, curvature=None)
+
+    def _apart(
+        self,
+        params: Any,
+        args: tuple[Any, ...],
+        opt_state: Any,
+        key: Any,
+        deferred: bool,
+    ) -> Any:
+        """Statistics of another function than the loss, where some are due."""
+        own = self.of_curvature()
+
+        def compute():
+            record = {"opt_state": opt_state, "key": key}
+            return own.value_and_grad(params, *args, **record)[2]
+
+        if deferred:
+            return Deferred(lambda gated: compute())
+        due, _ = read_state(opt_state, self.layers)
+        shapes = jax.eval_shape(compute)  # raises what there is to raise
+        if due is None or not due:
+            return compute()
+        axes = varying_axes((params, args))
+        return jax.lax.cond(
+            jnp.any(jnp.stack([*due.values()])),
+            lambda: vary(compute(), axes),
+            lambda: vary(zeros_of(shapes), axes),
+        )
+
     def trace(self, params: Any, args: tuple[Any, ...], sampled: bool) -> Trace:
         """The trace of the loss on these arguments, with the options of ``tag``."""
+        own = self.of_curvature()
         options = TraceOptions(
-            self.has_aux, self.num_examples, sampled, self.max_factor_dim
+            own.has_aux,
+            self.num_examples,
+            sampled,
+            self.max_factor_dim,
+            isinstance(own.loss_fn, Outputs),
         )
-        return trace(self.loss_fn, params, args, options)
+        return trace(own.loss_fn, params, args, options)
 
     def _watched(
         self,

@@ -169,7 +169,7 @@ class Walk:
         touched: Leaves that a site or a use has accounted for at the current equation.
         while_leaves: Leaves that reach a ``while`` loop, as bits.
         nested_marks: Whether an output is marked inside a loop or branch.
-        reached: Leaves that the loss depends on, as bits.
+        reached: Leaves that the loss, or what is sampled, depends on, as bits.
         scopes: The scope of every plan.
         liveness: Where derivatives of the loss pass.
         of_marks: Where derivatives of single marked outputs pass, if there are several,
@@ -193,7 +193,7 @@ class Walk:
         self.data_bit: int = 1 << num_leaves
         self.while_leaves = 0
         self.branches = 0
-        self.reached: int
+        self.reached = 0
         self.nested_marks = False
         self.scopes: dict[Plan, Scope] = {}
 
@@ -408,13 +408,16 @@ class Scope:
             self.facts[var] = fact
 
 
-def analyse(closed: ClosedJaxpr, num_leaves: int, sampled: bool) -> tuple[Walk, Plan]:
+def analyse(
+    closed: ClosedJaxpr, num_leaves: int, sampled: bool, outputs_only: bool = False
+) -> tuple[Walk, Plan]:
     """Walks a traced loss.
 
     Args:
         closed: The loss; its first result is its value.
         num_leaves: How many of its first inputs are parameters.
         sampled: Whether marked outputs are differentiated, too.
+        outputs_only: Whether they alone are.
 
     Returns:
         What was found, and its plan.
@@ -422,7 +425,8 @@ def analyse(closed: ClosedJaxpr, num_leaves: int, sampled: bool) -> tuple[Walk, 
     jaxpr = closed.jaxpr
     marks = marks_in(jaxpr)
     of_marks = {id(eqn): Liveness(False, eqn) for eqn in marks if len(marks) > 1}
-    walk, plan = Walk(num_leaves, Liveness(sampled), of_marks), Plan()
+    liveness = Liveness(sampled, every=outputs_only)
+    walk, plan = Walk(num_leaves, liveness, of_marks), Plan()
     outs = [i == 0 for i in range(len(jaxpr.outvars))]
     scope = Scope(walk, plan, jaxpr, outs)
     scope.deps.update(dict.fromkeys(jaxpr.constvars, walk.data_bit))
@@ -432,5 +436,5 @@ def analyse(closed: ClosedJaxpr, num_leaves: int, sampled: bool) -> tuple[Walk, 
     deps = [1 << i for i in range(num_leaves)]
     deps += [walk.data_bit] * (len(jaxpr.invars) - num_leaves)
     _, out = scope.run(facts, deps)
-    walk.reached = out[0] if out else 0
+    walk.reached |= out[0] if out else 0
     return walk, plan

@@ -44,7 +44,7 @@ def place_examples(
     num_leaves: int,
     num_examples: int,
     num_terms: Sequence[int],
-) -> None:
+) -> tuple[Followed, "dict[Place, Examples]"]:
     """Sets ``positions`` of every candidate site; rows get the examples first.
 
     Args:
@@ -54,6 +54,9 @@ def place_examples(
         num_leaves: How many of its inputs are parameters.
         num_examples: ``N``.
         num_terms: ``N_k`` of every marked output.
+
+    Returns:
+        Axes of every variable, and what is known of the examples at every site.
     """
     found: Followed = {}
     follow(jaxpr, plan, [fresh_axes(shape_of(v)) for v in jaxpr.invars], found)
@@ -68,6 +71,7 @@ def place_examples(
         terms = first[:1]
     # Where the terms are not known, the uses of one parameter agree on their order.
     orders: dict[int, Axis] = {}
+    examples: dict[Place, Examples] = {}
     for site in walk.sites:
         n = terms_of(site, num_terms, num_examples)
         chosen = [terms[k] for k in sorted(site.marks or range(len(terms)))]
@@ -75,6 +79,7 @@ def place_examples(
         for other in chosen[1:]:
             unify(chosen[0], other)
         known = Examples(chosen[0] if chosen else (), batch, n)
+        examples[place_of(site)] = known
         own = known.terms or orders.get(site.primary.leaf, ())
         before = row_axes(walk, site, found)
         site.positions = positions(site, before, known._replace(terms=own))
@@ -83,12 +88,23 @@ def place_examples(
             orders[site.primary.leaf] = leading(axes or (), n)
         if site.positions is None and site.kind == "scale_shift":
             site.positions = by_sequence(site.geometry.rows, axes, known)
+    return found, examples
 
 
 def terms_of(site: Site, num_terms: Sequence[int], num_examples: int) -> int:
     """``N`` of the outputs that depend on a site; of the first where they differ."""
     numbers = {num_terms[k] for k in site.marks}
     return numbers.pop() if len(numbers) == 1 else num_examples
+
+
+# A plan, an equation's number and that of its result: what stands there.
+Place = tuple[Plan, int, int]
+
+
+def place_of(site: Site) -> Place:
+    """Where a site stands."""
+    plan, index = site.place  # type: ignore[misc]
+    return plan, index, site.output
 
 
 class Examples(NamedTuple):

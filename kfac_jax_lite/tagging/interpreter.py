@@ -4,6 +4,7 @@ Equations without a site, at any depth, are bound exactly as they were traced. N
 jaxprs that hold sites are rebuilt from the public function that made them.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from kfac_jax_lite.tagging.layers import (
     inside,
     scan_counts,
 )
+from kfac_jax_lite.tagging.spread import taken
 from kfac_jax_lite.tagging.taps import Slot
 from kfac_jax_lite.types import Array, ClosedJaxpr, Jaxpr, JaxprEqn
 
@@ -49,6 +51,8 @@ class Interpreter:
         self.stack_leaf: dict[str, int] = stack_leaf
         self.on_mark: Callable[[str, Array], Array] | None = on_mark
         self.envs: dict[Plan, dict[Any, Any]] = {}
+        # Copies for every example, by variable (see ``spread``).
+        self.copies: dict[Plan, dict[Any, Array]] = {}
 
     def run(
         self,
@@ -57,12 +61,15 @@ class Interpreter:
         consts: Sequence[Any],
         args: Sequence[Any],
         slots: Slots,
+        copied: Sequence[Array | None] = (),
     ) -> tuple[list[Any], list[Any]]:
         """Evaluates ``jaxpr``; returns its outputs and the marked outputs passed."""
         env = dict(zip(jaxpr.constvars, consts, strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
-        self.envs[plan] = env
-        marked: list[Any] = []
+        self.envs[plan], marked = env, []
+        copies = self.copies[plan] = {
+            v: c for v, c in zip(jaxpr.invars, copied, strict=False) if c is not None
+        }
 
         def value(atom: Any):
             if isinstance(atom, Ref):
@@ -72,23 +79,53 @@ class Interpreter:
         for index, eqn in enumerate(jaxpr.eqns):
             operands = [value(a) for a in eqn.invars]
             plans = plan.children.get(index, ())
+            own = [
+                None if isinstance(a, Literal) else copies.get(a) for a in eqn.invars
+            ]
             if any(p.active for p in plans):
                 handler = HANDLERS[eqn.primitive.name]
-                results, inner = handler(self, plan, index, eqn, operands, slots)
+                more = (own,) if index in plan.steps else ()
+                results, inner = handler(self, plan, index, eqn, operands, slots, *more)
                 marked += inner
+                if more:
+                    found = self.copies[plans[0]]
+                    pairs = zip(eqn.outvars, inside(eqn).jaxpr.outvars, strict=True)
+                    copies |= {v: found[o] for v, o in pairs if o in found}
             else:
                 results = bind(jaxpr, eqn, operands)
+                if self.on_site is not None and index in plan.steps:
+                    step = plan.steps[index]
+                    bound = functools.partial(bind, jaxpr, eqn)
+                    found = taken(step, eqn, operands, own, bound)
+                    if step.name == "map":
+                        copies |= zip(eqn.outvars, found, strict=True)
+                    else:
+                        results = found
             if index in plan.marks:
                 if self.on_mark is not None:
                     results = [self.on_mark(plan.marks[index], *results)]
                 marked += results
             env.update(zip(eqn.outvars, results, strict=True))
             for site in plan.sites.get(index, ()):
-                if self.on_site is not None and site.layer is not None:
-                    var = eqn.outvars[site.output]
-                    inputs = [jnp.asarray(value(a)) for a in site.inputs]
+                if self.on_site is None or site.layer is None:
+                    continue
+                var = eqn.outvars[site.output]
+                inputs = [jnp.asarray(value(a)) for a in site.inputs]
+                if not site.spread:
                     env[var] = self.on_site(site, env[var], inputs, slots[site.slot])
+                    continue
+                atom = site.inputs[0]
+                first = None if isinstance(atom, Literal) else copies.get(atom)
+                inputs[0] = broadcast(inputs[0], site) if first is None else first
+                output = copies.get(var)
+                output = broadcast(env[var], site) if output is None else output
+                copies[var] = self.on_site(site, output, inputs, slots[site.slot])
         return [value(a) for a in jaxpr.outvars], marked
+
+
+def broadcast(x: Array, site: Site) -> Array:
+    """A copy for every example."""
+    return jnp.broadcast_to(x, (site.spread, *x.shape))
 
 
 def bind(jaxpr: Jaxpr, eqn: JaxprEqn, operands: list[Any]) -> list[Any]:
@@ -120,10 +157,11 @@ def run_call(
     eqn: JaxprEqn,
     operands: list[Any],
     slots: Slots,
+    copied: Sequence[Array | None] = (),
 ) -> tuple[list[Any], list[Any]]:
     """``jit`` and plain calls: evaluated in line."""
     (inner,) = plan.children[index]
-    return self.run(inner, *inside(eqn), operands, slots)
+    return self.run(inner, *inside(eqn), operands, slots, copied)
 
 
 def run_checkpoint(
@@ -227,5 +265,6 @@ def in_line(plan: Plan, jaxpr: Jaxpr) -> list[tuple[Site, jax.ShapeDtypeStruct]]
                 found += in_line(child, inside(eqn).jaxpr)
         for site in plan.sites.get(index, ()):
             kind: Any = eqn.outvars[site.output].aval
-            found.append((site, jax.ShapeDtypeStruct(kind.shape, kind.dtype)))
+            shape = (site.spread, *kind.shape) if site.spread else kind.shape
+            found.append((site, jax.ShapeDtypeStruct(shape, kind.dtype)))
     return found

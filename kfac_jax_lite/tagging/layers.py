@@ -147,6 +147,8 @@ class Site:
         marks: Numbers of the marked outputs that depend on it, where there are several.
         slot: Under which name its statistics are added up: the layer's, or one of
             their own for the sites that other outputs depend on.
+        spread: Over how many examples it is broadcast, in front of all other axes of
+            input and output; 0: it has their axis.
     """
 
     kind: str
@@ -163,6 +165,7 @@ class Site:
     positions: int | None = None
     marks: frozenset[int] = frozenset()
     slot: str = ""
+    spread: int = 0
 
     @property
     def complex(self) -> bool:
@@ -199,6 +202,19 @@ class Ref:
         return self.atom.aval
 
 
+class Step(NamedTuple):
+    """What becomes of copies, one for every example, at an equation (see ``spread``).
+
+    Attributes:
+        name: ``"map"``, ``"broadcast"``, ``"elementwise"``, ``"product"`` or
+            ``"call"``.
+        axis: The result's axis of examples.
+    """
+
+    name: str
+    axis: int
+
+
 @dataclasses.dataclass(eq=False)
 class Plan:
     """What to do at which equation of one jaxpr.
@@ -209,6 +225,7 @@ class Plan:
         children: Equation number to the plans of the jaxprs inside it.
         unstacked: Equation number of a ``scan`` to the leaves it consumes by slices.
         exports: Whether a ``Ref`` from outside reads one of its variables.
+        steps: Equation number to what becomes of copies there.
     """
 
     sites: dict[int, list[Site]] = dataclasses.field(default_factory=dict)
@@ -216,12 +233,13 @@ class Plan:
     children: dict[int, tuple["Plan", ...]] = dataclasses.field(default_factory=dict)
     unstacked: dict[int, frozenset[int]] = dataclasses.field(default_factory=dict)
     exports: bool = False
+    steps: dict[int, Step] = dataclasses.field(default_factory=dict)
 
     @property
     def active(self) -> bool:
         """Whether anything in here, at any depth, needs the interpreter."""
         return (
-            bool(self.marks)
+            bool(self.marks or self.steps)
             or self.exports
             or any(s.layer is not None for ss in self.sites.values() for s in ss)
             or any(p.active for ps in self.children.values() for p in ps)

@@ -42,11 +42,15 @@ class Liveness:
             second network behind ``stop_gradient``, does not.
         mark: The equation of a marked output that is differentiated, beside what is
             asked for.
+        every: Whether every marked output counts.
     """
 
-    def __init__(self, sampled: bool, mark: JaxprEqn | None = None):
+    def __init__(
+        self, sampled: bool, mark: JaxprEqn | None = None, every: bool = False
+    ):
         self.sampled: bool = sampled
         self.mark: JaxprEqn | None = mark
+        self.every: bool = every
         self.known: dict[tuple[Jaxpr, tuple[bool, ...]], Live] = {}
 
     def part(self, jaxpr: Jaxpr, outs: Sequence[bool]) -> Live:
@@ -77,7 +81,8 @@ class Liveness:
 
     def sampled_mark(self, eqn: JaxprEqn, read: set[Var]) -> bool:
         """Whether it marks an output that is sampled although nothing reads it."""
-        return self.sampled and is_mark(eqn) and eqn.outvars[0] not in read
+        counts = self.every or eqn.outvars[0] not in read
+        return self.sampled and counts and is_mark(eqn)
 
     def live(self, eqn: JaxprEqn, flags: Sequence[bool]) -> bool:
         """Whether an equation is live, given which of its results are."""

@@ -54,6 +54,8 @@ def name(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
         if likelihood not in BESIDE and dead_mark(scope, index, eqn):
             return [None]
         scope.plan.marks[index] = likelihood
+        if scope.walk.liveness.sampled:
+            scope.walk.reached |= scope.dependencies(eqn.invars)
         shape = shape_of(eqn.invars[0])
         scope.walk.marks.append(Mark(likelihood, shape, scope.walk.loops, eqn))
         if scope.walk.loops or scope.walk.branch:
@@ -66,7 +68,7 @@ def dead_mark(scope: Scope, index: int, eqn: JaxprEqn) -> bool:
     """Whether a marked output is read, but by nothing that is differentiated."""
     # As where the network is evaluated a second time, behind stop_gradient.
     out = eqn.outvars[0]
-    if out in scope.live.variables:
+    if out in scope.live.variables or scope.walk.liveness.every:
         return False
     later = (a for other in scope.jaxpr.eqns[index:] for a in other.invars)
     return any(a is out for a in (*later, *scope.jaxpr.outvars))

@@ -19,6 +19,7 @@ from kfac_jax_lite.tagging.analysis import Walk, analyse
 from kfac_jax_lite.tagging.examples import place_examples, terms_of
 from kfac_jax_lite.tagging.layers import Plan, Site
 from kfac_jax_lite.tagging.resolve import resolve
+from kfac_jax_lite.tagging.spread import plan_spreads, spread_sites
 from kfac_jax_lite.tagging.tags import Facts, plain
 from kfac_jax_lite.tree import is_key, without_value
 from kfac_jax_lite.types import ClosedJaxpr, LayerTag
@@ -80,12 +81,14 @@ class TraceOptions:
         num_examples: ``N`` where it cannot be read off.
         sampled: Whether the output must be marked (MC or exact Fisher).
         max_factor_dim: Largest Kronecker factor that is kept in full.
+        outputs_only: Whether the marked outputs are all that matters, not the loss.
     """
 
     has_aux: bool
     num_examples: int | None
     sampled: bool
     max_factor_dim: int
+    outputs_only: bool = False
 
 
 def trace(
@@ -125,19 +128,21 @@ def trace(
             "(jax.eval_shape of it suffices)."
         ) from error
     check_loss(shape, has_aux)
-    walk, plan = analyse(closed, len(flat), options.sampled)
+    walk, plan = analyse(closed, len(flat), options.sampled, options.outputs_only)
     if walk.while_leaves:
         check_while(loss_fn, params, args, has_aux, flat, walk.while_leaves)
     n, terms = count_examples(walk, args, options.num_examples)
     check_marks(walk, options.sampled)
     find_marks(walk)
-    place_examples(walk, plan, closed.jaxpr, len(flat), n, terms)
+    followed = place_examples(walk, plan, closed.jaxpr, len(flat), n, terms)
+    spread_sites(walk, *followed)
     check_masks(walk)
     paths = [without_value(path) for path, _ in flat]
     shapes = [tuple(leaf.shape) for _, leaf in flat]
     sizes, limit = leading_axes(args), options.max_factor_dim
     facts = Facts(paths, shapes, n, terms, sizes, limit)
     layers = resolve(walk, facts)
+    plan_spreads(walk, *followed)
     sites: dict[str, list[Site]] = {}
     for site in walk.sites:
         if site.layer is not None:
