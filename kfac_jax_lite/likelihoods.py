@@ -173,8 +173,8 @@ class Output(NamedTuple):
     likelihood: str
     value: Array
     mask: Array | None
-    given: Array | None = None
-    weight: Array | None = None
+    given: Any = None
+    weight: Any = None
 
     @property
     def terms(self) -> Any:
@@ -197,7 +197,7 @@ def outputs_of(names: Sequence[str], values: Sequence[Array]) -> list[Output]:
     """
     outputs: list[Output] = []
     beside: dict[str, Array] = {}
-    for name, value in zip(names, values, strict=True):
+    for name, value in zip(names, map(jnp.asarray, values), strict=True):
         if name in BESIDE:
             beside[name] = value
         else:
@@ -251,8 +251,8 @@ def weighted_rows(output: Output, rows: Array, power: float = 1.0) -> Array:
     rows = masked_rows(output, rows)
     if output.weight is None:
         return rows
-    weight = jnp.asarray(output.weight) ** power
-    return rows * expanded(weight, rows.ndim).astype(rows.dtype)
+    weight = jnp.asarray(output.weight, rows.dtype) ** power
+    return rows * expanded(weight, rows.ndim)
 
 
 def sampled_cotangent(likelihood: str, output: Array, key: Array) -> Array:

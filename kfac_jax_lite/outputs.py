@@ -47,6 +47,11 @@ class MarkedLoss:
         """The marked outputs, each with its likelihood, mask and weight."""
         return self.weigh(outputs_of(self.names, marks))
 
+    def output_values(self, marks: Sequence[Array]) -> list[Array]:
+        """The values of the outputs alone, or tangents of them."""
+        pairs = zip(self.names, marks, strict=True)
+        return [mark for name, mark in pairs if name not in BESIDE]
+
     def num_terms(self, marks: Sequence[Array]) -> Any:
         """``N``: how many rows count."""
         terms = count_terms(outputs_of(self.names, marks))

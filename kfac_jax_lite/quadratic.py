@@ -61,11 +61,12 @@ def quadratic_model(tagged: TaggedLoss, params: Any, *args: Any) -> QuadraticMod
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *vectors)
         slopes, tangents = jax.vmap(forward)(stacked)
         gram = jnp.zeros((len(vectors),) * 2, jnp.promote_types(loss.dtype, "float32"))
-        n, moves = model.num_terms(marked), model.outputs(tangents)
-        for output, (name, dz, *_) in zip(model.outputs(marked), moves, strict=True):
+        n, moves = model.num_terms(marked), model.output_values(tangents)
+        for output, dz in zip(model.outputs(marked), moves, strict=True):
 
-            def product(t: Array, name: str = name, output: Output = output):
-                return weighted_rows(output, fisher_product(name, output.value, t))
+            def product(t: Array, output: Output = output):
+                curved = fisher_product(output.likelihood, output.value, t)
+                return weighted_rows(output, curved)
 
             curved = jax.vmap(product)(dz)
             rows = dz.reshape(len(vectors), -1), curved.reshape(len(vectors), -1)

@@ -148,7 +148,7 @@ def kernel(
             return total
 
     def apply(tangents: Sequence[Array]):
-        moved = [t.value for t in model.outputs(tangents)]
+        moved = model.output_values(tangents)
         return model.cotangents(marks, curve(moved))
 
     return apply

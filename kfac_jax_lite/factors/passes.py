@@ -76,7 +76,7 @@ class Finisher:
         """What a slot adds to its layer's statistics."""
         terms = self._terms(recipe)
         n = recipe.num_examples if terms is None else terms
-        own = [self.outputs[k] for k in sorted(recipe.marks)]
+        own = [self.outputs[k] for k in self._numbers(recipe)]
         given = [1 if o.given is None else jnp.mean(o.given) for o in own]
         weight = sum(given) / len(own) if own else 1
         scale: Any = 1
@@ -123,10 +123,14 @@ class Finisher:
 
     def _weighs(self, recipe: Recipe) -> bool:
         """Whether one slot alone has a weight, or other terms than the first output."""
-        numbers = sorted(recipe.marks)
-        return numbers not in ([], [0]) or (
-            numbers == [0] and self.outputs[0].given is not None
-        )
+        numbers = self._numbers(recipe)
+        first = numbers == [0] and self.outputs[0].given is None
+        return bool(numbers) and not first
+
+    def _numbers(self, recipe: Recipe) -> list[int]:
+        """Which outputs depend on a slot."""
+        only = [0] if len(self.outputs) == 1 else []
+        return sorted(recipe.marks) or only
 
 
 def zeros_of(shapes: Any) -> Any:

@@ -153,7 +153,7 @@ def make_batch(
 
     def push(v: Any):
         typed = jax.tree.map(lambda x, p: x.astype(p.dtype), v, params)
-        return join(output.value for output in model.outputs(forward(typed)))
+        return join(model.output_values(forward(typed)))
 
     def pull(y: Array) -> Any:
         return back(cotangents(model, marks, y))[0]

@@ -161,16 +161,19 @@ def bias_alone(site: Site, walk: Walk) -> Site:
 
 def tie(groups: list[Group], walk: Walk) -> list[Group]:
     """Joins uses of one weight in opposite directions; a lookup is the forward one."""
+    # By their views in either direction: of a vector, turning twice reads another way.
     found: dict[View, Group] = {}
+    mirrored: dict[View, Group] = {}
     joined: list[Group] = []
     for group in sorted(groups, key=lambda g: g.kind != "embedding"):
         weight = group.views.get("weight")
         if weight is None or group.kind not in ("dense", "embedding"):
             joined.append(group)
             continue
-        forward = found.get(swapped(weight))
+        forward = found.get(swapped(weight)) or mirrored.get(weight)
         if forward is None or group.kind == "embedding":
             found.setdefault(weight, group)
+            mirrored.setdefault(swapped(weight), group)
             joined.append(group)
             continue
         for site in group.sites:
