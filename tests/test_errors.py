@@ -107,10 +107,16 @@ def plain(p, x, y):
     return jnp.mean((x @ p["w"] - y) ** 2)
 
 
-def marked_twice(p, x, y):
-    logits = kfac.normal(x @ p["w"])
-    more = kfac.normal(jnp.concatenate([logits, logits]))
-    return jnp.mean((logits - y) ** 2) + jnp.mean(more**2)
+def marked_once(p, x, y):
+    return jnp.mean((kfac.normal(x @ p["w"]) - y) ** 2)
+
+
+def masked_in_a_scan(p, x, y):
+    def turn(total, row):
+        z = kfac.normal(row[None] @ p["w"], mask=jnp.ones(1, bool))
+        return total + jnp.sum(z**2), None
+
+    return jax.lax.scan(turn, 0.0, x)[0] / len(x) + 0 * jnp.sum(y)
 
 
 def marked_in_a_scan(p, x, y):
@@ -121,7 +127,8 @@ def marked_in_a_scan(p, x, y):
 
 
 LOSSES = [
-    (marked_twice, {}, ValueError, "which is the number of terms"),
+    (marked_once, {"num_examples": 3}, ValueError, "which is the number of terms"),
+    (masked_in_a_scan, {}, ValueError, "outside scan and cond"),
     (plain, {"num_examples": 0}, ValueError, "whole number >= 1"),
     (plain, {"fisher": "mc"}, ValueError, "need the network's output marked"),
     (marked_in_a_scan, {"fisher": "mc"}, ValueError, "marked inside scan or cond"),
