@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import optax
 
 from kfac_jax_lite.damping import Adaptive
+from kfac_jax_lite.sharding import automatic
 from kfac_jax_lite.tree import choose, find_states
 from kfac_jax_lite.types import Array
 
@@ -121,4 +122,4 @@ def adapted(
 
 def slope_along(step: Any, grads: Any) -> Array:
     """``dᵀ∇L``, a float32 scalar."""
-    return jnp.asarray(optax.tree.vdot(step, grads), jnp.float32)
+    return jnp.asarray(automatic(optax.tree.vdot, step, grads), jnp.float32)

@@ -19,6 +19,7 @@ from jax import lax
 
 from kfac_jax_lite.damping import LevenbergMarquardt, value_at
 from kfac_jax_lite.factors.state import KFACState
+from kfac_jax_lite.sharding import automatic
 from kfac_jax_lite.tree import choose
 from kfac_jax_lite.types import Array
 
@@ -54,6 +55,7 @@ class Guide:
         momentum: ``μ`` where the learning rate is not automatic, a number or a
             schedule; or None.
         weight_decay: Decoupled, multiplied by ``α``.
+        mask: Which parameters decay, as in ``optax.add_decayed_weights``.
         axis_name: Mapped axes over which the model is averaged.
     """
 
@@ -62,6 +64,7 @@ class Guide:
     learning_rate: Any
     momentum: Any
     weight_decay: Any
+    mask: Any
     axis_name: Any
 
     @property
@@ -124,7 +127,9 @@ class Guide:
         if isinstance(self.weight_decay, (int, float)) and self.weight_decay == 0:
             return d
         rate = self.weight_decay * state.learning_rate
-        return jax.tree.map(lambda x, p: x - (rate * p).astype(x.dtype), d, params)
+        decay = optax.add_decayed_weights(-rate, self.mask)
+        decayed, _ = decay.update(d, decay.init(params), params)
+        return jax.tree.map(lambda x, y: x.astype(y.dtype), decayed, d)
 
 
 def guided(
@@ -180,7 +185,7 @@ def guided(
 
 def inner(x: Any, y: Any) -> Array:
     """``xᵀ y`` of two trees, in float32 or better."""
-    return jnp.asarray(optax.tree.vdot(x, y))
+    return jnp.asarray(automatic(optax.tree.vdot, x, y))
 
 
 def mean(tree: Any, axis_name: Any) -> Any:

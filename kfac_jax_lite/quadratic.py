@@ -11,6 +11,7 @@ References:
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from kfac_jax_lite.factors.estimate import TaggedLoss
 from kfac_jax_lite.likelihoods import Output, fisher_product, masked_rows
 from kfac_jax_lite.outputs import marked_loss
+from kfac_jax_lite.sharding import automatic
 from kfac_jax_lite.types import Array
 
 
@@ -62,14 +64,27 @@ def quadratic_model(tagged: TaggedLoss, params: Any, *args: Any) -> QuadraticMod
         slopes, tangents = jax.vmap(forward)(stacked)
         gram = jnp.zeros((len(vectors),) * 2, jnp.promote_types(loss.dtype, "float32"))
         n, moves = model.num_terms(marked), model.outputs(tangents)
-        for output, (name, dz, _) in zip(model.outputs(marked), moves, strict=True):
-
-            def product(t: Array, name: str = name, output: Output = output):
-                return masked_rows(output, fisher_product(name, output.value, t))
-
-            curved = jax.vmap(product)(dz)
-            rows = dz.reshape(len(vectors), -1), curved.reshape(len(vectors), -1)
-            gram += (rows[0] @ rows[1].T).astype(gram.dtype) / n
+        for output, (_, dz, _) in zip(model.outputs(marked), moves, strict=True):
+            name, *arrays = output
+            part = automatic(functools.partial(curved, name), *arrays, dz)
+            gram += part.astype(gram.dtype) / n
         return loss, slopes, gram
 
     return QuadraticModel(lambda p: model.values(p)[0], products)
+
+
+def curved(likelihood: str, value: Array, mask: Any, moves: Array) -> Array:
+    """``Σ_r t_iᵀ Λ t_j`` over the rows of one output, ``[k, k]``.
+
+    Args:
+        likelihood: The output's mark.
+        value: ``z``.
+        mask: Which rows count, or None.
+        moves: ``t_1 … t_k``, each shaped like ``z``.
+    """
+    output = Output(likelihood, value, mask)
+    product = jax.vmap(
+        lambda t: masked_rows(output, fisher_product(likelihood, value, t))
+    )
+    k = len(moves)
+    return moves.reshape(k, -1) @ product(moves).reshape(k, -1).T
