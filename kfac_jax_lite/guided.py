@@ -19,6 +19,7 @@ from jax import lax
 
 from kfac_jax_lite.damping import LevenbergMarquardt, value_at
 from kfac_jax_lite.factors.state import KFACState
+from kfac_jax_lite.linalg import LARGEST
 from kfac_jax_lite.sharding import automatic
 from kfac_jax_lite.tree import choose
 from kfac_jax_lite.types import Array
@@ -33,7 +34,8 @@ class GuidedState(NamedTuple):
         damping: ``λ``.
         learning_rate: ``α`` in force.
         momentum: ``μ`` in force.
-        ratio: Reduction ratio ``ρ`` when the damping was last adapted; NaN before.
+        ratio: Reduction ratio ``ρ`` when the damping was last adapted; before,
+            the most negative float32.
     """
 
     kfac: KFACState
@@ -75,7 +77,7 @@ class Guide:
     def init(self, kfac: Any, params: Any) -> GuidedState:
         """The state before the first step."""
         first = self.rule.initial if self.rule else 0
-        numbers = [jnp.asarray(x, jnp.float32) for x in (first, 0, 0, jnp.nan)]
+        numbers = [jnp.asarray(x, jnp.float32) for x in (first, 0, 0, -LARGEST)]
         velocity = jax.tree.map(jnp.zeros_like, params)
         return GuidedState(kfac, velocity, *numbers)
 
@@ -112,7 +114,9 @@ class Guide:
         def judged(state: GuidedState):
             new = optax.apply_updates(params, combine(weights, vectors))
             change = mean(model.loss(new), self.axis_name) - loss
-            ratio = change / jnp.where(predicted < 0, predicted, jnp.nan)
+            # A model that predicts no decrease is not to be trusted, whatever the loss.
+            ratio = change / jnp.where(predicted < 0, predicted, 1)
+            ratio = jnp.where(predicted < 0, ratio, -LARGEST)
             damping = rule.adjust(state.damping, ratio)
             return state._replace(
                 damping=damping.astype(jnp.float32), ratio=ratio.astype(jnp.float32)

@@ -66,25 +66,18 @@ def quadratic_model(tagged: TaggedLoss, params: Any, *args: Any) -> QuadraticMod
         n, moves = model.num_terms(marked), model.outputs(tangents)
         for output, (_, dz, _) in zip(model.outputs(marked), moves, strict=True):
             name, *arrays = output
-            part = automatic(functools.partial(curved, name), *arrays, dz)
+            part = automatic(functools.partial(curved, name), arrays, dz)
             gram += part.astype(gram.dtype) / n
         return loss, slopes, gram
 
     return QuadraticModel(lambda p: model.values(p)[0], products)
 
 
-def curved(likelihood: str, value: Array, mask: Any, moves: Array) -> Array:
-    """``Σ_r t_iᵀ Λ t_j`` over the rows of one output, ``[k, k]``.
-
-    Args:
-        likelihood: The output's mark.
-        value: ``z``.
-        mask: Which rows count, or None.
-        moves: ``t_1 … t_k``, each shaped like ``z``.
-    """
-    output = Output(likelihood, value, mask)
+def curved(likelihood: str, arrays: Sequence[Any], moves: Array) -> Array:
+    """``Σ_r t_iᵀ Λ t_j [k, k]`` over the rows of an output, of ``t [k, *z.shape]``."""
+    output = Output(likelihood, *arrays)
     product = jax.vmap(
-        lambda t: masked_rows(output, fisher_product(likelihood, value, t))
+        lambda t: masked_rows(output, fisher_product(likelihood, output.value, t))
     )
     k = len(moves)
     return moves.reshape(k, -1) @ product(moves).reshape(k, -1).T

@@ -14,11 +14,9 @@ REPLICATED: jax.P = PartitionSpec()
 
 
 def explicit_mesh(tree: Any) -> Any:
-    """The explicit mesh that the leaves are on, or None.
-
-    Leaves may come from a part of the loss that is itself automatic
-    (``jax.sharding.auto_axes``): the mesh is then that of the code around.
-    """
+    """The explicit mesh that the leaves are on, or None."""
+    # Leaves may come from a part of the loss that is itself automatic
+    # (``jax.sharding.auto_axes``): the mesh is then that of the code around.
     meshes = [mesh_of(leaf) for leaf in jax.tree.leaves(tree)]
     known = [mesh for mesh in meshes if mesh is not None and not mesh.empty]
     candidates = [*known, jax.sharding.get_abstract_mesh()] if known else []

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from kfac_jax_lite.factors.state import Clock, KFACState, words, zero_statistics
 from kfac_jax_lite.intervals import Interval, every
 from kfac_jax_lite.inverse import Method, initial_inverse, method_named
 from kfac_jax_lite.inversions import inversions
-from kfac_jax_lite.linalg import norms_finite
+from kfac_jax_lite.linalg import LARGEST, norms_finite
 from kfac_jax_lite.options import Options
 from kfac_jax_lite.ownership import Plan
 from kfac_jax_lite.placement import own_part, state_specs
@@ -163,7 +163,10 @@ def scale_by_kfac(
 
 def layers_of(layers: Any) -> tuple[LayerTag, ...]:
     """The layers, of a tagged loss or as given."""
-    return tuple(layers.layers if isinstance(layers, TaggedLoss) else layers or ())
+    if isinstance(layers, TaggedLoss):
+        return layers.layers
+    given = () if layers is None else layers
+    return tuple(given) if isinstance(given, Iterable) else (given,)
 
 
 def lag_of(inverse: str | Method, inverse_interval: Any) -> Any:
@@ -214,7 +217,7 @@ def init_state(options: Options, params: Any) -> KFACState:
         inversions=ints(0),
         failures=ints(0),
         weight=jnp.zeros((n,), widest(zeros)),
-        diff=floats(jnp.inf),
+        diff=floats(LARGEST),
         inverse_damping=floats(0),
         **{name: words(row) for name, row in counts.items()},
     )
@@ -291,11 +294,9 @@ def typed(
 
 
 def traced_numbers(options: Options, state: KFACState, reject: Any) -> dict[str, Array]:
-    """Arrays that a step reads beside its trees: arguments, never closed over.
-
-    What is closed over keeps the type that it has outside ``shard_map`` and of an
-    explicit mesh.
-    """
+    """Arrays that a step reads beside its trees."""
+    # They are passed, never closed over: what is closed over keeps the type that it has
+    # outside ``shard_map`` and on an explicit mesh.
     damping = damping_lib.value_at(options.damping, state.count)
     decay, n = options.factor_decay, options.inverse_interval
     numbers = dict(
@@ -352,6 +353,7 @@ def step(
     state = own_part(layers, state, plan)
     shift = damping_lib.value_at(options.damping, state.count)
     number, clock = state.count + 1, state.clock
+    clock = clock._replace(due=clock.due.astype(bool))  # see ``read_state``
     accepted = everywhere(norms_finite(grads), options.axis_name)
     accepted &= ~jnp.asarray(reject)
     factors, previous = dict(state.factors), dict(state.previous)

@@ -50,6 +50,7 @@ def tag(
     max_factor_dim: int = 8192,
     subsample: Subsample = Subsample(),  # noqa: B008 (frozen)
     statistics: str = "factors",
+    **unknown: Any,
 ) -> "TaggedLoss":
     """Finds the layers of a loss function; nothing is executed.
 
@@ -74,12 +75,14 @@ def tag(
         statistics: ``"factors"``, or ``"squares"``: for dense layers, convolutions and
             embeddings the exact mean of the squares of single examples' gradients, as
             ``kfac.bayes.vogn`` wants them (no matter the weight sharing).
+        **unknown: Nothing: an error says where arguments of the loss go.
 
     Returns:
         The tagged loss. ``print`` it for the table of layers.
 
     Raises:
-        TypeError: Parameters that are not real arrays; a loss that is not a scalar.
+        TypeError: Parameters that are not real arrays; arguments that are no arrays or
+            were given by name; a loss that is not a scalar.
         ValueError: ``N`` cannot be told; the batch is empty; a parameter sits inside a
             ``while`` loop; ``strict`` and a parameter fell back.
 
@@ -87,6 +90,7 @@ def tag(
         Martens & Grosse, 2015, arXiv:1503.05671; Grosse & Martens, 2016,
         arXiv:1602.01407; Eschenhagen et al., 2023, arXiv:2311.00636.
     """
+    check_keywords("kfac.tag", unknown)
     for name, value, known in (
         ("fisher", fisher, FISHERS),
         ("weight_sharing", weight_sharing, WEIGHT_SHARING),
@@ -117,6 +121,16 @@ def tag(
         lines = "\n".join(f"  {', '.join(t.params)}: {t.note}" for t in fallen)
         raise ValueError(f"no layer rule covers these parameters:\n{lines}")
     return tagged
+
+
+def check_keywords(function: str, unknown: dict[str, Any]) -> None:
+    """The loss's arguments go in by position."""
+    if unknown:
+        raise TypeError(
+            f"{function} has no argument named {', '.join(unknown)}. The arguments of "
+            "the loss go in by position, (params, x, y); where the loss takes them by "
+            "name, wrap it: kfac.tag(lambda params, x, y: loss_fn(params, x, y=y), …)."
+        )
 
 
 def check_factor_dim(size: Any) -> None:
@@ -167,6 +181,27 @@ class TaggedLoss:
         """
         return fingerprint(self.layers)
 
+    def __call__(self, params: Any, *args: Any) -> Any:
+        """``loss_fn(params, *args)``, without statistics.
+
+        Args:
+            params: Parameters.
+            *args: Further arguments.
+
+        Returns:
+            What the loss function returns.
+
+        Raises:
+            TypeError: It was called as a schedule.
+        """
+        if not args and jnp.ndim(params) == 0 and jnp.result_type(params) == jnp.int32:
+            raise TypeError(
+                "the tagged loss was called with a step count, as a schedule is: "
+                "optax.inject_hyperparams takes whatever can be called for one. Pass "
+                "tagged.layers."
+            )
+        return self.loss_fn(params, *args)
+
     def value_and_grad(
         self,
         params: Any,
@@ -174,6 +209,7 @@ class TaggedLoss:
         opt_state: Any = None,
         key: Any = None,
         deferred: bool = False,
+        **unknown: Any,
     ) -> tuple[Any, Any, Any]:
         """Loss, gradient and statistics: one forward pass, one backward pass.
 
@@ -191,6 +227,7 @@ class TaggedLoss:
             deferred: Leave the statistics to ``update``, which must be called in the
                 same traced step with ``statistics=statistics``: a step with nothing due
                 then writes nothing in their place. They cannot be read or returned.
+            **unknown: Nothing: an error says where arguments of the loss go.
 
         Returns:
             ``(value, grads, statistics)``; ``value`` is ``(loss, aux)`` with
@@ -198,9 +235,11 @@ class TaggedLoss:
             ``Deferred`` statistics with ``deferred``.
 
         Raises:
+            TypeError: Arguments that are no arrays or were given by name.
             ValueError: ``key`` is missing; the state is of another model; the layers
                 are no longer those of ``tag``.
         """
+        check_keywords("value_and_grad", unknown)
         if self.fisher == "mc" and key is None:
             raise ValueError('fisher="mc" samples labels: pass key=jax.random.key(…).')
         sampled = self.fisher != "empirical"
