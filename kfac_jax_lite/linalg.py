@@ -172,14 +172,14 @@ def newton_schulz_inverse(
 
 
 def relative_change(new: Array, old: Array) -> Array:
-    """``‖X − Y‖_F / ‖Y‖_F``; 0 where both vanish, ``LARGEST`` where ``Y`` does."""
+    """``‖X − Y‖_F / ‖Y‖_F``; 0 where both are 0, ``LARGEST`` where ``Y`` is."""
     return safe_ratio(
         jnp.linalg.norm((new - old).ravel()), jnp.linalg.norm(old.ravel())
     )
 
 
 def safe_ratio(change: Array, scale: Array) -> Array:
-    """``change / scale``; 0 where both vanish, ``LARGEST`` where only the scale does."""
+    """``change / scale``; 0 where both are 0, ``LARGEST`` where the scale is."""
     ratio = jnp.minimum(change / jnp.where(scale > 0, scale, 1), LARGEST)
     return jnp.where(scale > 0, ratio, jnp.where(change > 0, LARGEST, 0.0))
 

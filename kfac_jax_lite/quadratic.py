@@ -17,11 +17,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from kfac_jax_lite.factors.estimate import TaggedLoss
 from kfac_jax_lite.likelihoods import Output, fisher_product, masked_rows
 from kfac_jax_lite.outputs import marked_loss
-from kfac_jax_lite.sharding import automatic
+from kfac_jax_lite.sharding import automatic, explicit_mesh
 from kfac_jax_lite.types import Array
 
 
@@ -61,7 +62,7 @@ def quadratic_model(tagged: TaggedLoss, params: Any, *args: Any) -> QuadraticMod
     def products(vectors: Sequence[Any]) -> tuple[Any, Any, Array]:
         (loss, marked), forward = jax.linearize(model.values, params)
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *vectors)
-        slopes, tangents = jax.vmap(forward)(stacked)
+        slopes, tangents = along(forward, stacked)
         gram = jnp.zeros((len(vectors),) * 2, jnp.promote_types(loss.dtype, "float32"))
         n, moves = model.num_terms(marked), model.outputs(tangents)
         for output, (_, dz, _) in zip(model.outputs(marked), moves, strict=True):
@@ -71,6 +72,15 @@ def quadratic_model(tagged: TaggedLoss, params: Any, *args: Any) -> QuadraticMod
         return loss, slopes, gram
 
     return QuadraticModel(lambda p: model.values(p)[0], products)
+
+
+def along(forward: Callable[[Any], Any], vectors: Any) -> Any:
+    """``forward`` of each of the vectors, at once or, on explicit meshes, in turn."""
+    # There a convolution cannot be mapped: the axis of the vectors would have to be
+    # merged with one that is sharded.
+    if explicit_mesh(vectors) is None:
+        return jax.vmap(forward)(vectors)
+    return lax.map(forward, vectors)
 
 
 def curved(likelihood: str, arrays: Sequence[Any], moves: Array) -> Array:

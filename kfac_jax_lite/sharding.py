@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 REPLICATED: jax.P = PartitionSpec()
@@ -38,6 +39,14 @@ def resharded(tree: Any, mesh: Any, specs: Any = REPLICATED) -> Any:
     """The tree on an explicit mesh, sharded as ``specs`` say; by default replicated."""
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.sharding.reshard(tree, specs)
+
+
+def zeros_like(array: Any) -> Any:
+    """Zeros of an array's type, also where a traced function closes over the array."""
+    zeros = jnp.zeros_like(array)
+    if explicit_mesh(array) is None:
+        return zeros
+    return jax.sharding.reshard(zeros, jax.typeof(array).sharding)
 
 
 def automatic(

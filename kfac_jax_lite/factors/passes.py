@@ -22,7 +22,7 @@ from kfac_jax_lite.likelihoods import (
     sampled_cotangent,
     square_root_column,
 )
-from kfac_jax_lite.sharding import automatic, explicit_mesh, specs_of
+from kfac_jax_lite.sharding import automatic, explicit_mesh, specs_of, zeros_like
 from kfac_jax_lite.tagging.taps import Slot
 from kfac_jax_lite.tree import vary, varying_axes
 
@@ -102,7 +102,7 @@ def sampled_pull(
     marks = []
     for output, c in zip(outputs, cotangents, strict=True):
         if output.mask is not None:
-            marks.append(jnp.zeros_like(output.mask))
+            marks.append(zeros_like(output.mask))
         marks.append((c / n).astype(c.dtype))
     grads, raw = pullback(marks)
     for name, values in raw.items():
@@ -193,7 +193,7 @@ def exact_statistics(
             number: int = number,
             output: Output = output,
         ):
-            zeros = [jnp.zeros_like(other.value) for other in outputs]
+            zeros = [zeros_like(other.value) for other in outputs]
             zeros[number] = masked_rows(output, typed_like(output, hessian_column, j))
             _, statistics = pull(zeros)
             return jax.tree.map(jnp.add, total, statistics), None
