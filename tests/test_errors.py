@@ -184,6 +184,40 @@ def test_params(params, error, said):
         kfac.tag(plain, params, np.ones((5, 4)), np.ones((5, 3)))
 
 
+def switched(p, x, y, train):
+    return plain(p, x, y) if train else 0 * plain(p, x, y)
+
+
+ARGUMENTS = [
+    ((True,), {}, r"args\[2\] is a Python number, and the loss must know it"),
+    (("train",), {}, r"args\[2\] is a str, not an array"),
+    ((len,), {}, r"args\[2\] is a builtin_function_or_method, not an array"),
+    ((), {"train": True}, "has no argument named train. The arguments of the loss"),
+]
+
+
+@pytest.mark.parametrize(("more", "named", "said"), ARGUMENTS, ids=str)
+def test_arguments_that_are_no_arrays(more, named, said):
+    params, x, y = {"w": jnp.ones((4, 3))}, np.ones((5, 4)), np.ones((5, 3))
+    with pytest.raises(TypeError, match=said):
+        kfac.tag(switched, params, x, y, *more, **named)
+    tagged = kfac.tag(lambda p, x, y: switched(p, x, y, True), params, x, y)
+    other = dataclasses.replace(tagged, loss_fn=switched)
+    with pytest.raises(TypeError, match=said):
+        other.value_and_grad(params, x, y, *more, **named)
+
+
+def test_arguments_that_stand_for_nothing_or_are_numbers():
+    """``None`` is an empty tree; a number that the loss only computes with is data."""
+    params, x, y = {"w": jnp.ones((4, 3))}, np.ones((5, 4)), np.ones((5, 3))
+    loss = lambda p, x, y, scale, more: scale * plain(p, x, y)  # noqa: E731
+    tagged = kfac.tag(loss, params, x, y, 2.0, None)
+    value, _, _ = tagged.value_and_grad(params, x, y, 2.0, None)
+    np.testing.assert_allclose(value, 2 * plain(params, x, y))
+    with pytest.raises(jax.errors.TracerBoolConversionError):
+        kfac.tag(switched, params, x, y, jnp.asarray(True))
+
+
 # ---------------------------------------------------------------- trees and states
 
 
