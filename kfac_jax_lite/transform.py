@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from kfac_jax_lite import damping as damping_lib
 from kfac_jax_lite.adapted import adapted
+from kfac_jax_lite.chains import keep_from_searches
 from kfac_jax_lite.exchange import everywhere
 from kfac_jax_lite.factors.checks import check_nothing_due, check_state
 from kfac_jax_lite.factors.estimate import TaggedLoss
@@ -149,7 +150,8 @@ def scale_by_kfac(
         reject: Any = False,
         **extra_args: Any,
     ):
-        del params, extra_args
+        del params
+        keep_from_searches({**extra_args, "statistics": statistics})
         now = (
             options
             if damping is None
