@@ -27,6 +27,7 @@ from kfac_jax_lite.views import Shape, View, remap_unit_axes
     "convert_element_type",
     "copy",
     "copy_p",
+    "device_put",
     "optimization_barrier",
     "sharding_constraint",
     "reshard",
