@@ -57,7 +57,7 @@ class Finisher:
         def touch(raw: dict[str, Any]):
             return finish(recipe, raw, slot.basis, self.terms, wanted)
 
-        if slot.due is None or not (recipe.masked or recipe.by_example):
+        if slot.due is None or not (recipe.counted or recipe.by_example):
             return touch(raw)
         shapes, axes = jax.eval_shape(touch, raw), varying_axes(raw)
 

@@ -5,7 +5,8 @@ touch, after all taps have added up:
 
 * ``reduce``, and scales and shifts, over several sites or time steps: taps return sums
   over the positions of each example, and the statistics are made of those;
-* masks: how many rows count is known only at run time.
+* masks, and experts that rows are sent to: how many rows count is known only at run
+  time.
 
 References:
     Eschenhagen et al., 2023, arXiv:2311.00636, Secs. 3.2-3.3 (expand and reduce).
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from kfac_jax_lite import forms
 from kfac_jax_lite.factors.sampling import Lattice, Subsample, lattice_of
 from kfac_jax_lite.linalg import expanded
-from kfac_jax_lite.tagging.layers import Site
+from kfac_jax_lite.tagging.layers import RaggedGeometry, Site
 from kfac_jax_lite.types import Array, LayerTag, accumulation_dtype
 
 # What does not depend on the labels: of a sampled Fisher, it comes from the plain pass.
@@ -43,6 +44,7 @@ class Recipe:
         examples: Of scales and shifts: how many examples then have a sum.
         positions: Of the recipe ``at`` one site: how many consecutive rows are reduced.
         masked: Whether only rows count whose cotangent is not zero.
+        routed: Whether rows are sent to its blocks, some more and some fewer.
         subsample: Which of its rows are taken.
         squares: Whether squares of the examples' gradients are wanted, not factors;
             ``by_example`` then adds the gradients themselves up over several sites.
@@ -55,10 +57,16 @@ class Recipe:
     reduce: bool = False
     by_example: bool = False
     masked: bool = False
+    routed: bool = False
     subsample: Subsample = Subsample()
     squares: bool = False
     examples: int = 0
     positions: int = 1
+
+    @property
+    def counted(self) -> bool:
+        """Whether the number of rows is known only at run time."""
+        return self.masked or self.routed
 
     def lattice(self, site: Site) -> Lattice | None:
         """The rows that are taken at one of its sites; None: all."""
@@ -88,6 +96,10 @@ def make_recipe(
         return count_rows(chosen, reduced)
 
     several = len(sites) > 1 or any(s.repeat > 1 for s in sites)
+    ragged = any(isinstance(s.geometry, RaggedGeometry) for s in sites)
+    routed = ragged or any(s.slots for s in sites)
+    if layer.kind == "scale_shift" or ragged:
+        subsample = Subsample()
     examples = num_examples
     if layer.kind == "scale_shift":
         groups = {s.examples for s in sites}
@@ -98,7 +110,9 @@ def make_recipe(
             layer, num_examples, 0, by_example=several, masked=masked, squares=True
         )
     else:
-        by_example = reduce and all(s.positions for s in sites) and not layer.tied
+        by_example = (
+            reduce and all(s.positions for s in sites) and not (layer.tied or ragged)
+        )
         by_example = by_example and (several or masked)
         if by_example and subsample != Subsample():
             raise ValueError(
@@ -113,7 +127,8 @@ def make_recipe(
         reduce=reduce,
         by_example=by_example,
         masked=masked,
-        subsample=Subsample() if layer.kind == "scale_shift" else subsample,
+        routed=routed,
+        subsample=subsample,
         examples=examples,
     )
 
@@ -132,14 +147,9 @@ def check_rows(layer: LayerTag, sites: list[Site], num_examples: int) -> None:
 def count_rows(sites: list[Site], reduce: bool) -> int:
     """``R``: rows over all sites and repetitions; of a ``cond``, the largest branch."""
 
-    def rows_of(site: Site) -> int:
-        rows = math.prod(site.geometry.rows)
-        if reduce:
-            rows //= site.positions or 1
-        return rows * site.repeat
-
     def total(sites: list[Site], depth: int) -> int:
-        here = sum(rows_of(s) for s in sites if len(s.branch) == depth)
+        once = [s for s in sites if len(s.branch) == depth]
+        here = sum(site_rows(s, reduce) * s.repeat for s in once)
         branches: dict[int, dict[int, list[Site]]] = {}
         for site in sites:
             if len(site.branch) > depth:
@@ -149,6 +159,12 @@ def count_rows(sites: list[Site], reduce: bool) -> int:
         return here + sum(map(max, inside))
 
     return total(sites, 0)
+
+
+def site_rows(site: Site, reduce: bool) -> int:
+    """Rows of one site, each time it is run."""
+    rows = math.prod(site.geometry.rows)
+    return rows // (site.positions or 1) if reduce else rows
 
 
 def zero_probes(recipe: Recipe, dtype: Any, moments: bool) -> dict[str, Array]:
@@ -177,7 +193,7 @@ def zero_probes(recipe: Recipe, dtype: Any, moments: bool) -> dict[str, Array]:
                 counts |= {"rows_out": blocks}
             if moments:
                 shapes["s"] = (*blocks, *forms.widths(layer))
-        shapes |= counts if recipe.masked else {}
+        shapes |= counts if recipe.counted else {}
     dtype = accumulation_dtype(dtype)
     return {name: jnp.zeros(shape, dtype) for name, shape in shapes.items()}
 
@@ -208,7 +224,7 @@ def finish(
         found = {"squares": lambda: n * jnp.square(raw["gradients"]).sum(-3)}
     elif recipe.by_example:
         found = from_examples(recipe, raw, basis, n)
-    elif not recipe.masked:
+    elif not recipe.counted:
         found = {name: lambda x=x: x for name, x in raw.items()}
     else:
         found = rescaled(recipe, raw, n)

@@ -7,12 +7,20 @@ from typing import Any
 import jax.numpy as jnp
 
 from kfac_jax_lite import forms
-from kfac_jax_lite.factors import conv, dense, embedding, scale_shift, squares
-from kfac_jax_lite.factors.recipe import Recipe, unit_blocks
+from kfac_jax_lite.factors import (
+    conv,
+    dense,
+    embedding,
+    ragged,
+    scale_shift,
+    squares,
+)
+from kfac_jax_lite.factors.recipe import Recipe, site_rows, unit_blocks
 from kfac_jax_lite.factors.sampling import Lattice
 from kfac_jax_lite.tagging.layers import (
     ConvGeometry,
     EmbeddingGeometry,
+    RaggedGeometry,
     ScaleShiftGeometry,
     Site,
 )
@@ -80,6 +88,8 @@ def estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
             return unit_blocks(s_sum(inputs, c), recipe.num_examples)
 
         return {"blocks": blocks, "s_sum": s_sum}
+    if isinstance(geometry, RaggedGeometry):
+        return ragged.estimators(recipe, site)
     if recipe.squares:
         return square_estimators(recipe, site)
     if recipe.by_example:
@@ -112,6 +122,8 @@ def estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
 
     def live_rows(inputs: Any, c: Array):
         live = live_of(recipe, site)(inputs, c)
+        if live is None:
+            return jnp.full(geometry.blocks, site_rows(site, recipe.reduce))
         count = dense.reduced_live(live, recipe.at(site).positions).sum(-1)
         return jnp.broadcast_to(count, geometry.blocks)
 
@@ -273,7 +285,7 @@ def summed_rows(recipe: Recipe, site: Site, inputs: Any, c: Array) -> Array:
 
 def live_of(recipe: Recipe, site: Site) -> Callable[[Any, Array], Any]:
     """``(inputs, cotangent) ->`` which rows the loss sees, None without masks."""
-    if not recipe.masked:
+    if not (recipe.masked or site.slots):
         return lambda inputs, c: None
 
     def live(inputs: Any, c: Array):

@@ -29,6 +29,7 @@ from kfac_jax_lite.tagging.layers import (
     EmbeddingGeometry,
     Geometry,
     Plan,
+    RaggedGeometry,
     Site,
 )
 from kfac_jax_lite.tree import is_raw_key
@@ -69,6 +70,9 @@ def place_examples(
         axes = row_axes(walk, site, found)  # in the order that the rows have now
         if not own and site.positions is not None:
             orders[site.primary.leaf] = leading(axes or (), num_examples)
+        if isinstance(site.geometry, RaggedGeometry) and site.positions != 1:
+            site.positions = None  # an example's rows are of several groups
+        site.slots = has_slots(walk, site)
         if site.positions is None and site.kind == "scale_shift":
             site.positions = by_sequence(site.geometry.rows, axes, known)
 
@@ -148,9 +152,30 @@ def row_order(geometry: Geometry) -> Shape:
     if isinstance(geometry, ConvGeometry):
         return (geometry.out_spec[0], *geometry.out_spec[2:])
     if isinstance(geometry, DenseGeometry | EmbeddingGeometry):
-        first = len(geometry.blocks)
+        first = block_axes(geometry)
         return geometry.output_order[first : first + len(geometry.rows)]
     return geometry.order[: len(geometry.rows)]
+
+
+def block_axes(geometry: DenseGeometry | EmbeddingGeometry) -> int:
+    """How many axes of a site's output number its blocks."""
+    return 0 if isinstance(geometry, RaggedGeometry) else len(geometry.blocks)
+
+
+def has_slots(walk: Walk, site: Site) -> bool:
+    """Whether rows are places of an expert that examples are sent to, some left empty.
+
+    They hold data and there are matrices for every block, but examples have no axis.
+
+    Returns:
+        Whether they are.
+    """
+    plan, _ = site.place  # type: ignore[misc]
+    geometry = site.geometry
+    blocks = isinstance(geometry, DenseGeometry) and geometry.blocks
+    if not blocks or site.positions is not None or isinstance(geometry, RaggedGeometry):
+        return False
+    return bool(walk.scopes[plan].dependencies(site.inputs[:1]) & walk.data_bit)
 
 
 def positions(site: Site, axes: Axes | None, known: Examples) -> int | None:
@@ -215,7 +240,7 @@ def within(axis: Axis, terms: Axis) -> bool:
 
 def reordered(geometry: Geometry, order: Shape) -> Geometry | None:
     """The geometry with the axes of its rows in another order; None: it cannot."""
-    if isinstance(geometry, ConvGeometry):
+    if isinstance(geometry, ConvGeometry | RaggedGeometry):
         return None
     n = len(geometry.rows)
 
@@ -225,7 +250,7 @@ def reordered(geometry: Geometry, order: Shape) -> Geometry | None:
 
     rows = moved(geometry.rows)
     if isinstance(geometry, DenseGeometry | EmbeddingGeometry):
-        first = len(geometry.blocks)
+        first = block_axes(geometry)
         output = moved(geometry.output_order, first)
         if isinstance(geometry, DenseGeometry):
             own = 0 if geometry.shared else first

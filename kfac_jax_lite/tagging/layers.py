@@ -58,6 +58,20 @@ class DenseGeometry:
 
 
 @dataclasses.dataclass(frozen=True)
+class RaggedGeometry(DenseGeometry):
+    """A ``ragged_dot``: each row meets the block of its own group.
+
+    Neither the input nor the output has an axis of blocks. The first axis of the rows
+    is sorted by group; how many there are of each is the last of the site's inputs.
+    """
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all groups."""
+        return math.prod(self.rows)
+
+
+@dataclasses.dataclass(frozen=True)
 class ConvGeometry:
     """Parameters of a ``conv_general_dilated`` (orders as in its dimension numbers)."""
 
@@ -142,6 +156,8 @@ class Site:
         by_hand: Whether the user named it, whatever else uses its parameters.
         positions: How many rows in a row are one example's; None: they are not side by
             side, or it cannot be told.
+        slots: Whether its rows are places that examples are sent to, some of them
+            empty.
     """
 
     kind: str
@@ -156,6 +172,7 @@ class Site:
     place: tuple["Plan", int] | None = None
     by_hand: bool = False
     positions: int | None = None
+    slots: bool = False
 
     @property
     def primary(self) -> View:

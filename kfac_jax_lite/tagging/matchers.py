@@ -17,7 +17,13 @@ from kfac_jax_lite.tagging.analysis import (
     rule,
     shape_of,
 )
-from kfac_jax_lite.tagging.layers import ConvGeometry, DenseGeometry, Scale, Site
+from kfac_jax_lite.tagging.layers import (
+    ConvGeometry,
+    DenseGeometry,
+    RaggedGeometry,
+    Scale,
+    Site,
+)
 from kfac_jax_lite.types import JaxprEqn
 from kfac_jax_lite.views import Shape, View
 
@@ -129,6 +135,47 @@ def dense(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     for label, axis in enumerate(tuple(range(b)) + outs_in_order):
         labels[axis] = label
     return [Output(sites[0], tuple(labels), tuple(sites[1:]))]
+
+
+@rule("ragged_dot_general")
+def ragged(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
+    """Rows sorted by group times a parameter with a matrix for every group."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (x_in, w_in), (x_batch, _) = numbers.dot_dimension_numbers
+    groups = tuple(numbers.rhs_group_dimensions)
+    x, _, sizes, *_ = eqn.invars
+    owned = [isinstance(f, View | Scaled) for f in facts]
+    if owned != [False, True, *owned[2:]] or any(owned[2:]):
+        return None
+    if len(groups) != 1 or x_batch or eqn.params["group_offset"] is not None:
+        return None
+    found = matrix_of(facts[1], tuple(w_in), groups)
+    if found is None:
+        return None
+    weight, scales, factors = found
+    blocks, (n_in, n_out) = weight.core[:-2], weight.core[-2:]
+    # Axes of the result: the free ones of the rows, then those of the weight.
+    (first,) = map(int, numbers.lhs_ragged_dimensions)
+    x_shape, rank = shape_of(x), len(shape_of(eqn.outvars[0]))
+    free = [i for i in range(len(x_shape)) if i not in x_in]
+    rows = [first, *(i for i in free if i != first)]
+    outs = range(len(free), rank)
+    geometry = RaggedGeometry(
+        input_order=(*rows, *map(int, x_in)),
+        output_order=(*(free.index(i) for i in rows), *outs),
+        blocks=blocks,
+        rows=tuple(x_shape[i] for i in rows),
+        n_in=n_in,
+        n_out=n_out,
+        scales=scales,
+    )
+    inputs = (x, *(f.atom for f in factors), sizes)
+    site = Site("dense", {"weight": weight}, inputs, geometry)
+    scope.add_site(index, site)
+    labels: list[int | None] = [None] * rank
+    for label, axis in enumerate(outs):
+        labels[axis] = label
+    return [Output(site, tuple(labels))]
 
 
 def leading_block(fact: Fact, contracted: Shape, batch: Shape) -> int | None:

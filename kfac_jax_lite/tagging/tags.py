@@ -92,8 +92,14 @@ def layer_tag(group: Group, name: str, facts: Facts, walk: Walk) -> LayerTag:
 
 
 def once_for_all(group: Group, facts: Facts) -> bool:
-    """Whether a lookup or product has no rows of its own for every example."""
-    shapes = [(s.geometry.rows, s.repeat) for s in group.sites]
+    """Whether a lookup or product has no rows of its own for every example.
+
+    The rows of all members of an ensemble, or of all experts, count together.
+
+    Returns:
+        Whether it has none.
+    """
+    shapes = [(s.geometry.blocks + s.geometry.rows, s.repeat) for s in group.sites]
     return group.kind != "scale_shift" and any(
         math.prod(rows) * repeat < facts.num_examples
         and not set(rows) & set(facts.batch_sizes)
