@@ -14,6 +14,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Literal
 
 from kfac_jax_lite.tagging.layers import (
@@ -177,6 +180,9 @@ class Scope:
         self.deps: dict[Var, int] = {}
         self.consumers: dict[Var, list[int]] = collections.defaultdict(list)
         self.producers: dict[Var, int] = {}
+        self.loops: Shape = walk.loops
+        self.caller: tuple[Scope, int] | None = None
+        self.numbers: dict[Var, Any] = {}
         walk.scopes[plan] = self
         for i, eqn in enumerate(jaxpr.eqns):
             for atom in eqn.invars:
@@ -351,12 +357,23 @@ class Scope:
             self.facts[var] = fact
 
 
+def is_known(value: Any) -> bool:
+    """Whether a constant of a program is a concrete array of whole numbers."""
+    dtype = getattr(value, "dtype", np.dtype(object))
+    whole = jnp.issubdtype(dtype, jnp.integer) and not isinstance(
+        value, jax.core.Tracer
+    )
+    return whole and getattr(value, "is_fully_addressable", True)
+
+
 def analyse(closed: ClosedJaxpr, num_leaves: int) -> tuple[Walk, Plan]:
     """Walks a traced loss whose first ``num_leaves`` inputs are the parameters."""
     jaxpr = closed.jaxpr
     walk, plan = Walk(num_leaves), Plan()
     scope = Scope(walk, plan, jaxpr)
     scope.deps.update(dict.fromkeys(jaxpr.constvars, walk.data_bit))
+    known = zip(jaxpr.constvars, closed.consts, strict=True)
+    scope.numbers.update({v: np.asarray(x) for v, x in known if is_known(x)})
     shapes = [tuple(v.aval.shape) for v in jaxpr.invars[:num_leaves]]
     facts: list[Fact] = [View.of_leaf(i, s) for i, s in enumerate(shapes)]
     facts += [None] * (len(jaxpr.invars) - num_leaves)

@@ -159,7 +159,7 @@ def run_scan(
     consts = operands[:n_const]
     carry = operands[n_const : n_const + n_carry]
     (inner,) = plan.children[index]
-    here = {site.layer for site in inner.all_sites()}
+    here = {site.layer for site in inner.all_sites() if site.primary.stack}
     sliced = {
         name
         for name in here

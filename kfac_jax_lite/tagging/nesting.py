@@ -44,7 +44,9 @@ def inner(
     """Walks a jaxpr inside an equation under a plan of its own."""
     plan = Plan()
     scope.plan.children[index] = scope.plan.children.get(index, ()) + (plan,)
-    return Scope(scope.walk, plan, jaxpr).run(facts, deps)
+    called = Scope(scope.walk, plan, jaxpr)
+    called.caller = scope, index
+    return called.run(facts, deps)
 
 
 def enterable(scope: Scope, atoms: Sequence[Any], facts: list[Fact]) -> list[Fact]:

@@ -4,8 +4,6 @@ import dataclasses
 import math
 from typing import Any
 
-from jax.extend.core import Literal
-
 from kfac_jax_lite.likelihoods import PREFIX
 from kfac_jax_lite.tagging.analysis import (
     Beside,
@@ -206,21 +204,6 @@ def slice_rule(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
         return [None]
     p = eqn.params
     view = facts[0].slice(p["start_indices"], p["limit_indices"], p["strides"])
-    return None if view is None else [view]
-
-
-@rule("dynamic_slice")
-def dynamic_slice_rule(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
-    """A slice whose start is written in the program is a static slice."""
-    starts = eqn.invars[1:]
-    known = [int(a.val) for a in starts if isinstance(a, Literal)]
-    if not isinstance(facts[0], View) or len(known) < len(starts):
-        return None
-    sizes = tuple(eqn.params["slice_sizes"])
-    limits = [d - s for d, s in zip(facts[0].shape, sizes, strict=True)]
-    start = tuple(min(max(a, 0), m) for a, m in zip(known, limits, strict=True))
-    limit = tuple(a + s for a, s in zip(start, sizes, strict=True))
-    view = facts[0].slice(start, limit, None)
     return None if view is None else [view]
 
 
