@@ -4,7 +4,9 @@ Each rule sees one equation and the facts of its operands. It records a ``Site``
 the equation applies a layer and returns the facts of its outputs.
 """
 
+import dataclasses
 import math
+from typing import Any
 
 from kfac_jax_lite.tagging.analysis import (
     Beside,
@@ -83,19 +85,24 @@ def dense(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     if all(owned) or not any(owned):
         return None
     side = owned.index(True)
-    fact = facts[side]
+    fact: Any = facts[side]
     (contract, batch) = eqn.params["dimension_numbers"]
-    axes = tuple(contract[side]), tuple(batch[side])
-    x_in, x_batch = tuple(contract[1 - side]), tuple(batch[1 - side])
+    same = repeated_axes(fact, batch[side])
+    if same and (fact := once(fact, [batch[side][k] for k in same])) is None:
+        return None
+    own = [k for k in range(len(batch[side])) if k not in same]
+    axes = tuple(contract[side]), tuple(batch[side][k] for k in own)
+    x_in, x_batch = tuple(contract[1 - side]), tuple(batch[1 - side][k] for k in own)
+    x_same = tuple(batch[1 - side][k] for k in same)
     x = eqn.invars[1 - side]
     x_shape = shape_of(x)
-    x_rows = tuple(i for i in range(len(x_shape)) if i not in x_in + x_batch)
+    x_rows = tuple(i for i in range(len(x_shape)) if i not in x_in + batch[1 - side])
     one_hot = is_one_hot(facts[1 - side], x_in)
     # Axes of the result: batch, then the left operand's free axes, then the right's.
-    b, r = len(x_batch), len(x_rows)
+    b, r = len(batch[side]), len(x_rows)
     o = len(shape_of(eqn.invars[side])) - b - len(x_in)
     first_row, first_out = (b + o, b) if side == 0 else (b, b + r)
-    rows = tuple(range(first_row, first_row + r))
+    rows = (*same, *range(first_row, first_row + r))
     outs = tuple(range(first_out, first_out + o))
     pieces = fact.views if isinstance(fact, Beside) else (fact,)
     if isinstance(fact, Beside) and (o != 1 or fact.axis in axes[0] + axes[1]):
@@ -106,7 +113,7 @@ def dense(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
         first = [i for i in range(o + len(x_in)) if i not in axes[0]].index(lead)
         outs_in_order = (outs[first], *outs[:first], *outs[first + 1 :])
         axes = (axes[0], (lead,))
-    blocks_first = outs_in_order[:1] if lead is not None else tuple(range(b))
+    blocks_first = outs_in_order[:1] if lead is not None else tuple(own)
     sites, start = [], 0
     for piece in pieces:
         found = matrix_of(piece, *axes)
@@ -115,10 +122,10 @@ def dense(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
         weight, scales, factors = found
         blocks, (n_in, n_out) = weight.core[:-2], weight.core[-2:]
         geometry = DenseGeometry(
-            input_order=x_batch + x_rows + x_in,
+            input_order=x_batch + x_same + x_rows + x_in,
             output_order=blocks_first + rows + outs_in_order[lead is not None :],
             blocks=blocks,
-            rows=tuple(x_shape[i] for i in x_rows),
+            rows=tuple(x_shape[i] for i in x_same + x_rows),
             n_in=n_in,
             n_out=n_out,
             scales=scales,
@@ -132,7 +139,7 @@ def dense(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     for site in sites:
         scope.add_site(index, site)
     labels: list[int | None] = [None] * (b + r + o)
-    for label, axis in enumerate(tuple(range(b)) + outs_in_order):
+    for label, axis in enumerate(tuple(own) + outs_in_order):
         labels[axis] = label
     return [Output(sites[0], tuple(labels), tuple(sites[1:]))]
 
@@ -176,6 +183,27 @@ def ragged(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     for label, axis in enumerate(outs):
         labels[axis] = label
     return [Output(site, tuple(labels))]
+
+
+def repeated_axes(fact: Fact, batch: Shape) -> tuple[int, ...]:
+    """Which batch axes of a product only repeat its parameter: they are rows."""
+    view = fact.view if isinstance(fact, Scaled) else fact
+    if not isinstance(view, View):
+        return ()
+    pairs = [(k, view.axes[i], view.shape[i]) for k, i in enumerate(batch)]
+    return tuple(k for k, axis, size in pairs if axis is None and size > 1)
+
+
+def once(fact: View | Scaled, axes: list[int]) -> View | Scaled | None:
+    """A parameter that is repeated along some axes, without the repetition."""
+    if isinstance(fact, Scaled):
+        factors = [f for f in fact.factors if f.shape]
+        if any(f.shape[axis] > 1 for f in factors for axis in axes):
+            return None
+        view = once(fact.view, axes)
+        return dataclasses.replace(fact, view=view)
+    shape = tuple(1 if i in axes else size for i, size in enumerate(fact.shape))
+    return dataclasses.replace(fact, shape=shape)
 
 
 def leading_block(fact: Fact, contracted: Shape, batch: Shape) -> int | None:

@@ -12,6 +12,7 @@ from kfac_jax_lite.tagging.analysis import (
     Scaled,
     Scope,
     Walk,
+    leaves_of,
     rule,
 )
 from kfac_jax_lite.tagging.layers import (
@@ -33,7 +34,8 @@ BY_HAND = "kfac_jax_lite_layer"
 
 @rule("stop_gradient")
 def stop_gradient(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
-    """What is behind ``stop_gradient`` is data."""
+    """What is behind ``stop_gradient`` is data; no derivative goes through it."""
+    scope.walk.touched.update(leaves_of(facts[0]))
     scope.deps[eqn.outvars[0]] = scope.walk.data_bit
     return [None]
 

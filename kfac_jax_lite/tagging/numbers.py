@@ -76,13 +76,10 @@ def run(
         debug_info=scope.jaxpr.debug_info.with_unknown_names(),
     )
     turn = jaxpr_as_fun(ClosedJaxpr(single, ()))
-    if not known:
-        with jax.ensure_compile_time_eval():
-            return np.asarray(turn()[0])
     flat = [x.reshape(-1, *shape_of(a)) for a, x in known.items()]
     with jax.ensure_compile_time_eval():
-        (out,) = jax.vmap(turn)(*flat)
-    return np.asarray(out).reshape(*scope.loops, *shape_of(var))
+        (out,) = jax.vmap(turn)(*flat) if flat else turn()
+    return np.asarray(out).reshape((*(scope.loops if flat else ()), *shape_of(var)))
 
 
 def entered(scope: Scope, var: Var) -> np.ndarray | None:
