@@ -113,12 +113,10 @@ def rows_of(
     x = lax.transpose(dense.scalars(geometry, inputs), geometry.input_order)
     x = x.reshape(n, geometry.n_in)
     c = lax.transpose(c, geometry.output_order).reshape(n, geometry.n_out)
-    for scale, value in zip(geometry.scales, inputs[1:], strict=True):
-        if scale.side == "all":
-            continue
-        own = dense.moved(scale.steps, value).at[groups.group].get(mode="clip")
-        x = x * own.astype(x.dtype) if scale.side == "in" else x
-        c = c * own.astype(c.dtype) if scale.side == "out" else c
+    for vector in dense.vectors(geometry, inputs, "in"):
+        x = x * vector.at[groups.group].get(mode="clip").astype(x.dtype)
+    for vector in dense.vectors(geometry, inputs, "out"):
+        c = c * vector.at[groups.group].get(mode="clip").astype(c.dtype)
     if recipe.layer.bias:
         x = jnp.concatenate([x, jnp.ones((n, 1), x.dtype)], -1)
     if recipe.masked:

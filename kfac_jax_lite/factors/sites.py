@@ -1,5 +1,6 @@
 """Which estimators a site is tapped with: one for every probe that the site feeds."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -157,8 +158,13 @@ def square_estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
     geometry, n = site.geometry, recipe.num_examples
 
     def rows(inputs: Any, c: Array):
-        x, c = input_rows(recipe, site, inputs, c), output_rows(site, inputs, c)
-        return (c, x) if site.reverse else (x, c)
+        """Inputs, cotangents, and what multiplies the weight entry by entry."""
+        values, *rest = inputs
+        plain, values, d = dense.derivative(geometry, values)  # type: ignore[arg-type]
+        own, inputs = dataclasses.replace(site, geometry=plain), (values, *rest)
+        x, c = input_rows(recipe, own, inputs, c), output_rows(own, inputs, c)
+        d = jnp.ones((1, 1), c.dtype) if d is None else d
+        return (c, x, jnp.swapaxes(d, -1, -2)) if site.reverse else (x, c, d)
 
     if isinstance(geometry, EmbeddingGeometry):
 
@@ -176,10 +182,12 @@ def square_estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
     else:
 
         def gradients(inputs: Any, c: Array):
-            return squares.example_gradients(*rows(inputs, c), n)
+            x, c, d = rows(inputs, c)
+            return squares.example_gradients(x, c, n) * d[..., None, :, :]
 
         def square(inputs: Any, c: Array):
-            return n * squares.square_sums(*rows(inputs, c), n)
+            x, c, d = rows(inputs, c)
+            return n * squares.square_sums(x, c, n) * jnp.square(d)
 
     return {"gradients": gradients, "squares": square}
 

@@ -21,11 +21,13 @@ from jax.extend.core import Literal
 
 from kfac_jax_lite.tagging.layers import (
     Branch,
+    Derived,
     Plan,
     Ref,
     ScaleShiftGeometry,
     Site,
     Steps,
+    seen_from,
 )
 from kfac_jax_lite.types import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 from kfac_jax_lite.views import Shape, View
@@ -56,9 +58,7 @@ class Scaled:
         """The fact as another jaxpr sees it: its variables are those of ``plan``."""
 
         def refer(factor: Factor) -> Factor:
-            if isinstance(factor.atom, Literal | Ref):
-                return factor
-            return dataclasses.replace(factor, atom=Ref(plan, factor.atom))
+            return dataclasses.replace(factor, atom=seen_from(plan, factor.atom))
 
         return Scaled(self.view, tuple(map(refer, self.factors)))
 
@@ -203,6 +203,8 @@ class Scope:
         for atom in atoms:
             if isinstance(atom, Ref):
                 bits |= self.walk.scopes[atom.plan].deps.get(atom.atom, 0)
+            elif isinstance(atom, Derived):
+                bits |= self.dependencies(atom.atoms)
             elif not isinstance(atom, Literal):
                 bits |= self.deps.get(atom, 0)
         return bits
@@ -236,9 +238,7 @@ class Scope:
         """Lets a site stand behind a later equation."""
         plan, old = site.place or (self.plan, index)
         if plan is not self.plan:
-            site.inputs = tuple(
-                a if isinstance(a, Literal | Ref) else Ref(plan, a) for a in site.inputs
-            )
+            site.inputs = tuple(seen_from(plan, a) for a in site.inputs)
             plan.exports = True
         plan.sites[old].remove(site)
         self.plan.sites.setdefault(index, []).append(site)

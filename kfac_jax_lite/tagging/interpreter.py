@@ -15,6 +15,7 @@ from jax.extend.core import Literal, jaxpr_as_fun
 from kfac_jax_lite.tagging.layers import (
     CALLS,
     CHECKPOINTS,
+    Derived,
     Plan,
     Ref,
     Site,
@@ -67,6 +68,8 @@ class Interpreter:
         def value(atom: Any):
             if isinstance(atom, Ref):
                 return self.envs[atom.plan][atom.atom]
+            if isinstance(atom, Derived):
+                return atom.function(*map(value, atom.atoms))
             return atom.val if isinstance(atom, Literal) else env[atom]
 
         for index, eqn in enumerate(jaxpr.eqns):

@@ -6,10 +6,14 @@ the jaxprs inside it, by equation number; the interpreter follows it.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from kfac_jax_lite.types import Jaxpr, JaxprEqn, Shape
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Literal
+
+from kfac_jax_lite.types import Array, Jaxpr, JaxprEqn, Shape
 from kfac_jax_lite.views import View
 
 Steps = tuple[tuple[str, Any], ...]
@@ -28,9 +32,10 @@ class Scale:
     """A variable that multiplies the weight of a dense or convolutional layer.
 
     Attributes:
-        side: ``"all"`` (a scalar), ``"in"`` or ``"out"``: the axes along which it
-            varies.
-        steps: What brings it to ``[]``, ``[*blocks, in]`` or ``[*blocks, out]``.
+        side: ``"all"`` (a scalar), ``"in"``, ``"out"`` or ``"both"``: the axes along
+            which it varies.
+        steps: What brings it to ``[]``, ``[*blocks, in]``, ``[*blocks, out]`` or
+            ``[*blocks, in, out]``.
     """
 
     side: str
@@ -199,6 +204,35 @@ class Ref:
     def aval(self) -> Any:
         """Its abstract value."""
         return self.atom.aval
+
+
+@dataclasses.dataclass(frozen=True)
+class Derived:
+    """What a function makes of variables of a jaxpr; no derivative goes through it."""
+
+    function: Callable[..., Array]
+    atoms: tuple[Any, ...]
+
+
+def seen_from(plan: "Plan", atom: Any) -> Any:
+    """An atom of the jaxpr of ``plan`` as other jaxprs read it."""
+    if isinstance(atom, Derived):
+        atoms = tuple(seen_from(plan, a) for a in atom.atoms)
+        return dataclasses.replace(atom, atoms=atoms)
+    return atom if isinstance(atom, Literal | Ref) else Ref(plan, atom)
+
+
+def moved(steps: Steps, value: Array) -> Array:
+    """A variable after the steps of a ``Factor`` or ``Scale``."""
+    for name, argument in steps:
+        if name == "broadcast":
+            value = jnp.broadcast_to(value, argument)
+        elif name == "reciprocal":
+            value = 1 / value
+        else:
+            move = lax.transpose if name == "transpose" else lax.reshape
+            value = move(value, argument)
+    return value
 
 
 @dataclasses.dataclass(eq=False)

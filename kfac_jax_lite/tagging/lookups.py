@@ -92,9 +92,9 @@ def gather(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     n_out = math.prod(view.shape[i] for i in rest)
     weight = view.transpose(batch + tokens + rest).reshape(blocks + (n_in, n_out))
     weight = weight and weight.settle()
-    scales = scales_of(factors, (), (), (), ()) if constant(factors) else None
-    if weight is None or scales is None:
+    if weight is None or not constant(factors):
         return None
+    scales = scales_of(factors, (), (), (), ())
     # Indices are [..., coordinates]; their other axes are axes of the result.
     index_shape, out_shape = shape_of(eqn.invars[1]), shape_of(eqn.outvars[0])
     offsets = tuple(dims.offset_dims)

@@ -40,7 +40,7 @@ def weight_of(fact: Fact) -> tuple[View, tuple[Factor, ...]]:
 
 def scales_of(
     factors: tuple[Factor, ...], batch: Shape, ins: Shape, outs: Shape, shape: Shape
-) -> tuple[Scale, ...] | None:
+) -> tuple[Scale, ...]:
     """How variables that multiply a weight act on rows and cotangents.
 
     Args:
@@ -52,7 +52,7 @@ def scales_of(
         shape: Shape of the weight.
 
     Returns:
-        One scale each; None if one varies along both sides (no Kronecker structure).
+        One scale each.
     """
     scales = []
     for factor in factors:
@@ -62,7 +62,17 @@ def scales_of(
             continue
         on_in, on_out = varying & set(ins), varying & set(outs)
         if on_in and on_out:
-            return None
+            full = tuple(shape[i] for i in batch + ins + outs)
+            blocks, d = full[: len(batch)], math.prod(shape[i] for i in ins)
+            own = tuple(factor.shape[i] for i in batch + ins + outs)
+            steps = (
+                ("transpose", batch + ins + outs),
+                ("reshape", own),
+                ("broadcast", full),
+                ("reshape", (*blocks, d, math.prod(full[len(batch) :]) // max(d, 1))),
+            )
+            scales.append(Scale("both", factor.steps + steps))
+            continue
         side, axes = ("in", ins) if on_in else ("out", outs)
         others = tuple(i for i in range(len(shape)) if i not in batch + axes)
         kept = tuple(factor.shape[i] for i in batch + axes)
@@ -235,7 +245,7 @@ def matrix_of(
     weight = view.transpose(batch + contracted + outs).reshape(blocks + (n_in, n_out))
     weight = weight and weight.settle()
     scales = scales_of(factors, batch, contracted, outs, view.shape)
-    return None if weight is None or scales is None else (weight, scales, factors)
+    return None if weight is None else (weight, scales, factors)
 
 
 def is_one_hot(fact: Fact, contracted: Shape) -> bool:
@@ -269,7 +279,7 @@ def conv(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     weight = weight.reshape(blocks + (n_in, n_out))
     weight = weight and weight.settle()
     scales = scales_of(factors, (), (*space, in_axis), (out_axis,), view.shape)
-    if weight is None or scales is None:
+    if weight is None:
         return None
     scales = tuple(by_group(scale, groups, n_out) for scale in scales)
     out_shape = shape_of(eqn.outvars[0])
@@ -296,7 +306,11 @@ def conv(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
 
 
 def by_group(scale: Scale, groups: int, n_out: int) -> Scale:
-    """A scale of all output channels as ``[groups, out]``."""
-    if groups == 1 or scale.side != "out":
+    """A scale of all output channels by group."""
+    if groups == 1 or scale.side not in ("out", "both"):
         return scale
-    return Scale("out", (*scale.steps, ("reshape", (groups, n_out))))
+    if scale.side == "out":
+        return Scale("out", (*scale.steps, ("reshape", (groups, n_out))))
+    n_in = scale.steps[-1][1][0]
+    steps = (("reshape", (n_in, groups, n_out)), ("transpose", (1, 0, 2)))
+    return Scale("both", (*scale.steps, *steps))

@@ -15,6 +15,8 @@ from kfac_jax_lite.tagging.analysis import (
     leaves_of,
     rule,
 )
+from kfac_jax_lite.tagging.elementwise import function
+from kfac_jax_lite.tagging.follow import ELEMENTWISE
 from kfac_jax_lite.tagging.layers import (
     CALLS,
     CHECKPOINTS,
@@ -36,7 +38,7 @@ BY_HAND = "kfac_jax_lite_layer"
 def stop_gradient(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     """What is behind ``stop_gradient`` is data; no derivative goes through it."""
     scope.walk.touched.update(leaves_of(facts[0]))
-    scope.deps[eqn.outvars[0]] = scope.walk.data_bit
+    scope.deps[eqn.outvars[0]] &= scope.walk.data_bit
     return [None]
 
 
@@ -113,14 +115,27 @@ def custom_rule(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
         The facts of the results.
     """
     facts = enterable(scope, eqn.invars, facts)
-    if not any(isinstance(f, View) for f in facts):
+    if not any(isinstance(f, View | Scaled) for f in facts):
         return [None] * len(eqn.outvars)
-    output = None
-    if len(eqn.outvars) == 1:
-        output = stand_in(scope, index, eqn.invars, facts, inside(eqn).jaxpr)
+    output: Any = None
+    jaxpr = inside(eqn).jaxpr
+    if len(eqn.outvars) == 1 and by_entries(jaxpr):
+        output = (function(scope, index, eqn, facts) or [None])[0]
+    elif len(eqn.outvars) == 1:
+        output = stand_in(scope, index, eqn.invars, facts, jaxpr)
     if output is None:
         scope.mark_used(facts, eqn.primitive.name.removesuffix("_call"))
     return [output] + [None] * (len(eqn.outvars) - 1)
+
+
+def by_entries(jaxpr: Jaxpr) -> bool:
+    """Whether a program computes every entry of its results from those in its place."""
+    inner = [inside(eqn).jaxpr for eqn in jaxpr.eqns]
+    plain = ELEMENTWISE.split()
+    return all(
+        by_entries(own) if own is not None else eqn.primitive.name in plain
+        for eqn, own in zip(jaxpr.eqns, inner, strict=True)
+    )
 
 
 def stand_in(

@@ -10,11 +10,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import Literal, jaxpr_as_fun
+from jax.extend.core import Literal
 
 from kfac_jax_lite.tagging.analysis import Scope, shape_of
+from kfac_jax_lite.tagging.interpreter import bind
 from kfac_jax_lite.tagging.layers import CALLS, CHECKPOINTS, Plan, scan_counts
-from kfac_jax_lite.types import ClosedJaxpr, JaxprEqn, Var
+from kfac_jax_lite.types import JaxprEqn, Var
 from kfac_jax_lite.views import Shape, View
 
 # No more numbers than this are computed while a program is traced.
@@ -65,20 +66,16 @@ def run(
     scope: Scope, eqn: JaxprEqn, var: Var, operands: list[Any]
 ) -> np.ndarray | None:
     """One result of an equation, in every turn."""
-    given = zip(eqn.invars, operands, strict=True)
-    known = {a: x for a, x in given if not isinstance(a, Literal)}
-    single = scope.jaxpr.replace(
-        constvars=[],
-        invars=list(known),
-        outvars=[var],
-        eqns=[eqn],
-        effects=eqn.effects,
-        debug_info=scope.jaxpr.debug_info.with_unknown_names(),
-    )
-    turn = jaxpr_as_fun(ClosedJaxpr(single, ()))
-    flat = [x.reshape(-1, *shape_of(a)) for a, x in known.items()]
+    known = [k for k, a in enumerate(eqn.invars) if not isinstance(a, Literal)]
+
+    def turn(*values: Any):
+        whole = dict(zip(known, values, strict=True))
+        given = [whole.get(k) for k in range(len(operands))]
+        return bind(scope.jaxpr, eqn, given)[eqn.outvars.index(var)]
+
+    flat = [operands[k].reshape(-1, *shape_of(eqn.invars[k])) for k in known]
     with jax.ensure_compile_time_eval():
-        (out,) = jax.vmap(turn)(*flat) if flat else turn()
+        out = jax.vmap(turn)(*flat) if flat else turn()
     return np.asarray(out).reshape((*(scope.loops if flat else ()), *shape_of(var)))
 
 
@@ -166,7 +163,8 @@ def sliced(
         The view of what is read, ``[*sizes]`` or ``[n, *sizes]``.
     """
     limits = [d - s for d, s in zip(view.shape, sizes, strict=True)]
-    clipped = [np.clip(x, 0, m) for x, m in zip(starts, limits, strict=True)]
+    pairs = zip(starts, limits, strict=True)
+    clipped = [np.asarray(np.clip(x, 0, m)) for x, m in pairs]
     lengths, depth = starts[0].shape, len(scope.loops)
     axis_of: dict[int, int] = {}  # by loop; the parts are one more
     ranges, split, turned = [], [], []

@@ -4,8 +4,6 @@ import dataclasses
 import math
 from typing import Any
 
-from jax.extend.core import Literal
-
 from kfac_jax_lite.likelihoods import PREFIX
 from kfac_jax_lite.tagging.analysis import (
     Beside,
@@ -43,40 +41,6 @@ def same(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
 def keep(scope: Scope, atom: Any, fact: Fact) -> Fact:
     """A fact, unless it is a layer's output that something else reads too."""
     return None if isinstance(fact, Output) and not scope.used_once(atom) else fact
-
-
-@rule("select_n")
-def select(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
-    """A parameter beside itself without a derivative, as ``vmap`` makes of ``switch``.
-
-    Its values are the parameter's; examples of other branches have no cotangent.
-
-    Returns:
-        The parameter's fact, where the choice is made along axes that only repeat it.
-    """
-    which, *cases = eqn.invars
-    found = {a: f for a, f in zip(cases, facts[1:], strict=True) if f is not None}
-    if len(found) != 1 or len(cases) != 2:
-        return None if found else [None]
-    ((own, fact),) = found.items()
-    other = cases[1] if own is cases[0] else cases[0]
-    held = producer(scope, other)
-    view = fact.view if isinstance(fact, Scaled) else fact
-    if held is None or held.primitive.name != "stop_gradient":
-        return None
-    if held.invars[0] is not own or not isinstance(view, View):
-        return None
-    chosen: Any = range(len(shape_of(which)))
-    made = producer(scope, which)
-    if made is not None and made.primitive.name == "broadcast_in_dim":
-        chosen = made.params["broadcast_dimensions"]
-    return [fact] if all(view.axes[i] is None for i in chosen) else None
-
-
-def producer(scope: Scope, atom: Any) -> JaxprEqn | None:
-    """The equation of the same jaxpr that a variable comes from."""
-    at = None if isinstance(atom, Literal) else scope.producers.get(atom)
-    return None if at is None else scope.jaxpr.eqns[at]
 
 
 @rule("name", always=True)
@@ -153,11 +117,15 @@ def move_scaled(fact: Scaled, step: tuple[str, Any]) -> Scaled | None:
     """
     view = move_view(fact.view, step)
     source = axis_sources(fact.view.shape, step)
-    if view is None or source is None:
+    entire = all(f.shape in ((), fact.view.shape) for f in fact.factors)
+    if view is None or (source is None and not entire):
         return None
     factors = []
     for factor in fact.factors:
-        if factor.shape:
+        if factor.shape and source is None:
+            shape = step[1]
+            factor = Factor(factor.atom, shape, (*factor.steps, ("reshape", shape)))
+        elif factor.shape:
             shape = tuple(1 if i is None else factor.shape[i] for i in source)
             steps = (step,) if step[0] == "transpose" else (("reshape", shape),)
             factor = Factor(factor.atom, shape, factor.steps + steps)

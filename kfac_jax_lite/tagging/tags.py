@@ -13,6 +13,9 @@ from kfac_jax_lite.tagging.layers import ScaleShiftGeometry, Site
 from kfac_jax_lite.types import LayerTag
 from kfac_jax_lite.views import Shape, View
 
+REPARAMETRISED = (
+    "used as a function of its entries: the derivative enters by row and by column"
+)
 ROLES = ("weight", "bias", "scale", "shift")
 
 
@@ -68,6 +71,9 @@ def layer_tag(group: Group, name: str, facts: Facts, walk: Walk) -> LayerTag:
                 form = form.replace("_", "-")
                 notes.append(f"factor {side} is {form} ({size:,} > {limit:,})")
     elements = sum(math.prod(v.stack + v.core) for v in views)
+    scales = [s for site in group.sites for s in getattr(site.geometry, "scales", ())]
+    if any(scale.side == "both" for scale in scales):
+        notes.append(REPARAMETRISED)
     if group.tied:
         notes.append("also used in the opposite direction")
     if views[0].leaf not in walk.uses and once_for_all(group, facts):
