@@ -70,8 +70,12 @@ class Recipe:
 
     def lattice(self, site: Site) -> Lattice | None:
         """The rows that are taken at one of its sites; None: all."""
-        n, name = self.num_examples, self.layer.name
+        n, name = self.num_examples // site.devices, self.layer.name
         return lattice_of(self.subsample, name, site, n, self.reduce)
+
+    def on_device(self, site: Site) -> "Recipe":
+        """The recipe with as many examples as one device has."""
+        return dataclasses.replace(self, num_examples=self.num_examples // site.devices)
 
     def at(self, site: Site, num_examples: int | None = None) -> "Recipe":
         """The recipe at one of its sites, of all examples or of a part of them."""
@@ -149,7 +153,7 @@ def count_rows(sites: list[Site], reduce: bool) -> int:
 
     def total(sites: list[Site], depth: int) -> int:
         once = [s for s in sites if len(s.branch) == depth]
-        here = sum(site_rows(s, reduce) * s.repeat for s in once)
+        here = sum(site_rows(s, reduce) * s.repeat * s.devices for s in once)
         branches: dict[int, dict[int, list[Site]]] = {}
         for site in sites:
             if len(site.branch) > depth:

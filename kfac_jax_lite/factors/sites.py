@@ -72,9 +72,22 @@ def chosen(
     """
     name = site.layer or ""
     found = estimators(recipes[name], site)
-    pairs = tuple((k, f) for k, f in found.items() if k in slot.probes)
+    pairs = tuple(
+        (k, among_copies(f, site.copies)) for k, f in found.items() if k in slot.probes
+    )
     operands = (inputs, slot.basis, phases[name])
     return pairs, operands, {k: slot.probes[k] for k, _ in pairs}
+
+
+def among_copies(estimate: Estimator, copies: int) -> Estimator:
+    """An estimator that several devices run, each with a part of the cotangent."""
+    if copies == 1:
+        return estimate
+
+    def part(inputs: Any, c: Array):
+        return estimate(inputs, c * copies) / copies
+
+    return part
 
 
 def estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
@@ -156,6 +169,7 @@ def example_estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
 def square_estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
     """Squares of the examples' gradients, or the gradients (see ``recipe``)."""
     geometry, n = site.geometry, recipe.num_examples
+    here = recipe.on_device(site).num_examples
 
     def rows(inputs: Any, c: Array):
         """Inputs, cotangents, and what multiplies the weight entry by entry."""
@@ -176,7 +190,7 @@ def square_estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
             return embedding.example_gradients(geometry, found(inputs, c), n)
 
         def square(inputs: Any, c: Array):
-            token, share = squares.token_square_sums(*found(inputs, c), n)
+            token, share = squares.token_square_sums(*found(inputs, c), here)
             return n * embedding.scattered(token, share, geometry)
 
     else:
@@ -187,7 +201,7 @@ def square_estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
 
         def square(inputs: Any, c: Array):
             x, c, d = rows(inputs, c)
-            return n * squares.square_sums(x, c, n) * jnp.square(d)
+            return n * squares.square_sums(x, c, here) * jnp.square(d)
 
     return {"gradients": gradients, "squares": square}
 
@@ -203,7 +217,8 @@ def eigenbasis_moment(recipe: Recipe, site: Site, inputs: Any, c: Array) -> Arra
         live = live_of(recipe, site)(inputs, c)
         k = recipe.at(site).positions
         if k > 1:
-            x = embedding.example_sums(geometry, inputs[0], recipe, live)
+            own = recipe.on_device(site)
+            x = embedding.example_sums(geometry, inputs[0], own, live)
             x = x / dense.counted(live, k)
             x = jnp.square(taken(recipe, site, inputs, x))
             return dense.eigenbasis_moment(x, rows, recipe)

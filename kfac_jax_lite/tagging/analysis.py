@@ -152,6 +152,7 @@ class Walk:
         nested_marks: Whether an output is marked inside a loop or branch.
         reached: Leaves that the loss depends on, as bits.
         scopes: The scope of every plan.
+        mesh_bits: Bits of the dependencies for mesh axes of a ``shard_map``.
     """
 
     def __init__(self, num_leaves: int):
@@ -167,6 +168,12 @@ class Walk:
         self.reached: int
         self.nested_marks = False
         self.scopes: dict[Plan, Scope] = {}
+        self.mesh_bits: dict[Any, int] = {}
+
+    def mesh_bit(self, axis: Any) -> int:
+        """The bit of what differs along a mesh axis."""
+        bit = self.data_bit << (1 + len(self.mesh_bits))
+        return self.mesh_bits.setdefault(axis, bit)
 
 
 class Scope:

@@ -66,7 +66,7 @@ def place_examples(
     for site in walk.sites:
         own = known.terms or orders.get(site.primary.leaf, ())
         before = row_axes(walk, site, found)
-        site.positions = positions(site, before, known._replace(terms=own))
+        site.positions = positions(site, before, here(known._replace(terms=own), site))
         axes = row_axes(walk, site, found)  # in the order that the rows have now
         if not own and site.positions is not None:
             orders[site.primary.leaf] = leading(axes or (), num_examples)
@@ -74,7 +74,19 @@ def place_examples(
             site.positions = None  # an example's rows are of several groups
         site.slots = has_slots(walk, site)
         if site.positions is None and site.kind == "scale_shift":
-            site.positions = by_sequence(site.geometry.rows, axes, known)
+            site.positions = by_sequence(site.geometry.rows, axes, here(known, site))
+    apart_on_devices(walk.sites)
+
+
+def apart_on_devices(sites: list[Site]) -> None:
+    """Examples of several devices cannot be added up over several uses of a layer."""
+    uses: dict[int, int] = {}
+    for site in sites:
+        leaf = site.primary.leaf
+        uses[leaf] = uses.get(leaf, 0) + site.repeat
+    for site in sites:
+        if site.devices > 1 and uses[site.primary.leaf] > 1:
+            site.positions = None
 
 
 class Examples(NamedTuple):
@@ -155,6 +167,20 @@ def row_order(geometry: Geometry) -> Shape:
         first = block_axes(geometry)
         return geometry.output_order[first : first + len(geometry.rows)]
     return geometry.order[: len(geometry.rows)]
+
+
+def here(known: "Examples", site: Site) -> "Examples":
+    """What is known of the examples of one device, where a site is run by several."""
+    plan, _ = site.place  # type: ignore[misc]
+    gone = settled(plan.devices)
+    terms = tuple(index for index in settled(known.terms) if index not in gone)
+    n = known.num_examples // site.devices
+    if site.devices == 1 or (known.terms and length(terms) != n):
+        return known
+    batch = tuple(
+        tuple(i for i in settled(axis) if i not in gone) for axis in known.batch
+    )
+    return Examples(terms, batch, n)
 
 
 def block_axes(geometry: DenseGeometry | EmbeddingGeometry) -> int:

@@ -28,12 +28,14 @@ from kfac_jax_lite.tagging.layers import (
     CUSTOM_RULES,
     Plan,
     inside,
+    manual_axes,
     scan_counts,
+    spec_axes,
 )
 from kfac_jax_lite.types import Jaxpr, JaxprEqn, Var
 
 Followed = dict[Plan, dict[Var, Axes]]
-Enter = Callable[[int, Jaxpr, Sequence[Axes]], list[Axes]]
+Enter = Callable[..., list[Axes]]
 Rule = Callable[[JaxprEqn, list[Axes], Enter], list[Axes]]
 RULES: dict[str, Rule] = {}
 # An entry of the result depends on the entries in its place.
@@ -75,9 +77,16 @@ def follow(
     counts: Counts = {}
     for index, eqn in enumerate(jaxpr.eqns):
 
-        def enter(number: int, inner: Jaxpr, inputs: Sequence[Axes], at: int = index):
+        def enter(
+            number: int,
+            inner: Jaxpr,
+            inputs: Sequence[Axes],
+            devices: Axis = (),
+            at: int = index,
+        ):
             plans = plan.children.get(at, ())
             own = plans[number] if number < len(plans) else Plan()
+            own.devices = (*plan.devices, *devices)
             return follow(inner, own, inputs, found)
 
         follow_one = RULES.get(eqn.primitive.name, unknown)
@@ -471,6 +480,33 @@ def scan(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
     for before, after in zip(axes[n_const:first], out[:n_carry], strict=True):
         unify_all(before, after)
     return [*out[:n_carry], *((steps, *own) for own in out[n_carry:])]
+
+
+@rule("shard_map")
+def shard_map(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
+    """An axis that is sharded has the devices first, and a part on each of them."""
+    p = eqn.params
+    devices = {name: fresh(p["mesh"].shape[name]) for name in sorted(manual_axes(eqn))}
+
+    def on(spec: Any, place: int) -> Axis:
+        names = spec_axes(tuple(spec)[place : place + 1])
+        return tuple(index for name in names for index in devices.get(name, ()))
+
+    inputs = []
+    for own, spec in zip(axes, p["in_specs"], strict=True):
+        parts = []
+        for place, axis in enumerate(own):
+            outer = on(spec, place)
+            unify(outer, axis)
+            sizes = (length(outer), length(axis) // length(outer))
+            parts.append(reshaped((axis,), sizes)[-1])
+        inputs.append(tuple(parts))
+    numbers = tuple(index for axis in devices.values() for index in axis)
+    out = enter(0, inside(eqn).jaxpr, inputs, numbers)
+    return [
+        tuple((*on(spec, place), *axis) for place, axis in enumerate(own))
+        for own, spec in zip(out, p["out_specs"], strict=True)
+    ]
 
 
 @rule("while")

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Literal, jaxpr_as_fun
+from jax.sharding import PartitionSpec
 
 from kfac_jax_lite.tagging.layers import (
     CALLS,
@@ -20,9 +21,11 @@ from kfac_jax_lite.tagging.layers import (
     Ref,
     Site,
     inside,
+    manual_axes,
     scan_counts,
 )
 from kfac_jax_lite.tagging.taps import Slot
+from kfac_jax_lite.tree import vary
 from kfac_jax_lite.types import Array, ClosedJaxpr, Jaxpr, JaxprEqn
 
 Slots = dict[str, Slot]
@@ -90,7 +93,9 @@ class Interpreter:
                 if site.layer is not None:
                     var = eqn.outvars[site.output]
                     inputs = [jnp.asarray(value(a)) for a in site.inputs]
-                    env[var] = self.on_site(site, env[var], inputs, slots[site.layer])
+                    slot = slots[site.layer]
+                    slot = slot._replace(probes=vary(slot.probes, site.axes))
+                    env[var] = self.on_site(site, env[var], inputs, slot)
         return [value(a) for a in jaxpr.outvars], marked
 
 
@@ -217,11 +222,46 @@ def run_cond(
     return lax.switch(which, branches, operands, slots), []
 
 
+def run_shard_map(
+    self: Interpreter,
+    plan: Plan,
+    index: int,
+    eqn: JaxprEqn,
+    operands: list[Any],
+    slots: Slots,
+) -> tuple[list[Any], list[Any]]:
+    """``shard_map``: probes enter whole, so that their cotangents are summed up."""
+    p, (inner,) = eqn.params, plan.children[index]
+    sites = inner.all_sites()
+    here = {site.layer: slots[site.layer] for site in sites if site.layer}
+    axes = {name: {s.axes for s in sites if s.layer == name} for name in here}
+
+    def body(operands: list[Any], slots: Slots):
+        own = {}
+        for name, slot in slots.items():
+            # Once here and not at every site, where all sites agree.
+            first, *others = axes[name]
+            probes = slot.probes if others else vary(slot.probes, first)
+            own[name] = slot._replace(probes=probes)
+        return self.run(inner, *inside(eqn), operands, own)[0]
+
+    run = jax.shard_map(
+        body,
+        mesh=p["mesh"],
+        in_specs=(list(p["in_specs"]), PartitionSpec()),
+        out_specs=list(p["out_specs"]),
+        axis_names=manual_axes(eqn),
+        check_vma=p["check_vma"],
+    )
+    return run(operands, here), []
+
+
 HANDLERS: dict[str, Callable[..., tuple[list[Any], list[Any]]]] = {
     **dict.fromkeys(CALLS, run_call),
     **dict.fromkeys(CHECKPOINTS, run_checkpoint),
     "scan": run_scan,
     "cond": run_cond,
+    "shard_map": run_shard_map,
 }
 
 

@@ -163,6 +163,10 @@ class Site:
             side, or it cannot be told.
         slots: Whether its rows are places that examples are sent to, some of them
             empty.
+        devices: How many devices run it, each on rows of its own (``shard_map``).
+        copies: How many devices run it on the same rows, each with a part of the
+            cotangent (``shard_map`` that does not check what varies).
+        axes: Mesh axes along which its rows differ, where types say so.
     """
 
     kind: str
@@ -178,6 +182,9 @@ class Site:
     by_hand: bool = False
     positions: int | None = None
     slots: bool = False
+    devices: int = 1
+    copies: int = 1
+    axes: frozenset[Any] = frozenset()
 
     @property
     def primary(self) -> View:
@@ -245,6 +252,7 @@ class Plan:
         children: Equation number to the plans of the jaxprs inside it.
         unstacked: Equation number of a ``scan`` to the leaves it consumes by slices.
         exports: Whether a ``Ref`` from outside reads one of its variables.
+        devices: Elementary indices that number the devices of a ``shard_map`` around.
     """
 
     sites: dict[int, list[Site]] = dataclasses.field(default_factory=dict)
@@ -252,6 +260,7 @@ class Plan:
     children: dict[int, tuple["Plan", ...]] = dataclasses.field(default_factory=dict)
     unstacked: dict[int, frozenset[int]] = dataclasses.field(default_factory=dict)
     exports: bool = False
+    devices: tuple[Any, ...] = ()
 
     @property
     def active(self) -> bool:
@@ -305,3 +314,17 @@ def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
 
     carried = kept(eqn.outvars, body.outvars)
     return kept(eqn.invars, body.invars) - carried, carried
+
+
+def manual_axes(eqn: JaxprEqn) -> frozenset[Any]:
+    """The mesh axes along which a ``shard_map`` runs a program of its own."""
+    names = ("newly_manual_axes", "manual_axes")
+    return frozenset(next(eqn.params[name] for name in names if name in eqn.params))
+
+
+def spec_axes(spec: Any) -> tuple[Any, ...]:
+    """The mesh axes that a partition specification names."""
+    found: list[Any] = []
+    for entry in spec:
+        found += entry if isinstance(entry, tuple) else [] if entry is None else [entry]
+    return tuple(found)

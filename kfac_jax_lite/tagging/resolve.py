@@ -107,7 +107,7 @@ def batched_sites(walk: Walk, facts: Facts) -> list[Site]:
     fewest = min(
         [n, *(size for size in facts.batch_sizes if size > 1 and n % size == 0)]
     )
-    rows = [math.prod(s.geometry.rows) * s.repeat for s in walk.sites]
+    rows = [math.prod(s.geometry.rows) * s.repeat * s.devices for s in walk.sites]
     seen: set[tuple[str, View]] = set()
     for site, count in zip(walk.sites, rows, strict=True):
         if count >= fewest:

@@ -105,7 +105,9 @@ def once_for_all(group: Group, facts: Facts) -> bool:
     Returns:
         Whether it has none.
     """
-    shapes = [(s.geometry.blocks + s.geometry.rows, s.repeat) for s in group.sites]
+    shapes = [
+        (s.geometry.blocks + s.geometry.rows, s.repeat * s.devices) for s in group.sites
+    ]
     return group.kind != "scale_shift" and any(
         math.prod(rows) * repeat < facts.num_examples
         and not set(rows) & set(facts.batch_sizes)
