@@ -84,14 +84,28 @@ def stretched(view: View, shape: Shape) -> View:
 
 
 def main_operand(facts: list[Fact]) -> int | None:
-    """Of two parameters that are multiplied, the one that is not broadcast."""
+    """Of two parameters that are multiplied, the one that is not broadcast.
+
+    If one of them is a function of a parameter, such as a gain that must be positive,
+    and not clearly the larger one, it is the other.
+
+    Returns:
+        The operand's number, or None.
+    """
     views = [f.view if isinstance(f, Scaled) else f for f in facts]
     whole = [isinstance(v, View) and v.dense for v in views]
     sizes = [math.prod(v.core) for v in views if isinstance(v, View)]
-    if len(sizes) < 2 or sizes[0] == sizes[1]:
+    if len(sizes) < 2:
         return None
+    computed = [
+        isinstance(f, Scaled) and any(isinstance(x.atom, Derived) for x in f.factors)
+        for f in facts
+    ]
     side = 0 if sizes[0] > sizes[1] else 1
-    return side if whole[side] else None
+    if sizes[0] != sizes[1] and whole[side]:
+        return side
+    same = views[0] == views[1]
+    return computed.index(False) if sum(computed) == 1 and not same else None
 
 
 def factor_of(scope: Scope, atom: Any, divided: bool) -> Factor:
