@@ -225,8 +225,8 @@ def function(
     own = [f for f in facts if leaves_of(f)]
     views = {f.view if isinstance(f, Scaled) else f for f in own}
     (view, *others) = views or {None}
-    if others or not isinstance(view, View) or view.shape != shape:
-        return None
+    if others or not isinstance(view, View) or view.shape != shape or not view.dense:
+        return None  # repeated entries are tapped where they were repeated
     factors = [f.factors if isinstance(f, Scaled) else () for f in facts]
     inner = tuple(f.atom for group in factors for f in group)
 
