@@ -21,7 +21,7 @@ from kfac_jax_lite.factors.thin import thin_layers
 from kfac_jax_lite.inverse import Method
 from kfac_jax_lite.likelihoods import MASK
 from kfac_jax_lite.linalg import LEAF, first_half, leaf_size, padded_size
-from kfac_jax_lite.tagging.layers import ConvGeometry, Site
+from kfac_jax_lite.tagging.layers import ConvGeometry, RaggedGeometry, Site
 from kfac_jax_lite.types import LayerTag
 from kfac_jax_lite.views import Shape
 
@@ -80,8 +80,11 @@ def layer_rows(tagged: TaggedLoss, params: Any, *args: Any) -> dict[str, Rows]:
             shares = [lattice.share for s in sites if (lattice := recipe.lattice(s))]
             statistics = recipe.num_rows // min(shares, default=1)
         saved = sum(saved_flops(site, recipe) for site in sites)
-        record = (forward, recipe.rows_out, statistics, saved, layer.name in thin)
-        rows[layer.name] = Rows(*record)
+        ragged = any(isinstance(s.geometry, RaggedGeometry) for s in sites)
+        share = math.prod(layer.blocks) if ragged else 1  # a row meets one block
+        numbers = (forward, recipe.rows_out, statistics)
+        each = (-(-number // share) for number in numbers)
+        rows[layer.name] = Rows(*each, saved, layer.name in thin)
     return rows
 
 

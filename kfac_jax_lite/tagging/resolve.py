@@ -106,9 +106,9 @@ def batched_sites(walk: Walk, facts: Facts) -> list[Site]:
     """
 
     def whole(site: Site) -> bool:
-        n = facts.examples(site)
+        n, rows = facts.examples(site), math.prod(site.geometry.rows)
         sizes = [size for size in facts.batch_sizes if size > 1 and n % size == 0]
-        return math.prod(site.geometry.rows) * site.repeat >= min((n, *sizes))
+        return rows * site.repeat * site.devices >= min((n, *sizes))
 
     seen: set[tuple[str, View]] = set()
     for site in filter(whole, walk.sites):

@@ -346,6 +346,6 @@ def check_marks(walk: Walk, sampled: bool) -> None:
         )
     if walk.nested_marks:
         raise ValueError(
-            "an output marked inside scan or cond cannot be sampled; mark what "
-            "leaves it."
+            "an output marked inside scan, cond or shard_map cannot be sampled; mark "
+            "what leaves it."
         )
