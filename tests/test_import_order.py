@@ -120,16 +120,6 @@ def test_only_public_jax(path):
     assert not path.name.startswith("_") or path.name == "__init__.py"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_small_files_and_functions(path):
-    text = path.read_text()
-    assert len(text.splitlines()) <= 400
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
-            document = (ast.get_docstring(node, clean=False) or "").count("\n") + 1
-            assert node.end_lineno - node.lineno - document < 60, node.name
-
-
 def test_the_core_imports_no_extras():
     """``pip install kfac_jax_lite`` alone is light: no Flax, no plots, no data sets."""
     code = (
