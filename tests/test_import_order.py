@@ -50,7 +50,7 @@ ORDER = [
     {"simulate"},
     {"findings"},
     {"modes"},
-    {"symptoms", "counters"},
+    {"symptoms", "counters", "marks"},
     {"examination"},
     {"doctor"},
     {"curvature", "ntk"},

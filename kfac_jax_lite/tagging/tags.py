@@ -11,7 +11,7 @@ from kfac_jax_lite import forms
 from kfac_jax_lite.tagging.analysis import Walk
 from kfac_jax_lite.tagging.examples import terms_of
 from kfac_jax_lite.tagging.layers import ScaleShiftGeometry, Site
-from kfac_jax_lite.types import LayerTag
+from kfac_jax_lite.types import UNREACHED, LayerTag
 from kfac_jax_lite.views import Shape, View
 
 REPARAMETRISED = (
@@ -163,7 +163,7 @@ def diagonal_tag(
 def fallback_reason(walk: Walk, leaf: int, reasons: dict[int, str]) -> str:
     """Why a leaf is in no layer, in words."""
     if not walk.reached >> leaf & 1:
-        return "does not reach the loss"
+        return UNREACHED
     if leaf in reasons:
         return reasons[leaf]
     uses = sorted(set(walk.uses.get(leaf, [])))
