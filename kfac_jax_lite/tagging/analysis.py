@@ -175,8 +175,8 @@ class Walk:
         reached: Leaves that the loss, or what is sampled, depends on, as bits.
         scopes: The scope of every plan.
         liveness: Where derivatives of the loss pass.
-        of_marks: Where derivatives of single marked outputs pass, if there are several,
-            by the identity of their equations.
+        of_marks: Where derivatives of single marked outputs pass, if it matters, by the
+            identity of their equations.
         mesh_bits: Bits of the dependencies for mesh axes of a ``shard_map``.
     """
 
@@ -446,7 +446,8 @@ def analyse(
     """
     jaxpr = closed.jaxpr
     marks = marks_in(jaxpr)
-    of_marks = {id(eqn): Liveness(False, eqn) for eqn in marks if len(marks) > 1}
+    several = sampled or len(marks) > 1
+    of_marks = {id(eqn): Liveness(False, eqn) for eqn in marks if several}
     liveness = Liveness(sampled, every=outputs_only)
     walk, plan = Walk(num_leaves, liveness, of_marks), Plan()
     outs = [i == 0 for i in range(len(jaxpr.outvars))]

@@ -162,6 +162,7 @@ class Site:
         positions: How many rows in a row are one example's; None: they are not side by
             side, or it cannot be told.
         marks: Numbers of the marked outputs that depend on it, where there are several.
+        unmarked: Whether no marked output depends on it, where they are sampled.
         slot: Under which name its statistics are added up: the layer's, or one of
             their own for the sites that other outputs depend on.
         spread: Over how many examples it is broadcast, in front of all other axes of
@@ -187,6 +188,7 @@ class Site:
     by_hand: bool = False
     positions: int | None = None
     marks: frozenset[int] = frozenset()
+    unmarked: bool = False
     slot: str = ""
     spread: int = 0
 

@@ -276,8 +276,8 @@ def shard_map(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
         sizes[a] for a in {a for s in p["in_specs"] for a in spec_axes(s)}
     )
     for number in range(marks, len(walk.marks)):
-        likelihood, shape, loops = walk.marks[number]
-        walk.marks[number] = likelihood, shape, (*loops, devices)
+        mark = walk.marks[number]
+        walk.marks[number] = mark._replace(loops=(*mark.loops, devices))
         walk.nested_marks = True
     outside = functools.reduce(operator.or_, bits.values(), 0)
     for var, found in zip(eqn.outvars, out, strict=True):
