@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import inspect
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +37,32 @@ from kfac_jax_lite.types import (
 FISHERS = ("empirical", "mc", "exact")
 WEIGHT_SHARING = ("expand", "reduce")
 STATISTICS = ("factors", "squares")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
+def by_position(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, with an error that says where arguments of the loss go."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(function).parameters
+    known = {name for name, p in parameters.items() if p.kind in kinds}
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        unknown = ", ".join(name for name in kwargs if name not in known)
+        if unknown:
+            raise TypeError(
+                f"{function.__name__} has no argument named {unknown}. The arguments "
+                "of the loss go in by position, (params, x, y); where the loss takes "
+                "them by name, wrap it: kfac.tag(lambda params, x, y: loss_fn(params, "
+                "x, y=y), …)."
+            )
+        return function(*args, **kwargs)
+
+    return called
+
+
+@by_position
 def tag(
     loss_fn: Callable[..., Any],
     params: Any,
@@ -50,7 +75,6 @@ def tag(
     max_factor_dim: int = 8192,
     subsample: Subsample = Subsample(),  # noqa: B008 (frozen)
     statistics: str = "factors",
-    **unknown: Any,
 ) -> "TaggedLoss":
     """Finds the layers of a loss function; nothing is executed.
 
@@ -75,7 +99,6 @@ def tag(
         statistics: ``"factors"``, or ``"squares"``: for dense layers, convolutions and
             embeddings the exact mean of the squares of single examples' gradients, as
             ``kfac.bayes.vogn`` wants them (no matter the weight sharing).
-        **unknown: Nothing: an error says where arguments of the loss go.
 
     Returns:
         The tagged loss. ``print`` it for the table of layers.
@@ -90,7 +113,6 @@ def tag(
         Martens & Grosse, 2015, arXiv:1503.05671; Grosse & Martens, 2016,
         arXiv:1602.01407; Eschenhagen et al., 2023, arXiv:2311.00636.
     """
-    check_keywords("kfac.tag", unknown)
     for name, value, known in (
         ("fisher", fisher, FISHERS),
         ("weight_sharing", weight_sharing, WEIGHT_SHARING),
@@ -121,16 +143,6 @@ def tag(
         lines = "\n".join(f"  {', '.join(t.params)}: {t.note}" for t in fallen)
         raise ValueError(f"no layer rule covers these parameters:\n{lines}")
     return tagged
-
-
-def check_keywords(function: str, unknown: dict[str, Any]) -> None:
-    """The loss's arguments go in by position."""
-    if unknown:
-        raise TypeError(
-            f"{function} has no argument named {', '.join(unknown)}. The arguments of "
-            "the loss go in by position, (params, x, y); where the loss takes them by "
-            "name, wrap it: kfac.tag(lambda params, x, y: loss_fn(params, x, y=y), …)."
-        )
 
 
 def check_factor_dim(size: Any) -> None:
@@ -202,6 +214,7 @@ class TaggedLoss:
             )
         return self.loss_fn(params, *args)
 
+    @by_position
     def value_and_grad(
         self,
         params: Any,
@@ -209,7 +222,6 @@ class TaggedLoss:
         opt_state: Any = None,
         key: Any = None,
         deferred: bool = False,
-        **unknown: Any,
     ) -> tuple[Any, Any, Any]:
         """Loss, gradient and statistics: one forward pass, one backward pass.
 
@@ -227,7 +239,6 @@ class TaggedLoss:
             deferred: Leave the statistics to ``update``, which must be called in the
                 same traced step with ``statistics=statistics``: a step with nothing due
                 then writes nothing in their place. They cannot be read or returned.
-            **unknown: Nothing: an error says where arguments of the loss go.
 
         Returns:
             ``(value, grads, statistics)``; ``value`` is ``(loss, aux)`` with
@@ -239,7 +250,6 @@ class TaggedLoss:
             ValueError: ``key`` is missing; the state is of another model; the layers
                 are no longer those of ``tag``.
         """
-        check_keywords("value_and_grad", unknown)
         if self.fisher == "mc" and key is None:
             raise ValueError('fisher="mc" samples labels: pass key=jax.random.key(…).')
         sampled = self.fisher != "empirical"
@@ -348,7 +358,7 @@ class TaggedLoss:
                     f"layer {new.name} is used differently with these arguments than "
                     f"with those of kfac.tag: {new.note or 'no note'}, was "
                     f"{old.note or 'no note'}.",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
 
 

@@ -86,9 +86,14 @@ class Interpreter:
             for site in plan.sites.get(index, ()):
                 if site.layer is not None:
                     var = eqn.outvars[site.output]
-                    inputs = [jnp.asarray(value(a)) for a in site.inputs]
+                    inputs = [as_array(value(a)) for a in site.inputs]
                     env[var] = self.on_site(site, env[var], inputs, slots[site.layer])
         return [value(a) for a in jaxpr.outvars], marked
+
+
+def as_array(value: Any) -> Array:
+    """A literal as an array; arrays keep their type."""
+    return value if isinstance(value, jax.Array) else jnp.asarray(value)
 
 
 def bind(jaxpr: Jaxpr, eqn: JaxprEqn, operands: list[Any]) -> list[Any]:
