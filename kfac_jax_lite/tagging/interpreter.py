@@ -116,7 +116,7 @@ class Interpreter:
                 if self.on_site is None or site.layer is None:
                     continue
                 var = eqn.outvars[site.output]
-                inputs = [jnp.asarray(value(a)) for a in site.inputs]
+                inputs = [as_array(value(a)) for a in site.inputs]
                 slot = slots[site.slot]
                 slot = slot._replace(probes=vary(slot.probes, site.axes))
                 if not site.spread:
@@ -129,6 +129,11 @@ class Interpreter:
                 output = broadcast(env[var], site) if output is None else output
                 copies[var] = self.on_site(site, output, inputs, slot)
         return [value(a) for a in jaxpr.outvars], marked
+
+
+def as_array(value: Any) -> Array:
+    """A literal as an array; arrays keep their type."""
+    return value if isinstance(value, jax.Array) else jnp.asarray(value)
 
 
 def broadcast(x: Array, site: Site) -> Array:
