@@ -215,8 +215,8 @@ def scaled(seen: Seen) -> Iterator[Finding]:
             None,
             f"The loss is {weight:.4g} times the mean negative log-likelihood of its "
             f"{seen.terms} rows: their sum. Output factors of the empirical Fisher "
-            "matrix are too large by the square of that, steps with the model's own "
-            "are too long by it, and damping depends on the batch size.",
+            "matrix are too large by the square of that, steps with the others too "
+            "long by it, and damping depends on the batch size.",
             "Return the mean over the examples.",
             numbers,
         )
