@@ -22,6 +22,7 @@ from kfac_jax_lite.likelihoods import (
 )
 from kfac_jax_lite.tagging.interpreter import Interpreter
 from kfac_jax_lite.tagging.trace import Trace
+from kfac_jax_lite.tree import vary, varying_axes
 from kfac_jax_lite.types import Array, accumulation_dtype
 
 # Relative error up to which two products are multiples of each other.
@@ -64,7 +65,7 @@ def output_curvature(
         before, after = values[:number], values[number + 1 :]
         return jax.grad(lambda z: tail([*before, z, *after]))(z)
 
-    v = typed_like(output, direction, None)
+    v = vary(typed_like(output, direction, None), varying_axes(output.value))
     seen = jax.jvp(slope, (output.value,), (v,))[1]
     wanted = masked_rows(output, typed_like(output, fisher_product, v))
     dtype = accumulation_dtype(output.value.dtype)
