@@ -10,6 +10,7 @@ References:
     arXiv:1412.1193, Secs. 5-9.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,13 +23,22 @@ from kfac_jax_lite.types import Array, accumulation_dtype
 from kfac_jax_lite.views import Shape
 
 PREFIX = "kfac_jax_lite."
-MASK = "mask"
+LIKELIHOODS = ("categorical", "bernoulli", "normal")
+MASK, WEIGHT = "mask", "weight"
+# Marks of what goes with the output that follows, in front of it.
+BESIDE = (MASK, WEIGHT)
+Weight = Array | float | None
 
 
-def categorical(logits: Array, mask: Array | None = None) -> Array:
+def categorical(
+    logits: Array, mask: Array | None = None, weight: Weight = None
+) -> Array:
     """Marks ``logits [..., classes]`` of a categorical distribution; the identity.
 
     ``Λ = diag(p) − p pᵀ`` with ``p = softmax(z)``; rows are all axes but the last.
+
+    A loss may have several terms, each with a marked output of its own, of other rows
+    and with another weight: ``L = Σ_k w_k · mean over the N_k rows of mark k``.
 
     Args:
         logits: Unnormalised log-probabilities, ``[..., classes]``.
@@ -37,32 +47,58 @@ def categorical(logits: Array, mask: Array | None = None) -> Array:
             the loss depends on: padded tokens do not enter the factors, nor do rows at
             which all units of a layer are off. (Where padding is inside the network
             only, as in a classifier of token sequences, pass a mask of ones.)
+        weight: ``w``, a number, or one for every row ``[...]``, that the loss
+            multiplies this term with, not differentiated. None: of the only mark 1; of
+            several, measured where the loss's second derivative by its output is a
+            multiple of ``Λ``, else 1.
 
     Returns:
         ``logits``, unchanged.
 
     Raises:
-        ValueError: ``logits`` is a scalar; the mask is not shaped like its rows.
+        TypeError: Complex logits.
+        ValueError: ``logits`` is a scalar; mask or weight are not shaped like its rows;
+            a negative weight.
     """
     if jnp.ndim(logits) < 1:
         raise ValueError("kfac.categorical wants logits [..., classes], got a scalar.")
-    return marked(logits, "categorical", mask)
+    return marked(logits, "categorical", mask, weight)
 
 
-def marked(output: Array, likelihood: str, mask: Array | None) -> Array:
-    """The output under its name, behind its mask under another."""
+def marked(output: Array, likelihood: str, mask: Array | None, weight: Weight) -> Array:
+    """The output under its name, behind its mask and its weight under theirs."""
+    shape = jnp.shape(output)
+    if jnp.issubdtype(jnp.result_type(output), jnp.complexfloating):
+        raise TypeError(
+            f"kfac.{likelihood} marks real outputs, got {jnp.result_type(output)} "
+            f"{shape}: mark what the loss makes of it, such as real and imaginary part "
+            "side by side."
+        )
+    rows = row_shape(shape, likelihood)
     if mask is not None:
-        rows = row_shape(jnp.shape(output), likelihood)
         if jnp.shape(mask) != rows:
             raise ValueError(
                 f"kfac.{likelihood}: the mask has shape {jnp.shape(mask)}, wanted "
-                f"{rows}, one entry for every row of the output {jnp.shape(output)}."
+                f"{rows}, one entry for every row of the output {shape}."
             )
         checkpoint_name(jnp.asarray(mask, bool).astype(jnp.float32), PREFIX + MASK)
+    if weight is not None:
+        if jnp.shape(weight) not in ((), rows):
+            raise ValueError(
+                f"kfac.{likelihood}: the weight has shape {jnp.shape(weight)}, wanted "
+                f"a number or {rows}, one for every row of the output {shape}."
+            )
+        if isinstance(weight, (int, float)) and not 0 <= weight < float("inf"):
+            raise ValueError(
+                f"kfac.{likelihood} wants a weight >= 0 and finite, got {weight}."
+            )
+        dtype = accumulation_dtype(jnp.result_type(output))
+        value = jax.lax.stop_gradient(jnp.asarray(weight, dtype))
+        checkpoint_name(value, PREFIX + WEIGHT)
     return checkpoint_name(output, PREFIX + likelihood)
 
 
-def bernoulli(logits: Array, mask: Array | None = None) -> Array:
+def bernoulli(logits: Array, mask: Array | None = None, weight: Weight = None) -> Array:
     """Marks ``logits [..., outputs]`` of independent Bernoulli outputs; the identity.
 
     ``Λ = diag(p (1 − p))`` with ``p = sigmoid(z)``. The loss of one row is the *sum*
@@ -71,18 +107,23 @@ def bernoulli(logits: Array, mask: Array | None = None) -> Array:
     Args:
         logits: Log-odds, ``[..., outputs]`` or ``[B]``.
         mask: Which rows count, as for ``categorical``.
+        weight: Of this term or of its rows, as for ``categorical``.
 
     Returns:
         ``logits``, unchanged.
 
     Raises:
-        ValueError: The mask is not shaped like the rows.
+        TypeError: Complex logits.
+        ValueError: Mask or weight are not shaped like the rows; a negative weight.
     """
-    return marked(logits, "bernoulli", mask)
+    return marked(logits, "bernoulli", mask, weight)
 
 
 def normal(
-    mean: Array, variance: Array | float = 1.0, mask: Array | None = None
+    mean: Array,
+    variance: Array | float = 1.0,
+    mask: Array | None = None,
+    weight: Weight = None,
 ) -> Array:
     """Marks the ``mean [..., outputs]`` of a normal distribution; the identity.
 
@@ -93,21 +134,23 @@ def normal(
         mean: Mean of the outputs, ``[..., outputs]`` or ``[B]``.
         variance: Known variance, a scalar or an array that broadcasts to ``mean``.
         mask: Which rows count, as for ``categorical``.
+        weight: Of this term or of its rows, as for ``categorical``.
 
     Returns:
         ``mean``.
 
     Raises:
-        ValueError: A concrete ``variance`` is not positive; the mask is not shaped like
-            the rows.
+        TypeError: A complex mean.
+        ValueError: A concrete ``variance`` is not positive; mask or weight are not
+            shaped like the rows; a negative weight.
     """
     if isinstance(variance, (int, float)):
         if variance <= 0:
             raise ValueError(f"kfac.normal wants variance > 0, got {variance}.")
         if variance == 1:
-            return marked(mean, "normal", mask)
+            return marked(mean, "normal", mask, weight)
     deviation = jax.lax.stop_gradient(jnp.sqrt(jnp.asarray(variance, mean.dtype)))
-    return marked(mean / deviation, "normal", mask) * deviation
+    return marked(mean / deviation, "normal", mask, weight) * deviation
 
 
 def row_shape(shape: Shape, likelihood: str) -> Shape:
@@ -116,32 +159,75 @@ def row_shape(shape: Shape, likelihood: str) -> Shape:
 
 
 class Output(NamedTuple):
-    """A marked output: its likelihood, its value, which rows count (None: all)."""
+    """A marked output.
+
+    Attributes:
+        likelihood: Which.
+        value: ``z``.
+        mask: Which rows count; None: all.
+        given: ``w``, a number or one for every row, given or measured; None: 1.
+        weight: What ``Λ`` is multiplied with so that all outputs are averaged over the
+            terms of the first: ``w_k N_1 / N_k``; None: 1.
+    """
 
     likelihood: str
     value: Array
     mask: Array | None
+    given: Any = None
+    weight: Any = None
+
+    @property
+    def terms(self) -> Any:
+        """``N_k``: how many rows count, at least 1."""
+        if self.mask is None:
+            return math.prod(row_shape(jnp.shape(self.value), self.likelihood))
+        dtype = accumulation_dtype(self.value.dtype)
+        return jnp.maximum(self.mask.sum(dtype=dtype), 1)
 
 
 def outputs_of(names: Sequence[str], values: Sequence[Array]) -> list[Output]:
-    """Marked outputs from all marks in program order: a mask precedes its output."""
-    outputs, mask = [], None
-    for name, value in zip(names, values, strict=True):
-        if name == MASK:
-            mask = value
+    """Marked outputs from all marks in program order.
+
+    Args:
+        names: Likelihoods, and what stands in front of their outputs.
+        values: The marked values.
+
+    Returns:
+        One record for every output, ``weight`` as far as it was given.
+    """
+    outputs: list[Output] = []
+    beside: dict[str, Array] = {}
+    for name, value in zip(names, map(jnp.asarray, values), strict=True):
+        if name in BESIDE:
+            beside[name] = value
         else:
-            outputs.append(Output(name, value, mask))
-            mask = None
-    return outputs
+            outputs.append(Output(name, value, beside.get(MASK), beside.get(WEIGHT)))
+            beside = {}
+    return weighed(outputs, [output.given for output in outputs])
+
+
+def weighed(outputs: Sequence[Output], weights: Sequence[Any]) -> list[Output]:
+    """The outputs with these weights, each over its own number of terms.
+
+    Args:
+        outputs: The marked outputs.
+        weights: ``w`` of each; None: 1.
+
+    Returns:
+        The outputs.
+    """
+    found = []
+    for output, own in zip(outputs, weights, strict=True):
+        weight, first, terms = own, outputs[0].terms, output.terms
+        if output is not outputs[0] and (first is not terms and first != terms):
+            weight = (1 if own is None else own) * (first / terms)
+        found.append(output._replace(given=own, weight=weight))
+    return found
 
 
 def count_terms(outputs: Sequence[Output]) -> Array | None:
-    """How many loss terms count, at least 1; None where nothing is masked."""
-    for output in outputs:
-        if output.mask is not None:
-            dtype = accumulation_dtype(output.value.dtype)
-            return jnp.maximum(output.mask.sum(dtype=dtype), 1)
-    return None
+    """``N`` of the first output, where it is masked, else None."""
+    return outputs[0].terms if outputs and outputs[0].mask is not None else None
 
 
 def masked_rows(output: Output, rows: Array) -> Array:
@@ -149,6 +235,24 @@ def masked_rows(output: Output, rows: Array) -> Array:
     if output.mask is None:
         return rows
     return rows * expanded(output.mask, rows.ndim).astype(rows.dtype)
+
+
+def weighted_rows(output: Output, rows: Array, power: float = 1.0) -> Array:
+    """Rows times a power of their weights; zeros where they do not count.
+
+    Args:
+        output: The marked output.
+        rows: Shaped like it.
+        power: 1 for products with ``Λ``, one half for those with a square root of it.
+
+    Returns:
+        The rows.
+    """
+    rows = masked_rows(output, rows)
+    if output.weight is None:
+        return rows
+    weight = jnp.asarray(output.weight, rows.dtype) ** power
+    return rows * expanded(weight, rows.ndim)
 
 
 def sampled_cotangent(likelihood: str, output: Array, key: Array) -> Array:
@@ -196,7 +300,8 @@ def square_root_column(
     columns = 1 if scalar else z.shape[-1]
 
     def unit(j: Any):
-        return jnp.ones_like(z) if scalar else jnp.arange(columns) == j
+        here = jnp.arange(columns) == j
+        return jnp.ones_like(z) if scalar else jnp.broadcast_to(here, z.shape)
 
     if likelihood == "categorical":
         p = jax.nn.softmax(z)

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from kfac_jax_lite.factors.estimate import TaggedLoss
-from kfac_jax_lite.likelihoods import MASK, Output, count_terms, outputs_of
+from kfac_jax_lite.factors.weights import with_weights
+from kfac_jax_lite.likelihoods import BESIDE, Output, count_terms, outputs_of
 from kfac_jax_lite.tagging.interpreter import Interpreter
 from kfac_jax_lite.types import Array
 
@@ -33,20 +34,27 @@ class MarkedLoss:
             outputs, in the order of ``outputs``.
         names: Likelihood, or "mask", of every mark.
         num_examples: ``N`` where nothing is masked.
+        weigh: Finds the weights that the user has not given.
     """
 
     values: Callable[[Any], tuple[Array, tuple[Array, ...]]]
     shifted: Callable[[Any, Sequence[Array]], Array]
     names: tuple[str, ...]
     num_examples: int
+    weigh: Callable[[list[Output]], list[Output]]
 
     def outputs(self, marks: Sequence[Array]) -> list[Output]:
-        """The marked outputs, each with its likelihood and mask."""
-        return outputs_of(self.names, marks)
+        """The marked outputs, each with its likelihood, mask and weight."""
+        return self.weigh(outputs_of(self.names, marks))
+
+    def output_values(self, marks: Sequence[Array]) -> list[Array]:
+        """The values of the outputs alone, or tangents of them."""
+        pairs = zip(self.names, marks, strict=True)
+        return [mark for name, mark in pairs if name not in BESIDE]
 
     def num_terms(self, marks: Sequence[Array]) -> Any:
         """``N``: how many rows count."""
-        terms = count_terms(self.outputs(marks))
+        terms = count_terms(outputs_of(self.names, marks))
         return self.num_examples if terms is None else terms
 
     def cotangents(
@@ -63,14 +71,15 @@ class MarkedLoss:
         """
         waiting, pairs = iter(values), zip(self.names, marks, strict=True)
         return tuple(
-            jnp.zeros_like(m) if name == MASK else next(waiting).astype(m.dtype)
+            jnp.zeros_like(m) if name in BESIDE else next(waiting).astype(m.dtype)
             for name, m in pairs
         )
 
     def residuals(self, params: Any) -> list[Array]:
         """``r = N ∂L/∂z``, shaped like each output; zero in rows that do not count."""
         _, marks = self.values(params)
-        zeros = [jnp.zeros_like(output.value) for output in self.outputs(marks)]
+        outputs = outputs_of(self.names, marks)
+        zeros = [jnp.zeros_like(output.value) for output in outputs]
         slopes = jax.grad(lambda shifts: self.shifted(params, shifts))(zeros)
         n = self.num_terms(marks)
         return [(n * slope).astype(slope.dtype) for slope in slopes]
@@ -91,16 +100,11 @@ def marked_loss(tagged: TaggedLoss, params: Any, args: tuple[Any, ...]) -> Marke
         ValueError: No output is marked, or it is marked inside a loop or a branch.
     """
     found = tagged.trace(params, args, True)
-    for sites in found.sites.values():
-        for site in sites:
-            site.layer = None  # untapped: a tap has no forward mode
     data = jax.tree.leaves(args)
 
     def evaluate(params: Any, on_mark: Callable[..., Any] | None):
         operands = [*jax.tree.leaves(params), *data]
-        interpreter = Interpreter(
-            lambda site, output, inputs, slot: output, {}, on_mark
-        )
+        interpreter = Interpreter(None, {}, on_mark)  # a tap has no forward mode
         jaxpr, consts = found.closed.jaxpr, found.closed.consts
         out, marks = interpreter.run(found.plan, jaxpr, consts, operands, {})
         return out[0], tuple(marks)
@@ -109,10 +113,18 @@ def marked_loss(tagged: TaggedLoss, params: Any, args: tuple[Any, ...]) -> Marke
         waiting = iter(shifts)
 
         def add(name: str, mark: Array):
-            return mark if name == MASK else mark + next(waiting)
+            return mark if name in BESIDE else mark + next(waiting)
 
         return evaluate(params, add)[0]
 
-    return MarkedLoss(
-        lambda params: evaluate(params, None), shifted, found.marks, found.num_examples
-    )
+    def weigh(outputs: list[Output]) -> list[Output]:
+        return with_weights(found, [*jax.tree.leaves(params), *data], outputs)
+
+    def values(params: Any):
+        loss, marks = evaluate(params, None)
+        if tagged.curvature is not None:
+            loss = tagged.loss_fn(params, *args)
+            loss = loss[0] if tagged.has_aux else loss
+        return loss, marks
+
+    return MarkedLoss(values, shifted, found.marks, found.num_examples, weigh)

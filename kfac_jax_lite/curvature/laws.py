@@ -31,9 +31,9 @@ from kfac_jax_lite.factors.passes import typed_like
 from kfac_jax_lite.likelihoods import (
     Output,
     fisher_product,
-    masked_rows,
     sampled_cotangent,
     square_root_column,
+    weighted_rows,
 )
 from kfac_jax_lite.outputs import MarkedLoss
 from kfac_jax_lite.types import Array
@@ -99,7 +99,7 @@ def samples(
     for s in range(law.num_samples):
         keys = jax.random.split(jax.random.fold_in(key, s), len(outputs))
         draws = [
-            masked_rows(o, typed_like(o, sampled_cotangent, k))
+            weighted_rows(o, typed_like(o, sampled_cotangent, k), 0.5)
             for o, k in zip(outputs, keys, strict=True)
         ]
         columns.append([d / jnp.sqrt(law.num_samples).astype(d.dtype) for d in draws])
@@ -125,7 +125,7 @@ def kernel(
 
     def exact(output: Output, tangent: Array):
         curved = fisher_product(output.likelihood, output.value, tangent)
-        return masked_rows(output, curved)
+        return weighted_rows(output, curved)
 
     if law.kernel == "exact":
 
@@ -141,13 +141,14 @@ def kernel(
                 triples = list(zip(outputs, column, moved, strict=True))
                 # Not a sum of products, see fisher_product.
                 dots = [jnp.vecdot(as_rows(o, c), as_rows(o, t)) for o, c, t in triples]
-                dot = sum(dots[1:], dots[0])[:, None]
+                if len({d.shape for d in dots}) == 1:  # of the same rows
+                    dots = [sum(dots[1:], dots[0])] * len(dots)
                 for i, (o, c, _) in enumerate(triples):
-                    total[i] += (as_rows(o, c) * dot).reshape(c.shape)
+                    total[i] += (as_rows(o, c) * dots[i][:, None]).reshape(c.shape)
             return total
 
     def apply(tangents: Sequence[Array]):
-        moved = [t.value for t in model.outputs(tangents)]
+        moved = model.output_values(tangents)
         return model.cotangents(marks, curve(moved))
 
     return apply
@@ -175,6 +176,13 @@ def roots(
         count, column = exact_columns(outputs)
     else:
         drawn = samples(law, model, params, outputs, key)
+        if len({len(as_rows(o, o.value)) for o in outputs}) > 1:
+            # Rows of one number in two outputs are not those of one example.
+            drawn = [
+                [c if i == k else jnp.zeros_like(c) for i, c in enumerate(draw)]
+                for draw in drawn
+                for k in range(len(outputs))
+            ]
         stacks = [jnp.stack(values) for values in zip(*drawn, strict=True)]
         count = len(drawn)
         column = lambda j: [jnp.take(s, j, axis=0) for s in stacks]  # noqa: E731
@@ -209,7 +217,7 @@ def exact_columns(
         for output, (columns, of) in zip(outputs, found, strict=True):
             inside = (j >= first) & (j < first + columns)
             value = of(jnp.clip(j - first, 0, columns - 1))
-            values.append(masked_rows(output, jnp.where(inside, value, 0)))
+            values.append(weighted_rows(output, jnp.where(inside, value, 0), 0.5))
             first += columns
         return values
 

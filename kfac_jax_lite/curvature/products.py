@@ -6,6 +6,7 @@ first. All return *sums* over the rows that count and their number ``N``.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from jax import lax
 
 from kfac_jax_lite.curvature.laws import Law, kernel, roots
 from kfac_jax_lite.factors.estimate import TaggedLoss
+from kfac_jax_lite.likelihoods import outputs_of, row_shape
 from kfac_jax_lite.linalg import expanded
 from kfac_jax_lite.outputs import marked_loss
 from kfac_jax_lite.types import (
@@ -162,7 +164,8 @@ def row_moments(
     (_, marks), forward = jax.linearize(model.values, params)
     back = jax.linear_transpose(lambda v: forward(v)[1], params)
     count, cotangents = roots(law, model, params, marks, key)
-    rows = model.num_examples
+    outputs = outputs_of(model.names, marks)
+    rows = max(math.prod(row_shape(o.value.shape, o.likelihood)) for o in outputs)
     dtype = jnp.result_type(*[x.dtype for x in jax.tree.leaves(wide(params))])
 
     def pull(q: Array):

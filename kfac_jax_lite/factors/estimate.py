@@ -3,24 +3,35 @@
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kfac_jax_lite.factors.passes import Finisher, resampled, sampled_pull
+from kfac_jax_lite.factors.passes import (
+    Finisher,
+    resampled,
+    sampled_pull,
+    zeros_of,
+)
 from kfac_jax_lite.factors.recipe import Recipe, make_recipe
 from kfac_jax_lite.factors.sampling import Subsample
 from kfac_jax_lite.factors.slots import make_slots, read_phases, read_state
 from kfac_jax_lite.factors.thin import thin_layers
 from kfac_jax_lite.factors.watched import Watched, watchable
-from kfac_jax_lite.likelihoods import MASK, count_terms, outputs_of
+from kfac_jax_lite.factors.weights import with_weights
+from kfac_jax_lite.likelihoods import (
+    BESIDE,
+    count_terms,
+    masked_rows,
+    outputs_of,
+)
 from kfac_jax_lite.sharding import explicit_mesh
 from kfac_jax_lite.tagging.interpreter import Interpreter
 from kfac_jax_lite.tagging.table import fingerprint, table
 from kfac_jax_lite.tagging.trace import Trace, TraceOptions, trace
-from kfac_jax_lite.tree import varying_axes
+from kfac_jax_lite.tree import vary, varying_axes
 from kfac_jax_lite.types import (
     Deferred,
     DiagonalStatistics,
@@ -50,6 +61,8 @@ def tag(
     max_factor_dim: int = 8192,
     subsample: Subsample = Subsample(),  # noqa: B008 (frozen)
     statistics: str = "factors",
+    curvature: Callable[..., Any] | None = None,
+    **unknown: Any,
 ) -> "TaggedLoss":
     """Finds the layers of a loss function; nothing is executed.
 
@@ -74,12 +87,20 @@ def tag(
         statistics: ``"factors"``, or ``"squares"``: for dense layers, convolutions and
             embeddings the exact mean of the squares of single examples' gradients, as
             ``kfac.bayes.vogn`` wants them (no matter the weight sharing).
+        curvature: ``curvature(params, *args)``: the function whose Fisher matrix is
+            wanted where it is not the loss's, as in variational Monte Carlo and policy
+            gradients: value and gradient are those of ``loss_fn``, layers and
+            statistics those of this. With ``"mc"`` and ``"exact"`` what it marks is all
+            that matters; with ``"empirical"`` it returns a mean loss. It is evaluated
+            only when a layer is due.
+        **unknown: Nothing: an error says where arguments of the loss go.
 
     Returns:
         The tagged loss. ``print`` it for the table of layers.
 
     Raises:
-        TypeError: Parameters that are not real arrays; a loss that is not a scalar.
+        TypeError: Parameters that are not real arrays; arguments that are no arrays or
+            were given by name; a loss that is not a scalar.
         ValueError: ``N`` cannot be told; the batch is empty; a parameter sits inside a
             ``while`` loop; ``strict`` and a parameter fell back.
 
@@ -87,6 +108,7 @@ def tag(
         Martens & Grosse, 2015, arXiv:1503.05671; Grosse & Martens, 2016,
         arXiv:1602.01407; Eschenhagen et al., 2023, arXiv:2311.00636.
     """
+    check_keywords("kfac.tag", unknown)
     for name, value, known in (
         ("fisher", fisher, FISHERS),
         ("weight_sharing", weight_sharing, WEIGHT_SHARING),
@@ -108,6 +130,7 @@ def tag(
         max_factor_dim,
         subsample,
         statistics,
+        curvature,
     )
     found = tagged.trace(params, args, sampled)
     tagged = dataclasses.replace(tagged, layers=found.layers)
@@ -117,6 +140,39 @@ def tag(
         lines = "\n".join(f"  {', '.join(t.params)}: {t.note}" for t in fallen)
         raise ValueError(f"no layer rule covers these parameters:\n{lines}")
     return tagged
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """A function of which only the marked outputs matter, as a loss: zero."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, params: Any, *args: Any) -> jax.Array:
+        """Evaluates the function and returns zero."""
+        self.function(params, *args)
+        return jnp.zeros(())
+
+
+def seen_rows(names: Sequence[str], marks: Sequence[jax.Array]) -> list[jax.Array]:
+    """Cotangents of marks that are not zero in the rows that count."""
+    outputs = iter(outputs_of(names, marks))
+    return [
+        jnp.zeros_like(mark)
+        if name in BESIDE
+        else masked_rows(next(outputs), jnp.ones_like(mark))
+        for name, mark in zip(names, marks, strict=True)
+    ]
+
+
+def check_keywords(function: str, unknown: dict[str, Any]) -> None:
+    """The loss's arguments go in by position."""
+    if unknown:
+        raise TypeError(
+            f"{function} has no argument named {', '.join(unknown)}. The arguments of "
+            "the loss go in by position, (params, x, y); where the loss takes them by "
+            "name, wrap it: kfac.tag(lambda params, x, y: loss_fn(params, x, y=y), …)."
+        )
 
 
 def check_factor_dim(size: Any) -> None:
@@ -139,6 +195,7 @@ class TaggedLoss:
         max_factor_dim: Largest factor that is kept in full.
         subsample: Which rows the factors are estimated from.
         statistics: ``"factors"`` or ``"squares"``.
+        curvature: The function whose Fisher matrix is wanted; None: ``loss_fn``.
     """
 
     loss_fn: Callable[..., Any]
@@ -150,6 +207,7 @@ class TaggedLoss:
     max_factor_dim: int
     subsample: Subsample = Subsample()
     statistics: str = "factors"
+    curvature: Callable[..., Any] | None = None
 
     def __str__(self) -> str:
         """The table of layers."""
@@ -167,6 +225,27 @@ class TaggedLoss:
         """
         return fingerprint(self.layers)
 
+    def __call__(self, params: Any, *args: Any) -> Any:
+        """``loss_fn(params, *args)``, without statistics.
+
+        Args:
+            params: Parameters.
+            *args: Further arguments.
+
+        Returns:
+            What the loss function returns.
+
+        Raises:
+            TypeError: It was called as a schedule.
+        """
+        if not args and jnp.ndim(params) == 0 and jnp.result_type(params) == jnp.int32:
+            raise TypeError(
+                "the tagged loss was called with a step count, as a schedule is: "
+                "optax.inject_hyperparams takes whatever can be called for one. Pass "
+                "tagged.layers."
+            )
+        return self.loss_fn(params, *args)
+
     def value_and_grad(
         self,
         params: Any,
@@ -174,6 +253,7 @@ class TaggedLoss:
         opt_state: Any = None,
         key: Any = None,
         deferred: bool = False,
+        **unknown: Any,
     ) -> tuple[Any, Any, Any]:
         """Loss, gradient and statistics: one forward pass, one backward pass.
 
@@ -191,6 +271,7 @@ class TaggedLoss:
             deferred: Leave the statistics to ``update``, which must be called in the
                 same traced step with ``statistics=statistics``: a step with nothing due
                 then writes nothing in their place. They cannot be read or returned.
+            **unknown: Nothing: an error says where arguments of the loss go.
 
         Returns:
             ``(value, grads, statistics)``; ``value`` is ``(loss, aux)`` with
@@ -198,18 +279,26 @@ class TaggedLoss:
             ``Deferred`` statistics with ``deferred``.
 
         Raises:
+            TypeError: Arguments that are no arrays or were given by name.
             ValueError: ``key`` is missing; the state is of another model; the layers
                 are no longer those of ``tag``.
         """
+        check_keywords("value_and_grad", unknown)
         if self.fisher == "mc" and key is None:
             raise ValueError('fisher="mc" samples labels: pass key=jax.random.key(…).')
+        if self.curvature is not None:
+            value, grads = jax.value_and_grad(self.loss_fn, has_aux=self.has_aux)(
+                params, *args
+            )
+            record = params, args, opt_state, key
+            return value, grads, self._apart(*record, deferred=deferred)
         sampled = self.fisher != "empirical"
         found = self.trace(params, args, sampled)
         self._check_layers(found)
         watched = self._watched(found, params, args, opt_state, deferred)
         leaves = jax.tree.leaves((params, args))
         axes = varying_axes(leaves)
-        stacks = {t.name: t.views[0].leaf for t in found.layers}
+        stacks = {k: own[0].primary.leaf for k, own in found.slots.items()}
         run = Interpreter(watched.on_site, stacks).run
         num, closed = len(jax.tree.leaves(params)), found.closed
 
@@ -224,11 +313,14 @@ class TaggedLoss:
             tapped, leaves[:num], *probes, has_aux=True
         )
         one, silent = jnp.ones_like(loss), [jnp.zeros_like(z) for z in pulled]
+        if isinstance(self.loss_fn, Outputs):
+            # Input factors, and rows that count, come from this pass.
+            silent = seen_rows(found.marks, pulled)
         flat_grads, raw, cotangents = pullback((one, silent))
         rows = watched.rows(found.layers, operands, cotangents, flat_grads)
-        outputs = outputs_of(found.marks, marked)
+        outputs = with_weights(found, leaves, outputs_of(found.marks, marked))
         terms = count_terms(outputs)
-        finisher = Finisher(watched.recipes, watched.slots, terms)
+        finisher = Finisher(watched.recipes, watched.slots, outputs, sampled)
         n = found.num_examples if terms is None else terms
         own = [t.views[0].leaf for t in found.layers if t.kind == "diagonal"]
         diagonals = {i: flat_grads[i] for i in own}
@@ -241,7 +333,8 @@ class TaggedLoss:
             back = lambda marks: pullback((jnp.zeros_like(loss), marks))[:2]  # noqa: E731
             if not gated and terms is None:
                 plain = back(silent)[1]  # input factors inside the caller's gate, too
-            pull = functools.partial(sampled_pull, outputs, back, plain, n, finisher)
+            record = (found.marks, marked, back, plain, n, finisher)
+            pull = functools.partial(sampled_pull, *record)
             record = (self.fisher, outputs, pull, plain, key, diagonals, finisher)
             return pack_statistics(found, *resampled(*record, gated=gated), n)
 
@@ -249,12 +342,53 @@ class TaggedLoss:
         value = jax.tree.unflatten(found.out_tree, out)
         return value, grads, Deferred(compute, rows) if deferred else compute(True)
 
+    def of_curvature(self) -> "TaggedLoss":
+        """The tagged function that the statistics are of."""
+        if self.curvature is None:
+            return self
+        sampled = self.fisher != "empirical"
+        loss = Outputs(self.curvature) if sampled else self.curvature
+        return dataclasses.replace(self, loss_fn=loss, has_aux=False, curvature=None)
+
+    def _apart(
+        self,
+        params: Any,
+        args: tuple[Any, ...],
+        opt_state: Any,
+        key: Any,
+        deferred: bool,
+    ) -> Any:
+        """Statistics of another function than the loss, where some are due."""
+        own = self.of_curvature()
+
+        def compute():
+            record = {"opt_state": opt_state, "key": key}
+            return own.value_and_grad(params, *args, **record)[2]
+
+        if deferred:
+            return Deferred(lambda gated: compute())
+        due, _ = read_state(opt_state, self.layers)
+        shapes = jax.eval_shape(compute)  # raises what there is to raise
+        if due is None or not due:
+            return compute()
+        axes = varying_axes((params, args))
+        return jax.lax.cond(
+            jnp.any(jnp.stack([*due.values()])),
+            lambda: vary(compute(), axes),
+            lambda: vary(zeros_of(shapes), axes),
+        )
+
     def trace(self, params: Any, args: tuple[Any, ...], sampled: bool) -> Trace:
         """The trace of the loss on these arguments, with the options of ``tag``."""
+        own = self.of_curvature()
         options = TraceOptions(
-            self.has_aux, self.num_examples, sampled, self.max_factor_dim
+            own.has_aux,
+            self.num_examples,
+            sampled,
+            self.max_factor_dim,
+            isinstance(own.loss_fn, Outputs),
         )
-        return trace(self.loss_fn, params, args, options)
+        return trace(own.loss_fn, params, args, options)
 
     def _watched(
         self,
@@ -276,20 +410,27 @@ class TaggedLoss:
         return Watched(recipes, read_phases(opt_state, recipes), slots, sites, thin)
 
     def _recipes(self, found: Trace) -> dict[str, Recipe]:
-        reduce, masked = self.weight_sharing == "reduce", MASK in found.marks
-        n, squares = found.num_examples, self.statistics == "squares"
+        squares, layers = (
+            self.statistics == "squares",
+            {t.name: t for t in found.layers},
+        )
         return {
-            t.name: make_recipe(
-                t, found.sites[t.name], n, reduce, masked, self.subsample, squares
+            slot: make_recipe(
+                layers[sites[0].layer or ""],
+                sites,
+                found.terms_of(sites[0]),
+                self.weight_sharing == "reduce",
+                found.masked(sites[0]),
+                self.subsample,
+                squares,
             )
-            for t in found.layers
-            if t.kind != "diagonal"
+            for slot, sites in found.slots.items()
         }
 
     def check_subsample(self, found: Trace) -> None:
         """Every layer must have rows that a part can be taken of, or it is named."""
-        for recipe in self._recipes(found).values():
-            for site in found.sites[recipe.layer.name]:
+        for slot, recipe in self._recipes(found).items():
+            for site in found.slots[slot]:
                 recipe.lattice(site)
 
     def _check_layers(self, found: Trace) -> None:

@@ -15,14 +15,22 @@ import jax.numpy as jnp
 from jax import lax
 
 from kfac_jax_lite.factors.canonical import canonical
-from kfac_jax_lite.factors.recipe import COUNTS, INPUT_SIDE, Recipe, finish
+from kfac_jax_lite.factors.recipe import (
+    COUNTS,
+    INPUT_SIDE,
+    Recipe,
+    Share,
+    blended,
+    finish,
+)
 from kfac_jax_lite.likelihoods import (
+    BESIDE,
     Output,
-    masked_rows,
     sampled_cotangent,
     square_root_column,
+    weighted_rows,
 )
-from kfac_jax_lite.sharding import automatic, explicit_mesh, specs_of
+from kfac_jax_lite.sharding import automatic, explicit_mesh, specs_of, zeros_like
 from kfac_jax_lite.tagging.taps import Slot
 from kfac_jax_lite.tree import vary, varying_axes
 
@@ -34,30 +42,76 @@ class Finisher:
     """Gives what the taps returned its last touch, inside the gates of the layers.
 
     Attributes:
-        recipes: Recipe of every tapped layer.
-        slots: Slot of every tapped layer.
-        terms: How many loss terms count, where the output is masked.
+        recipes: Recipe of every slot.
+        slots: The slots, by name.
+        outputs: The marked outputs, with their weights.
+        sampled: Whether cotangents are sampled (or columns of the Hessian's root).
     """
 
     recipes: dict[str, Recipe]
     slots: dict[str, Slot]
-    terms: jax.Array | None
+    outputs: list[Output]
+    sampled: bool
 
     def __call__(
         self, raw: dict[str, Any], wanted: frozenset[str] = ALL_FIELDS
     ) -> dict[str, Any]:
-        """Statistics by layer and field."""
-        return {k: self._finish(k, raw[k], wanted) for k in raw if raw[k]}
+        """Statistics by layer and field, of what the taps of every slot returned."""
+        by_layer: dict[str, dict[str, Any]] = {}
+        for slot, values in raw.items():
+            if values:
+                own = by_layer.setdefault(self.recipes[slot].layer.name, {})
+                own[slot] = values
+        return {k: self._finish(raw, wanted) for k, raw in by_layer.items()}
 
-    def _finish(
-        self, name: str, raw: dict[str, Any], wanted: frozenset[str]
-    ) -> dict[str, Any]:
-        recipe, slot = self.recipes[name], self.slots[name]
+    def _terms(self, recipe: Recipe) -> Any:
+        """How many terms of the loss count where outputs are masked; None: all."""
+        if not recipe.masked:
+            return None
+        numbers = sorted(recipe.marks or range(len(self.outputs)))
+        masked = [k for k in numbers if self.outputs[k].mask is not None]
+        return self.outputs[masked[0]].terms
+
+    def _share(self, recipe: Recipe, raw: dict[str, Any]) -> Share:
+        """What a slot adds to its layer's statistics."""
+        terms = self._terms(recipe)
+        n = recipe.num_examples if terms is None else terms
+        own = [self.outputs[k] for k in self._numbers(recipe)]
+        given = [1 if o.given is None else jnp.mean(o.given) for o in own]
+        weight = sum(given) / len(own) if own else 1
+        scale: Any = 1
+        if self.sampled:
+            scale = self.outputs[0].terms / n if own else 1
+        elif len(own) == 1:
+            scale = jnp.where(weight > 0, 1 / jnp.where(weight > 0, weight, 1), 0)
+
+        def rows(name: str, static: int):
+            live = raw.get(name, raw.get("count"))
+            if live is None:
+                return static / n
+            return (live.sum(-1) if name not in raw else live) / n
+
+        found = rows("rows", recipe.num_rows), rows("rows_out", recipe.rows_out)
+        return Share(weight, scale, *found)
+
+    def _finish(self, raw: dict[str, Any], wanted: frozenset[str]) -> dict[str, Any]:
+        """The statistics of one layer, from its slots."""
+        recipes = {name: self.recipes[name] for name in raw}
+        slot = self.slots[next(iter(raw))]
+        whole = len(raw) == 1 and not self._weighs(*recipes.values())
 
         def touch(raw: dict[str, Any]):
-            return finish(recipe, raw, slot.basis, self.terms, wanted)
+            parts = []
+            for name, values in raw.items():
+                recipe, terms = recipes[name], self._terms(recipes[name])
+                fields = finish(recipe, values, slot.basis, terms, wanted)
+                if whole:
+                    return fields
+                parts.append((fields, self._share(recipe, values)))
+            return blended(parts)
 
-        if slot.due is None or not (recipe.counted or recipe.by_example):
+        touched = [r.at_run_time or r.by_example for r in recipes.values()]
+        if slot.due is None or (whole and not any(touched)):
             return touch(raw)
         shapes, axes = jax.eval_shape(touch, raw), varying_axes(raw)
 
@@ -67,6 +121,17 @@ class Finisher:
 
         return lax.cond(slot.due, lambda raw: vary(touch(raw), axes), skip, raw)
 
+    def _weighs(self, recipe: Recipe) -> bool:
+        """Whether one slot alone has a weight, or other terms than the first output."""
+        numbers = self._numbers(recipe)
+        first = numbers == [0] and self.outputs[0].given is None
+        return bool(numbers) and not first
+
+    def _numbers(self, recipe: Recipe) -> list[int]:
+        """Which outputs depend on a slot."""
+        only = [0] if len(self.outputs) == 1 else []
+        return sorted(recipe.marks) or only
+
 
 def zeros_of(shapes: Any) -> Any:
     """Zeros in the shapes of a tree."""
@@ -74,7 +139,8 @@ def zeros_of(shapes: Any) -> Any:
 
 
 def sampled_pull(
-    outputs: list[Output],
+    names: Sequence[str],
+    marked: Sequence[jax.Array],
     pullback: Callable[..., Any],
     plain: dict[str, Any],
     n: Any,
@@ -88,9 +154,11 @@ def sampled_pull(
     compute them.
 
     Args:
-        outputs: The marked outputs.
+        names: What is marked, in program order.
+        marked: The marked values.
         pullback: Of the loss and everything marked.
-        plain: What the taps returned in the plain backward pass.
+        plain: What the taps returned in the plain backward pass; empty: nothing that
+            could be taken from there.
         n: Number of loss terms.
         finisher: Of the statistics.
         leaves: Numbers of the parameters whose gradients are wanted.
@@ -99,14 +167,14 @@ def sampled_pull(
     Returns:
         Those gradients and the statistics.
     """
-    marks = []
-    for output, c in zip(outputs, cotangents, strict=True):
-        if output.mask is not None:
-            marks.append(jnp.zeros_like(output.mask))
-        marks.append((c / n).astype(c.dtype))
+    waiting = iter(cotangents)
+    marks = [
+        zeros_like(mark) if name in BESIDE else (next(waiting) / n).astype(mark.dtype)
+        for name, mark in zip(names, marked, strict=True)
+    ]
     grads, raw = pullback(marks)
     for name, values in raw.items():
-        counts = {k: plain[name][k] for k in values if k in COUNTS}
+        counts = {k: plain[name][k] for k in values if k in COUNTS and name in plain}
         raw[name] = values | counts
     return {i: grads[i] for i in leaves}, finisher(raw, ALL_FIELDS - INPUT_SIDE)
 
@@ -154,7 +222,7 @@ def resampled(
         keys = jax.random.split(key, len(outputs))
         pairs = zip(outputs, keys, strict=True)
         draws = [(o, typed_like(o, sampled_cotangent, k)) for o, k in pairs]
-        return pull([masked_rows(output, draw) for output, draw in draws])
+        return pull([weighted_rows(output, draw, 0.5) for output, draw in draws])
 
     if len(dues) < len(finisher.slots) or not dues or not gated:
         grads, found = resample()
@@ -193,8 +261,9 @@ def exact_statistics(
             number: int = number,
             output: Output = output,
         ):
-            zeros = [jnp.zeros_like(other.value) for other in outputs]
-            zeros[number] = masked_rows(output, typed_like(output, hessian_column, j))
+            zeros = [zeros_like(other.value) for other in outputs]
+            root = typed_like(output, hessian_column, j)
+            zeros[number] = weighted_rows(output, root, 0.5)
             _, statistics = pull(zeros)
             return jax.tree.map(jnp.add, total, statistics), None
 

@@ -1,12 +1,13 @@
 """How the statistics of one layer are estimated: static numbers, probes, last touches.
 
-Most statistics are the sum of what the layer's taps return. Two things need a last
-touch, after all taps have added up:
+Most statistics are the sum of what the layer's taps return. Some need a last touch,
+after all taps have added up:
 
 * ``reduce``, and scales and shifts, over several sites or time steps: taps return sums
   over the positions of each example, and the statistics are made of those;
-* masks, and experts that rows are sent to: how many rows count is known only at run
-  time.
+* masks, branches, and experts that rows are sent to: how many rows count is known only
+  at run time;
+* losses of several terms, see ``blended``.
 
 References:
     Eschenhagen et al., 2023, arXiv:2311.00636, Secs. 3.2-3.3 (expand and reduce).
@@ -14,7 +15,8 @@ References:
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -44,10 +46,13 @@ class Recipe:
         examples: Of scales and shifts: how many examples then have a sum.
         positions: Of the recipe ``at`` one site: how many consecutive rows are reduced.
         masked: Whether only rows count whose cotangent is not zero.
-        routed: Whether rows are sent to its blocks, some more and some fewer.
         subsample: Which of its rows are taken.
         squares: Whether squares of the examples' gradients are wanted, not factors;
             ``by_example`` then adds the gradients themselves up over several sites.
+        counted: Whether rows are counted as they are executed: a site is in a branch.
+        parts: How many rows a row is: 2 where some are complex.
+        marks: Numbers of the marked outputs that depend on these sites; empty: one, or
+            it does not matter.
     """
 
     layer: LayerTag
@@ -57,16 +62,18 @@ class Recipe:
     reduce: bool = False
     by_example: bool = False
     masked: bool = False
-    routed: bool = False
     subsample: Subsample = Subsample()
     squares: bool = False
     examples: int = 0
     positions: int = 1
+    counted: bool = False
+    parts: int = 1
+    marks: frozenset[int] = frozenset()
 
     @property
-    def counted(self) -> bool:
-        """Whether the number of rows is known only at run time."""
-        return self.masked or self.routed
+    def at_run_time(self) -> bool:
+        """Whether the number of rows is known at run time only."""
+        return self.masked or self.counted
 
     def lattice(self, site: Site) -> Lattice | None:
         """The rows that are taken at one of its sites; None: all."""
@@ -101,23 +108,31 @@ def make_recipe(
 
     several = len(sites) > 1 or any(s.repeat > 1 for s in sites)
     ragged = any(isinstance(s.geometry, RaggedGeometry) for s in sites)
-    routed = ragged or any(s.slots for s in sites)
+    counted = ragged or any(s.branch or s.slots for s in sites)
+    counted = counted and layer.kind != "scale_shift"
     if layer.kind == "scale_shift" or ragged:
         subsample = Subsample()
-    examples = num_examples
+    parts = 2 if any(s.complex for s in sites) else 1
+    marks, examples = sites[0].marks, num_examples
     if layer.kind == "scale_shift":
         groups = {s.examples for s in sites}
         by_example, examples = several and len(groups) == 1, max(groups)
     elif squares:
         check_rows(layer, sites, num_examples)
         return Recipe(
-            layer, num_examples, 0, by_example=several, masked=masked, squares=True
+            layer,
+            num_examples,
+            0,
+            by_example=several,
+            masked=masked,
+            squares=True,
+            parts=parts,
+            marks=marks,
         )
     else:
-        by_example = (
-            reduce and all(s.positions for s in sites) and not (layer.tied or ragged)
-        )
-        by_example = by_example and (several or masked)
+        whole = not (layer.tied or ragged)
+        by_example = reduce and all(s.positions for s in sites) and whole
+        by_example = by_example and (several or masked or counted)
         if by_example and subsample != Subsample():
             raise ValueError(
                 f"layer {layer.name}: subsample needs weight_sharing='expand' where a "
@@ -131,9 +146,11 @@ def make_recipe(
         reduce=reduce,
         by_example=by_example,
         masked=masked,
-        routed=routed,
         subsample=subsample,
         examples=examples,
+        counted=counted,
+        parts=parts,
+        marks=marks,
     )
 
 
@@ -168,7 +185,8 @@ def count_rows(sites: list[Site], reduce: bool) -> int:
 def site_rows(site: Site, reduce: bool) -> int:
     """Rows of one site, each time it is run."""
     rows = math.prod(site.geometry.rows)
-    return rows // (site.positions or 1) if reduce else rows
+    rows = rows // (site.positions or 1) if reduce else rows
+    return rows * (2 if site.complex else 1)
 
 
 def zero_probes(recipe: Recipe, dtype: Any, moments: bool) -> dict[str, Array]:
@@ -187,7 +205,8 @@ def zero_probes(recipe: Recipe, dtype: Any, moments: bool) -> dict[str, Array]:
         elif recipe.squares:
             shapes = {"squares": (*blocks, n_in, n_out)}
         elif recipe.by_example:
-            shapes = {"x_sum": (*blocks, n, n_in), "c_sum": (*blocks, n, n_out)}
+            rows = n * recipe.parts
+            shapes = {"x_sum": (*blocks, rows, n_in), "c_sum": (*blocks, rows, n_out)}
             counts = {"count": (*blocks, n)}
         else:
             shapes = {"a": a, "g": g}
@@ -197,7 +216,7 @@ def zero_probes(recipe: Recipe, dtype: Any, moments: bool) -> dict[str, Array]:
                 counts |= {"rows_out": blocks}
             if moments:
                 shapes["s"] = (*blocks, *forms.widths(layer))
-        shapes |= counts if recipe.counted else {}
+        shapes |= counts if recipe.at_run_time else {}
     dtype = accumulation_dtype(dtype)
     return {name: jnp.zeros(shape, dtype) for name, shape in shapes.items()}
 
@@ -228,7 +247,7 @@ def finish(
         found = {"squares": lambda: n * jnp.square(raw["gradients"]).sum(-3)}
     elif recipe.by_example:
         found = from_examples(recipe, raw, basis, n)
-    elif not recipe.counted:
+    elif not recipe.at_run_time:
         found = {name: lambda x=x: x for name, x in raw.items()}
     else:
         found = rescaled(recipe, raw, n)
@@ -244,18 +263,19 @@ def from_examples(
     recipe: Recipe, raw: dict[str, Any], basis: tuple[Any, ...], terms: Any
 ) -> dict[str, Any]:
     """Factors of ``x̄_n`` (mean over positions) and ``c_n`` (sum over positions)."""
-    layer, n = recipe.layer, recipe.num_examples
+    layer, n, parts = recipe.layer, recipe.num_examples, recipe.parts
     c = raw["c_sum"]
-    if recipe.masked:
-        x = raw["x_sum"] / jnp.maximum(raw["count"], 1)[..., None]
+    if recipe.at_run_time:
+        count = jnp.repeat(jnp.maximum(raw["count"], 1), parts, -1)
+        x = raw["x_sum"] / count[..., None]
     else:
-        x = raw["x_sum"] * (n / recipe.num_rows)
+        x = raw["x_sum"] * (n * parts / recipe.num_rows)
 
     def a():
         return forms.second_moment(x, layer.a_form, layer.a_shape) / terms
 
     def g():
-        return forms.second_moment(c, layer.g_form, layer.g_shape) * terms
+        return forms.second_moment(c, layer.g_form, layer.g_shape) * (terms / parts)
 
     def s():
         (q_a, q_g), (wide_a, wide_g) = basis, forms.widths(layer)
@@ -283,3 +303,59 @@ def rescaled(recipe: Recipe, raw: dict[str, Any], terms: Any) -> dict[str, Any]:
 
     fields = [name for name in raw if name not in ("rows", "rows_out")]
     return {name: lambda name=name: of(name) for name in fields}
+
+
+class Share(NamedTuple):
+    """What the sites of one slot add to their layer's statistics.
+
+    Attributes:
+        weight: ``w``: that of the marked output which depends on them.
+        scale: ``κ``: what their products of two cotangents are multiplied with. Those
+            of a sampled Fisher are scaled for the terms of the first output, so
+            ``N_1 / N``; those of the loss's own gradient hold ``w`` twice, so ``1/w``.
+        rows: ``R / N``, rows for every term.
+        rows_out: The same of the uses in reverse.
+    """
+
+    weight: Any
+    scale: Any
+    rows: Any
+    rows_out: Any
+
+
+def blended(parts: Sequence[tuple[dict[str, Array], Share]]) -> dict[str, Array]:
+    """Statistics of a layer that several outputs depend on, each with its own terms.
+
+    With ``A_s`` and ``G_s`` of slot ``s``, those of a mean loss over its own terms,
+    ``A = Σ w_s A_s`` and ``G = Σ κ_s (R_s/N_s) G_s / Σ w_s R_s/N_s``: every row counts
+    with ``w_s / N_s``, and ``A ⊗ G`` approximates the block of the whole loss.
+
+    Args:
+        parts: Statistics by field, and shares, of every slot.
+
+    Returns:
+        The statistics by field.
+    """
+    found: dict[str, Array] = {}
+    for name in parts[0][0]:
+        total: Any = 0
+        of_rows: Any = 0
+        for fields, share in parts:
+            x = fields[name]
+            factor, rows = share.scale, share.rows
+            if name in INPUT_SIDE:
+                factor = share.weight
+            elif name in ("g", "g_out"):
+                rows = share.rows_out if name == "g_out" else rows
+                of_rows = of_rows + like(share.weight * rows, x)
+                factor = factor * rows
+            total = total + like(factor, x) * x
+        if name in ("g", "g_out"):
+            total = total / jnp.where(of_rows > 0, of_rows, 1)
+        found[name] = total.astype(parts[0][0][name].dtype)
+    return found
+
+
+def like(value: Any, x: Array) -> Array:
+    """A number, or one for every block, to multiply an array of blocks with."""
+    return expanded(jnp.asarray(value), x.ndim)

@@ -43,7 +43,7 @@ def example_gradients(
     x_hat = functools.reduce(operator.mul, parts_of_x, jnp.ones((), dtype))
 
     def per_example(value: Array):
-        value = lax.transpose(value, geometry.order)
+        value = lax.transpose(value.real, geometry.order)
         shape = (site.examples, site.positions or 1, geometry.units)
         return value.reshape(shape).sum(1)
 

@@ -16,7 +16,7 @@ from kfac_jax_lite.factors import (
     scale_shift,
     squares,
 )
-from kfac_jax_lite.factors.recipe import Recipe, site_rows, unit_blocks
+from kfac_jax_lite.factors.recipe import Recipe, unit_blocks
 from kfac_jax_lite.factors.sampling import Lattice
 from kfac_jax_lite.tagging.layers import (
     ConvGeometry,
@@ -70,7 +70,7 @@ def chosen(
         ``(pairs, operands, probes)``: names and functions, what goes into them, and
         those probes.
     """
-    name = site.layer or ""
+    name = site.slot
     found = estimators(recipes[name], site)
     pairs = tuple(
         (k, among_copies(f, site.copies)) for k, f in found.items() if k in slot.probes
@@ -122,12 +122,12 @@ def estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
             live = live_of(recipe, site)(inputs, c)
             part = recipe.at(site)
             return embedding.input_factor(geometry, inputs[0], part, live)
-        if isinstance(geometry, ConvGeometry) and geometry.n_in:
+        if isinstance(geometry, ConvGeometry) and geometry.n_in and not site.complex:
             part, own, x = conv_sample(recipe, site, inputs)
             live = taken_live(recipe, site, inputs, c)
             a = conv.conv_input_factor(own, inputs[0], x, part, live)
             return a * (share * part.num_examples / recipe.num_examples)
-        x = input_rows(recipe, site, inputs, c)
+        x = real_rows(site, input_rows(recipe, site, inputs, c))
         return dense.input_factor(x, recipe, form_a) * share
 
     def output_factor(inputs: Any, c: Array):
@@ -135,11 +135,12 @@ def estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
         return dense.output_factor(c, recipe, form_g, num_rows) * share
 
     def live_rows(inputs: Any, c: Array):
-        live = live_of(recipe, site)(inputs, c)
+        live, positions = live_of(recipe, site)(inputs, c), recipe.at(site).positions
         if live is None:
-            return jnp.full(geometry.blocks, site_rows(site, recipe.reduce))
-        count = dense.reduced_live(live, recipe.at(site).positions).sum(-1)
-        return jnp.broadcast_to(count, geometry.blocks)
+            count = jnp.asarray(math.prod(geometry.rows) // positions)
+        else:
+            count = dense.reduced_live(live, positions).sum(-1)
+        return jnp.broadcast_to(count * (2 if site.complex else 1), geometry.blocks)
 
     def moment(inputs: Any, c: Array):
         return eigenbasis_moment(recipe, site, inputs, c) * share
@@ -154,13 +155,25 @@ def example_estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
     def x_sum(inputs: Any, c: Array):
         if isinstance(geometry, EmbeddingGeometry):
             return embedding.example_sums(geometry, inputs[0], recipe, live(inputs, c))
-        return dense.example_sums(input_rows(recipe, site, inputs, c), recipe)
+        x = dense.example_sums(input_rows(recipe, site, inputs, c), recipe)
+        return whole(real_rows(site, x))
 
     def c_sum(inputs: Any, c: Array):
-        return dense.example_sums(output_rows(site, inputs, c), recipe)
+        c = dense.example_sums(output_rows(site, inputs, c), recipe)
+        return whole(real_rows(site, c, cotangents=True))
+
+    def whole(rows: Array):
+        if site.complex or recipe.parts == 1:
+            return rows
+        # Beside the rows of complex sites: the imaginary parts, which are zero.
+        pairs = jnp.stack([rows, jnp.zeros_like(rows)], -2)
+        return pairs.reshape(*rows.shape[:-2], -1, rows.shape[-1])
 
     def count(inputs: Any, c: Array):
-        counts = dense.example_sums(live(inputs, c)[..., None], recipe)[..., 0]
+        seen = live(inputs, c)
+        if seen is None:
+            seen = jnp.ones(math.prod(geometry.rows))
+        counts = dense.example_sums(seen[..., None], recipe)[..., 0]
         return jnp.broadcast_to(counts, (*geometry.blocks, recipe.num_examples))
 
     return {"x_sum": x_sum, "c_sum": c_sum, "count": count}
@@ -176,7 +189,8 @@ def square_estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
         values, *rest = inputs
         plain, values, d = dense.derivative(geometry, values)  # type: ignore[arg-type]
         own, inputs = dataclasses.replace(site, geometry=plain), (values, *rest)
-        x, c = input_rows(recipe, own, inputs, c), output_rows(own, inputs, c)
+        x = real_rows(site, input_rows(recipe, own, inputs, c))
+        c = real_rows(site, output_rows(own, inputs, c), cotangents=True)
         d = jnp.ones((1, 1), c.dtype) if d is None else d
         return (c, x, jnp.swapaxes(d, -1, -2)) if site.reverse else (x, c, d)
 
@@ -184,7 +198,7 @@ def square_estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
 
         def found(inputs: Any, c: Array):
             pairs = embedding.token_rows(geometry, inputs[0], None)
-            return *pairs, embedding.output_rows(geometry, c)
+            return *pairs, real_rows(site, output_rows(site, inputs, c), True)
 
         def gradients(inputs: Any, c: Array):
             return embedding.example_gradients(geometry, found(inputs, c), n)
@@ -226,7 +240,7 @@ def eigenbasis_moment(recipe: Recipe, site: Site, inputs: Any, c: Array) -> Arra
         pick = lambda x: taken(recipe, site, inputs, x[..., None])[..., 0]  # noqa: E731
         found = pick(token), pick(weight)
         return embedding.eigenbasis_moment(geometry, found, rows, recipe)
-    x = input_rows(recipe, site, inputs, c)
+    x = real_rows(site, input_rows(recipe, site, inputs, c))
     if site.reverse:
         x, rows = rows, x
     x = forms.turned(x, q_a, layer.a_form, wide_a)
@@ -301,9 +315,34 @@ def output_rows(site: Site, inputs: Any, c: Array) -> Array:
 
 
 def summed_rows(recipe: Recipe, site: Site, inputs: Any, c: Array) -> Array:
-    """Cotangent rows that are taken, after ``reduce``."""
+    """Cotangent rows that are taken, after ``reduce``, as real ones."""
     rows = taken(recipe, site, inputs, output_rows(site, inputs, c))
-    return dense.summed(rows, sample_of(recipe, site))
+    rows = dense.summed(rows, sample_of(recipe, site))
+    return real_rows(site, rows, cotangents=True)
+
+
+def real_rows(site: Site, rows: Array, cotangents: bool = False) -> Array:
+    """Complex rows as two real ones each, ``[*blocks, 2 R, d]``.
+
+    A real weight's gradient is ``Re(x c) = Re x Re c − Im x Im c``: the product of the
+    real parts, and that of the imaginary parts with the sign of ``c``'s turned. Of a
+    real input the cotangent's real part is all that matters.
+
+    Args:
+        site: The site.
+        rows: ``[*blocks, R, d]``.
+        cotangents: Whether they are.
+
+    Returns:
+        The rows; those of one side by side.
+    """
+    if not jnp.iscomplexobj(rows):
+        return rows
+    if not site.complex:
+        return rows.real
+    imaginary = -rows.imag if cotangents else rows.imag
+    pairs = jnp.stack([rows.real, imaginary], -2)
+    return pairs.reshape(*rows.shape[:-2], -1, rows.shape[-1])
 
 
 def live_of(recipe: Recipe, site: Site) -> Callable[[Any, Array], Any]:

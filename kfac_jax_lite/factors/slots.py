@@ -45,7 +45,8 @@ def read_state(
                     f"opt_state is of another model: it holds a layer {name}, which "
                     "this loss does not have."
                 )
-            flag = state.clock.due[i]
+            # Wrappers that choose between states by a sum make numbers of flags.
+            flag = state.clock.due[i].astype(bool)
             due[name] = due[name] | flag if name in due else flag
             inverse = state.inverses[name]
             if getattr(state.factors[name], "s", None) is not None:
@@ -61,17 +62,18 @@ def make_slots(
     due: dict[str, Array] | None,
     bases: dict[str, tuple[Any, ...]],
 ) -> dict[str, Slot]:
-    """Probes, due flag and bases of every tapped layer."""
+    """Probes, due flag and bases, by slot."""
     dtypes = {k: leaf.dtype for k, leaf in leaves_by_path(params).items()}
     slots = {}
-    for name, recipe in recipes.items():
+    for slot, recipe in recipes.items():
+        name = recipe.layer.name
         if due is not None and name not in due:
-            slots[name] = Slot(jnp.zeros((), bool), {})
+            slots[slot] = Slot(jnp.zeros((), bool), {})
             continue
         dtype = dtypes[recipe.layer.params[0]]
         probes = zero_probes(recipe, dtype, name in bases)
         flag = None if due is None else due[name]
-        slots[name] = Slot(flag, probes, bases.get(name, ()))
+        slots[slot] = Slot(flag, probes, bases.get(name, ()))
     return slots
 
 
@@ -80,13 +82,16 @@ def read_phases(opt_state: Any, recipes: dict[str, Recipe]) -> dict[str, Array]:
 
     Args:
         opt_state: Any optax state, or None.
-        recipes: Recipes of the layers wanted.
+        recipes: Recipe of every slot.
 
     Returns:
-        Numbers by layer name.
+        Numbers by slot.
     """
-    phases = {name: jnp.zeros((), jnp.int32) for name in recipes}
+    phases = {slot: jnp.zeros((), jnp.int32) for slot in recipes}
     for state in [] if opt_state is None else find_states(opt_state):
-        for i, name in enumerate(sorted(state.factors)):
-            phases[name] = state.clock.refreshes[i].astype(jnp.int32)
+        numbers = {name: i for i, name in enumerate(sorted(state.factors))}
+        for slot, recipe in recipes.items():
+            if recipe.layer.name in numbers:
+                number = numbers[recipe.layer.name]
+                phases[slot] = state.clock.refreshes[number].astype(jnp.int32)
     return phases

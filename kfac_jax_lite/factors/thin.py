@@ -57,6 +57,7 @@ def is_thin(layer: LayerTag, site: Site) -> bool:
         return False
     plain = not (layer.note or layer.stack or layer.blocks or geometry.scales)
     once = site.repeat == 1 and not (site.branch or site.by_hand or site.reverse)
+    once = once and not (site.complex or site.spread)
     full = layer.a_form == layer.g_form == forms.FULL
     rows = math.prod(geometry.rows)
     return plain and once and full and few(rows, *layer.sizes)

@@ -74,7 +74,7 @@ class Watched:
         self, site: Site, output: Array, inputs: list[Any], slot: Slot
     ) -> Array:
         """Watches or taps one site."""
-        name = site.layer or ""
+        name = site.slot
         if slot.output is not None:
             self.thin_inputs[name] = inputs
             output = watch(output, slot.output)
@@ -139,7 +139,7 @@ def watchable(
     here = {id(site): (site, x) for site, x in in_line(found.plan, found.closed.jaxpr)}
     sites = {}
     for name, slot in slots.items():
-        own = found.sites[name]
+        own = found.slots[name]
         if slot.probes and all(id(site) in here for site in own):
             sites[name] = [here[id(site)] for site in own]
     return sites

@@ -15,6 +15,7 @@ from kfac_jax_lite.likelihoods import (
     masked_rows,
     row_shape,
     square_root_column,
+    weighted_rows,
 )
 from kfac_jax_lite.outputs import MarkedLoss, marked_loss
 from kfac_jax_lite.types import Array, accumulation_dtype
@@ -102,7 +103,7 @@ class Batch:
             name, z = output.likelihood, output.value
             count, column = square_root_column(name, z)
             n = math.prod(row_shape(z.shape, name))
-            root = jax.vmap(lambda j, o=output, c=column: masked_rows(o, c(j)))
+            root = jax.vmap(lambda j, o=output, c=column: weighted_rows(o, c(j), 0.5))
             root = root(jnp.arange(count)).reshape(count, n, -1)
             found.append(jnp.moveaxis(root, 0, -1).astype(accumulation_dtype(z.dtype)))
         return found
@@ -152,7 +153,7 @@ def make_batch(
 
     def push(v: Any):
         typed = jax.tree.map(lambda x, p: x.astype(p.dtype), v, params)
-        return join(output.value for output in model.outputs(forward(typed)))
+        return join(model.output_values(forward(typed)))
 
     def pull(y: Array) -> Any:
         return back(cotangents(model, marks, y))[0]

@@ -11,8 +11,9 @@ the way, in either case, counts as used outside a layer.
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,9 @@ import numpy as np
 from jax.extend.core import Literal
 
 from kfac_jax_lite.tagging.layers import (
+    CALLS,
+    CHECKPOINTS,
+    CUSTOM_RULES,
     Branch,
     Derived,
     Plan,
@@ -29,6 +33,7 @@ from kfac_jax_lite.tagging.layers import (
     Steps,
     seen_from,
 )
+from kfac_jax_lite.tagging.liveness import Live, Liveness, marks_in
 from kfac_jax_lite.types import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 from kfac_jax_lite.views import Shape, View
 
@@ -115,6 +120,7 @@ RULES: dict[str, Handler] = {}
 
 
 ALWAYS: set[str] = set()
+PROGRAMS = (*CALLS, *CHECKPOINTS, *CUSTOM_RULES, "scan", "cond", "while", "shard_map")
 
 
 def rule(*primitives: str, always: bool = False) -> Callable[[Handler], Handler]:
@@ -138,34 +144,60 @@ def rule(*primitives: str, always: bool = False) -> Callable[[Handler], Handler]
     return register
 
 
+class Mark(NamedTuple):
+    """A marked value.
+
+    Attributes:
+        name: Likelihood, or what stands in front of one.
+        shape: Its shape.
+        loops: Lengths of the loops around it.
+        eqn: The equation.
+    """
+
+    name: str
+    shape: Shape
+    loops: Shape
+    eqn: JaxprEqn
+
+
 class Walk:
     """What one walk over a whole loss has found, at any depth.
 
     Attributes:
         sites: Candidate layer applications, in program order.
         uses: Leaf number to the primitives that use it outside candidate layers.
-        marks: ``(likelihood, shape, loop lengths)`` of each marked output.
+        marks: The marked outputs, and what stands in front of them.
         loops: Lengths of the loops around the current equation.
         branch: The ``cond`` branches around the current equation, outermost first.
         touched: Leaves that a site or a use has accounted for at the current equation.
         while_leaves: Leaves that reach a ``while`` loop, as bits.
         nested_marks: Whether an output is marked inside a loop or branch.
-        reached: Leaves that the loss depends on, as bits.
+        reached: Leaves that the loss, or what is sampled, depends on, as bits.
         scopes: The scope of every plan.
         mesh_bits: Bits of the dependencies for mesh axes of a ``shard_map``.
+        liveness: Where derivatives of the loss pass.
+        of_marks: Where derivatives of single marked outputs pass, if there are several,
+            by the identity of their equations.
     """
 
-    def __init__(self, num_leaves: int):
+    def __init__(
+        self,
+        num_leaves: int,
+        liveness: Liveness,
+        of_marks: dict[int, Liveness] | None = None,
+    ):
+        self.liveness: Liveness = liveness
+        self.of_marks: dict[int, Liveness] = of_marks or {}
         self.sites: list[Site] = []
         self.uses: dict[int, list[str]] = collections.defaultdict(list)
-        self.marks: list[tuple[str, Shape, Shape]] = []
+        self.marks: list[Mark] = []
         self.loops: Shape = ()
         self.branch: Branch = ()
         self.touched: collections.Counter[int] = collections.Counter()
         self.data_bit: int = 1 << num_leaves
         self.while_leaves = 0
         self.branches = 0
-        self.reached: int
+        self.reached = 0
         self.nested_marks = False
         self.scopes: dict[Plan, Scope] = {}
         self.mesh_bits: dict[Any, int] = {}
@@ -177,9 +209,24 @@ class Walk:
 
 
 class Scope:
-    """Facts and dependencies of the variables of one jaxpr."""
+    """Facts and dependencies of the variables of one jaxpr.
 
-    def __init__(self, walk: Walk, plan: Plan, jaxpr: Jaxpr):
+    Args:
+        walk: The walk over the whole loss.
+        plan: The jaxpr's plan.
+        jaxpr: The jaxpr.
+        outs: Through which of its results a derivative of the loss passes.
+        marked: The same of marked outputs, by the identity of their equations.
+    """
+
+    def __init__(
+        self,
+        walk: Walk,
+        plan: Plan,
+        jaxpr: Jaxpr,
+        outs: Sequence[bool],
+        marked: Mapping[int, Sequence[bool]] = MappingProxyType({}),
+    ):
         self.walk: Walk = walk
         self.plan: Plan = plan
         self.jaxpr: Jaxpr = jaxpr
@@ -190,14 +237,20 @@ class Scope:
         self.loops: Shape = walk.loops
         self.caller: tuple[Scope, int] | None = None
         self.numbers: dict[Var, Any] = {}
+        self.live: Live = walk.liveness.part(jaxpr, outs)
+        none = (False,) * len(jaxpr.outvars)
+        self.reaching: dict[int, Live] = {
+            k: part.part(jaxpr, marked.get(k, none))
+            for k, part in walk.of_marks.items()
+        }
         walk.scopes[plan] = self
         for i, eqn in enumerate(jaxpr.eqns):
             for atom in eqn.invars:
-                if not isinstance(atom, Literal):
+                if not isinstance(atom, Literal) and i in self.live.equations:
                     self.consumers[atom].append(i)
             self.producers.update(dict.fromkeys(eqn.outvars, i))
-        for atom in jaxpr.outvars:
-            if not isinstance(atom, Literal):
+        for atom, live in zip(jaxpr.outvars, outs, strict=True):
+            if not isinstance(atom, Literal) and live:
                 self.consumers[atom].append(-1)
 
     def fact(self, atom: Any) -> Fact:
@@ -346,6 +399,10 @@ class Scope:
             self.deps[var] = bits
         facts = [self.fact(a) for a in eqn.invars]
         name = eqn.primitive.name
+        if index not in self.live.equations:
+            if name in PROGRAMS:
+                return
+            facts = [f if isinstance(f, Counting) else None for f in facts]
         if name not in ALWAYS and not any(f is not None for f in facts):
             return
         handler = RULES.get(name)
@@ -373,11 +430,27 @@ def is_known(value: Any) -> bool:
     return whole and getattr(value, "is_fully_addressable", True)
 
 
-def analyse(closed: ClosedJaxpr, num_leaves: int) -> tuple[Walk, Plan]:
-    """Walks a traced loss whose first ``num_leaves`` inputs are the parameters."""
+def analyse(
+    closed: ClosedJaxpr, num_leaves: int, sampled: bool, outputs_only: bool = False
+) -> tuple[Walk, Plan]:
+    """Walks a traced loss.
+
+    Args:
+        closed: The loss; its first result is its value.
+        num_leaves: How many of its first inputs are parameters.
+        sampled: Whether marked outputs are differentiated, too.
+        outputs_only: Whether they alone are.
+
+    Returns:
+        What was found, and its plan.
+    """
     jaxpr = closed.jaxpr
-    walk, plan = Walk(num_leaves), Plan()
-    scope = Scope(walk, plan, jaxpr)
+    marks = marks_in(jaxpr)
+    of_marks = {id(eqn): Liveness(False, eqn) for eqn in marks if len(marks) > 1}
+    liveness = Liveness(sampled, every=outputs_only)
+    walk, plan = Walk(num_leaves, liveness, of_marks), Plan()
+    outs = [i == 0 for i in range(len(jaxpr.outvars))]
+    scope = Scope(walk, plan, jaxpr, outs)
     scope.deps.update(dict.fromkeys(jaxpr.constvars, walk.data_bit))
     known = zip(jaxpr.constvars, closed.consts, strict=True)
     scope.numbers.update({v: np.asarray(x) for v, x in known if is_known(x)})
@@ -387,5 +460,5 @@ def analyse(closed: ClosedJaxpr, num_leaves: int) -> tuple[Walk, Plan]:
     deps = [1 << i for i in range(num_leaves)]
     deps += [walk.data_bit] * (len(jaxpr.invars) - num_leaves)
     _, out = scope.run(facts, deps)
-    walk.reached = out[0] if out else 0
+    walk.reached |= out[0] if out else 0
     return walk, plan

@@ -10,9 +10,10 @@ import dataclasses
 import itertools
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from kfac_jax_lite.likelihoods import MASK, row_shape
+from kfac_jax_lite.likelihoods import BESIDE, row_shape
 from kfac_jax_lite.tagging.analysis import Walk, shape_of
 from kfac_jax_lite.tagging.follow import Followed, follow
 from kfac_jax_lite.tagging.indices import (
@@ -38,8 +39,13 @@ from kfac_jax_lite.views import Shape
 
 
 def place_examples(
-    walk: Walk, plan: Plan, jaxpr: Jaxpr, num_leaves: int, num_examples: int
-) -> None:
+    walk: Walk,
+    plan: Plan,
+    jaxpr: Jaxpr,
+    num_leaves: int,
+    num_examples: int,
+    num_terms: Sequence[int],
+) -> tuple[Followed, "dict[Place, Examples]"]:
     """Sets ``positions`` of every candidate site; rows get the examples first.
 
     Args:
@@ -48,34 +54,46 @@ def place_examples(
         jaxpr: The loss.
         num_leaves: How many of its inputs are parameters.
         num_examples: ``N``.
+        num_terms: ``N_k`` of every marked output.
+
+    Returns:
+        Axes of every variable, and what is known of the examples at every site.
     """
     found: Followed = {}
     follow(jaxpr, plan, [fresh_axes(shape_of(v)) for v in jaxpr.invars], found)
     given = [found[plan][v] for v in jaxpr.invars[num_leaves:] if has_rows(v.aval)]
     closed = [found[plan][v] for v in jaxpr.constvars if has_rows(v.aval)]
-    terms = terms_of(walk, found, num_examples)
-    for arguments in (given, closed):
-        if not terms and not walk.marks:
-            terms = numbering(arguments, num_examples)
-    for other in terms[1:]:
-        unify(terms[0], other)
     batch = tuple(axes[0] for axes in (*given, *closed))
-    known = Examples(terms[0] if terms else (), batch, num_examples)
+    terms = marked_terms(walk, found)
+    if not walk.marks:
+        first = numbering(given, num_examples) or numbering(closed, num_examples)
+        for other in first[1:]:
+            unify(first[0], other)
+        terms = first[:1]
     # Where the terms are not known, the uses of one parameter agree on their order.
     orders: dict[int, Axis] = {}
+    examples: dict[Place, Examples] = {}
     for site in walk.sites:
+        n = terms_of(site, num_terms, num_examples)
+        chosen = [terms[k] for k in sorted(site.marks or range(len(terms)))]
+        chosen = [axis for axis in chosen if length(axis) == n]
+        for other in chosen[1:]:
+            unify(chosen[0], other)
+        known = Examples(chosen[0] if chosen else (), batch, n)
+        examples[place_of(site)] = known
         own = known.terms or orders.get(site.primary.leaf, ())
         before = row_axes(walk, site, found)
         site.positions = positions(site, before, here(known._replace(terms=own), site))
         axes = row_axes(walk, site, found)  # in the order that the rows have now
         if not own and site.positions is not None:
-            orders[site.primary.leaf] = leading(axes or (), num_examples)
+            orders[site.primary.leaf] = leading(axes or (), n)
         if isinstance(site.geometry, RaggedGeometry) and site.positions != 1:
             site.positions = None  # an example's rows are of several groups
         site.slots = has_slots(walk, site)
         if site.positions is None and site.kind == "scale_shift":
             site.positions = by_sequence(site.geometry.rows, axes, here(known, site))
     apart_on_devices(walk.sites)
+    return found, examples
 
 
 def apart_on_devices(sites: list[Site]) -> None:
@@ -87,6 +105,22 @@ def apart_on_devices(sites: list[Site]) -> None:
     for site in sites:
         if site.devices > 1 and uses[site.primary.leaf] > 1:
             site.positions = None
+
+
+def terms_of(site: Site, num_terms: Sequence[int], num_examples: int) -> int:
+    """``N`` of the outputs that depend on a site; of the first where they differ."""
+    numbers = {num_terms[k] for k in site.marks}
+    return numbers.pop() if len(numbers) == 1 else num_examples
+
+
+# A plan, an equation's number and that of its result: what stands there.
+Place = tuple[Plan, int, int]
+
+
+def place_of(site: Site) -> Place:
+    """Where a site stands."""
+    plan, index = site.place  # type: ignore[misc]
+    return plan, index, site.output
 
 
 class Examples(NamedTuple):
@@ -136,16 +170,24 @@ def has_rows(aval: Any) -> bool:
     return bool(aval.shape) and not is_raw_key(aval)
 
 
-def terms_of(walk: Walk, found: Followed, num_examples: int) -> list[Axis]:
-    """The indices that number the terms of the loss at every marked output."""
-    terms = []
-    for plan, axes in found.items():
-        for index, likelihood in plan.marks.items():
-            (var,) = walk.scopes[plan].jaxpr.eqns[index].outvars
-            rows = row_shape(shape_of(var), likelihood)
-            if likelihood != MASK and math.prod(rows) == num_examples:
-                own = axes[var][: len(rows)]
-                terms.append(tuple(index for axis in own for index in axis))
+def marked_terms(walk: Walk, found: Followed) -> list[Axis]:
+    """The indices that number the terms of every marked output, in program order."""
+    terms: list[Axis] = []
+    where = {
+        id(walk.scopes[plan].jaxpr.eqns[index]): (plan, index)
+        for plan in found
+        for index in plan.marks
+    }
+    for mark in walk.marks:
+        if mark.name in BESIDE:
+            continue
+        if id(mark.eqn) not in where:  # inside what is not followed
+            terms.append(())
+            continue
+        plan, index = where[id(mark.eqn)]
+        (var,) = walk.scopes[plan].jaxpr.eqns[index].outvars
+        own = found[plan][var][: len(row_shape(shape_of(var), mark.name))]
+        terms.append(tuple(index for axis in own for index in axis))
     return terms
 
 

@@ -4,6 +4,7 @@ Equations without a site, at any depth, are bound exactly as they were traced. N
 jaxprs that hold sites are rebuilt from the public function that made them.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from kfac_jax_lite.tagging.layers import (
     manual_axes,
     scan_counts,
 )
+from kfac_jax_lite.tagging.spread import taken
 from kfac_jax_lite.tagging.taps import Slot
 from kfac_jax_lite.tree import vary
 from kfac_jax_lite.types import Array, ClosedJaxpr, Jaxpr, JaxprEqn
@@ -37,7 +39,7 @@ class Interpreter:
 
     Args:
         on_site: ``(site, output, inputs, slot) -> output`` for every site, where
-            ``slot`` is the site's layer's entry of ``slots``.
+            ``slot`` is the site's entry of ``slots``; None: sites are nothing special.
         stack_leaf: Layer name to the leaf that a ``scan`` may consume by slices.
         on_mark: ``(likelihood, output) -> output`` for marked outputs; None leaves
             them.
@@ -45,14 +47,16 @@ class Interpreter:
 
     def __init__(
         self,
-        on_site: OnSite,
+        on_site: OnSite | None,
         stack_leaf: dict[str, int],
         on_mark: Callable[[str, Array], Array] | None = None,
     ):
-        self.on_site: OnSite = on_site
+        self.on_site: OnSite | None = on_site
         self.stack_leaf: dict[str, int] = stack_leaf
         self.on_mark: Callable[[str, Array], Array] | None = on_mark
         self.envs: dict[Plan, dict[Any, Any]] = {}
+        # Copies for every example, by variable (see ``spread``).
+        self.copies: dict[Plan, dict[Any, Array]] = {}
 
     def run(
         self,
@@ -61,12 +65,15 @@ class Interpreter:
         consts: Sequence[Any],
         args: Sequence[Any],
         slots: Slots,
+        copied: Sequence[Array | None] = (),
     ) -> tuple[list[Any], list[Any]]:
         """Evaluates ``jaxpr``; returns its outputs and the marked outputs passed."""
         env = dict(zip(jaxpr.constvars, consts, strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
-        self.envs[plan] = env
-        marked: list[Any] = []
+        self.envs[plan], marked = env, []
+        copies = self.copies[plan] = {
+            v: c for v, c in zip(jaxpr.invars, copied, strict=False) if c is not None
+        }
 
         def value(atom: Any):
             if isinstance(atom, Ref):
@@ -78,25 +85,54 @@ class Interpreter:
         for index, eqn in enumerate(jaxpr.eqns):
             operands = [value(a) for a in eqn.invars]
             plans = plan.children.get(index, ())
+            own = [
+                None if isinstance(a, Literal) else copies.get(a) for a in eqn.invars
+            ]
             if any(p.active for p in plans):
                 handler = HANDLERS[eqn.primitive.name]
-                results, inner = handler(self, plan, index, eqn, operands, slots)
+                more = (own,) if index in plan.steps else ()
+                results, inner = handler(self, plan, index, eqn, operands, slots, *more)
                 marked += inner
+                if more:
+                    found = self.copies[plans[0]]
+                    pairs = zip(eqn.outvars, inside(eqn).jaxpr.outvars, strict=True)
+                    copies |= {v: found[o] for v, o in pairs if o in found}
             else:
                 results = bind(jaxpr, eqn, operands)
+                if self.on_site is not None and index in plan.steps:
+                    step = plan.steps[index]
+                    bound = functools.partial(bind, jaxpr, eqn)
+                    found = taken(step, eqn, operands, own, bound)
+                    if step.name == "map":
+                        copies |= zip(eqn.outvars, found, strict=True)
+                    else:
+                        results = found
             if index in plan.marks:
                 if self.on_mark is not None:
                     results = [self.on_mark(plan.marks[index], *results)]
                 marked += results
             env.update(zip(eqn.outvars, results, strict=True))
             for site in plan.sites.get(index, ()):
-                if site.layer is not None:
-                    var = eqn.outvars[site.output]
-                    inputs = [jnp.asarray(value(a)) for a in site.inputs]
-                    slot = slots[site.layer]
-                    slot = slot._replace(probes=vary(slot.probes, site.axes))
+                if self.on_site is None or site.layer is None:
+                    continue
+                var, slot = eqn.outvars[site.output], slots[site.slot]
+                slot = slot._replace(probes=vary(slot.probes, site.axes))
+                inputs = [jnp.asarray(value(a)) for a in site.inputs]
+                if not site.spread:
                     env[var] = self.on_site(site, env[var], inputs, slot)
+                    continue
+                atom = site.inputs[0]
+                first = None if isinstance(atom, Literal) else copies.get(atom)
+                inputs[0] = broadcast(inputs[0], site) if first is None else first
+                output = copies.get(var)
+                output = broadcast(env[var], site) if output is None else output
+                copies[var] = self.on_site(site, output, inputs, slot)
         return [value(a) for a in jaxpr.outvars], marked
+
+
+def broadcast(x: Array, site: Site) -> Array:
+    """A copy for every example."""
+    return jnp.broadcast_to(x, (site.spread, *x.shape))
 
 
 def bind(jaxpr: Jaxpr, eqn: JaxprEqn, operands: list[Any]) -> list[Any]:
@@ -128,10 +164,11 @@ def run_call(
     eqn: JaxprEqn,
     operands: list[Any],
     slots: Slots,
+    copied: Sequence[Array | None] = (),
 ) -> tuple[list[Any], list[Any]]:
     """``jit`` and plain calls: evaluated in line."""
     (inner,) = plan.children[index]
-    return self.run(inner, *inside(eqn), operands, slots)
+    return self.run(inner, *inside(eqn), operands, slots, copied)
 
 
 def run_checkpoint(
@@ -167,12 +204,8 @@ def run_scan(
     consts = operands[:n_const]
     carry = operands[n_const : n_const + n_carry]
     (inner,) = plan.children[index]
-    here = {site.layer for site in inner.all_sites() if site.primary.stack}
-    sliced = {
-        name
-        for name in here
-        if name is not None and self.stack_leaf[name] in plan.unstacked[index]
-    }
+    here = {site.slot for site in inner.all_sites() if site.primary.stack}
+    sliced = {k for k in here if self.stack_leaf.get(k) in plan.unstacked[index]}
     whole = {k: v for k, v in slots.items() if k not in sliced}
     stacked = {k: slots[k] for k in sliced}
     dues = {k: stacked[k].due for k in sliced}
@@ -233,8 +266,8 @@ def run_shard_map(
     """``shard_map``: probes enter whole, so that their cotangents are summed up."""
     p, (inner,) = eqn.params, plan.children[index]
     sites = inner.all_sites()
-    here = {site.layer: slots[site.layer] for site in sites if site.layer}
-    axes = {name: {s.axes for s in sites if s.layer == name} for name in here}
+    here = {site.slot: slots[site.slot] for site in sites}
+    axes = {name: {s.axes for s in sites if s.slot == name} for name in here}
 
     def body(operands: list[Any], slots: Slots):
         own = {}
@@ -274,5 +307,6 @@ def in_line(plan: Plan, jaxpr: Jaxpr) -> list[tuple[Site, jax.ShapeDtypeStruct]]
                 found += in_line(child, inside(eqn).jaxpr)
         for site in plan.sites.get(index, ()):
             kind: Any = eqn.outvars[site.output].aval
-            found.append((site, jax.ShapeDtypeStruct(kind.shape, kind.dtype)))
+            shape = (site.spread, *kind.shape) if site.spread else kind.shape
+            found.append((site, jax.ShapeDtypeStruct(shape, kind.dtype)))
     return found

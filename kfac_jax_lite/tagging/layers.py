@@ -167,6 +167,11 @@ class Site:
         copies: How many devices run it on the same rows, each with a part of the
             cotangent (``shard_map`` that does not check what varies).
         axes: Mesh axes along which its rows differ, where types say so.
+        marks: Numbers of the marked outputs that depend on it, where there are several.
+        slot: Under which name its statistics are added up: the layer's, or one of
+            their own for the sites that other outputs depend on.
+        spread: Over how many examples it is broadcast, in front of all other axes of
+            input and output; 0: it has their axis.
     """
 
     kind: str
@@ -185,6 +190,18 @@ class Site:
     devices: int = 1
     copies: int = 1
     axes: frozenset[Any] = frozenset()
+    marks: frozenset[int] = frozenset()
+    slot: str = ""
+    spread: int = 0
+
+    @property
+    def complex(self) -> bool:
+        """Whether its input is complex: every row is two, real and imaginary part."""
+        scales = getattr(self.geometry, "scales", ())
+        inputs = [a for a, s in zip(self.inputs[1:], scales) if s.side != "out"]  # noqa: B905
+        atoms = (*self.inputs[:1], *(a for a in inputs if not isinstance(a, Derived)))
+        dtypes = [a.aval.dtype for a in atoms]
+        return any(jnp.issubdtype(d, jnp.complexfloating) for d in dtypes)
 
     @property
     def primary(self) -> View:
@@ -242,6 +259,19 @@ def moved(steps: Steps, value: Array) -> Array:
     return value
 
 
+class Step(NamedTuple):
+    """What becomes of copies, one for every example, at an equation (see ``spread``).
+
+    Attributes:
+        name: ``"map"``, ``"broadcast"``, ``"elementwise"``, ``"product"`` or
+            ``"call"``.
+        axis: The result's axis of examples.
+    """
+
+    name: str
+    axis: int
+
+
 @dataclasses.dataclass(eq=False)
 class Plan:
     """What to do at which equation of one jaxpr.
@@ -253,6 +283,7 @@ class Plan:
         unstacked: Equation number of a ``scan`` to the leaves it consumes by slices.
         exports: Whether a ``Ref`` from outside reads one of its variables.
         devices: Elementary indices that number the devices of a ``shard_map`` around.
+        steps: Equation number to what becomes of copies there.
     """
 
     sites: dict[int, list[Site]] = dataclasses.field(default_factory=dict)
@@ -261,12 +292,13 @@ class Plan:
     unstacked: dict[int, frozenset[int]] = dataclasses.field(default_factory=dict)
     exports: bool = False
     devices: tuple[Any, ...] = ()
+    steps: dict[int, Step] = dataclasses.field(default_factory=dict)
 
     @property
     def active(self) -> bool:
         """Whether anything in here, at any depth, needs the interpreter."""
         return (
-            bool(self.marks)
+            bool(self.marks or self.steps)
             or self.exports
             or any(s.layer is not None for ss in self.sites.values() for s in ss)
             or any(p.active for ps in self.children.values() for p in ps)

@@ -2,6 +2,7 @@
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
 from jax.lax import GatherScatterMode
 
@@ -129,8 +130,11 @@ def gather(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
 
 
 def constant(factors: tuple[Factor, ...]) -> bool:
-    """Whether everything that multiplies a table is a scalar."""
-    return all(math.prod(f.shape) == 1 for f in factors)
+    """Whether everything that multiplies a table is a real scalar."""
+    real = not any(
+        jnp.issubdtype(f.atom.aval.dtype, jnp.complexfloating) for f in factors
+    )
+    return real and all(math.prod(f.shape) == 1 for f in factors)
 
 
 @rule("iota", always=True)

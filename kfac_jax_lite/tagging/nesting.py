@@ -33,6 +33,7 @@ from kfac_jax_lite.tagging.layers import (
     scan_counts,
     spec_axes,
 )
+from kfac_jax_lite.tagging.liveness import Live, Liveness
 from kfac_jax_lite.tagging.structure import keep
 from kfac_jax_lite.tree import varying_of_type
 from kfac_jax_lite.types import Jaxpr, JaxprEqn, Var
@@ -42,7 +43,7 @@ from kfac_jax_lite.views import View
 BY_HAND = "kfac_jax_lite_layer"
 
 
-@rule("stop_gradient")
+@rule("stop_gradient", always=True)
 def stop_gradient(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     """What is behind ``stop_gradient`` is data; no derivative goes through it."""
     scope.walk.touched.update(leaves_of(facts[0]))
@@ -54,9 +55,16 @@ def inner(
     scope: Scope, index: int, jaxpr: Jaxpr, facts: list[Fact], deps: list[int]
 ) -> tuple[list[Fact], list[int]]:
     """Walks a jaxpr inside an equation under a plan of its own."""
-    plan = Plan()
+    plan, eqn, walk = Plan(), scope.jaxpr.eqns[index], scope.walk
     scope.plan.children[index] = scope.plan.children.get(index, ()) + (plan,)
-    called = Scope(scope.walk, plan, jaxpr)
+
+    def results(part: Live, liveness: Liveness) -> list[bool]:
+        flags = [v in part.variables for v in eqn.outvars]
+        return liveness.results_inside(eqn, flags)
+
+    outs = results(scope.live, walk.liveness)
+    marked = {k: results(scope.reaching[k], own) for k, own in walk.of_marks.items()}
+    called = Scope(walk, plan, jaxpr, outs, marked)
     called.caller = scope, index
     return called.run(facts, deps)
 
@@ -132,7 +140,8 @@ def custom_rule(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     elif len(eqn.outvars) == 1:
         output = stand_in(scope, index, eqn.invars, facts, jaxpr)
     if output is None:
-        scope.mark_used(facts, eqn.primitive.name.removesuffix("_call"))
+        kind = eqn.primitive.name.removesuffix("_call").removesuffix("_call_jaxpr")
+        scope.mark_used(facts, f"{kind}, a function with a gradient of your own")
     return [output] + [None] * (len(eqn.outvars) - 1)
 
 
@@ -161,10 +170,11 @@ def stand_in(
     Returns:
         The layer's output, or None if the jaxpr is not exactly one layer.
     """
-    trial = Walk(scope.walk.data_bit.bit_length() - 1)
+    trial = Walk(scope.walk.data_bit.bit_length() - 1, scope.walk.liveness)
     trial.scopes.update(scope.walk.scopes)
     deps = [scope.dependencies([a]) for a in atoms]
-    (*_, out), _ = Scope(trial, Plan(), jaxpr).run(list(facts), deps)
+    outs = [a is jaxpr.outvars[-1] for a in jaxpr.outvars]
+    (*_, out), _ = Scope(trial, Plan(), jaxpr, outs).run(list(facts), deps)
     outside = dict(zip(jaxpr.invars, atoms, strict=True))
     if len(trial.sites) != 1 or trial.uses or not isinstance(out, Output):
         return None
@@ -266,8 +276,8 @@ def shard_map(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
         sizes[a] for a in {a for s in p["in_specs"] for a in spec_axes(s)}
     )
     for number in range(marks, len(walk.marks)):
-        likelihood, shape, loops = walk.marks[number]
-        walk.marks[number] = likelihood, shape, (*loops, devices)
+        mark = walk.marks[number]
+        walk.marks[number] = mark._replace(loops=(*mark.loops, devices))
         walk.nested_marks = True
     outside = functools.reduce(operator.or_, bits.values(), 0)
     for var, found in zip(eqn.outvars, out, strict=True):

@@ -75,7 +75,8 @@ def group_sites(walk: Walk, facts: Facts, reasons: dict[int, str]) -> list[Group
         if site.kind == "scale_shift" and loose & set(site.views.values()):
             for view in site.views.values():
                 walk.uses[view.leaf].append(
-                    f"a scale or shift without an axis of {facts.num_examples} examples"
+                    "a scale or shift without an axis of "
+                    f"{facts.examples(site)} examples"
                 )
             continue
         key = (site.kind, site.primary)
@@ -103,20 +104,21 @@ def batched_sites(walk: Walk, facts: Facts) -> list[Site]:
     Returns:
         The sites that count.
     """
-    n = facts.num_examples
-    fewest = min(
-        [n, *(size for size in facts.batch_sizes if size > 1 and n % size == 0)]
-    )
-    rows = [math.prod(s.geometry.rows) * s.repeat * s.devices for s in walk.sites]
+
+    def whole(site: Site) -> bool:
+        n = facts.examples(site)
+        sizes = [size for size in facts.batch_sizes if size > 1 and n % size == 0]
+        rows = math.prod(site.geometry.rows) * site.repeat * site.devices
+        return rows >= min((n, *sizes))
+
     seen: set[tuple[str, View]] = set()
-    for site, count in zip(walk.sites, rows, strict=True):
-        if count >= fewest:
-            seen.add((site.kind, site.primary))
-            if "weight" in site.views:  # in either direction
-                seen.add((site.kind, swapped(site.primary)))
+    for site in filter(whole, walk.sites):
+        seen.add((site.kind, site.primary))
+        if "weight" in site.views:  # in either direction
+            seen.add((site.kind, swapped(site.primary)))
     kept = []
-    for site, count in zip(walk.sites, rows, strict=True):
-        if count >= fewest or (site.kind, site.primary) not in seen:
+    for site in walk.sites:
+        if whole(site) or (site.kind, site.primary) not in seen:
             kept.append(site)
         else:
             for view in site.views.values():
@@ -160,16 +162,19 @@ def bias_alone(site: Site, walk: Walk) -> Site:
 
 def tie(groups: list[Group], walk: Walk) -> list[Group]:
     """Joins uses of one weight in opposite directions; a lookup is the forward one."""
+    # By their views in either direction: of a vector, turning twice reads another way.
     found: dict[View, Group] = {}
+    mirrored: dict[View, Group] = {}
     joined: list[Group] = []
     for group in sorted(groups, key=lambda g: g.kind != "embedding"):
         weight = group.views.get("weight")
         if weight is None or group.kind not in ("dense", "embedding"):
             joined.append(group)
             continue
-        forward = found.get(swapped(weight))
+        forward = found.get(swapped(weight)) or mirrored.get(weight)
         if forward is None or group.kind == "embedding":
             found.setdefault(weight, group)
+            mirrored.setdefault(swapped(weight), group)
             joined.append(group)
             continue
         for site in group.sites:

@@ -4,12 +4,13 @@ import dataclasses
 import math
 from typing import Any
 
-from kfac_jax_lite.likelihoods import PREFIX
+from kfac_jax_lite.likelihoods import BESIDE, PREFIX
 from kfac_jax_lite.tagging.analysis import (
     Beside,
     Counting,
     Fact,
     Factor,
+    Mark,
     Output,
     Scaled,
     Scope,
@@ -49,13 +50,27 @@ def name(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     text = eqn.params["name"]
     if text.startswith(PREFIX):
         likelihood = text.removeprefix(PREFIX)
+        if likelihood not in BESIDE and dead_mark(scope, index, eqn):
+            return [None]
         scope.plan.marks[index] = likelihood
+        if scope.walk.liveness.sampled:
+            scope.walk.reached |= scope.dependencies(eqn.invars)
         shape = shape_of(eqn.invars[0])
-        scope.walk.marks.append((likelihood, shape, scope.walk.loops))
+        scope.walk.marks.append(Mark(likelihood, shape, scope.walk.loops, eqn))
         if scope.walk.loops or scope.walk.branch:
             scope.walk.nested_marks = True
         return [None]
     return [keep(scope, eqn.invars[0], facts[0])]
+
+
+def dead_mark(scope: Scope, index: int, eqn: JaxprEqn) -> bool:
+    """Whether a marked output is read, but by nothing that is differentiated."""
+    # As where the network is evaluated a second time, behind stop_gradient.
+    out = eqn.outvars[0]
+    if out in scope.live.variables or scope.walk.liveness.every:
+        return False
+    later = (a for other in scope.jaxpr.eqns[index:] for a in other.invars)
+    return any(a is out for a in (*later, *scope.jaxpr.outvars))
 
 
 @rule("reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim")

@@ -9,6 +9,7 @@ import jax
 
 from kfac_jax_lite import forms
 from kfac_jax_lite.tagging.analysis import Walk
+from kfac_jax_lite.tagging.examples import terms_of
 from kfac_jax_lite.tagging.layers import ScaleShiftGeometry, Site
 from kfac_jax_lite.types import LayerTag
 from kfac_jax_lite.views import Shape, View
@@ -27,6 +28,7 @@ class Facts:
         paths: Key path of every parameter leaf.
         shapes: Shape of every parameter leaf.
         num_examples: ``N``, the number of terms of the mean loss.
+        terms: ``N_k`` of every marked output.
         batch_sizes: Leading axes of the arguments.
         max_factor_dim: Largest Kronecker factor that is kept in full.
     """
@@ -34,8 +36,13 @@ class Facts:
     paths: Sequence[tuple[Any, ...]]
     shapes: Sequence[Shape]
     num_examples: int
+    terms: Sequence[int]
     batch_sizes: Collection[int]
     max_factor_dim: int
+
+    def examples(self, site: Site) -> int:
+        """``N`` of the outputs that depend on a site."""
+        return terms_of(site, self.terms, self.num_examples)
 
 
 @dataclasses.dataclass
@@ -105,13 +112,11 @@ def once_for_all(group: Group, facts: Facts) -> bool:
     Returns:
         Whether it has none.
     """
-    shapes = [
-        (s.geometry.blocks + s.geometry.rows, s.repeat * s.devices) for s in group.sites
-    ]
     return group.kind != "scale_shift" and any(
-        math.prod(rows) * repeat < facts.num_examples
-        and not set(rows) & set(facts.batch_sizes)
-        for rows, repeat in shapes
+        math.prod(s.geometry.blocks + s.geometry.rows) * s.repeat * s.devices
+        < facts.examples(s)
+        and not set(s.geometry.rows) & set(facts.batch_sizes)
+        for s in group.sites
     )
 
 

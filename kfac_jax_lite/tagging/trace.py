@@ -9,16 +9,17 @@ import jax
 import jax.numpy as jnp
 
 # The rules register themselves.
-from kfac_jax_lite.likelihoods import MASK, row_shape
+from kfac_jax_lite.likelihoods import BESIDE, MASK, row_shape
 from kfac_jax_lite.tagging import elementwise as _elementwise
 from kfac_jax_lite.tagging import lookups as _lookups
 from kfac_jax_lite.tagging import matchers as _matchers
 from kfac_jax_lite.tagging import nesting as _nesting
 from kfac_jax_lite.tagging import structure as _structure
 from kfac_jax_lite.tagging.analysis import Walk, analyse
-from kfac_jax_lite.tagging.examples import place_examples
+from kfac_jax_lite.tagging.examples import place_examples, terms_of
 from kfac_jax_lite.tagging.layers import Plan, Site
 from kfac_jax_lite.tagging.resolve import resolve
+from kfac_jax_lite.tagging.spread import plan_spreads, spread_sites
 from kfac_jax_lite.tagging.tags import Facts, plain
 from kfac_jax_lite.tree import is_key, without_value
 from kfac_jax_lite.types import ClosedJaxpr, LayerTag
@@ -36,8 +37,12 @@ class Trace:
         plan: Where its layers sit.
         layers: Its layers.
         sites: The chosen sites, by layer name.
-        num_examples: ``N``.
-        marks: Likelihood of every marked output, in program order.
+        slots: The same sites by slot: those of a layer that the same marked outputs
+            depend on have one together.
+        num_examples: ``N``; of several terms with their own, that of the first.
+        terms: ``N_k`` of every marked output.
+        marks: Likelihood of every marked output, in program order, and what stands in
+            front of them.
         out_tree: Structure of the loss function's result.
     """
 
@@ -45,9 +50,26 @@ class Trace:
     plan: Plan
     layers: tuple[LayerTag, ...]
     sites: dict[str, list[Site]]
+    slots: dict[str, list[Site]]
     num_examples: int
+    terms: tuple[int, ...]
     marks: tuple[str, ...]
     out_tree: Any
+
+    def terms_of(self, site: Site) -> int:
+        """``N`` of the outputs that depend on a site."""
+        return terms_of(site, self.terms, self.num_examples)
+
+    def masked(self, site: Site) -> bool:
+        """Whether one of the outputs that depend on a site has a mask."""
+        if not site.marks:
+            return MASK in self.marks
+        number = 0
+        for name in self.marks:
+            if name == MASK and number in site.marks:
+                return True
+            number += name not in BESIDE
+        return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +81,14 @@ class TraceOptions:
         num_examples: ``N`` where it cannot be read off.
         sampled: Whether the output must be marked (MC or exact Fisher).
         max_factor_dim: Largest Kronecker factor that is kept in full.
+        outputs_only: Whether the marked outputs are all that matters, not the loss.
     """
 
     has_aux: bool
     num_examples: int | None
     sampled: bool
     max_factor_dim: int
+    outputs_only: bool = False
 
 
 def trace(
@@ -85,7 +109,8 @@ def trace(
         What was found.
 
     Raises:
-        TypeError: Integer or complex parameters; a loss that is no real scalar.
+        TypeError: Integer or complex parameters; arguments that are no arrays; a loss
+            that is no real scalar.
         ValueError: No parameters; ``N`` unknown, contradictory or zero; a parameter
             inside a ``while`` loop; no marked output where one is needed.
         NameError: The loss uses a mapped axis that is not bound here.
@@ -93,8 +118,17 @@ def trace(
     has_aux = options.has_aux
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     check_params(flat)
+    numbers = check_args(args)
     try:
         closed, shape = jax.make_jaxpr(loss_fn, return_shape=True)(params, *args)
+    except CONCRETE as error:
+        if not numbers:
+            raise
+        raise TypeError(
+            f"args{numbers[0]} is a Python number, and the loss must know it while it "
+            "is traced. Close over it: kfac.tag(lambda params, x: loss_fn(params, x, "
+            "True), params, x)."
+        ) from error
     except NameError as error:
         if "axis name" not in str(error):
             raise
@@ -104,24 +138,42 @@ def trace(
             "(jax.eval_shape of it suffices)."
         ) from error
     check_loss(shape, has_aux)
-    walk, plan = analyse(closed, len(flat))
+    walk, plan = analyse(closed, len(flat), options.sampled, options.outputs_only)
     if walk.while_leaves:
         check_while(loss_fn, params, args, has_aux, flat, walk.while_leaves)
-    n = count_examples(walk, args, options.num_examples)
-    place_examples(walk, plan, closed.jaxpr, len(flat), n)
+    n, terms = count_examples(walk, args, options.num_examples)
     check_marks(walk, options.sampled)
+    find_marks(walk)
+    followed = place_examples(walk, plan, closed.jaxpr, len(flat), n, terms)
+    spread_sites(walk, *followed)
     check_masks(walk)
     paths = [without_value(path) for path, _ in flat]
     shapes = [tuple(leaf.shape) for _, leaf in flat]
-    facts = Facts(paths, shapes, n, leading_axes(args), options.max_factor_dim)
+    sizes, limit = leading_axes(args), options.max_factor_dim
+    facts = Facts(paths, shapes, n, terms, sizes, limit)
     layers = resolve(walk, facts)
+    plan_spreads(walk, *followed)
     sites: dict[str, list[Site]] = {}
     for site in walk.sites:
         if site.layer is not None:
             sites.setdefault(site.layer, []).append(site)
-    marks = () if walk.nested_marks else tuple(name for name, _, _ in walk.marks)
+    marks = () if walk.nested_marks else tuple(mark.name for mark in walk.marks)
     out_tree = jax.tree_util.tree_structure(shape)
-    return Trace(closed, plan, layers, sites, n, marks, out_tree)
+    slots = slots_of(sites)
+    return Trace(closed, plan, layers, sites, slots, n, terms, marks, out_tree)
+
+
+def slots_of(sites: dict[str, list[Site]]) -> dict[str, list[Site]]:
+    """Names the slot of every site; returns the sites by slot."""
+    slots: dict[str, list[Site]] = {}
+    for layer, own in sites.items():
+        kinds = [*dict.fromkeys(site.marks for site in own)]
+        for site in own:
+            number = kinds.index(site.marks)
+            # No layer has such a name: the slot's number stands behind a control code.
+            site.slot = f"{layer}\0{number}" if number else layer
+            slots.setdefault(site.slot, []).append(site)
+    return slots
 
 
 def check_params(flat: list[Any]) -> None:
@@ -138,6 +190,29 @@ def check_params(flat: list[Any]) -> None:
                 f"params[{plain(path)}] has dtype {dtype}; K-FAC trains real "
                 "floating-point parameters. Pass it as a further argument instead."
             )
+
+
+# Errors of programs that must know a value while they are traced.
+CONCRETE = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.TracerArrayConversionError,
+)
+
+
+def check_args(args: tuple[Any, ...]) -> list[str]:
+    """Arguments must be arrays or numbers; paths of the Python numbers."""
+    numbers = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(args)[0]:
+        if isinstance(leaf, (bool, int, float, complex)):
+            numbers.append(jax.tree_util.keystr(path))
+        elif not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            raise TypeError(
+                f"args{jax.tree_util.keystr(path)} is a {type(leaf).__name__}, not an "
+                "array. Close over what is none: kfac.tag(lambda params, x: "
+                "loss_fn(params, x, mode), params, x)."
+            )
+    return numbers
 
 
 def check_loss(shape: Any, has_aux: bool) -> None:
@@ -174,32 +249,58 @@ def check_while(
         ) from error
 
 
-def count_examples(walk: Walk, args: tuple[Any, ...], given: int | None) -> int:
-    """``N``: rows of the marked output, else given, else the shared leading axis."""
-    marked = {
-        math.prod(row_shape(shape, name)) * math.prod(loops)
-        for name, shape, loops in walk.marks
-        if name != MASK
-    }
+def count_examples(
+    walk: Walk, args: tuple[Any, ...], given: int | None
+) -> tuple[int, tuple[int, ...]]:
+    """``N``: rows of the first marked output, else given, else the leading axis.
+
+    Args:
+        walk: What the walk over the loss has found.
+        args: The loss's arguments.
+        given: ``num_examples``.
+
+    Returns:
+        ``N``, and that of every marked output.
+
+    Raises:
+        ValueError: It cannot be told, is contradictory or zero.
+    """
+    marked = tuple(
+        math.prod(row_shape(mark.shape, mark.name)) * math.prod(mark.loops)
+        for mark in walk.marks
+        if mark.name not in BESIDE
+    )
     if given is not None and (
         isinstance(given, bool) or given != int(given) or given < 1
     ):
         raise ValueError(f"num_examples must be a whole number >= 1, got {given!r}.")
-    if len(marked) > 1 or (marked and given is not None and marked != {given}):
+    unknown = walk.nested_marks and len(set(marked)) > 1
+    if unknown or (marked and given is not None and set(marked) != {given}):
         raise ValueError(
-            f"the marked outputs have {sorted(marked)} rows and num_examples is "
+            f"the marked outputs have {sorted(set(marked))} rows and num_examples is "
             f"{given}: which is the number of terms that the loss averages over? "
-            "Mark one output, or leave num_examples out."
+            "Leave num_examples out, and mark what leaves loops and branches."
         )
-    if marked:
-        n = marked.pop()
-    elif given is not None:
-        n = int(given)
-    else:
-        n = leading_axis(args)
-    if n < 1:
+    n = marked[0] if marked else leading_axis(args) if given is None else int(given)
+    if min((n, *marked)) < 1:
         raise ValueError(f"the batch is empty: the loss averages over {n} terms.")
-    return n
+    return n, marked
+
+
+def find_marks(walk: Walk) -> None:
+    """Sets which marked outputs depend on every site, where there are several."""
+    numbers = [mark for mark in walk.marks if mark.name not in BESIDE]
+    if walk.nested_marks or len(numbers) < 2:
+        return
+    for site in walk.sites:
+        plan, index = site.place  # type: ignore[misc]
+        scope = walk.scopes[plan]
+        var = scope.jaxpr.eqns[index].outvars[site.output]
+        site.marks = frozenset(
+            k
+            for k, mark in enumerate(numbers)
+            if var in scope.reaching[id(mark.eqn)].variables
+        )
 
 
 def leading_axes(args: tuple[Any, ...]) -> dict[int, str]:
@@ -226,13 +327,11 @@ def leading_axis(args: tuple[Any, ...]) -> int:
 
 
 def check_masks(walk: Walk) -> None:
-    """One mask, of the only marked output, outside loops and branches."""
-    names = [name for name, _, _ in walk.marks]
-    if MASK in names and (walk.nested_marks or len(names) > 2):
+    """No masks and weights inside loops and branches."""
+    if walk.nested_marks and any(mark.name in BESIDE for mark in walk.marks):
         raise ValueError(
-            "a mask says how many terms the loss has: mark one output with it, outside "
-            f"scan and cond. This loss marks {len(names) - names.count(MASK)}"
-            + (", inside a loop or branch." if walk.nested_marks else ".")
+            "masks and weights say what the terms of the loss are: mark an output with "
+            "them outside scan and cond. This loss marks one inside."
         )
 
 
