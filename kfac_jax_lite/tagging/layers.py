@@ -199,7 +199,7 @@ class Site:
         """Whether its input is complex: every row is two, real and imaginary part."""
         scales = getattr(self.geometry, "scales", ())
         inputs = [a for a, s in zip(self.inputs[1:], scales) if s.side != "out"]  # noqa: B905
-        atoms = (*self.inputs[:1], *(a for a in inputs if not isinstance(a, Derived)))
+        atoms = [a for a in (*self.inputs[:1], *inputs) if not isinstance(a, Derived)]
         dtypes = [a.aval.dtype for a in atoms]
         return any(jnp.issubdtype(d, jnp.complexfloating) for d in dtypes)
 
