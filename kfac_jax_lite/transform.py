@@ -37,6 +37,7 @@ from kfac_jax_lite.refresh import (
     absorbed,
     clock_after_inversion,
     inversion_gates,
+    never_inverted,
     refreshes_due,
 )
 from kfac_jax_lite.sharding import (
@@ -362,9 +363,11 @@ def step(
     if statistics is not None:
         record = (factors, previous, clock, statistics, accepted, number)
         factors, previous, clock, accepted = absorbed(options, plan, layers, *record)
+    else:
+        clock = clock._replace(due=jnp.where(accepted, False, clock.due))
     record = (clock, shift, number, accepted)
     gates = inversion_gates(options, plan, layers, *record)
-    first = clock.last_inverse == 0
+    first = never_inverted(clock, number)
     record = (factors, dict(state.inverses), shift, gates, first)
     factors, inverses, good = inversions(options, plan, layers, *record)
     clock = clock_after_inversion(clock, gates, good, shift, number)

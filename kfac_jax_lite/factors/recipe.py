@@ -46,10 +46,11 @@ class Recipe:
         examples: Of scales and shifts: how many examples then have a sum.
         positions: Of the recipe ``at`` one site: how many consecutive rows are reduced.
         masked: Whether only rows count whose cotangent is not zero.
+        routed: Whether rows are sent to its blocks, some more and some fewer.
         subsample: Which of its rows are taken.
         squares: Whether squares of the examples' gradients are wanted, not factors;
             ``by_example`` then adds the gradients themselves up over several sites.
-        counted: Whether rows are counted as they are executed: a site is in a branch.
+        branched: Whether a site is in a branch: rows count as they are executed.
         parts: How many rows a row is: 2 where some are complex.
         marks: Numbers of the marked outputs that depend on these sites; empty: one, or
             it does not matter.
@@ -62,18 +63,19 @@ class Recipe:
     reduce: bool = False
     by_example: bool = False
     masked: bool = False
+    routed: bool = False
     subsample: Subsample = Subsample()
     squares: bool = False
     examples: int = 0
     positions: int = 1
-    counted: bool = False
+    branched: bool = False
     parts: int = 1
     marks: frozenset[int] = frozenset()
 
     @property
-    def at_run_time(self) -> bool:
-        """Whether the number of rows is known at run time only."""
-        return self.masked or self.counted
+    def counted(self) -> bool:
+        """Whether the number of rows is known only at run time."""
+        return self.masked or self.routed or self.branched
 
     def lattice(self, site: Site) -> Lattice | None:
         """The rows that are taken at one of its sites; None: all."""
@@ -108,8 +110,8 @@ def make_recipe(
 
     several = len(sites) > 1 or any(s.repeat > 1 for s in sites)
     ragged = any(isinstance(s.geometry, RaggedGeometry) for s in sites)
-    counted = ragged or any(s.branch or s.slots for s in sites)
-    counted = counted and layer.kind != "scale_shift"
+    routed = ragged or any(s.places for s in sites)
+    branched = any(s.branch for s in sites) and layer.kind != "scale_shift"
     if layer.kind == "scale_shift" or ragged:
         subsample = Subsample()
     parts = 2 if any(s.complex for s in sites) else 1
@@ -130,9 +132,10 @@ def make_recipe(
             marks=marks,
         )
     else:
-        whole = not (layer.tied or ragged)
-        by_example = reduce and all(s.positions for s in sites) and whole
-        by_example = by_example and (several or masked or counted)
+        by_example = (
+            reduce and all(s.positions for s in sites) and not (layer.tied or ragged)
+        )
+        by_example = by_example and (several or masked or branched)
         if by_example and subsample != Subsample():
             raise ValueError(
                 f"layer {layer.name}: subsample needs weight_sharing='expand' where a "
@@ -146,9 +149,10 @@ def make_recipe(
         reduce=reduce,
         by_example=by_example,
         masked=masked,
+        routed=routed,
         subsample=subsample,
         examples=examples,
-        counted=counted,
+        branched=branched,
         parts=parts,
         marks=marks,
     )
@@ -184,9 +188,8 @@ def count_rows(sites: list[Site], reduce: bool) -> int:
 
 def site_rows(site: Site, reduce: bool) -> int:
     """Rows of one site, each time it is run."""
-    rows = math.prod(site.geometry.rows)
-    rows = rows // (site.positions or 1) if reduce else rows
-    return rows * (2 if site.complex else 1)
+    rows = math.prod(site.geometry.rows) * (2 if site.complex else 1)
+    return rows // (site.positions or 1) if reduce else rows
 
 
 def zero_probes(recipe: Recipe, dtype: Any, moments: bool) -> dict[str, Array]:
@@ -216,7 +219,7 @@ def zero_probes(recipe: Recipe, dtype: Any, moments: bool) -> dict[str, Array]:
                 counts |= {"rows_out": blocks}
             if moments:
                 shapes["s"] = (*blocks, *forms.widths(layer))
-        shapes |= counts if recipe.at_run_time else {}
+        shapes |= counts if recipe.counted else {}
     dtype = accumulation_dtype(dtype)
     return {name: jnp.zeros(shape, dtype) for name, shape in shapes.items()}
 
@@ -247,7 +250,7 @@ def finish(
         found = {"squares": lambda: n * jnp.square(raw["gradients"]).sum(-3)}
     elif recipe.by_example:
         found = from_examples(recipe, raw, basis, n)
-    elif not recipe.at_run_time:
+    elif not recipe.counted:
         found = {name: lambda x=x: x for name, x in raw.items()}
     else:
         found = rescaled(recipe, raw, n)
@@ -265,7 +268,7 @@ def from_examples(
     """Factors of ``x̄_n`` (mean over positions) and ``c_n`` (sum over positions)."""
     layer, n, parts = recipe.layer, recipe.num_examples, recipe.parts
     c = raw["c_sum"]
-    if recipe.at_run_time:
+    if recipe.counted:
         count = jnp.repeat(jnp.maximum(raw["count"], 1), parts, -1)
         x = raw["x_sum"] / count[..., None]
     else:

@@ -16,7 +16,7 @@ from kfac_jax_lite.factors import (
     scale_shift,
     squares,
 )
-from kfac_jax_lite.factors.recipe import Recipe, unit_blocks
+from kfac_jax_lite.factors.recipe import Recipe, site_rows, unit_blocks
 from kfac_jax_lite.factors.sampling import Lattice
 from kfac_jax_lite.tagging.layers import (
     ConvGeometry,
@@ -135,11 +135,10 @@ def estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
         return dense.output_factor(c, recipe, form_g, num_rows) * share
 
     def live_rows(inputs: Any, c: Array):
-        live, positions = live_of(recipe, site)(inputs, c), recipe.at(site).positions
+        live = live_of(recipe, site)(inputs, c)
         if live is None:
-            count = jnp.asarray(math.prod(geometry.rows) // positions)
-        else:
-            count = dense.reduced_live(live, positions).sum(-1)
+            return jnp.full(geometry.blocks, site_rows(site, recipe.reduce))
+        count = dense.reduced_live(live, recipe.at(site).positions).sum(-1)
         return jnp.broadcast_to(count * (2 if site.complex else 1), geometry.blocks)
 
     def moment(inputs: Any, c: Array):
@@ -347,7 +346,7 @@ def real_rows(site: Site, rows: Array, cotangents: bool = False) -> Array:
 
 def live_of(recipe: Recipe, site: Site) -> Callable[[Any, Array], Any]:
     """``(inputs, cotangent) ->`` which rows the loss sees, None without masks."""
-    if not (recipe.masked or site.slots):
+    if not (recipe.masked or site.places):
         return lambda inputs, c: None
 
     def live(inputs: Any, c: Array):

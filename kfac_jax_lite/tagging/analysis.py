@@ -174,10 +174,10 @@ class Walk:
         nested_marks: Whether an output is marked inside a loop or branch.
         reached: Leaves that the loss, or what is sampled, depends on, as bits.
         scopes: The scope of every plan.
-        mesh_bits: Bits of the dependencies for mesh axes of a ``shard_map``.
         liveness: Where derivatives of the loss pass.
-        of_marks: Where derivatives of single marked outputs pass, if there are several,
-            by the identity of their equations.
+        of_marks: Where derivatives of single marked outputs pass, if it matters, by the
+            identity of their equations.
+        mesh_bits: Bits of the dependencies for mesh axes of a ``shard_map``.
     """
 
     def __init__(
@@ -234,15 +234,15 @@ class Scope:
         self.deps: dict[Var, int] = {}
         self.consumers: dict[Var, list[int]] = collections.defaultdict(list)
         self.producers: dict[Var, int] = {}
-        self.loops: Shape = walk.loops
-        self.caller: tuple[Scope, int] | None = None
-        self.numbers: dict[Var, Any] = {}
         self.live: Live = walk.liveness.part(jaxpr, outs)
         none = (False,) * len(jaxpr.outvars)
         self.reaching: dict[int, Live] = {
             k: part.part(jaxpr, marked.get(k, none))
             for k, part in walk.of_marks.items()
         }
+        self.loops: Shape = walk.loops
+        self.caller: tuple[Scope, int] | None = None
+        self.numbers: dict[Var, Any] = {}
         walk.scopes[plan] = self
         for i, eqn in enumerate(jaxpr.eqns):
             for atom in eqn.invars:
@@ -446,7 +446,8 @@ def analyse(
     """
     jaxpr = closed.jaxpr
     marks = marks_in(jaxpr)
-    of_marks = {id(eqn): Liveness(False, eqn) for eqn in marks if len(marks) > 1}
+    several = sampled or len(marks) > 1
+    of_marks = {id(eqn): Liveness(False, eqn) for eqn in marks if several}
     liveness = Liveness(sampled, every=outputs_only)
     walk, plan = Walk(num_leaves, liveness, of_marks), Plan()
     outs = [i == 0 for i in range(len(jaxpr.outvars))]

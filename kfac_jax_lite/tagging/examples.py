@@ -89,7 +89,7 @@ def place_examples(
             orders[site.primary.leaf] = leading(axes or (), n)
         if isinstance(site.geometry, RaggedGeometry) and site.positions != 1:
             site.positions = None  # an example's rows are of several groups
-        site.slots = has_slots(walk, site)
+        site.places = has_places(walk, site)
         if site.positions is None and site.kind == "scale_shift":
             site.positions = by_sequence(site.geometry.rows, axes, here(known, site))
     apart_on_devices(walk.sites)
@@ -230,7 +230,7 @@ def block_axes(geometry: DenseGeometry | EmbeddingGeometry) -> int:
     return 0 if isinstance(geometry, RaggedGeometry) else len(geometry.blocks)
 
 
-def has_slots(walk: Walk, site: Site) -> bool:
+def has_places(walk: Walk, site: Site) -> bool:
     """Whether rows are places of an expert that examples are sent to, some left empty.
 
     They hold data and there are matrices for every block, but examples have no axis.

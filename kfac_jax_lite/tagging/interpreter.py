@@ -115,9 +115,10 @@ class Interpreter:
             for site in plan.sites.get(index, ()):
                 if self.on_site is None or site.layer is None:
                     continue
-                var, slot = eqn.outvars[site.output], slots[site.slot]
+                var = eqn.outvars[site.output]
+                inputs = [as_array(value(a)) for a in site.inputs]
+                slot = slots[site.slot]
                 slot = slot._replace(probes=vary(slot.probes, site.axes))
-                inputs = [jnp.asarray(value(a)) for a in site.inputs]
                 if not site.spread:
                     env[var] = self.on_site(site, env[var], inputs, slot)
                     continue
@@ -128,6 +129,11 @@ class Interpreter:
                 output = broadcast(env[var], site) if output is None else output
                 copies[var] = self.on_site(site, output, inputs, slot)
         return [value(a) for a in jaxpr.outvars], marked
+
+
+def as_array(value: Any) -> Array:
+    """A literal as an array; arrays keep their type."""
+    return value if isinstance(value, jax.Array) else jnp.asarray(value)
 
 
 def broadcast(x: Array, site: Site) -> Array:
@@ -266,8 +272,8 @@ def run_shard_map(
     """``shard_map``: probes enter whole, so that their cotangents are summed up."""
     p, (inner,) = eqn.params, plan.children[index]
     sites = inner.all_sites()
-    here = {site.slot: slots[site.slot] for site in sites}
-    axes = {name: {s.axes for s in sites if s.slot == name} for name in here}
+    here = {site.layer: slots[site.layer] for site in sites if site.layer}
+    axes = {name: {s.axes for s in sites if s.layer == name} for name in here}
 
     def body(operands: list[Any], slots: Slots):
         own = {}

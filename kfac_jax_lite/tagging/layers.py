@@ -161,17 +161,18 @@ class Site:
         by_hand: Whether the user named it, whatever else uses its parameters.
         positions: How many rows in a row are one example's; None: they are not side by
             side, or it cannot be told.
-        slots: Whether its rows are places that examples are sent to, some of them
+        marks: Numbers of the marked outputs that depend on it, where there are several.
+        unmarked: Whether no marked output depends on it, where they are sampled.
+        slot: Under which name its statistics are added up: the layer's, or one of
+            their own for the sites that other outputs depend on.
+        spread: Over how many examples it is broadcast, in front of all other axes of
+            input and output; 0: it has their axis.
+        places: Whether its rows are places that examples are sent to, some of them
             empty.
         devices: How many devices run it, each on rows of its own (``shard_map``).
         copies: How many devices run it on the same rows, each with a part of the
             cotangent (``shard_map`` that does not check what varies).
         axes: Mesh axes along which its rows differ, where types say so.
-        marks: Numbers of the marked outputs that depend on it, where there are several.
-        slot: Under which name its statistics are added up: the layer's, or one of
-            their own for the sites that other outputs depend on.
-        spread: Over how many examples it is broadcast, in front of all other axes of
-            input and output; 0: it has their axis.
     """
 
     kind: str
@@ -186,11 +187,8 @@ class Site:
     place: tuple["Plan", int] | None = None
     by_hand: bool = False
     positions: int | None = None
-    slots: bool = False
-    devices: int = 1
-    copies: int = 1
-    axes: frozenset[Any] = frozenset()
     marks: frozenset[int] = frozenset()
+    unmarked: bool = False
     slot: str = ""
     spread: int = 0
 
@@ -199,9 +197,13 @@ class Site:
         """Whether its input is complex: every row is two, real and imaginary part."""
         scales = getattr(self.geometry, "scales", ())
         inputs = [a for a, s in zip(self.inputs[1:], scales) if s.side != "out"]  # noqa: B905
-        atoms = [a for a in (*self.inputs[:1], *inputs) if not isinstance(a, Derived)]
-        dtypes = [a.aval.dtype for a in atoms]
-        return any(jnp.issubdtype(d, jnp.complexfloating) for d in dtypes)
+        kinds = [getattr(a, "aval", None) for a in (*self.inputs[:1], *inputs)]
+        return any(jnp.issubdtype(k.dtype, jnp.complexfloating) for k in kinds if k)
+
+    places: bool = False
+    devices: int = 1
+    copies: int = 1
+    axes: frozenset[Any] = frozenset()
 
     @property
     def primary(self) -> View:
@@ -228,6 +230,19 @@ class Ref:
     def aval(self) -> Any:
         """Its abstract value."""
         return self.atom.aval
+
+
+class Step(NamedTuple):
+    """What becomes of copies, one for every example, at an equation (see ``spread``).
+
+    Attributes:
+        name: ``"map"``, ``"broadcast"``, ``"elementwise"``, ``"product"`` or
+            ``"call"``.
+        axis: The result's axis of examples.
+    """
+
+    name: str
+    axis: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,19 +274,6 @@ def moved(steps: Steps, value: Array) -> Array:
     return value
 
 
-class Step(NamedTuple):
-    """What becomes of copies, one for every example, at an equation (see ``spread``).
-
-    Attributes:
-        name: ``"map"``, ``"broadcast"``, ``"elementwise"``, ``"product"`` or
-            ``"call"``.
-        axis: The result's axis of examples.
-    """
-
-    name: str
-    axis: int
-
-
 @dataclasses.dataclass(eq=False)
 class Plan:
     """What to do at which equation of one jaxpr.
@@ -282,8 +284,8 @@ class Plan:
         children: Equation number to the plans of the jaxprs inside it.
         unstacked: Equation number of a ``scan`` to the leaves it consumes by slices.
         exports: Whether a ``Ref`` from outside reads one of its variables.
-        devices: Elementary indices that number the devices of a ``shard_map`` around.
         steps: Equation number to what becomes of copies there.
+        devices: Elementary indices that number the devices of a ``shard_map`` around.
     """
 
     sites: dict[int, list[Site]] = dataclasses.field(default_factory=dict)
@@ -291,8 +293,8 @@ class Plan:
     children: dict[int, tuple["Plan", ...]] = dataclasses.field(default_factory=dict)
     unstacked: dict[int, frozenset[int]] = dataclasses.field(default_factory=dict)
     exports: bool = False
-    devices: tuple[Any, ...] = ()
     steps: dict[int, Step] = dataclasses.field(default_factory=dict)
+    devices: tuple[Any, ...] = ()
 
     @property
     def active(self) -> bool:

@@ -11,7 +11,7 @@ from kfac_jax_lite import forms
 from kfac_jax_lite.tagging.analysis import Walk
 from kfac_jax_lite.tagging.examples import terms_of
 from kfac_jax_lite.tagging.layers import ScaleShiftGeometry, Site
-from kfac_jax_lite.types import LayerTag
+from kfac_jax_lite.types import UNREACHED, LayerTag
 from kfac_jax_lite.views import Shape, View
 
 REPARAMETRISED = (
@@ -112,12 +112,13 @@ def once_for_all(group: Group, facts: Facts) -> bool:
     Returns:
         Whether it has none.
     """
-    return group.kind != "scale_shift" and any(
-        math.prod(s.geometry.blocks + s.geometry.rows) * s.repeat * s.devices
-        < facts.examples(s)
-        and not set(s.geometry.rows) & set(facts.batch_sizes)
-        for s in group.sites
-    )
+
+    def few(site: Site) -> bool:
+        shape = site.geometry.blocks + site.geometry.rows
+        rows = math.prod(shape) * site.repeat * site.devices
+        return rows < facts.examples(site) and not set(shape) & set(facts.batch_sizes)
+
+    return group.kind != "scale_shift" and any(map(few, group.sites))
 
 
 def with_unused(tags: list[LayerTag], facts: Facts) -> list[LayerTag]:
@@ -162,7 +163,7 @@ def diagonal_tag(
 def fallback_reason(walk: Walk, leaf: int, reasons: dict[int, str]) -> str:
     """Why a leaf is in no layer, in words."""
     if not walk.reached >> leaf & 1:
-        return "does not reach the loss"
+        return UNREACHED
     if leaf in reasons:
         return reasons[leaf]
     uses = sorted(set(walk.uses.get(leaf, [])))
