@@ -17,12 +17,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from kfac_jax_lite.factors.estimate import TaggedLoss
 from kfac_jax_lite.likelihoods import Output, fisher_product, weighted_rows
 from kfac_jax_lite.outputs import marked_loss
-from kfac_jax_lite.sharding import automatic, explicit_mesh
+from kfac_jax_lite.sharding import along, automatic
 from kfac_jax_lite.types import Array
 
 
@@ -72,15 +71,6 @@ def quadratic_model(tagged: TaggedLoss, params: Any, *args: Any) -> QuadraticMod
         return loss, slopes, gram
 
     return QuadraticModel(lambda p: model.values(p)[0], products)
-
-
-def along(forward: Callable[[Any], Any], vectors: Any) -> Any:
-    """``forward`` of each of the vectors, at once or, on explicit meshes, in turn."""
-    # There a convolution cannot be mapped: the axis of the vectors would have to be
-    # merged with one that is sharded.
-    if explicit_mesh(vectors) is None:
-        return jax.vmap(forward)(vectors)
-    return lax.map(forward, vectors)
 
 
 def curved(likelihood: str, arrays: Sequence[Any], moves: Array) -> Array:

@@ -49,6 +49,14 @@ def zeros_like(array: Any) -> Any:
     return jax.sharding.reshard(zeros, jax.typeof(array).sharding)
 
 
+def along(function: Callable[[Any], Any], xs: Any, tree: Any = ()) -> Any:
+    """``function`` of each entry of ``xs``, at once or, on explicit meshes, in turn."""
+    # There a convolution, for one, cannot be mapped: the axis of the entries would have
+    # to be merged with one that is sharded.
+    explicit = explicit_mesh((xs, tree)) is not None
+    return jax.lax.map(function, xs) if explicit else jax.vmap(function)(xs)
+
+
 def automatic(
     function: Callable[..., Any],
     *args: Any,

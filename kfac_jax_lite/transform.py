@@ -302,7 +302,7 @@ def traced_numbers(options: Options, state: KFACState, reject: Any) -> dict[str,
     # outside ``shard_map`` and on an explicit mesh.
     damping = damping_lib.value_at(options.damping, state.count)
     decay, n = options.factor_decay, options.inverse_interval
-    numbers = dict(
+    numbers: dict[str, Any] = dict(
         damping=damping, factor_decay=decay, inverse_interval=n, reject=reject
     )
     return {k: x for k, x in numbers.items() if isinstance(x, jax.Array)}

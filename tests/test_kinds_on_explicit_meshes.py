@@ -150,3 +150,15 @@ def test_the_doctor():
         return sorted(len(finding.kind) for finding in found)
 
     compared(run)
+
+
+@pytest.mark.parametrize("form", cases(["full", "kronecker", "diagonal"], ["diagonal"]))
+def test_curvature(form):
+    """The Gauss-Newton matrix as an operator."""
+
+    def run(explicit, params, batch):
+        tagged = kfac.tag(loss_of(explicit, False), params, *batch)
+        op = kfac.curvature.ggn(tagged, params, [batch], form)
+        return op.mv(jax.tree.map(jnp.ones_like, params)), op.diagonal()
+
+    compared(run)

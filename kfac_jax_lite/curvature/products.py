@@ -20,6 +20,7 @@ from kfac_jax_lite.factors.estimate import TaggedLoss
 from kfac_jax_lite.likelihoods import outputs_of, row_shape
 from kfac_jax_lite.linalg import expanded
 from kfac_jax_lite.outputs import marked_loss
+from kfac_jax_lite.sharding import along, explicit_mesh
 from kfac_jax_lite.types import (
     Array,
     DiagonalStatistics,
@@ -90,8 +91,9 @@ def products(
     """``(N M v_i, N)`` for a leading axis of vectors, all at once or in chunks."""
     n, apply = linear_map(tagged, law, params, args, key)
     if chunk is None:
-        return wide(jax.vmap(apply)(vs)), n
-    return wide(lax.map(apply, vs, batch_size=chunk)), n
+        return wide(along(apply, vs, args)), n
+    size = chunk if explicit_mesh((vs, args)) is None else None
+    return wide(lax.map(apply, vs, batch_size=size)), n
 
 
 @static("tagged", "law")
@@ -173,7 +175,7 @@ def row_moments(
         return jax.flatten_util.ravel_pytree(gradient)[0].astype(dtype)
 
     def add(total: Any, q: Array):
-        u = jax.vmap(pull)(q)
+        u = along(pull, q, args)
         parts = [jnp.take(u, index, axis=1) for index in indices]
         grams = [jnp.einsum("qnk,qnl->nkl", x, x) for x in parts]
         return [t + g for t, g in zip(total, grams, strict=True)], None
