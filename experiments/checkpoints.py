@@ -92,7 +92,10 @@ def restore(folder: Path, step: int, like: PyTree) -> PyTree:
     }
     try:
         with quiet(), checkpointer_of_this_process() as checkpointer:
-            tree = checkpointer.metadata(path).item_metadata.tree
+            found = checkpointer.metadata(path).item_metadata
+            if found is None:
+                raise CheckpointError(damaged(folder, step, "its index is not whole"))
+            tree = found.tree
             seen = {
                 name: (tuple(item.shape), str(np.dtype(item.dtype)))
                 for name, item in tree.items()
@@ -110,10 +113,7 @@ def restore(folder: Path, step: int, like: PyTree) -> PyTree:
     except CheckpointError:
         raise
     except Exception as error:  # orbax passes on what its backends raise
-        raise CheckpointError(
-            f"The checkpoint {path} cannot be read: {reason(error)}. Delete that "
-            "folder to continue from an earlier one."
-        ) from error
+        raise CheckpointError(damaged(folder, step, reason(error))) from error
 
     def place(path: Any, leaf: Any) -> Any:
         value = leaves.get(jax.tree_util.keystr(path), leaf)
@@ -122,6 +122,29 @@ def restore(folder: Path, step: int, like: PyTree) -> PyTree:
         return value
 
     return jax.tree_util.tree_map_with_path(place, like)
+
+
+def damaged(folder: Path, step: int, why: str) -> str:
+    """Says that a checkpoint cannot be read, and where a run can continue without it.
+
+    Args:
+        folder: folder of the checkpoints.
+        step: which one.
+        why: what is wrong with it.
+
+    Returns:
+        The sentence.
+    """
+    earlier = [other for other in complete(folder) if other < step]
+    then = (
+        f"continue from step {earlier[-1]}"
+        if earlier
+        else "begin anew; there is no earlier one"
+    )
+    return (
+        f"The checkpoint {path_of(folder, step)} is damaged and cannot be read "
+        f"({why}): delete that folder to {then}."
+    )
 
 
 def compare(path: Path, seen: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -158,7 +181,7 @@ def reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
         return "no space left on the device"
-    return f"{type(error).__name__}: {text[:300]}"
+    return f"{type(error).__name__}: {text[:120]}"
 
 
 def last_good(folder: Path) -> str:

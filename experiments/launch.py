@@ -20,6 +20,7 @@ import tyro
 
 from experiments.configs.checks import check_integer
 from experiments.errors import ConfigError
+from experiments.pipes import ended
 from experiments.processes import (
     ADDRESS,
     COUNT,
@@ -172,7 +173,7 @@ def run(command: Sequence[str], variables: Mapping[int, Mapping[str, str]]) -> i
             readers[-1].start()
         number, status = first_failure(len(children), ended)
     except KeyboardInterrupt:
-        say("interrupted; a run continues from its last checkpoint.")
+        say("interrupted; a run continues from its last checkpoint, if it has one.")
         return 128 + signal.SIGINT
     finally:
         stop(children)
@@ -182,7 +183,7 @@ def run(command: Sequence[str], variables: Mapping[int, Mapping[str, str]]) -> i
         return 0
     say(
         f"process {number} {cause(status)}; the others were stopped. A run continues "
-        "from its last checkpoint by the same command."
+        "from its last checkpoint, if it has one, by the same command."
     )
     return status if status > 0 else 128 - status
 
@@ -240,4 +241,4 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

@@ -5,7 +5,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -15,13 +15,29 @@ from experiments.configs.cost import CostConfig
 from experiments.configs.train import OptimizerName
 from experiments.configs.tune import TuneConfig, default_tuning
 from experiments.errors import ExperimentError
+from experiments.pipes import ended
 from experiments.progress import open_console
-from experiments.studies.commands import Command, parse_study, run_study
+from experiments.studies.commands import (
+    RUNS,
+    Command,
+    IntervalStudy,
+    described,
+    parse_study,
+    run_study,
+)
 from experiments.survey.commands import Command as SurveyCommand
 from experiments.survey.commands import parse_survey, run_command
+from experiments.survey.config import SurveyConfig
 
 PROGRAM = "python -m experiments.main"
-COMMANDS = ("train", "report", "cost", "study", "survey", "tune")
+COMMANDS = {
+    "train": "Trains every listed optimiser from the same start; table and plots.",
+    "report": "Makes the table and the plots of a run folder again.",
+    "cost": "Counts elements, bytes, operations and memory, from shapes alone.",
+    "study": "Runs a study of damping, intervals, batch size, ..., or reports one.",
+    "survey": "Curvature matrices of many networks; their table, page and queries.",
+    "tune": "Searches an optimiser's hyper-parameters.",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +64,10 @@ def parse(
     commands = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Trains networks with K-FAC, SGD, Adam and AdamW side by side.",
-        epilog=f"The options of a command: {PROGRAM} train --help",
+        epilog=described(COMMANDS, f"The options of a command: {PROGRAM} train --help"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands.add_argument("command", choices=COMMANDS)
+    commands.add_argument("command", choices=COMMANDS, help="One of those below.")
     command = commands.parse_args(arguments[:1]).command
     rest = list(arguments[1:])
     if command == "study":
@@ -130,6 +147,29 @@ def train_and_report(config: TrainConfig, console: Console) -> list[str]:
     return problems
 
 
+def continuation(config: Any) -> str:
+    """Says what the same command does after an interruption.
+
+    Args:
+        config: the configuration, or None before it was read.
+
+    Returns:
+        A sentence; empty for a command without checkpoints.
+    """
+    again = "The same command continues from the last checkpoint."
+    if isinstance(config, TrainConfig):
+        folder = config.folder()
+        if any(folder.glob("*/checkpoints/step_*[0-9]")):
+            return again
+        return (
+            f"There is no checkpoint in {folder} yet: the same command begins anew. "
+            f"The first one is written after {config.checkpoint_steps} steps "
+            "(--checkpoint-steps)."
+        )
+    lasting = isinstance(config, (SurveyConfig, TuneConfig, IntervalStudy, *RUNS))
+    return again if lasting else ""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
@@ -140,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, or 1 if something could not be kept, or 2 after an error.
     """
     console = open_console()
-    errors = Console(stderr=True)
+    errors, config = Console(stderr=True), None
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments)
         if isinstance(config, ReportConfig):
@@ -166,9 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         errors.print(f"error: {error}", style="red", soft_wrap=True, markup=False)
         return 2
     except KeyboardInterrupt:
-        errors.print(
-            "Interrupted. The same command continues from the last checkpoint."
-        )
+        errors.print(f"Interrupted. {continuation(config)}", soft_wrap=True)
         return 130
     for problem in problems:
         errors.print(f"error: {problem}", style="red", soft_wrap=True, markup=False)
@@ -176,4 +214,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

@@ -133,6 +133,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             ) from error
         if missing:
             raise MetricsError(f"{path}, line {number} has no {sorted(missing)[0]}.")
+        kinds = {"kind": (str, "a name"), "step": ((int, float), "a number")}
+        for name, (kind, wanted) in kinds.items():
+            if not isinstance(record[name], kind) or isinstance(record[name], bool):
+                raise MetricsError(
+                    f"{path}, line {number}: {name} is {record[name]!r}; wanted "
+                    f"{wanted}."
+                )
         records.append(record)
     return records
 

@@ -88,15 +88,29 @@ def test_trust_region_saturated():
     assert finding.severity == "notice"
     assert finding.numbers["trust"] == pytest.approx(float(state.trust))
     past = [report(state)] * 2
-    (finding,) = doctor(tagged, state, history=past)
-    assert finding.severity == "warning"
+    finding, other = doctor(tagged, state, history=past)
+    assert (finding.severity, other.kind) == ("warning", "learning_rate_without_effect")
     assert finding.numbers["observations"] == 3
     assert "larger damping" in finding.advice
     adapted = [{**past[0][0], "retreats": 0}]
-    (finding,) = trust_region(adapted[0], [adapted] * 2)
+    *_, finding = trust_region(adapted[0], [adapted] * 2)
     assert finding.advice.startswith("kl_clip=None")
     slack = [[{**r, "trust": 1.0} for r in report(state)]] * 2
     assert doctor(tagged, state, history=slack) == []
+
+
+def test_learning_rate_without_effect():
+    """The trust region always active: a little suffices, once without it does not."""
+    (record, _) = report(healthy()[2])
+    reports = [[{**record, "trust": trust}] for trust in (0.5, 0.9)]
+    (finding,) = trust_region({**record, "trust": 0.7}, reports)
+    assert (finding.kind, finding.severity) == (
+        "learning_rate_without_effect", "notice"
+    )  # fmt: skip
+    numbers = {"least": 0.5, "largest": 0.9, "observations": 3}
+    assert finding.numbers == numbers
+    assert list(trust_region({**record, "trust": 1.0}, reports)) == []
+    assert list(trust_region({**record, "trust": 0.7}, reports[:1])) == []
 
 
 def test_failed_inversions():
@@ -261,6 +275,26 @@ def test_no_gradient():
     (finding,) = doctor(tagged, state)
     assert finding.kind == "no_gradient"
     assert finding.layer == "hidden"
+    assert finding.numbers == {"steps": 4, "refreshes": 0}
+
+
+def test_a_layer_long_without_gradient():
+    """Due for longer than three intervals and ten steps, while the other is not."""
+    tagged, _, state = healthy()
+    late = clocked(state, {"count": 30}.items(), last_refresh=30, last_inverse=30)
+    clock = late.kfac.clock
+
+    def waiting(since):
+        own = clock._replace(
+            due=jnp.array([True, False]),
+            last_refresh=clock.last_refresh.at[0].set(30 - since),
+        )
+        return late._replace(kfac=late.kfac._replace(clock=own))
+
+    (finding,) = doctor(tagged, waiting(20))
+    assert (finding.kind, finding.layer) == ("no_gradient", "hidden")
+    assert finding.numbers["steps"] == 20
+    assert doctor(tagged, waiting(13)) == []
 
 
 def test_diagonal_fallback():

@@ -203,32 +203,53 @@ def test_a_loss_without_forward_mode():
     assert finding.severity == "error"
 
 
+def of_labels(w, x, y):
+    return jnp.mean(cross_entropy(kfac.categorical(x @ w), y))
+
+
+def trained(batch):
+    """The tagged loss and a state after one step on a batch."""
+    tagged = kfac.tag(of_labels, W, X, Y)
+    tx = kfac.kfac(tagged.layers, 0.1)
+    _, grads, statistics = jax.jit(tagged.value_and_grad)(W, *batch)
+    return tagged, tx.update(grads, tx.init(W), W, statistics=statistics)[1]
+
+
+def labelled(loss, y):
+    """What is found in labels, if the loss is NaN."""
+    tagged = kfac.tag(loss, W, X, Y)
+    seen = marks.seen_outputs(tagged, tagged.trace(W, (X, y), False), W, (X, y))
+    return list(marks.labels(seen, (X, y), float("nan")))
+
+
 def test_labels_out_of_range():
     """Labels from 1 to 5, and −1 for padding: NaN from the first step on."""
+    batch = X, Y + 1
+    tagged, state = trained(batch)
+    said = {f.kind: f for f in doctor(tagged, state, batch, W)}
+    assert set(said) == {"loss_not_finite", "labels_out_of_range"}
+    finding = said["labels_out_of_range"]
+    assert finding.severity == "error"
+    assert finding.numbers == {
+        "argument": "args[1]", "least": int(Y.min()) + 1, "largest": CLASSES,
+        "count": CLASSES,
+    }  # fmt: skip
+    (finding,) = labelled(of_labels, Y.at[0].set(-1))
+    assert finding.numbers["least"] == -1
+    assert labelled(of_labels, Y) == []
 
-    def loss(w, x, y):
-        return jnp.mean(cross_entropy(kfac.categorical(x @ w), y))
 
-    tagged = kfac.tag(loss, W, X, Y)
+def test_every_batch_skipped():
+    """A NaN in the inputs from the first batch on; one bad batch of two is not all."""
+    tagged, state = trained((X.at[0].set(jnp.nan), Y))
+    (finding,) = doctor(tagged, state)
+    assert (finding.kind, finding.severity) == ("every_batch_skipped", "error")
+    assert finding.numbers == {"skipped": 1, "steps": 0}
     tx = kfac.kfac(tagged.layers, 0.1)
-    step = jax.jit(tagged.value_and_grad)
-    for bad, state in ((Y + 1, tx.init(W)), (Y.at[0].set(-1), None)):
-        if state is not None:
-            _, grads, statistics = step(W, X, bad)
-            _, state = tx.update(grads, state, W, statistics=statistics)
-            said = {f.kind: f for f in doctor(tagged, state, (X, bad), W)}
-            assert set(said) == {
-                "every_batch_skipped", "loss_not_finite", "labels_out_of_range"
-            }  # fmt: skip
-            finding = said["labels_out_of_range"]
-        else:
-            seen = marks.seen_outputs(tagged, tagged.trace(W, (X, bad)), W, (X, bad))
-            (finding,) = marks.labels(seen, (X, bad), float("nan"))
-        assert finding.severity == "error"
-        assert finding.numbers["argument"] == "args[1]"
-        assert finding.numbers["count"] == CLASSES
-    seen = marks.seen_outputs(tagged, tagged.trace(W, (X, Y)), W, (X, Y))
-    assert list(marks.labels(seen, (X, Y), float("nan"))) == []
+    _, grads, statistics = jax.jit(tagged.value_and_grad)(W, X, Y)
+    _, state = tx.update(grads, state, W, statistics=statistics)
+    assert "skipped_batches" in kinds(doctor(tagged, state))
+    assert "every_batch_skipped" not in kinds(doctor(tagged, state))
 
 
 def test_labels_under_a_mask_may_be_anything():
@@ -238,10 +259,8 @@ def test_labels_under_a_mask_may_be_anything():
         return jnp.mean(cross_entropy(kfac.categorical(x @ w, mask=mask), y))
 
     bad = Y.at[0].set(-100)
-    tagged = kfac.tag(loss, W, X, Y)
-    seen = marks.seen_outputs(tagged, tagged.trace(W, (X, bad)), W, (X, bad))
-    assert list(marks.labels(seen, (X, bad), float("nan"))) == []
-    (finding,) = marks.labels(seen, (X, bad.at[1].set(9)), float("nan"))
+    assert labelled(loss, bad) == []
+    (finding,) = labelled(loss, bad.at[1].set(9))
     assert finding.numbers["largest"] == 9
 
 

@@ -45,6 +45,7 @@ from experiments.benchmarks.common import (
 )
 from experiments.datasets import load
 from experiments.metrics import MetricsFile
+from experiments.pipes import ended
 
 CODE = (1000, 500, 250, 30)
 OPTIMIZERS = ("adam", PEER, "ours")
@@ -390,4 +391,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(ended(main))

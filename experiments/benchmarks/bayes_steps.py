@@ -31,6 +31,7 @@ from experiments.benchmarks.common import (
     write_json,
 )
 from experiments.benchmarks.networks import SPECS, Problem, make_problem
+from experiments.pipes import ended
 
 RATE, DAMPING, NUM_DATA = 1e-3, 1e-2, 50_000
 REFRESH, INVERT = 10, 100
@@ -223,4 +224,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(ended(main))

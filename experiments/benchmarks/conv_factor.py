@@ -29,6 +29,7 @@ from experiments.benchmarks.common import (
     text_table,
     write_json,
 )
+from experiments.pipes import ended
 from kfac_jax_lite.factors import conv
 from kfac_jax_lite.tagging.layers import ConvGeometry
 
@@ -221,4 +222,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(ended(main))

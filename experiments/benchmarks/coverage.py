@@ -27,6 +27,7 @@ import kfac_jax_lite as kfac
 from experiments.benchmarks.architectures import ARCHITECTURES, Problem
 from experiments.benchmarks.common import OUT, machine, quartiles
 from experiments.benchmarks.covered import coverage, percent, save, show_fallbacks
+from experiments.pipes import ended
 from experiments.progress import open_console
 
 PROGRAM = "python -m experiments.benchmarks.coverage"
@@ -218,4 +219,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

@@ -13,6 +13,7 @@ from typing import Any
 import tyro
 
 from experiments.benchmarks.covered import percent, reasons
+from experiments.pipes import ended
 
 RESULTS = Path("experiments/benchmarks/results")
 PAGE = Path("docs/coverage.md")
@@ -207,4 +208,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

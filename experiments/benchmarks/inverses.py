@@ -25,6 +25,7 @@ from experiments.benchmarks.common import (
     timed,
     write_json,
 )
+from experiments.pipes import ended
 from kfac_jax_lite import eigenpairs, forms
 from kfac_jax_lite.inverse import SHARE, kept_pairs
 from kfac_jax_lite.linalg import newton_schulz_inverse, spd_inverse
@@ -187,4 +188,4 @@ def main(config: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    raise SystemExit(ended(lambda: main(tyro.cli(Config, description=__doc__))))

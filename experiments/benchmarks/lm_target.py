@@ -49,6 +49,7 @@ from experiments.configs.train import TEXTS
 from experiments.datasets import TextDataset, batches, load_text
 from experiments.errors import RunFolderError
 from experiments.models import Task, make_task
+from experiments.pipes import ended
 
 OPTIMIZERS = ("adamw", "ours")
 compare = functools.partial(compare_with, "adamw")
@@ -379,4 +380,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(ended(main))

@@ -28,6 +28,7 @@ from experiments.benchmarks.common import (
     write_json,
 )
 from experiments.configs.tune import TUNED, default_tuning
+from experiments.pipes import ended
 from experiments.tuning.problem import make_problem
 from experiments.tuning.trials import Program, in_loop, stacked
 
@@ -148,4 +149,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(ended(main))

@@ -42,6 +42,7 @@ from experiments.benchmarks.matvec_cases import (
 )
 from experiments.benchmarks.matvec_peer import Peer, import_torch, make_peer
 from experiments.datasets import load
+from experiments.pipes import ended
 
 PROGRAM = "python -m experiments.benchmarks.matvecs"
 SET_UP, ONE = "set-up", "1 vector"
@@ -329,4 +330,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

@@ -48,6 +48,7 @@ from experiments.configs import NetConfig
 from experiments.configs.train import IMAGES
 from experiments.datasets import Dataset, batches, load
 from experiments.models import Task, make_task
+from experiments.pipes import ended
 
 OPTIMIZERS = ("adam", "ours")
 compare = functools.partial(compare_with, "adam")
@@ -352,4 +353,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(ended(main))

@@ -36,6 +36,7 @@ from experiments.benchmarks.networks import Problem, Spec, make_problem
 from experiments.benchmarks.ours import ours_job
 from experiments.benchmarks.step_time import make_jobs, measure
 from experiments.models.networks import MLP
+from experiments.pipes import ended
 from kfac_jax_lite.inverse import METHODS
 
 BASELINE, RATE = "AdamW", 1e-3
@@ -325,4 +326,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(ended(main))

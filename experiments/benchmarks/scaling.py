@@ -39,6 +39,7 @@ from experiments.benchmarks.common import (  # noqa: E402
 )
 from experiments.benchmarks.networks import Problem, Spec, make_problem  # noqa: E402
 from experiments.models.networks import MLP  # noqa: E402
+from experiments.pipes import ended  # noqa: E402
 
 AXIS = "batch"
 KINDS = {
@@ -254,4 +255,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(ended(main))

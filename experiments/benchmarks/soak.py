@@ -38,6 +38,7 @@ from experiments.benchmarks.common import (
 )
 from experiments.benchmarks.soak_player import Player, players
 from experiments.benchmarks.soak_verdict import Memory, verdicts
+from experiments.pipes import ended
 
 PROGRAM = "python -m experiments.benchmarks.soak"
 SIZES, EXAMPLES = (8, 8, 4), 16
@@ -295,4 +296,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(ended(main))

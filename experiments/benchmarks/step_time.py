@@ -46,6 +46,7 @@ from experiments.benchmarks.jobs import (
 )
 from experiments.benchmarks.networks import SPECS, Problem, make_problem
 from experiments.benchmarks.ours import adaptive_job, ours_job, staggered_job
+from experiments.pipes import ended
 
 INTERVALS = ((1, 5), (10, 100))
 METHODS = ("cholesky", "eigh", "ekfac", "newton_schulz", "low_rank", "auto")
@@ -314,4 +315,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(ended(main))

@@ -1,12 +1,44 @@
 """From metrics files to the curves of the runs."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from experiments.configs.train import OPTIMIZERS
 from experiments.errors import MetricsError
 from experiments.metrics import FILE_NAME, read_records
+
+STATUSES = ("finished", "diverged")
+MISSING = object()
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_score(value: Any) -> bool:
+    """Whether it is a number, or null for one that was not finite."""
+    return value is None or is_number(value)
+
+
+Check = tuple[str, Callable[[Any], bool]]
+NUMBER: Check = ("a number", is_number)
+SCORE: Check = ("a number or null", is_score)
+TEXT: Check = ("a text", lambda value: isinstance(value, str))
+# What tables and plots read, by kind of record.
+FIELDS: dict[str, dict[str, Check]] = {
+    "config": {
+        "optimizer": TEXT, "title": TEXT, "config.model": TEXT, "data.title": TEXT,
+    },
+    "train": {"loss": SCORE},
+    "eval": {"seconds": NUMBER, "train_loss": SCORE, "test_loss": SCORE},
+    "end": {
+        "status": (" or ".join(STATUSES), lambda value: value in STATUSES),
+        "compile_seconds": NUMBER,
+    },
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +96,7 @@ def read_runs(folder: Path) -> list[RunRecords]:
         records = read_records(path)
         if not records:
             continue
+        check_records(path, records)
         if records[0]["kind"] != "config":
             raise MetricsError(f"{path} does not start with a configuration.")
         kinds = {
@@ -83,6 +116,40 @@ def read_runs(folder: Path) -> list[RunRecords]:
     if not runs:
         raise MetricsError(f"{folder} holds no {FILE_NAME} with records.")
     return sorted(runs, key=lambda run: order(run.optimizer))
+
+
+def check_records(path: Path, records: list[dict[str, Any]]) -> None:
+    """Raises if a record lacks a field that a table or a plot reads, or has another.
+
+    Args:
+        path: the file.
+        records: its records, one a line.
+
+    Raises:
+        MetricsError: names the file, the line and the field.
+    """
+    for line, record in enumerate(records, start=1):
+        kind = record["kind"]
+        for name, (wanted, right) in FIELDS.get(kind, {}).items():
+            value: Any = record
+            for part in name.split("."):
+                known = isinstance(value, dict) and part in value
+                value = value[part] if known else MISSING
+            if value is MISSING:
+                raise MetricsError(
+                    f"{path}, line {line} ({kind}) has no {name}; wanted {wanted}."
+                )
+            if not right(value):
+                raise MetricsError(
+                    f"{path}, line {line} ({kind}): {name} is {value!r}; wanted "
+                    f"{wanted}."
+                )
+        for name, value in record.items():
+            if kind == "eval" and name.startswith("test_") and not is_score(value):
+                raise MetricsError(
+                    f"{path}, line {line} ({kind}): {name} is {value!r}; wanted a "
+                    "number or null."
+                )
 
 
 def order(optimizer: str) -> tuple[int, str]:

@@ -8,6 +8,10 @@ from rich.table import Table
 
 from experiments.reports.reading import RunRecords
 
+TIMES = (
+    "Seconds are training time without evaluation and compilation; the total is with "
+    "compilation"
+)
 SCORES = ("accuracy", "squared_error", "bits_per_character")
 
 
@@ -36,6 +40,7 @@ def make_table(runs: Sequence[RunRecords], baseline: str = "adam") -> Table:
         "steps",
         "seconds",
         "compile s",
+        "total s",
         f"steps to {reference.title}'s best",
         "seconds to it",
     ):
@@ -52,14 +57,17 @@ def row(run: RunRecords, goal: float | None, score: str) -> list[str]:
     last = final.get(f"test_{score}")
     percent = score == "accuracy" and last is not None
     reached = None if goal is None else run.first_at(goal)
+    taken = final.get("seconds")
+    compiling = run.end["compile_seconds"] if run.end else None
     return [
         title,
         number(final.get("train_loss")),
         number(final.get("test_loss")),
         f"{last:.2%}" if percent else number(last),
         str(final.get("step", "-")),
-        seconds(final.get("seconds")),
-        seconds(run.end["compile_seconds"] if run.end else None),
+        seconds(taken),
+        seconds(compiling),
+        seconds(None if taken is None or compiling is None else taken + compiling),
         "-" if reached is None else str(reached["step"]),
         "-" if reached is None else seconds(reached["seconds"]),
     ]
@@ -68,11 +76,8 @@ def row(run: RunRecords, goal: float | None, score: str) -> list[str]:
 def caption(reference: RunRecords, goal: float | None) -> str:
     """Says what the last two columns compare with."""
     if goal is None:
-        return "Seconds are training time without evaluation and compilation."
-    return (
-        f"{reference.title}'s best training loss: {number(goal)}. Seconds are training "
-        "time without evaluation and compilation."
-    )
+        return f"{TIMES}."
+    return f"{reference.title}'s best training loss: {number(goal)}. {TIMES}."
 
 
 def score_of(runs: Sequence[RunRecords]) -> str:

@@ -68,15 +68,44 @@ def parse_study(arguments: Sequence[str], prog: str) -> Command:
         The configuration.
     """
     names = argparse.ArgumentParser(
-        prog=prog, epilog=f"The options of a study: {prog} intervals --help"
+        prog=prog,
+        description="Runs a study, or makes the table and the plots of one again.",
+        epilog=described(
+            {name: summary(kinds["small"]) for name, kinds in STUDIES.items()}
+            | {name: summary(kind) for name, kind in REPORTS.items()},
+            f"The options of a study: {prog} intervals --help",
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    names.add_argument("study", choices=(*STUDIES, *REPORTS))
+    names.add_argument(
+        "study", choices=(*STUDIES, *REPORTS), help="One of those below."
+    )
     study = names.parse_args(arguments[:1]).study
     rest = list(arguments[1:])
     if study in REPORTS:
         return tyro.cli(REPORTS[study], prog=f"{prog} {study}", args=rest)
     default = of_size(rest, STUDIES[study])
     return tyro.cli(type(default), prog=f"{prog} {study}", default=default, args=rest)
+
+
+def described(commands: Mapping[str, str], last: str) -> str:
+    """A line for each command, for the help.
+
+    Args:
+        commands: what each does, by name.
+        last: what comes after them.
+
+    Returns:
+        The lines.
+    """
+    width = max(map(len, commands))
+    lines = [f"  {name:<{width}}  {text}" for name, text in commands.items()]
+    return "\n".join([*lines, "", last])
+
+
+def summary(config: Any) -> str:
+    """The first line of a configuration's docstring."""
+    return (config.__doc__ or "").strip().split("\n")[0]
 
 
 def of_size(arguments: Sequence[str], known: Mapping[str, Any]) -> Any:

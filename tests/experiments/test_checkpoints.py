@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from experiments import checkpoints, metrics
+from experiments.configs import TrainConfig
 from experiments.errors import CheckpointError, MetricsError
-from experiments.main import main
+from experiments.main import continuation, main
 from experiments.train import train
 
 
@@ -75,8 +76,48 @@ def test_damaged_checkpoint(tmp_path):
     for path in checkpoints.path_of(tmp_path, 1).rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="begin anew; there is no earlier one"):
         checkpoints.restore(tmp_path, 1, make_state())
+    for path in (tmp_path / "step_00000001").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"nonsense")
+    (tmp_path / "step_00000000").mkdir()
+    with pytest.raises(CheckpointError, match="continue from step 0") as error:
+        checkpoints.restore(tmp_path, 1, make_state())
+    text = str(error.value)
+    assert "NoneType" not in text and "\n" not in text and len(text) < 400
+
+
+def test_a_damaged_checkpoint_is_told_in_one_sentence(tmp_path, capsys):
+    """By the command that was to continue from it."""
+    arguments = ["train", "--dataset", "digits", "--optimizers", "sgd"]
+    arguments += ["--train-examples", "100", "--epochs", "1", "--net.hidden", "4"]
+    arguments += ["--batch-size", "50", "--workdir", str(tmp_path)]
+    assert main(arguments) == 0
+    folder = tmp_path / "sgd"
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    for path in (folder / "checkpoints").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:3])
+    capsys.readouterr()
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: The checkpoint ") and told.count("\n") == 1
+
+
+def test_interruption_before_the_first_checkpoint(tmp_path):
+    """Nothing is promised that is not there."""
+    config = TrainConfig(workdir=str(tmp_path), checkpoint_steps=7)
+    assert "begins anew" in continuation(config)
+    assert "after 7 steps" in continuation(config)
+    (tmp_path / "sgd" / "checkpoints" / "step_3.orbax-checkpoint-tmp-1").mkdir(
+        parents=True
+    )
+    assert "begins anew" in continuation(config)
+    checkpoints.save(tmp_path / "sgd" / "checkpoints", 7, make_state())
+    assert "continues from the last checkpoint" in continuation(config)
+    assert continuation(None) == ""
 
 
 def test_unfinished_checkpoint_is_not_seen(tmp_path):

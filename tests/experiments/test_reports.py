@@ -92,3 +92,42 @@ def test_plot_that_cannot_be_written(folder):
 def test_empty_folder(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert "holds no metrics.jsonl" in capsys.readouterr().err
+
+
+def test_total_seconds_hold_compiling(folder):
+    """Compiling is 3.25 s, the last evaluation at 1.5 s; none of an unfinished run."""
+    table = make_table(read_runs(folder), "adam")
+    columns = {str(column.header): list(column.cells) for column in table.columns}
+    assert columns["total s"] == ["4.8", "4.2", "4.8", "-"]
+    assert "total is with compilation" in str(table.caption)
+
+
+WRONG = {
+    "eval": {"train_loss": "much", "test_loss": [], "seconds": None,
+             "test_accuracy": "half", "step": "three"},
+    "config": {"optimizer": 3, "title": None, "config": {}, "data": {"title": 1}},
+    "end": {"status": "asleep", "compile_seconds": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("missing", [True, False])
+@pytest.mark.parametrize("kind", WRONG)
+def test_records_with_missing_or_wrong_fields(kind, missing, folder, capsys):
+    """One line that names the file, the line and the field."""
+    path = folder / "adam" / "metrics.jsonl"
+    before = path.read_text()
+    records = [json.loads(line) for line in before.splitlines()]
+    number = next(i for i, r in enumerate(records) if r["kind"] == kind)
+    for name, value in WRONG[kind].items():
+        if missing and name == "test_accuracy":
+            continue  # not every network has one
+        bad = dict(records[number])
+        bad.pop(name) if missing else bad.update({name: value})
+        lines = [*records[:number], bad, *records[number + 1 :]]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert main(["report", str(folder)]) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1
+        assert str(path) in told and f"line {number + 1}" in told and name in told
+    path.write_text(before)
+    assert main(["report", str(folder)]) == 0

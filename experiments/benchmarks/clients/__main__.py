@@ -35,6 +35,7 @@ from experiments.benchmarks.clients import (
 from experiments.benchmarks.clients.checkout import Client, commit_of, importing
 from experiments.benchmarks.common import OUT, machine, without_paths
 from experiments.benchmarks.covered import coverage, percent, save, show_fallbacks
+from experiments.pipes import ended
 from experiments.progress import open_console
 
 PROGRAM = "python -m experiments.benchmarks.clients"
@@ -196,4 +197,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

@@ -14,6 +14,7 @@ import tyro
 
 from experiments.benchmarks.time_to_target.sizes import Study
 from experiments.errors import ConfigError, ExperimentError
+from experiments.pipes import ended
 
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 
@@ -64,4 +65,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))
