@@ -250,11 +250,15 @@ def kronecker_layers(
 ) -> Iterator[tuple[LayerTag, Any, Any]]:
     """Layers with their factors and cached inverses, whole and on one device.
 
+    Weights of zero width have no entries and are left out.
+
     Yields:
         ``(layer, statistics, inverse)``.
     """
     for layer in layers:
         if not layer.kronecker or layer.name not in state.factors:
+            continue
+        if 0 in layer.sizes:
             continue
         record = state.factors[layer.name], state.inverses[layer.name]
         # On one device, whatever the state was placed on.

@@ -27,6 +27,8 @@ import jax.numpy as jnp
 import optax
 
 from kfac_jax_lite.damping import Adaptive
+from kfac_jax_lite.linalg import LARGEST
+from kfac_jax_lite.sharding import automatic
 from kfac_jax_lite.tree import choose, find_states
 from kfac_jax_lite.types import Array
 
@@ -44,7 +46,8 @@ class AdaptedState(NamedTuple):
         slope: ``dᵀ∇L`` where ``d`` began, on its own batch; 0 before the first step and
             after one that was taken back.
         scale: The greatest ``|dᵀ∇L|`` of late: ``σ ← max(|dᵀ∇L|, 0.9 σ)``.
-        agreement: ``r`` of the last step; NaN where there is none.
+        agreement: ``r`` of the last step; the largest float32 where there is none, and
+            the most negative where the step began uphill.
         retreats: Steps that were taken back.
     """
 
@@ -86,19 +89,23 @@ def adapted(
             damping=jnp.asarray(rule.initial, jnp.float32),
             slope=jnp.zeros((), jnp.float32),
             scale=jnp.zeros((), jnp.float32),
-            agreement=jnp.asarray(jnp.nan, jnp.float32),
+            agreement=jnp.asarray(LARGEST, jnp.float32),
             retreats=jnp.zeros((), jnp.int32),
         )
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
         grads = updates
         end = slope_along(state.step, grads)
-        agreement = jnp.where(state.slope * sign > 0, end / state.slope, -jnp.inf)
-        agreement = jnp.where(state.slope == 0, jnp.nan, agreement)
+        began, downhill = state.slope != 0, state.slope * sign > 0
+        agreement = jnp.where(
+            downhill, end / jnp.where(began, state.slope, 1), -LARGEST
+        )
+        agreement = jnp.where(began, agreement, LARGEST)
         damping, back = rule.adjust(state.damping, agreement, lag), jnp.asarray(False)
         if retreats:
-            back = (state.slope != 0) & (end > state.scale)
-            raised = rule.raised(state.damping, end / state.scale)
+            back = began & (end > state.scale)
+            scale = jnp.where(began, state.scale, 1)
+            raised = rule.raised(state.damping, end / scale)
             damping = jnp.where(back, raised, damping)
             extra_args["reject"] = back
         extra_args["damping"] = damping
@@ -121,4 +128,4 @@ def adapted(
 
 def slope_along(step: Any, grads: Any) -> Array:
     """``dᵀ∇L``, a float32 scalar."""
-    return jnp.asarray(optax.tree.vdot(step, grads), jnp.float32)
+    return jnp.asarray(automatic(optax.tree.vdot, step, grads), jnp.float32)

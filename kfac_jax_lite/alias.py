@@ -9,12 +9,14 @@ import optax
 
 from kfac_jax_lite.adapted import adapted
 from kfac_jax_lite.damping import Adaptive, Damping, LevenbergMarquardt, value_at
+from kfac_jax_lite.factors.estimate import TaggedLoss
 from kfac_jax_lite.factors.state import KFACState
 from kfac_jax_lite.guided import Guide, guided
 from kfac_jax_lite.intervals import Interval
 from kfac_jax_lite.inverse import Method
 from kfac_jax_lite.reduce import Reduction
 from kfac_jax_lite.refresh import apart
+from kfac_jax_lite.sharding import automatic
 from kfac_jax_lite.transform import ALL_REDUCE, EVERY_STEP, lag_of, scale_by_kfac
 from kfac_jax_lite.tree import choose
 from kfac_jax_lite.types import Array, LayerTag, accumulation_dtype
@@ -35,7 +37,7 @@ class KFACChainState(NamedTuple):
 
 
 def kfac(
-    layers: Sequence[LayerTag],
+    layers: Sequence[LayerTag] | TaggedLoss,
     learning_rate: optax.ScalarOrSchedule | str,
     damping: Damping | Adaptive | LevenbergMarquardt = 1e-3,
     momentum: optax.ScalarOrSchedule | None = 0.9,
@@ -49,6 +51,7 @@ def kfac(
     reduction: Reduction = ALL_REDUCE,
     stagger: bool = False,
     packed: bool = False,
+    mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """K-FAC with a trust region, decoupled weight decay and momentum.
 
@@ -58,7 +61,7 @@ def kfac(
     are functions of the number of batches accepted before.
 
     Args:
-        layers: ``tagged.layers``.
+        layers: ``tagged.layers``, or the tagged loss itself.
         learning_rate: ``η``, a number or an optax schedule; or ``"auto"``: learning
             rate and momentum minimise the quadratic model, ``update`` then needs
             ``model=kfac.quadratic_model(tagged, params, *batch)``, and ``momentum`` and
@@ -78,6 +81,9 @@ def kfac(
         reduction: How statistics travel.
         stagger: Spread refreshes and inversions over steps.
         packed: Keep factors as triangles.
+        mask: Which parameters decay, as in ``optax.adamw``: a tree of booleans with the
+            structure of the parameters or a prefix of it, or a function of the
+            parameters that returns one; None: all.
 
     Returns:
         An optax transformation; pass ``statistics=`` (and ``params``, with weight
@@ -110,12 +116,14 @@ def kfac(
     automatic = isinstance(learning_rate, str)
     if automatic or isinstance(given, LevenbergMarquardt):
         mapped = axis_name if reduction.mesh is None else None
-        chosen = (given, learning_rate, momentum, weight_decay, mapped)
+        chosen = (given, learning_rate, momentum, weight_decay, mask, mapped)
         tx = guided(precondition, Guide(automatic, *chosen))
     else:
         decays = not isinstance(weight_decay, (int, float)) or weight_decay != 0
         tail = optax.chain(
-            optax.add_decayed_weights(weight_decay) if decays else optax.identity(),
+            optax.add_decayed_weights(weight_decay, mask)
+            if decays
+            else optax.identity(),
             optax.identity() if momentum is None else heavy_ball(momentum),
             optax.scale_by_learning_rate(learning_rate),
         )
@@ -189,12 +197,7 @@ def bounded(
         if kl_clip is not None:
             rate = value_at(learning_rate, count)
             clip = value_at(kl_clip, count) if callable(kl_clip) else kl_clip
-            preconditioned = updates
-
-            def region():
-                return trust_region(preconditioned, grads, rate, clip)
-
-            trust = apart(accepted, region, 1, updates)
+            trust = automatic(region, accepted, updates, grads, rate, clip)
             # In their own dtype: the momentum's must not change.
             updates = jax.tree.map(lambda u: (trust * u).astype(u.dtype), updates)
         updates, new_tail = tail.update(updates, state.tail, params, count=count)
@@ -233,6 +236,15 @@ def check(learning_rate: Any, momentum: Any, weight_decay: Any, kl_clip: Any) ->
         raise ValueError('learning_rate must be a number, a schedule or "auto".')
     if isinstance(learning_rate, (int, float)) and learning_rate < 0:
         raise ValueError(f"learning_rate must not be negative, got {learning_rate!r}.")
+
+
+def region(accepted: Array, updates: Any, grads: Any, rate: Any, clip: Any) -> Array:
+    """The trust region's factor, 1 for a batch that was rejected."""
+
+    def factor():
+        return trust_region(updates, grads, rate, clip)
+
+    return apart(accepted, factor, 1, updates)
 
 
 def trust_region(updates: Any, grads: Any, rate: Any, kl_clip: Any) -> Array:

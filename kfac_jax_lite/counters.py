@@ -12,6 +12,7 @@ import numpy as np
 
 from kfac_jax_lite.damping import GOOD, POOR, adaptive, levenberg_marquardt
 from kfac_jax_lite.findings import ERROR, NOTICE, WARNING, Finding
+from kfac_jax_lite.linalg import is_known
 from kfac_jax_lite.tree import find_states
 
 # Below it, the learning rate plays no part: ten times as much would change nothing.
@@ -319,7 +320,7 @@ def judged(opt_state: Any, state: Any) -> Judged | None:
     """What the Levenberg-Marquardt rule around a ``KFACState`` did last, if any."""
     for outer in find_states(opt_state, "GuidedState"):
         ratio = float(outer.ratio)
-        if outer.kfac is state and np.isfinite(ratio):
+        if outer.kfac is state and is_known(ratio):
             return Judged(ratio, float(outer.damping))
     return None
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from kfac_jax_lite.linalg import LARGEST
 from kfac_jax_lite.types import Array
 
 Damping = float | Array | Callable[[Any], Any]
@@ -78,8 +79,9 @@ class Adaptive:
     retreat: float | None
 
     def adjust(self, damping: Array, agreement: Array, lag: Any = 1) -> Array:
-        """The next damping, given ``r``; unchanged where that is not a number."""
-        r = jnp.clip(jnp.where(jnp.isnan(agreement), 0, agreement), -FARTHEST, 1)
+        """The next damping, given ``r``; unchanged where that is not known."""
+        known = agreement < LARGEST  # not so of NaN, either
+        r = jnp.clip(jnp.where(known, agreement, 0), -FARTHEST, 1)
         new = damping * jnp.exp(-self.gain * r / lag)
         return jnp.clip(new, self.minimum, self.maximum).astype(damping.dtype)
 

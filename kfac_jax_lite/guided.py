@@ -19,6 +19,8 @@ from jax import lax
 
 from kfac_jax_lite.damping import LevenbergMarquardt, value_at
 from kfac_jax_lite.factors.state import KFACState
+from kfac_jax_lite.linalg import LARGEST
+from kfac_jax_lite.sharding import automatic
 from kfac_jax_lite.tree import choose
 from kfac_jax_lite.types import Array
 
@@ -32,7 +34,8 @@ class GuidedState(NamedTuple):
         damping: ``λ``.
         learning_rate: ``α`` in force.
         momentum: ``μ`` in force.
-        ratio: Reduction ratio ``ρ`` when the damping was last adapted; NaN before.
+        ratio: Reduction ratio ``ρ`` when the damping was last adapted; before,
+            the most negative float32.
     """
 
     kfac: KFACState
@@ -54,6 +57,7 @@ class Guide:
         momentum: ``μ`` where the learning rate is not automatic, a number or a
             schedule; or None.
         weight_decay: Decoupled, multiplied by ``α``.
+        mask: Which parameters decay, as in ``optax.add_decayed_weights``.
         axis_name: Mapped axes over which the model is averaged.
     """
 
@@ -62,6 +66,7 @@ class Guide:
     learning_rate: Any
     momentum: Any
     weight_decay: Any
+    mask: Any
     axis_name: Any
 
     @property
@@ -72,7 +77,7 @@ class Guide:
     def init(self, kfac: Any, params: Any) -> GuidedState:
         """The state before the first step."""
         first = self.rule.initial if self.rule else 0
-        numbers = [jnp.asarray(x, jnp.float32) for x in (first, 0, 0, jnp.nan)]
+        numbers = [jnp.asarray(x, jnp.float32) for x in (first, 0, 0, -LARGEST)]
         velocity = jax.tree.map(jnp.zeros_like, params)
         return GuidedState(kfac, velocity, *numbers)
 
@@ -109,7 +114,9 @@ class Guide:
         def judged(state: GuidedState):
             new = optax.apply_updates(params, combine(weights, vectors))
             change = mean(model.loss(new), self.axis_name) - loss
-            ratio = change / jnp.where(predicted < 0, predicted, jnp.nan)
+            # A model that predicts no decrease is not to be trusted, whatever the loss.
+            ratio = change / jnp.where(predicted < 0, predicted, 1)
+            ratio = jnp.where(predicted < 0, ratio, -LARGEST)
             damping = rule.adjust(state.damping, ratio)
             return state._replace(
                 damping=damping.astype(jnp.float32), ratio=ratio.astype(jnp.float32)
@@ -124,7 +131,9 @@ class Guide:
         if isinstance(self.weight_decay, (int, float)) and self.weight_decay == 0:
             return d
         rate = self.weight_decay * state.learning_rate
-        return jax.tree.map(lambda x, p: x - (rate * p).astype(x.dtype), d, params)
+        decay = optax.add_decayed_weights(-rate, self.mask)
+        decayed, _ = decay.update(d, decay.init(params), params)
+        return jax.tree.map(lambda x, y: x.astype(y.dtype), decayed, d)
 
 
 def guided(
@@ -180,7 +189,7 @@ def guided(
 
 def inner(x: Any, y: Any) -> Array:
     """``xᵀ y`` of two trees, in float32 or better."""
-    return jnp.asarray(optax.tree.vdot(x, y))
+    return jnp.asarray(automatic(optax.tree.vdot, x, y))
 
 
 def mean(tree: Any, axis_name: Any) -> Any:

@@ -62,7 +62,7 @@ class Interval:
             interval: ``Δ₋₁``, in force until now.
             previous: ``Δ₋₂``, the one before.
             changes: Relative change against each remembered statistic, newest first;
-                infinite where there is none yet.
+                ``linalg.LARGEST`` where there is none yet.
 
         Returns:
             The next interval, in steps.

@@ -300,7 +300,8 @@ def square_root_column(
     columns = 1 if scalar else z.shape[-1]
 
     def unit(j: Any):
-        return jnp.ones_like(z) if scalar else jnp.arange(columns) == j
+        here = jnp.arange(columns) == j
+        return jnp.ones_like(z) if scalar else jnp.broadcast_to(here, z.shape)
 
     if likelihood == "categorical":
         p = jax.nn.softmax(z)

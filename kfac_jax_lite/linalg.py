@@ -8,6 +8,9 @@ from jax import lax
 
 from kfac_jax_lite.types import Array, accumulation_dtype
 
+# Stands for "infinite" and "none" in states, which hold no NaN and no Inf: JAX's debug
+# switches (jax_debug_nans, jax_debug_infs) have nothing to report.
+LARGEST = float(jnp.finfo(jnp.float32).max)
 # Up to which size ``spd_inverse`` factorises matrices; on a CPU 64 to 192 are alike.
 LEAF, SMALLEST = 128, 16
 # Of larger matrices it factorises blocks of this part, for the length of programs.
@@ -16,8 +19,13 @@ PARTS = 8
 
 def add_diagonal(matrix: Array, value: Array) -> Array:
     """``M + v I`` for matrices ``[*blocks, d, d]`` and values ``[*blocks]``."""
+    return matrix + value[..., None, None] * identity(matrix)
+
+
+def identity(matrix: Array) -> Array:
+    """``I``, as often as there are matrices ``[*blocks, d, d]``."""
     eye = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
-    return matrix + value[..., None, None] * eye
+    return jnp.broadcast_to(eye, matrix.shape)
 
 
 def expanded(value: Array, rank: int) -> Array:
@@ -68,11 +76,14 @@ def spd_inverse(matrix: Array, block: int = LEAF) -> Array:
         Higham, 2002, "Accuracy and Stability of Numerical Algorithms", Ch. 14.
     """
     d = matrix.shape[-1]
+    if not d:  # of a weight of zero width
+        return matrix
     size = padded_size(d, block)
     if size > d:
         more = [(0, 0)] * (matrix.ndim - 2) + [(0, size - d)] * 2
         ones = (jnp.arange(size) >= d).astype(matrix.dtype)
-        matrix = jnp.pad(matrix, more) + jnp.diag(ones)
+        matrix = jnp.pad(matrix, more)
+        matrix += jnp.broadcast_to(jnp.diag(ones), matrix.shape)
     return inverse_by_halves(matrix, block, leaf_size(size, block))[..., :d, :d]
 
 
@@ -128,7 +139,9 @@ def newton_schulz_inverse(
         Schulz, 1933, ZAMM 13(1); Higham, 2008, "Functions of Matrices", Sec. 5.3.
     """
     d = matrix.shape[-1]
-    eye = jnp.eye(d, dtype=matrix.dtype)
+    if not d:  # of a weight of zero width
+        return matrix
+    eye = identity(matrix)
 
     def residual(x: Array):
         r = eye - matrix @ x
@@ -151,7 +164,7 @@ def newton_schulz_inverse(
         r, new = residual(x)
         return x, r, new, error, steps + 1
 
-    first = (x, r, error, jnp.full_like(error, jnp.inf), 0)
+    first = (x, r, error, jnp.full_like(error, LARGEST), 0)
     x, _, error, _, _ = lax.while_loop(unfinished, improve, first)
     x = (x + jnp.swapaxes(x, -1, -2)) / 2
     converged = error <= jnp.maximum(tolerance, 1e-2)
@@ -159,16 +172,21 @@ def newton_schulz_inverse(
 
 
 def relative_change(new: Array, old: Array) -> Array:
-    """``‖X − Y‖_F / ‖Y‖_F``; 0 where both vanish, infinite where only ``Y`` does."""
+    """``‖X − Y‖_F / ‖Y‖_F``; 0 where both are 0, ``LARGEST`` where ``Y`` is."""
     return safe_ratio(
         jnp.linalg.norm((new - old).ravel()), jnp.linalg.norm(old.ravel())
     )
 
 
 def safe_ratio(change: Array, scale: Array) -> Array:
-    """``change / scale``; 0 where both vanish, infinite where only the scale does."""
-    ratio = change / jnp.where(scale > 0, scale, 1)
-    return jnp.where(scale > 0, ratio, jnp.where(change > 0, jnp.inf, 0.0))
+    """``change / scale``; 0 where both are 0, ``LARGEST`` where the scale is."""
+    ratio = jnp.minimum(change / jnp.where(scale > 0, scale, 1), LARGEST)
+    return jnp.where(scale > 0, ratio, jnp.where(change > 0, LARGEST, 0.0))
+
+
+def is_known(number: Any) -> bool:
+    """Whether a number of a state, on the host, is one, not what stands for none."""
+    return bool(abs(float(number)) < LARGEST)
 
 
 def all_finite(tree: Any) -> Array:

@@ -6,7 +6,6 @@ the matrix's Frobenius norm.
 """
 
 import math
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +44,7 @@ def to_vector(x: Array, symmetric: bool, isometric: bool = False) -> Array:
         return x.ravel()
     packed = pack(x)
     if isometric:
-        packed = packed * weights(x.shape[-1], packed.dtype)
+        packed = packed * weights(packed, x.shape[-1])
     return packed.ravel()
 
 
@@ -59,14 +58,15 @@ def from_vector(
     d = shape[-1]
     packed = vector[:size].reshape(*shape[:-2], d * (d + 1) // 2)
     if isometric:
-        packed = packed / weights(d, packed.dtype)
+        packed = packed / weights(packed, d)
     return unpack(packed, d)
 
 
-def weights(size: int, dtype: Any) -> Array:
-    """1 for the diagonal entries of a packed triangle, ``√2`` for the others."""
+def weights(packed: Array, size: int) -> Array:
+    """1 for the diagonal entries of packed triangles, ``√2`` for the others."""
     rows, columns = np.triu_indices(size)
-    return jnp.where(rows == columns, 1, math.sqrt(2)).astype(dtype)
+    row = jnp.where(rows == columns, 1, math.sqrt(2)).astype(packed.dtype)
+    return jnp.broadcast_to(row, packed.shape)
 
 
 def field_form(layer: LayerTag, field: str) -> str:

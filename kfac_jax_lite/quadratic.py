@@ -11,15 +11,18 @@ References:
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from kfac_jax_lite.factors.estimate import TaggedLoss
 from kfac_jax_lite.likelihoods import Output, fisher_product, weighted_rows
 from kfac_jax_lite.outputs import marked_loss
+from kfac_jax_lite.sharding import automatic, explicit_mesh
 from kfac_jax_lite.types import Array
 
 
@@ -59,18 +62,32 @@ def quadratic_model(tagged: TaggedLoss, params: Any, *args: Any) -> QuadraticMod
     def products(vectors: Sequence[Any]) -> tuple[Any, Any, Array]:
         (loss, marked), forward = jax.linearize(model.values, params)
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *vectors)
-        slopes, tangents = jax.vmap(forward)(stacked)
+        slopes, tangents = along(forward, stacked)
         gram = jnp.zeros((len(vectors),) * 2, jnp.promote_types(loss.dtype, "float32"))
         n, moves = model.num_terms(marked), model.output_values(tangents)
         for output, dz in zip(model.outputs(marked), moves, strict=True):
-
-            def product(t: Array, output: Output = output):
-                curved = fisher_product(output.likelihood, output.value, t)
-                return weighted_rows(output, curved)
-
-            curved = jax.vmap(product)(dz)
-            rows = dz.reshape(len(vectors), -1), curved.reshape(len(vectors), -1)
-            gram += (rows[0] @ rows[1].T).astype(gram.dtype) / n
+            name, *arrays = output
+            part = automatic(functools.partial(curved, name), arrays, dz)
+            gram += part.astype(gram.dtype) / n
         return loss, slopes, gram
 
     return QuadraticModel(lambda p: model.values(p)[0], products)
+
+
+def along(forward: Callable[[Any], Any], vectors: Any) -> Any:
+    """``forward`` of each of the vectors, at once or, on explicit meshes, in turn."""
+    # There a convolution cannot be mapped: the axis of the vectors would have to be
+    # merged with one that is sharded.
+    if explicit_mesh(vectors) is None:
+        return jax.vmap(forward)(vectors)
+    return lax.map(forward, vectors)
+
+
+def curved(likelihood: str, arrays: Sequence[Any], moves: Array) -> Array:
+    """``Σ_r t_iᵀ Λ t_j [k, k]`` over the rows of an output, of ``t [k, *z.shape]``."""
+    output = Output(likelihood, *arrays)
+    product = jax.vmap(
+        lambda t: weighted_rows(output, fisher_product(likelihood, output.value, t))
+    )
+    k = len(moves)
+    return moves.reshape(k, -1) @ product(moves).reshape(k, -1).T

@@ -14,7 +14,7 @@ from jax import lax
 from kfac_jax_lite import stagger
 from kfac_jax_lite.exchange import are_finite, exchanged
 from kfac_jax_lite.factors.state import Clock, Slices, curvature, moving_average
-from kfac_jax_lite.linalg import relative_change
+from kfac_jax_lite.linalg import LARGEST, relative_change
 from kfac_jax_lite.options import Options
 from kfac_jax_lite.ownership import Plan
 from kfac_jax_lite.slices import is_packed, packed_statistics, sliced_change
@@ -211,7 +211,7 @@ def clock_after_refresh(
     """
     memory = options.interval.memory
     known = [
-        jnp.where(clock.refreshes > k, changes[:, k], jnp.inf) for k in range(memory)
+        jnp.where(clock.refreshes > k, changes[:, k], LARGEST) for k in range(memory)
     ]
     interval = options.interval.next_interval(
         clock.interval, clock.previous_interval, tuple(known)

@@ -8,18 +8,26 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 REPLICATED: jax.P = PartitionSpec()
 
 
 def explicit_mesh(tree: Any) -> Any:
-    """The mesh of the first leaf whose type says how it is sharded, or None."""
-    for leaf in jax.tree.leaves(tree):
-        mesh = getattr(getattr(jax.typeof(leaf), "sharding", None), "mesh", None)
-        if mesh is not None and AxisType.Explicit in mesh.axis_types:
-            return mesh
-    return None
+    """The explicit mesh that the leaves are on, or None."""
+    # Leaves may come from a part of the loss that is itself automatic
+    # (``jax.sharding.auto_axes``): the mesh is then that of the code around.
+    meshes = [mesh_of(leaf) for leaf in jax.tree.leaves(tree)]
+    known = [mesh for mesh in meshes if mesh is not None and not mesh.empty]
+    candidates = [*known, jax.sharding.get_abstract_mesh()] if known else []
+    explicit = (m for m in candidates if AxisType.Explicit in m.axis_types)
+    return next(explicit, None)
+
+
+def mesh_of(leaf: Any) -> Any:
+    """The mesh in an array's type, if any."""
+    return getattr(getattr(jax.typeof(leaf), "sharding", None), "mesh", None)
 
 
 def specs_of(tree: Any) -> Any:
@@ -31,6 +39,14 @@ def resharded(tree: Any, mesh: Any, specs: Any = REPLICATED) -> Any:
     """The tree on an explicit mesh, sharded as ``specs`` say; by default replicated."""
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.sharding.reshard(tree, specs)
+
+
+def zeros_like(array: Any) -> Any:
+    """Zeros of an array's type, also where a traced function closes over the array."""
+    zeros = jnp.zeros_like(array)
+    if explicit_mesh(array) is None:
+        return zeros
+    return jax.sharding.reshard(zeros, jax.typeof(array).sharding)
 
 
 def automatic(

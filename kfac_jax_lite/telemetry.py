@@ -11,6 +11,7 @@ from kfac_jax_lite.accuracy import eigen, flat, kronecker_layers
 from kfac_jax_lite.eigenpairs import LowRankInverses, retained_trace
 from kfac_jax_lite.factors.state import Clock, from_words
 from kfac_jax_lite.inverse import FactorInverses
+from kfac_jax_lite.linalg import is_known
 from kfac_jax_lite.tree import find_states
 from kfac_jax_lite.types import LayerTag
 
@@ -105,7 +106,7 @@ def counters(state: Any) -> list[dict[str, Any]]:
                 "refreshes": refreshes,
                 "inversions": int(clock.inversions[i]),
                 "failures": int(clock.failures[i]),
-                "diff": diff if np.isfinite(diff) else None,
+                "diff": diff if is_known(diff) else None,
                 "elements": elements,
                 "elements_reduced": refreshes * elements,
                 "bytes_reduced": refreshes * size,
@@ -166,7 +167,7 @@ def wrapping(opt_state: Any, state: Any) -> dict[str, Any]:
         if any(inner is state for inner in find_states(adapted.inner)):
             agreement = float(adapted.agreement)
             found["retreats"] = int(adapted.retreats)
-            found["agreement"] = agreement if np.isfinite(agreement) else None
+            found["agreement"] = agreement if is_known(agreement) else None
     return found
 
 

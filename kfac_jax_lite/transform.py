@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -14,12 +14,13 @@ from kfac_jax_lite import damping as damping_lib
 from kfac_jax_lite.adapted import adapted
 from kfac_jax_lite.exchange import everywhere
 from kfac_jax_lite.factors.checks import check_nothing_due, check_state
+from kfac_jax_lite.factors.estimate import TaggedLoss
 from kfac_jax_lite.factors.restrict import present_layers
 from kfac_jax_lite.factors.state import Clock, KFACState, words, zero_statistics
 from kfac_jax_lite.intervals import Interval, every
 from kfac_jax_lite.inverse import Method, initial_inverse, method_named
 from kfac_jax_lite.inversions import inversions
-from kfac_jax_lite.linalg import norms_finite
+from kfac_jax_lite.linalg import LARGEST, norms_finite
 from kfac_jax_lite.options import Options
 from kfac_jax_lite.ownership import Plan
 from kfac_jax_lite.placement import own_part, state_specs
@@ -59,7 +60,7 @@ ALL_REDUCE = Reduction()
 
 
 def scale_by_kfac(
-    layers: Sequence[LayerTag],
+    layers: Sequence[LayerTag] | TaggedLoss,
     damping: damping_lib.Damping | damping_lib.Adaptive = 1e-3,
     factor_decay: float | Array = 0.95,
     interval: Interval = EVERY_STEP,
@@ -78,7 +79,7 @@ def scale_by_kfac(
     then.
 
     Args:
-        layers: ``tagged.layers``.
+        layers: ``tagged.layers``, or the tagged loss itself.
         damping: ``λ``, a number, an optax schedule of the step count, or
             ``kfac.damping.adaptive()``.
         factor_decay: ``d`` of ``X̂ ← d X̂ + (1 − d) X`` (it weights the *old* value;
@@ -122,7 +123,7 @@ def scale_by_kfac(
         axis_name = None  # under jit, and nothing is spread: no axis is mapped
     rule = damping if isinstance(damping, damping_lib.Adaptive) else None
     options = Options(
-        tuple(layers or ()),
+        layers_of(layers),
         damping.initial if isinstance(damping, damping_lib.Adaptive) else damping,
         factor_decay,
         interval,
@@ -158,6 +159,14 @@ def scale_by_kfac(
 
     tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
     return adapted(tx, rule, lag_of(inverse, inverse_interval), 1) if rule else tx
+
+
+def layers_of(layers: Any) -> tuple[LayerTag, ...]:
+    """The layers, of a tagged loss or as given."""
+    if isinstance(layers, TaggedLoss):
+        return layers.layers
+    given = () if layers is None else layers
+    return tuple(given) if isinstance(given, Iterable) else (given,)
 
 
 def lag_of(inverse: str | Method, inverse_interval: Any) -> Any:
@@ -208,7 +217,7 @@ def init_state(options: Options, params: Any) -> KFACState:
         inversions=ints(0),
         failures=ints(0),
         weight=jnp.zeros((n,), widest(zeros)),
-        diff=floats(jnp.inf),
+        diff=floats(LARGEST),
         inverse_damping=floats(0),
         **{name: words(row) for name, row in counts.items()},
     )
@@ -269,15 +278,31 @@ def wire_counts(
 
 
 def typed(
-    run: Callable[..., Any], grads: Any, state: KFACState, statistics: Any
+    run: Callable[..., Any],
+    grads: Any,
+    state: KFACState,
+    statistics: Any,
+    numbers: dict[str, Array],
 ) -> tuple[Any, KFACState]:
     """``run``; on an explicit mesh updates are typed like gradients."""
     known = () if isinstance(statistics, Deferred) else statistics
-    if explicit_mesh((grads, state, known)) is None:
-        return run(grads, state, statistics)
+    if explicit_mesh((grads, state, known, numbers)) is None:
+        return run(grads, state, statistics, numbers)
     statistics = computed(statistics, gated=True)
     specs = (specs_of(grads), specs_of(state))
-    return automatic(run, grads, state, statistics, out_specs=specs)
+    return automatic(run, grads, state, statistics, numbers, out_specs=specs)
+
+
+def traced_numbers(options: Options, state: KFACState, reject: Any) -> dict[str, Array]:
+    """Arrays that a step reads beside its trees."""
+    # They are passed, never closed over: what is closed over keeps the type that it has
+    # outside ``shard_map`` and on an explicit mesh.
+    damping = damping_lib.value_at(options.damping, state.count)
+    decay, n = options.factor_decay, options.inverse_interval
+    numbers = dict(
+        damping=damping, factor_decay=decay, inverse_interval=n, reject=reject
+    )
+    return {k: x for k, x in numbers.items() if isinstance(x, jax.Array)}
 
 
 def placed_step(
@@ -287,24 +312,31 @@ def placed_step(
     if statistics is None:  # before any mapping makes the flags unknown
         check_nothing_due(state)
     mesh = options.reduction.mesh
-    run = functools.partial(step, options, reject=reject)
+    numbers = traced_numbers(options, state, reject)
+
+    def run(grads: Any, state: KFACState, statistics: Any, numbers: dict[str, Any]):
+        given = dict(numbers)
+        flag = given.pop("reject", reject)
+        now = dataclasses.replace(options, **given)
+        return step(now, grads, state, statistics, flag)
+
     if mesh is None or options.reduction.mode == "all":
-        return typed(run, grads, state, statistics)
+        return typed(run, grads, state, statistics, numbers)
     statistics = computed(statistics, gated=True)
     names = options.axis_name
     specs, whole = state_specs(state, names), PartitionSpec()
     manual = jax.shard_map(
         functools.partial(typed, run),
         mesh=mesh,
-        in_specs=(whole, specs, whole),
+        in_specs=(whole, specs, whole, whole),
         out_specs=(whole, specs),
         axis_names={names} if isinstance(names, str) else set(names),
     )
-    typed_mesh = explicit_mesh((grads, state, statistics))
+    typed_mesh = explicit_mesh((grads, state, statistics, numbers))
     if typed_mesh is None:
-        return manual(grads, state, statistics)
-    gathered, averaged = resharded((grads, statistics), typed_mesh)
-    updates, state = manual(gathered, state, averaged)
+        return manual(grads, state, statistics, numbers)
+    gathered, averaged, known = resharded((grads, statistics, numbers), typed_mesh)
+    updates, state = manual(gathered, state, averaged, known)
     return resharded(updates, typed_mesh, specs_of(grads)), state
 
 
@@ -321,6 +353,7 @@ def step(
     state = own_part(layers, state, plan)
     shift = damping_lib.value_at(options.damping, state.count)
     number, clock = state.count + 1, state.clock
+    clock = clock._replace(due=clock.due.astype(bool))  # see ``read_state``
     accepted = everywhere(norms_finite(grads), options.axis_name)
     accepted &= ~jnp.asarray(reject)
     factors, previous = dict(state.factors), dict(state.previous)

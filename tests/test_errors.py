@@ -107,10 +107,16 @@ def plain(p, x, y):
     return jnp.mean((x @ p["w"] - y) ** 2)
 
 
-def marked_twice(p, x, y):
-    logits = kfac.normal(x @ p["w"])
-    more = kfac.normal(jnp.concatenate([logits, logits]))
-    return jnp.mean((logits - y) ** 2) + jnp.mean(more**2)
+def marked_once(p, x, y):
+    return jnp.mean((kfac.normal(x @ p["w"]) - y) ** 2)
+
+
+def masked_in_a_scan(p, x, y):
+    def turn(total, row):
+        z = kfac.normal(row[None] @ p["w"], mask=jnp.ones(1, bool))
+        return total + jnp.sum(z**2), None
+
+    return jax.lax.scan(turn, 0.0, x)[0] / len(x) + 0 * jnp.sum(y)
 
 
 def marked_in_a_scan(p, x, y):
@@ -121,7 +127,8 @@ def marked_in_a_scan(p, x, y):
 
 
 LOSSES = [
-    (marked_twice, {}, ValueError, "which is the number of terms"),
+    (marked_once, {"num_examples": 3}, ValueError, "which is the number of terms"),
+    (masked_in_a_scan, {}, ValueError, "outside scan and cond"),
     (plain, {"num_examples": 0}, ValueError, "whole number >= 1"),
     (plain, {"fisher": "mc"}, ValueError, "need the network's output marked"),
     (marked_in_a_scan, {"fisher": "mc"}, ValueError, "marked inside scan or cond"),
@@ -175,6 +182,40 @@ PARAMS = [
 def test_params(params, error, said):
     with pytest.raises(error, match=said):
         kfac.tag(plain, params, np.ones((5, 4)), np.ones((5, 3)))
+
+
+def switched(p, x, y, train):
+    return plain(p, x, y) if train else 0 * plain(p, x, y)
+
+
+ARGUMENTS = [
+    ((True,), {}, r"args\[2\] is a Python number, and the loss must know it"),
+    (("train",), {}, r"args\[2\] is a str, not an array"),
+    ((len,), {}, r"args\[2\] is a builtin_function_or_method, not an array"),
+    ((), {"train": True}, "has no argument named train. The arguments of the loss"),
+]
+
+
+@pytest.mark.parametrize(("more", "named", "said"), ARGUMENTS, ids=str)
+def test_arguments_that_are_no_arrays(more, named, said):
+    params, x, y = {"w": jnp.ones((4, 3))}, np.ones((5, 4)), np.ones((5, 3))
+    with pytest.raises(TypeError, match=said):
+        kfac.tag(switched, params, x, y, *more, **named)
+    tagged = kfac.tag(lambda p, x, y: switched(p, x, y, True), params, x, y)
+    other = dataclasses.replace(tagged, loss_fn=switched)
+    with pytest.raises(TypeError, match=said):
+        other.value_and_grad(params, x, y, *more, **named)
+
+
+def test_arguments_that_stand_for_nothing_or_are_numbers():
+    """``None`` is an empty tree; a number that the loss only computes with is data."""
+    params, x, y = {"w": jnp.ones((4, 3))}, np.ones((5, 4)), np.ones((5, 3))
+    loss = lambda p, x, y, scale, more: scale * plain(p, x, y)  # noqa: E731
+    tagged = kfac.tag(loss, params, x, y, 2.0, None)
+    value, _, _ = tagged.value_and_grad(params, x, y, 2.0, None)
+    np.testing.assert_allclose(value, 2 * plain(params, x, y))
+    with pytest.raises(jax.errors.TracerBoolConversionError):
+        kfac.tag(switched, params, x, y, jnp.asarray(True))
 
 
 # ---------------------------------------------------------------- trees and states

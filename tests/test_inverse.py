@@ -219,3 +219,32 @@ def test_moments_turn_with_the_basis(rng):
     block = before @ np.diag(statistics[1].s.ravel()) @ before.T
     wanted = np.diag(after.T @ block @ after).reshape(n_a, n_g)
     np.testing.assert_allclose(found.s, wanted, rtol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0)])
+@pytest.mark.parametrize("inverse", [*INVERSES, "auto"])
+def test_a_weight_of_zero_width(shape, inverse):
+    """It changes nothing for the other layers, and is in every report."""
+
+    def loss(p, x):
+        empty = jnp.tanh(x[:, : shape[0]] @ p["empty"]).sum() if "empty" in p else 0.0
+        return 0.5 * jnp.square(kfac.normal(x @ p["w"])).sum(-1).mean() + empty
+
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)))
+    whole = {"empty": jnp.ones(shape), "w": jnp.ones((3, 2))}
+    found = []
+    for params in (whole, {"w": whole["w"]}):
+        tagged = kfac.tag(loss, params, x)
+        tx = kfac.scale_by_kfac(tagged.layers, DAMPING, inverse=inverse)
+        state = tx.init(params)
+        for _ in range(2):
+            _, grads, statistics = jax.jit(tagged.value_and_grad)(
+                params, x, opt_state=state
+            )
+            step = jax.jit(tx.update)
+            updates, state = step(grads, state, params, statistics=statistics)
+        found.append(updates["w"])
+        records = kfac.report(state, tagged.layers, spectra=True)
+        assert [r["failures"] for r in records] == [0] * len(params)
+    np.testing.assert_array_equal(*found)
+    assert len(kfac.doctor(tagged, state, (x,), params)) >= 0

@@ -78,7 +78,7 @@ def test_an_iteration_that_ends_too_early_is_no_inverse(rng):
     ("new", "old", "change"),
     [
         ((3.0, 4.0), (0.0, 1.0), 3 * 2**0.5),
-        ((1.0,), (0.0,), np.inf),
+        ((1.0,), (0.0,), linalg.LARGEST),
         ((0.0,), (0.0,), 0),
     ],
 )

@@ -227,17 +227,6 @@ def _is_state(node):
     return type(node).__name__ == "KFACState"
 
 
-def test_masks_belong_to_one_output(rng):
-    def loss(p, x, y):
-        mask = jnp.ones(B, bool)
-        a = kfac.normal(x @ p["w"], mask=mask)
-        return squares(a, y) + squares(kfac.normal(x @ p["v"], mask=mask), y)
-
-    params, x, y = problem(rng, {"w": (IN, OUT), "v": (IN, OUT)})
-    with pytest.raises(ValueError, match="mark one output with it"):
-        kfac.tag(loss, params, x, y)
-
-
 def test_reference_with_a_computed_weight(rng):
     """A named layer whose reference scales the weight in a call of its own."""
     scaled = jax.jit(lambda w, s: w * s)

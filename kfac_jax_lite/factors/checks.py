@@ -52,7 +52,11 @@ def check_nothing_due(state: KFACState) -> None:
         raise ValueError(
             "update needs statistics=…: take them from value, grads, statistics = "
             "tagged.value_and_grad(params, *args, opt_state=opt_state) and call "
-            "tx.update(grads, opt_state, params, statistics=statistics)."
+            "tx.update(grads, opt_state, params, statistics=statistics). Wrappers that "
+            "hand no further arguments on (optax.lookahead, optax.contrib.sam) are "
+            "called around a transformation that has them already: "
+            "optax.GradientTransformation(tx.init, functools.partial(tx.update, "
+            "statistics=statistics))."
         )
 
 

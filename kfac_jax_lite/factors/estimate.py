@@ -21,7 +21,12 @@ from kfac_jax_lite.factors.slots import make_slots, read_phases, read_state
 from kfac_jax_lite.factors.thin import thin_layers
 from kfac_jax_lite.factors.watched import Watched, watchable
 from kfac_jax_lite.factors.weights import with_weights
-from kfac_jax_lite.likelihoods import count_terms, masked_rows, outputs_of
+from kfac_jax_lite.likelihoods import (
+    BESIDE,
+    count_terms,
+    masked_rows,
+    outputs_of,
+)
 from kfac_jax_lite.sharding import explicit_mesh
 from kfac_jax_lite.tagging.interpreter import Interpreter
 from kfac_jax_lite.tagging.table import fingerprint, table
@@ -57,6 +62,7 @@ def tag(
     subsample: Subsample = Subsample(),  # noqa: B008 (frozen)
     statistics: str = "factors",
     curvature: Callable[..., Any] | None = None,
+    **unknown: Any,
 ) -> "TaggedLoss":
     """Finds the layers of a loss function; nothing is executed.
 
@@ -87,12 +93,14 @@ def tag(
             statistics those of this. With ``"mc"`` and ``"exact"`` what it marks is all
             that matters; with ``"empirical"`` it returns a mean loss. It is evaluated
             only when a layer is due.
+        **unknown: Nothing: an error says where arguments of the loss go.
 
     Returns:
         The tagged loss. ``print`` it for the table of layers.
 
     Raises:
-        TypeError: Parameters that are not real arrays; a loss that is not a scalar.
+        TypeError: Parameters that are not real arrays; arguments that are no arrays or
+            were given by name; a loss that is not a scalar.
         ValueError: ``N`` cannot be told; the batch is empty; a parameter sits inside a
             ``while`` loop; ``strict`` and a parameter fell back.
 
@@ -100,6 +108,7 @@ def tag(
         Martens & Grosse, 2015, arXiv:1503.05671; Grosse & Martens, 2016,
         arXiv:1602.01407; Eschenhagen et al., 2023, arXiv:2311.00636.
     """
+    check_keywords("kfac.tag", unknown)
     for name, value, known in (
         ("fisher", fisher, FISHERS),
         ("weight_sharing", weight_sharing, WEIGHT_SHARING),
@@ -147,13 +156,23 @@ class Outputs:
 
 def seen_rows(names: Sequence[str], marks: Sequence[jax.Array]) -> list[jax.Array]:
     """Cotangents of marks that are not zero in the rows that count."""
-    found = {id(o.value): o for o in outputs_of(names, marks)}
+    outputs = iter(outputs_of(names, marks))
     return [
-        masked_rows(found[id(m)], jnp.ones_like(m))
-        if id(m) in found
-        else jnp.zeros_like(m)
-        for m in marks
+        jnp.zeros_like(mark)
+        if name in BESIDE
+        else masked_rows(next(outputs), jnp.ones_like(mark))
+        for name, mark in zip(names, marks, strict=True)
     ]
+
+
+def check_keywords(function: str, unknown: dict[str, Any]) -> None:
+    """The loss's arguments go in by position."""
+    if unknown:
+        raise TypeError(
+            f"{function} has no argument named {', '.join(unknown)}. The arguments of "
+            "the loss go in by position, (params, x, y); where the loss takes them by "
+            "name, wrap it: kfac.tag(lambda params, x, y: loss_fn(params, x, y=y), …)."
+        )
 
 
 def check_factor_dim(size: Any) -> None:
@@ -206,6 +225,27 @@ class TaggedLoss:
         """
         return fingerprint(self.layers)
 
+    def __call__(self, params: Any, *args: Any) -> Any:
+        """``loss_fn(params, *args)``, without statistics.
+
+        Args:
+            params: Parameters.
+            *args: Further arguments.
+
+        Returns:
+            What the loss function returns.
+
+        Raises:
+            TypeError: It was called as a schedule.
+        """
+        if not args and jnp.ndim(params) == 0 and jnp.result_type(params) == jnp.int32:
+            raise TypeError(
+                "the tagged loss was called with a step count, as a schedule is: "
+                "optax.inject_hyperparams takes whatever can be called for one. Pass "
+                "tagged.layers."
+            )
+        return self.loss_fn(params, *args)
+
     def value_and_grad(
         self,
         params: Any,
@@ -213,6 +253,7 @@ class TaggedLoss:
         opt_state: Any = None,
         key: Any = None,
         deferred: bool = False,
+        **unknown: Any,
     ) -> tuple[Any, Any, Any]:
         """Loss, gradient and statistics: one forward pass, one backward pass.
 
@@ -230,6 +271,7 @@ class TaggedLoss:
             deferred: Leave the statistics to ``update``, which must be called in the
                 same traced step with ``statistics=statistics``: a step with nothing due
                 then writes nothing in their place. They cannot be read or returned.
+            **unknown: Nothing: an error says where arguments of the loss go.
 
         Returns:
             ``(value, grads, statistics)``; ``value`` is ``(loss, aux)`` with
@@ -237,9 +279,11 @@ class TaggedLoss:
             ``Deferred`` statistics with ``deferred``.
 
         Raises:
+            TypeError: Arguments that are no arrays or were given by name.
             ValueError: ``key`` is missing; the state is of another model; the layers
                 are no longer those of ``tag``.
         """
+        check_keywords("value_and_grad", unknown)
         if self.fisher == "mc" and key is None:
             raise ValueError('fisher="mc" samples labels: pass key=jax.random.key(…).')
         if self.curvature is not None:

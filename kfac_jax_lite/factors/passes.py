@@ -30,7 +30,7 @@ from kfac_jax_lite.likelihoods import (
     square_root_column,
     weighted_rows,
 )
-from kfac_jax_lite.sharding import automatic, explicit_mesh, specs_of
+from kfac_jax_lite.sharding import automatic, explicit_mesh, specs_of, zeros_like
 from kfac_jax_lite.tagging.taps import Slot
 from kfac_jax_lite.tree import vary, varying_axes
 
@@ -169,9 +169,7 @@ def sampled_pull(
     """
     waiting = iter(cotangents)
     marks = [
-        jnp.zeros_like(mark)
-        if name in BESIDE
-        else (next(waiting) / n).astype(mark.dtype)
+        zeros_like(mark) if name in BESIDE else (next(waiting) / n).astype(mark.dtype)
         for name, mark in zip(names, marked, strict=True)
     ]
     grads, raw = pullback(marks)
@@ -263,7 +261,7 @@ def exact_statistics(
             number: int = number,
             output: Output = output,
         ):
-            zeros = [jnp.zeros_like(other.value) for other in outputs]
+            zeros = [zeros_like(other.value) for other in outputs]
             root = typed_like(output, hessian_column, j)
             zeros[number] = weighted_rows(output, root, 0.5)
             _, statistics = pull(zeros)

@@ -35,12 +35,13 @@ def present_layers(
         the placeholder with which ``optax.tree.map_params`` asks what a state is like.
 
     Raises:
-        ValueError: The tree is not of the model that was tagged.
+        ValueError: The tree is not of the model that was tagged, or is one vector.
     """
     if isinstance(tree, placeholder()):
         return tuple(sorted(layers, key=lambda layer: layer.name))
     leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_masked)[0]
     found = {path_key(path): leaf for path, leaf in leaves}
+    check_not_flat(layers, found)
     here = []
     for layer in layers:
         keep = []
@@ -62,6 +63,19 @@ def present_layers(
     if whole:
         check_owned(here, found)
     return tuple(sorted(here, key=lambda layer: layer.name))
+
+
+def check_not_flat(layers: Sequence[LayerTag], found: dict[str, Any]) -> None:
+    """All parameters as one vector, as ``optax.flatten`` makes it, have no layers."""
+    paths = {path for layer in layers for path in layer.params}
+    shapes = [tuple(getattr(leaf, "shape", ())) for leaf in found.values()]
+    size = sum(layer.elements for layer in layers)
+    if shapes == [(size,)] and list(found) == [""] and paths != {""}:
+        raise ValueError(
+            f"the parameters arrive as one vector of {size} entries, as optax.flatten "
+            "makes it, and K-FAC needs them by layer. Flatten the other parts of the "
+            "chain alone: optax.chain(kfac.kfac(…), optax.flatten(…))."
+        )
 
 
 @functools.cache

@@ -45,7 +45,8 @@ def read_state(
                     f"opt_state is of another model: it holds a layer {name}, which "
                     "this loss does not have."
                 )
-            flag = state.clock.due[i]
+            # Wrappers that choose between states by a sum make numbers of flags.
+            flag = state.clock.due[i].astype(bool)
             due[name] = due[name] | flag if name in due else flag
             inverse = state.inverses[name]
             if getattr(state.factors[name], "s", None) is not None:

@@ -54,7 +54,8 @@ class Clock(NamedTuple):
         inversions: Number of inversions that succeeded.
         failures: Number of factorisations that failed (the last good inverse stayed).
         weight: Sum of the moving average's weights (bias correction).
-        diff: Relative change of the statistics seen at the last refresh.
+        diff: Relative change of the statistics seen at the last refresh; the largest
+            float32 where there is none.
         inverse_damping: Damping that the cached inverse holds.
         elements: Elements that one refresh reduces over devices (a constant), as
             ``words``: stacked layers of billions do not fit into 32 bits.

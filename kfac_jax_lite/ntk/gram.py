@@ -57,7 +57,9 @@ def kernel(
                 f"kernel: the output of batch is {(n, c)} and that of other {(m, e)}; "
                 "wanted as many columns."
             )
-        gram = first.counted()[:, None] * products(first, second) * second.counted()
+        gram = (
+            first.counted()[:, None] * products(first, second) * second.counted()[None]
+        )
         return gram.reshape(n, c, m, c)
 
     gram = automatic(compute, params, batch, other)

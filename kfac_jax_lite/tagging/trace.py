@@ -109,7 +109,8 @@ def trace(
         What was found.
 
     Raises:
-        TypeError: Integer or complex parameters; a loss that is no real scalar.
+        TypeError: Integer or complex parameters; arguments that are no arrays; a loss
+            that is no real scalar.
         ValueError: No parameters; ``N`` unknown, contradictory or zero; a parameter
             inside a ``while`` loop; no marked output where one is needed.
         NameError: The loss uses a mapped axis that is not bound here.
@@ -117,8 +118,17 @@ def trace(
     has_aux = options.has_aux
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     check_params(flat)
+    numbers = check_args(args)
     try:
         closed, shape = jax.make_jaxpr(loss_fn, return_shape=True)(params, *args)
+    except CONCRETE as error:
+        if not numbers:
+            raise
+        raise TypeError(
+            f"args{numbers[0]} is a Python number, and the loss must know it while it "
+            "is traced. Close over it: kfac.tag(lambda params, x: loss_fn(params, x, "
+            "True), params, x)."
+        ) from error
     except NameError as error:
         if "axis name" not in str(error):
             raise
@@ -180,6 +190,29 @@ def check_params(flat: list[Any]) -> None:
                 f"params[{plain(path)}] has dtype {dtype}; K-FAC trains real "
                 "floating-point parameters. Pass it as a further argument instead."
             )
+
+
+# Errors of programs that must know a value while they are traced.
+CONCRETE = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.TracerArrayConversionError,
+)
+
+
+def check_args(args: tuple[Any, ...]) -> list[str]:
+    """Arguments must be arrays or numbers; paths of the Python numbers."""
+    numbers = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(args)[0]:
+        if isinstance(leaf, (bool, int, float, complex)):
+            numbers.append(jax.tree_util.keystr(path))
+        elif not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            raise TypeError(
+                f"args{jax.tree_util.keystr(path)} is a {type(leaf).__name__}, not an "
+                "array. Close over what is none: kfac.tag(lambda params, x: "
+                "loss_fn(params, x, mode), params, x)."
+            )
+    return numbers
 
 
 def check_loss(shape: Any, has_aux: bool) -> None:
