@@ -7,8 +7,6 @@ log-likelihood, a row that counts with ``ω`` (the weight of its term over the n
 terms) adds to ``A = Σ ω a aᵀ`` and ``G = Σ ω Dᵀ Λ D / Σ ω``.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -171,4 +169,3 @@ def check_factors(statistics, name, parts, layer=None, tolerance=1e-8):
     np.testing.assert_allclose(actual, wanted, atol=tolerance * scale)
 
 
-partial = functools.partial
