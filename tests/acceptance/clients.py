@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 import kfac_jax_lite as kfac
+from tests.fuzz.program import square_root
 
 
 def unseen(name, a, z):
@@ -69,9 +70,7 @@ def train(loss, params, args, tagged, tx=None, steps=3, key=None, tolerance=1e-9
         own = None if key is None else jax.random.fold_in(key, number)
         params, state, seen, plain, statistics = step(params, state, own)
         first = statistics if first is None else first
-        for one, two in zip(
-            jax.tree.leaves(seen), jax.tree.leaves(plain), strict=True
-        ):
+        for one, two in zip(jax.tree.leaves(seen), jax.tree.leaves(plain), strict=True):
             np.testing.assert_allclose(one, two, rtol=tolerance, atol=tolerance)
         assert all(np.isfinite(x).all() for x in jax.tree.leaves((params, state)))
         losses.append(float(plain[0]))
@@ -91,10 +90,14 @@ def hessian(kind, z):
 
 
 def in_one(kind, z):
-    """``Λ`` of rows ``[N, K]`` that depend on each other's inputs: ``[N K, N K]``."""
-    blocks = jax.vmap(lambda row: hessian(kind, row))(z)
-    n, k = z.shape
-    return jnp.einsum("nij,nm->nimj", blocks, jnp.eye(n)).reshape(n * k, n * k)
+    """``Σ_j s_j s_jᵀ`` of rows ``[N, K]`` that depend on each other's inputs.
+
+    ``s_j`` is column j of every row's root of ``Λ``: the exact Fisher pulls these back
+    together, as if the rows were independent. With rows that are not it keeps products
+    of different rows' derivatives, which a sampled Fisher has not in the mean.
+    """
+    root = square_root(kind, z)
+    return jnp.einsum("nij,mkj->nimk", root, root).reshape(z.size, z.size)
 
 
 def sums(forward, name, kind):
@@ -167,5 +170,3 @@ def check_factors(statistics, name, parts, layer=None, tolerance=1e-8):
     wanted, actual = np.kron(a, g), np.kron(own, seen.g)
     scale = np.abs(wanted).max()
     np.testing.assert_allclose(actual, wanted, atol=tolerance * scale)
-
-

@@ -195,7 +195,9 @@ def test_graph_net(masked):
         mask = known if masked else None
         z = kfac.categorical(graph_net(p, nodes, edges), mask=mask)
         logp = jnp.take_along_axis(jax.nn.log_softmax(z), labels[:, None], 1)[:, 0]
-        return -jnp.where(known, logp, 0).sum() / known.sum() if masked else -logp.mean()
+        return (
+            -jnp.where(known, logp, 0).sum() / known.sum() if masked else -logp.mean()
+        )
 
     args = nodes, edges, labels, known
     tagged = kfac.tag(loss, GRAPH, *args, fisher="exact")

@@ -135,7 +135,7 @@ def test_gradient_is_the_covariance_formula(form):
 
 
 def test_fisher_is_that_of_log_derivatives_not_centred():
-    """``F = mean(∇log|ψ| ∇log|ψ|ᵀ)``: what a determinant's sign and norm do is in it."""
+    """``F = mean(∇log|ψ| ∇log|ψ|ᵀ)``, nothing subtracted."""
     params, x = make_params(), walkers()
     tagged = tag("curvature", params, x)[1]
     operator = kfac.curvature.fisher(tagged, params, [(x,)])
