@@ -53,7 +53,18 @@ def skipped_batches(record: dict[str, Any]) -> Iterator[Finding]:
     back, steps = record["retreats"] or 0, record["steps"]
     skipped = record["skipped"] - back
     share = skipped / max(1, skipped + steps)
-    if share > SKIPPED:
+    if skipped and not steps:
+        yield Finding(
+            ERROR,
+            "every_batch_skipped",
+            None,
+            f"All {skipped} batches so far were skipped, from the first on: a gradient "
+            "or a statistic was NaN or infinite, and nothing has been learned.",
+            "kfac.doctor with params= and batch= looks at the loss: labels that are "
+            "no classes, NaN in the data, a logarithm or root of zero.",
+            {"skipped": skipped, "steps": steps},
+        )
+    elif share > SKIPPED:
         yield Finding(
             ERROR if share > MANY_SKIPPED else WARNING,
             "skipped_batches",
@@ -80,12 +91,34 @@ def skipped_batches(record: dict[str, Any]) -> Iterator[Finding]:
 def trust_region(
     record: dict[str, Any], history: Sequence[Sequence[dict[str, Any]]]
 ) -> Iterator[Finding]:
-    """A trust region that decides the length of every step."""
+    """A trust region that decides the length of every step.
+
+    Args:
+        record: A record of the ``KFACState``.
+        history: Earlier ones.
+
+    Yields:
+        ``learning_rate_without_effect``, ``trust_region_saturated``.
+    """
     same = [r for past in history for r in past if r["name"] == record["name"]]
     seen = [r["trust"] for r in (*same, record) if r.get("trust") is not None]
-    if not seen or statistics.median(seen) > SHORTENED:
+    if not seen:
         return
     middle, often = statistics.median(seen), len(seen) >= OBSERVATIONS
+    if often and max(seen) < 1:
+        yield Finding(
+            NOTICE,
+            "learning_rate_without_effect",
+            None,
+            f"kl_clip has shortened the update in each of {len(seen)} reports, to "
+            f"{min(seen):.2g} to {max(seen):.2g} of its length: it sets how far to go, "
+            "and the learning rate, or its schedule, changes nothing.",
+            "Tune kl_clip in its place (steps grow with its root), or take a larger "
+            f"one, or a learning rate below {min(seen):.2g} times this one.",
+            {"least": min(seen), "largest": max(seen), "observations": len(seen)},
+        )
+    if middle > SHORTENED:
+        return
     if not often and record["steps"] < START:
         return
     over = f"in the median of {len(seen)} steps" if often else "at the last step"
@@ -134,6 +167,45 @@ def inversions(record: dict[str, Any]) -> Iterator[Finding]:
         )
 
 
+def is_idle(record: dict[str, Any], records: Sequence[dict[str, Any]]) -> bool:
+    """Whether a layer waits for a gradient: it is due, while others are refreshed.
+
+    Args:
+        record: The layer's record.
+        records: Those of all layers of the state.
+
+    Returns:
+        Whether no gradient has reached the layer since it became due.
+    """
+    ages = [r["since_refresh"] for r in records if r["since_refresh"] is not None]
+    if not record["next_due"] or not ages:
+        return False
+    age = record["since_refresh"]
+    return age is None or (age > overdue(record) and min(ages) <= record["interval"])
+
+
+def overdue(record: dict[str, Any]) -> int:
+    """Steps after which a refresh that is due has been forgotten."""
+    return FORGOTTEN_INTERVALS * record["interval"] + FORGOTTEN_STEPS
+
+
+def idle(record: dict[str, Any]) -> Iterator[Finding]:
+    """A layer that no gradient reaches: its averages wait, and it stays due."""
+    age = (
+        record["steps"] if record["since_refresh"] is None else record["since_refresh"]
+    )
+    yield Finding(
+        WARNING,
+        "no_gradient",
+        record["name"],
+        f"No gradient has reached this layer in the last {age} steps.",
+        "A head of a task without examples may wait so. Else freeze it on purpose "
+        "(optax.masked), look for a dead or cut network above it, or mark every output "
+        "that the loss depends on.",
+        {"steps": age, "refreshes": record["refreshes"]},
+    )
+
+
 def refreshes(record: dict[str, Any], lag: float | None = None) -> Iterator[Finding]:
     """Layers without statistics, statistics that have changed, refreshes forgotten.
 
@@ -175,8 +247,7 @@ def refreshes(record: dict[str, Any], lag: float | None = None) -> Iterator[Find
             "A smaller threshold or max_interval of the interval rule.",
             {"change": change, "interval": interval, "age": age, "lag": lag},
         )
-    limit = FORGOTTEN_INTERVALS * interval + FORGOTTEN_STEPS
-    if record["next_due"] and age > limit:
+    if record["next_due"] and age > overdue(record):
         yield Finding(
             ERROR,
             "refresh_forgotten",

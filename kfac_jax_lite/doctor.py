@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import optax
 
-from kfac_jax_lite import counters, symptoms
+from kfac_jax_lite import counters, marks, symptoms
 from kfac_jax_lite.examination import examined, of_batch
 from kfac_jax_lite.factors.estimate import TaggedLoss
 from kfac_jax_lite.findings import ERROR, NOTICE, WARNING, Finding, Findings
@@ -31,22 +31,25 @@ def doctor(
 ) -> Findings:
     """Looks for what commonly goes wrong; a healthy run has no findings.
 
-    From the state alone: ``no_steps``, ``skipped_batches``, ``steps_taken_back``,
+    From the layers: ``diagonal_fallback``, ``unbatched_use``. From the state alone:
+    ``no_steps``, ``skipped_batches``, ``every_batch_skipped``, ``steps_taken_back``,
     ``trust_region_saturated``, ``failed_inversions``, ``old_inverse``,
     ``never_refreshed``, ``stale_factors``, ``refresh_forgotten``,
     ``interval_at_longest``, ``damping_at_bound``, ``damping_below_rounding``,
     ``damping_too_small``, ``damping_too_large``, ``constant_inputs``, ``no_gradient``,
-    ``dead_units``, ``dead_inputs``, ``diagonal_fallback``. With ``params``:
+    ``dead_units``, ``dead_inputs``. With ``params``:
     ``parameters_not_finite`` and, where the last update is known, ``steps_explode``.
-    With ``params`` and ``batch``: ``loss_not_finite``, ``loss_is_a_sum``,
-    ``too_few_rows``, ``other_inputs``, ``other_gradients``, ``fisher_vanishes``,
-    ``stored_averages``, ``unused_key``. What each rests on is in its ``numbers``;
-    thresholds and their reasons are in ``kfac_jax_lite.symptoms``, ``counters`` and
-    ``examination``.
+    With ``params`` and ``batch``: ``loss_not_finite``, ``labels_out_of_range``,
+    ``loss_is_a_sum``, ``loss_is_scaled``, ``wrong_mark``, ``too_few_rows``,
+    ``other_inputs``, ``other_gradients``, ``fisher_vanishes``, ``stored_averages``,
+    ``unused_key``. What each rests on is in its ``numbers``;
+    thresholds and their reasons are in ``kfac_jax_lite.symptoms``, ``counters``,
+    ``marks`` and ``examination``.
 
     Eigendecompositions of all factors on the host, in float64: not for every step. A
     single state knows its last step only; "always" needs ``history``, and so do
-    ``interval_at_longest`` and most of ``damping_at_bound``.
+    ``interval_at_longest``, ``learning_rate_without_effect`` and most of
+    ``damping_at_bound``.
 
     Args:
         tagged: The tagged loss.
@@ -68,7 +71,7 @@ def doctor(
     if batch is not None and params is None:
         raise ValueError("doctor wants params= with batch=.")
     records = {record["name"]: record for record in report(opt_state)}
-    found = list(symptoms.fallback(tagged.layers))
+    found = [*symptoms.fallback(tagged.layers), *symptoms.unbatched(tagged.layers)]
     factors = []
     for state in find_states(opt_state):
         if state.factors:
@@ -86,7 +89,12 @@ def doctor(
     if batch is not None:
         traced = tagged.trace(params, tuple(batch), tagged.fisher != "empirical")
         seen = examined(tagged, params, batch, key, traced.num_examples)
+        outputs = marks.seen_outputs(tagged, traced, params, batch)
         found += of_batch(tagged, seen, records, factors)
+        summed = any(finding.kind == "loss_is_a_sum" for finding in found)
+        said = marks.marks(outputs)
+        found += [f for f in said if not (summed and f.kind == "loss_is_a_sum")]
+        found += marks.labels(outputs, batch, seen.loss)
         found += evaluation_mode(traced, params, batch)
     if any(finding.kind == "fisher_vanishes" for finding in found):
         found = [f for f in found if not is_large(f)]  # its consequence
@@ -118,6 +126,8 @@ def of_state(
     whole = records[0]
     yield from counters.skipped_batches(whole)
     if not whole["steps"]:
+        if whole["skipped"]:
+            return
         yield Finding(
             NOTICE,
             "no_steps",
@@ -133,7 +143,11 @@ def of_state(
         yield from counters.judged_damping(whole, history, last)
     yield from counters.intervals(records, history)
     for record in records:
-        yield from counters.refreshes(record, lags.get(record["name"]))
+        idle = counters.is_idle(record, records)
+        if idle:
+            yield from counters.idle(record)
+        else:
+            yield from counters.refreshes(record, lags.get(record["name"]))
         yield from counters.inversions(record)
 
 

@@ -29,6 +29,7 @@ import numpy as np
 from jax import lax
 
 from kfac_jax_lite import forms
+from kfac_jax_lite.linalg import eigh, one_by_one
 from kfac_jax_lite.tree import vary, varying_axes
 from kfac_jax_lite.types import Array
 
@@ -114,13 +115,13 @@ def refreshed(
     """
     d, rank = u.shape[-2:]
     if rank == d:
-        e, u = jnp.linalg.eigh(matrix)
+        e, u = eigh(matrix)
         return u, jnp.maximum(e, 0), ()
     trace = jnp.trace(matrix, axis1=-2, axis2=-1)
     scale = jnp.where(trace > 0, trace, 1)
 
     def improve(_: Any, carry: tuple[Array, Array]):
-        return nystrom(matrix, carry[0], scale)
+        return one_by_one(nystrom, matrix, carry[0], scale, lead=scale.ndim)
 
     start = u, jnp.zeros((*u.shape[:-2], rank), u.dtype)
     start = vary(start, varying_axes((matrix, u)))

@@ -9,6 +9,7 @@ from jax import lax
 
 from kfac_jax_lite.collectives import checked_axes, varied
 from kfac_jax_lite.factors.checks import checked_statistics
+from kfac_jax_lite.factors.state import output_parts
 from kfac_jax_lite.linalg import all_finite
 from kfac_jax_lite.options import Options
 from kfac_jax_lite.ownership import Plan, is_small
@@ -125,13 +126,42 @@ def bucket(
     return dict(zip((t.name for t in layers), means, strict=True))
 
 
-def are_finite(
-    options: Options, layers: Sequence[LayerTag], due: Array, fresh: dict[str, Any]
-) -> Array:
-    """Whether all statistics that are due are finite, on every device."""
+def agreed(
+    options: Options,
+    plan: Plan,
+    layers: Sequence[LayerTag],
+    due: Array,
+    fresh: dict[str, Any],
+) -> tuple[Array, Array]:
+    """What all devices find in the statistics that are due.
+
+    Args:
+        options: The optimiser's options.
+        plan: Who does what.
+        layers: The layers present.
+        due: Which are due, ``[layers]``.
+        fresh: Statistics by layer name, averaged over devices; slices of owned layers.
+
+    Returns:
+        ``(finite, idle)``: whether all are finite, and which layers took no part: no
+        gradient has reached them, though one could, ``[layers]``.
+    """
     # Statistics that nobody asked for are not looked at.
     flags = [all_finite(fresh[t.name]) | ~due[i] for i, t in enumerate(layers)]
-    return everywhere(jnp.all(jnp.stack(flags)), options.axis_name)
+    never = jnp.asarray(False)
+    idle = {t.name: vanishes(fresh[t.name]) if t.reached else never for t in layers}
+    # Only slices may vanish on some devices and not on others.
+    owned = [t.name for t in layers if t.name in plan.owners and t.reached]
+    words = jnp.stack([jnp.all(jnp.stack(flags)), *(idle[name] for name in owned)])
+    words = everywhere(words, options.axis_name)
+    idle |= {name: words[1 + i] for i, name in enumerate(owned)}
+    return words[0], jnp.stack([idle[t.name] for t in layers])
+
+
+def vanishes(statistics: Any) -> Array:
+    """Whether no gradient is in a layer's statistics: what is made of it is zero."""
+    parts = output_parts(statistics)
+    return ~jnp.any(jnp.stack([jnp.any(x != 0) for x in jax.tree.leaves(parts)]))
 
 
 def everywhere(flag: Array, axis_name: Any) -> Array:

@@ -20,8 +20,8 @@ from kfac_jax_lite.factors.recipe import Recipe, count_rows, make_recipe
 from kfac_jax_lite.factors.thin import thin_layers
 from kfac_jax_lite.inverse import Method
 from kfac_jax_lite.likelihoods import MASK
-from kfac_jax_lite.linalg import LEAF, first_half, leaf_size, padded_size
-from kfac_jax_lite.tagging.layers import ConvGeometry, Site
+from kfac_jax_lite.linalg import spd_inverse_flops
+from kfac_jax_lite.tagging.layers import ConvGeometry, RaggedGeometry, Site
 from kfac_jax_lite.types import LayerTag
 from kfac_jax_lite.views import Shape
 
@@ -80,8 +80,11 @@ def layer_rows(tagged: TaggedLoss, params: Any, *args: Any) -> dict[str, Rows]:
             shares = [lattice.share for s in sites if (lattice := recipe.lattice(s))]
             statistics = recipe.num_rows // min(shares, default=1)
         saved = sum(saved_flops(site, recipe) for site in sites)
-        record = (forward, recipe.rows_out, statistics, saved, layer.name in thin)
-        rows[layer.name] = Rows(*record)
+        ragged = any(isinstance(s.geometry, RaggedGeometry) for s in sites)
+        share = math.prod(layer.blocks) if ragged else 1  # a row meets one block
+        numbers = (forward, recipe.rows_out, statistics)
+        each = (-(-number // share) for number in numbers)
+        rows[layer.name] = Rows(*each, saved, layer.name in thin)
     return rows
 
 
@@ -173,8 +176,8 @@ def statistics_flops(layer: LayerTag, rows: Rows, moments: bool = False) -> int:
 def inversion_flops(layer: LayerTag, method: Method) -> int:
     """Operations of one inversion of both factors.
 
-    * Cholesky, and ``"auto"`` as on a CPU: what ``linalg.spd_inverse`` does, see
-      ``spd_inverse_flops``.
+    * Cholesky, and ``"auto"`` as on a CPU: the products of an elimination by blocks,
+      see ``linalg.spd_inverse_flops``.
     * Newton-Schulz: two residuals ``2 d³`` and two products per iteration,
       ``(4 + 4 i) d³`` with ``i = 3``.
     * Eigendecomposition: ``9 d³``; EKFAC also turns its moments, ``2 d³`` per factor
@@ -216,34 +219,6 @@ def inversion_flops(layer: LayerTag, method: Method) -> int:
             each = spd_inverse_flops(shape[-1])
         total += matrices(shape) * each
     return round(total + (apply_flops(layer) if method.moments else 0))
-
-
-def spd_inverse_flops(size: int, block: int = LEAF) -> float:
-    """Operations of ``linalg.spd_inverse``, of the matrix filled up.
-
-    What is factorised: Cholesky ``d³/3``, a triangular solve with the identity ``d³``
-    and the product ``L⁻ᵀ L⁻¹`` ``2 d³``: ``10/3 d³``. Above, two halves and four
-    products of halves, which tends to ``4/3 d³``. (The least that LAPACK needs is
-    ``d³``.)
-
-    Args:
-        size: ``d``.
-        block: What sizes of blocks are multiples of.
-
-    Returns:
-        Floating-point operations.
-    """
-    size = padded_size(size, block)
-    leaf = leaf_size(size, block)
-
-    def flops(size: int) -> float:
-        if size <= leaf:
-            return 10 / 3 * size**3
-        k = first_half(size, block)
-        m = size - k
-        return flops(k) + flops(m) + 4 * k * k * m + 4 * k * m * m
-
-    return flops(size)
 
 
 def precondition_flops(

@@ -19,8 +19,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from kfac_jax_lite import linalg
 from kfac_jax_lite.linalg import (
-    LEAF,
+    BLOCK,
     add_diagonal,
     newton_schulz_inverse,
     spd_inverse,
@@ -162,7 +163,7 @@ def damped(factor: Array, form: str, value: Array) -> Array:
 
 
 def inverse(factor: Array, form: str) -> Array:
-    """``M⁻¹`` by Cholesky; not finite where ``M`` is not positive definite."""
+    """``M⁻¹``; not finite where ``M`` is not positive definite."""
     if form == DIAGONAL:
         return jnp.where(factor > 0, 1 / factor, jnp.nan)
     return spd_inverse(factor)
@@ -176,14 +177,13 @@ def iterated_inverse(factor: Array, form: str, start: Array, tolerance: float) -
 
 
 def fastest_inverse(factor: Array, form: str, start: Array, tolerance: float) -> Array:
-    """``M⁻¹`` by Cholesky, or by Newton-Schulz where that is faster.
+    """``M⁻¹`` by elimination, or by Newton-Schulz where that is faster.
 
-    Measured on a CPU (``experiments.benchmarks.inverses``), Cholesky by halves is the
-    fastest at every size. Elsewhere nothing was measured; the choice rests on an
-    assumption: products run at ten times the rate of factorisations. A matrix that
-    would be factorised at once, ``10/3 d³``, then takes longer than the ``16 d³`` of
-    products that Newton-Schulz needs from a good start; a larger one is mostly products
-    either way.
+    Measured on a CPU (``experiments.benchmarks.inverses``), elimination by blocks is
+    the fastest at every size. Elsewhere nothing was measured; the choice rests on an
+    assumption: products run at ten times the rate of factorisations. A matrix of one
+    block then takes longer than the ``16 d³`` of products that Newton-Schulz needs from
+    a good start; a larger one is mostly products either way.
 
     Args:
         factor: ``M``.
@@ -194,17 +194,17 @@ def fastest_inverse(factor: Array, form: str, start: Array, tolerance: float) ->
     Returns:
         The inverse; not finite where there is none.
     """
-    if form == DIAGONAL or factor.shape[-1] > LEAF:
+    if form == DIAGONAL or factor.shape[-1] > 2 * BLOCK:
         return inverse(factor, form)
 
     def by_products(factor: Array, start: Array):
         return newton_schulz_inverse(factor, start, tolerance)
 
-    def by_halves(factor: Array, start: Array):
+    def by_blocks(factor: Array, start: Array):
         del start
         return spd_inverse(factor)
 
-    return lax.platform_dependent(factor, start, cpu=by_halves, default=by_products)
+    return lax.platform_dependent(factor, start, cpu=by_blocks, default=by_products)
 
 
 def eigh(factor: Array, form: str) -> tuple[Array | tuple[()], Array]:
@@ -218,6 +218,6 @@ def eigh(factor: Array, form: str) -> tuple[Array | tuple[()], Array]:
     """
     if form == DIAGONAL:
         return (), factor
-    d, q = jnp.linalg.eigh(factor)
+    d, q = linalg.eigh(factor)
     d = jnp.maximum(d, 0)
     return q, d.reshape(*d.shape[:-2], -1) if form == BLOCKS else d

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from kfac_jax_lite.chains import keep_from_searches
 from kfac_jax_lite.damping import LevenbergMarquardt, value_at
 from kfac_jax_lite.factors.state import KFACState
 from kfac_jax_lite.linalg import LARGEST
@@ -166,6 +167,7 @@ def guided(
                 "pass tx.update(grads, opt_state, params, statistics=statistics, "
                 "model=kfac.quadratic_model(tagged, params, *batch))."
             )
+        keep_from_searches({**extra_args, "model": model})
         state = guide.given(state)
         if "damping" in extra_args:  # of a rule around this
             state = state._replace(damping=extra_args["damping"])

@@ -97,7 +97,7 @@ def cholesky(
     damping: Array,
     first: Array,
 ) -> tuple[FactorInverses, KroneckerStatistics]:
-    """Explicit inverses of the damped factors by Cholesky factorisation.
+    """Explicit inverses of the damped factors, see ``linalg.spd_inverse``.
 
     Returns:
         ``(inverses, statistics)``.

@@ -1,5 +1,8 @@
 """Small matrix functions, batched over leading axes."""
 
+import functools
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,10 +14,9 @@ from kfac_jax_lite.types import Array, accumulation_dtype
 # Stands for "infinite" and "none" in states, which hold no NaN and no Inf: JAX's debug
 # switches (jax_debug_nans, jax_debug_infs) have nothing to report.
 LARGEST = float(jnp.finfo(jnp.float32).max)
-# Up to which size ``spd_inverse`` factorises matrices; on a CPU 64 to 192 are alike.
-LEAF, SMALLEST = 128, 16
-# Of larger matrices it factorises blocks of this part, for the length of programs.
-PARTS = 8
+# ``spd_inverse`` takes small blocks, inside blocks whose inverses are written out,
+# inside panels of at most so many of these.
+SMALLEST, BLOCK, PANEL = 8, 64, 4
 
 
 def add_diagonal(matrix: Array, value: Array) -> Array:
@@ -33,88 +35,162 @@ def expanded(value: Array, rank: int) -> Array:
     return value.reshape(value.shape + (1,) * (rank - value.ndim))
 
 
-def padded_size(size: int, block: int = LEAF) -> int:
-    """The size to which ``spd_inverse`` fills a matrix up, so that few sizes occur.
+def block_sizes(size: int, block: int = BLOCK) -> tuple[int, ...]:
+    """Widths of the blocks inside blocks that ``spd_inverse`` eliminates.
 
-    Equal kernels are compiled once for a whole program: factors of all layers share
-    those of a handful of sizes.
+    The first is the size to which a matrix is filled up, the last 1; each is a multiple
+    of the next. Few sizes occur, as equal kernels are compiled once in a program.
 
     Args:
         size: ``d``.
-        block: What sizes are multiples of.
+        block: Matrices of more than two blocks of this width are divided.
 
     Returns:
-        A multiple of ``block``; below, a power of two.
+        The widths, falling.
     """
-    if size > block:
-        return -(-size // block) * block
-    return min(block, max(SMALLEST, 1 << (size - 1).bit_length()))
+    smallest = min(SMALLEST, block)
+    if size <= 2 * block:
+        width = smallest << (-(-size // smallest) - 1).bit_length()
+        sizes = (width, smallest, 1)
+    else:
+        panels = -(-size // (block * PANEL))
+        panel = -(-size // panels)
+        turns = -(-panel // block)
+        width = -(-panel // (turns * smallest)) * smallest
+        sizes = (panels * turns * width, turns * width, width, smallest, 1)
+    return tuple(dict.fromkeys(sizes))
 
 
-def spd_inverse(matrix: Array, block: int = LEAF) -> Array:
-    """Inverse of positive definite matrices; NaN where a Cholesky factorisation fails.
+def written_out(sizes: tuple[int, ...], block: int) -> int:
+    """The width of the blocks whose inverses are written out, of ``block_sizes``."""
+    return sizes[0] if len(sizes) < 4 else max(s for s in sizes if s <= block)
 
-    Fills ``M`` up with the identity to ``padded_size(d)``, halves
-    ``M = [[A, B], [Bᵀ, D]]`` until blocks are at most ``block`` wide (or an eighth of
-    ``M``) and inverts those by Cholesky: with ``S = D − Bᵀ A⁻¹ B`` and
-    ``X = −A⁻¹ B S⁻¹``,
 
-    ``M⁻¹ = [[A⁻¹ − X Bᵀ A⁻¹, X], [Xᵀ, S⁻¹]]``.
+def spd_inverse(matrix: Array, block: int = BLOCK) -> Array:
+    """Inverse of positive definite matrices; NaN where a pivot is not positive.
 
-    ``M`` is positive definite exactly if ``A`` and ``S`` are, so failures are seen, and
-    nearly all of the work is matrix products: on a CPU several times faster than
-    LAPACK's triangular solves.
+    Gauss-Jordan elimination by blocks, in its symmetric form (the sweep operator), in
+    loops: the program of a large matrix is as small as that of a small one, and nearly
+    all of its work is matrix products. Panels of several blocks make these products
+    large, while no inverse larger than a block is multiplied with, which would cost
+    digits. On a CPU it makes no LAPACK call, whose threads XLA knows nothing of; a GPU
+    factorises its blocks.
 
     Args:
         matrix: ``[*blocks, d, d]``, symmetric.
-        block: What sizes of blocks are multiples of; up to there they are factorised.
+        block: See ``block_sizes``.
 
     Returns:
         ``[*blocks, d, d]``.
 
     References:
-        Higham, 2002, "Accuracy and Stability of Numerical Algorithms", Ch. 14.
+        Goodnight, 1979, "A Tutorial on the SWEEP Operator"; Higham, 2002, "Accuracy and
+        Stability of Numerical Algorithms", Sec. 14.4 (stable without pivoting for
+        these matrices).
     """
     d = matrix.shape[-1]
     if not d:  # of a weight of zero width
         return matrix
-    size = padded_size(d, block)
-    if size > d:
-        more = [(0, 0)] * (matrix.ndim - 2) + [(0, size - d)] * 2
-        ones = (jnp.arange(size) >= d).astype(matrix.dtype)
+    sizes = block_sizes(d, block)
+    if sizes[0] > d:
+        more = [(0, 0)] * (matrix.ndim - 2) + [(0, sizes[0] - d)] * 2
+        ones = (jnp.arange(sizes[0]) >= d).astype(matrix.dtype)
         matrix = jnp.pad(matrix, more)
         matrix += jnp.broadcast_to(jnp.diag(ones), matrix.shape)
-    return inverse_by_halves(matrix, block, leaf_size(size, block))[..., :d, :d]
+    leaf, eliminate = written_out(sizes, block), pivoted
+    for inside, width in itertools.pairwise(reversed(sizes)):
+        eliminate = functools.partial(swept, width=inside, eliminate=eliminate)
+        if width == leaf:
+            invert = functools.partial(leaf_inverse, eliminate=eliminate)
+            eliminate = functools.partial(explicit, invert=invert)
+    return -eliminate(matrix)[..., :d, :d]
 
 
-def leaf_size(size: int, block: int = LEAF) -> int:
-    """Up to which size blocks of a matrix of a padded size are factorised."""
-    return max(block, size // PARTS)
+def swept(rows: Array, width: int, eliminate: Callable[[Array], Array]) -> Array:
+    """``[−M⁻¹, M⁻¹ R]`` of rows ``[M, R]``, by blocks of that width."""
+    # A turn takes the first rows [A, B], for which eliminate returns the same,
+    # [−A⁻¹, V], subtracts Bᵀ V from all others and puts the block's rows and columns
+    # last in M, which is positive definite exactly if all these A are. Bᵀ is not read
+    # from below A: what rounding makes unsymmetric would grow.
+    size = rows.shape[-2]
+    times = jnp.matmul if width > 1 else jnp.multiply
+
+    def turn(_: Any, m: Array) -> Array:
+        done = eliminate(m[..., :width, :])
+        inverse, v = done[..., :width], done[..., width:]
+        left = jnp.swapaxes(m[..., :width, width:size], -1, -2)
+        rest = m[..., width:, width:] - times(left, v)
+        inner, outer = jnp.split(rest, [size - width], -1)
+        v, right = jnp.split(v, [size - width], -1)
+        above = jnp.concatenate([inner, jnp.swapaxes(v, -1, -2), outer], -1)
+        return jnp.concatenate([above, jnp.concatenate([v, inverse, right], -1)], -2)
+
+    return lax.fori_loop(0, size // width, turn, rows)
 
 
-def inverse_by_halves(matrix: Array, block: int, leaf: int) -> Array:
-    """``spd_inverse`` of a matrix of a padded size."""
-    d = matrix.shape[-1]
-    if d <= leaf:
-        # The transpose of a symmetric matrix: LAPACK wants columns, XLA keeps rows.
-        chol = jnp.linalg.cholesky(jnp.swapaxes(matrix, -1, -2), symmetrize_input=False)
-        eye = jnp.broadcast_to(jnp.eye(d, dtype=matrix.dtype), matrix.shape)
-        half = lax.linalg.triangular_solve(chol, eye, left_side=True, lower=True)
-        return jnp.swapaxes(half, -1, -2) @ half
-    k = first_half(d, block)
-    b = -matrix[..., :k, k:]  # The sign goes with the copy of the block.
-    a_inverse = inverse_by_halves(matrix[..., :k, :k], block, leaf)
-    ab = a_inverse @ b
-    schur = matrix[..., k:, k:] - jnp.swapaxes(b, -1, -2) @ ab
-    s_inverse = inverse_by_halves(schur, block, leaf)
-    x = ab @ s_inverse
-    first = a_inverse + x @ jnp.swapaxes(ab, -1, -2)
-    return jnp.block([[first, x], [jnp.swapaxes(x, -1, -2), s_inverse]])
+def pivoted(row: Array) -> Array:
+    """``[−1 / p, r / p]`` of a row ``[p, r]``; NaN where ``p`` is not positive."""
+    pivot = row[..., :1]
+    pivot = jnp.where((pivot > 0) & (pivot < jnp.inf), pivot, jnp.nan)
+    return jnp.concatenate([-1 / pivot, row[..., 1:] / pivot], -1)
 
 
-def first_half(size: int, block: int = LEAF) -> int:
-    """The size of ``A``, a multiple of ``block``."""
-    return -(-(size // block) // 2) * block
+def explicit(rows: Array, invert: Callable[[Array], Array]) -> Array:
+    """``[−M⁻¹, M⁻¹ R]`` of rows ``[M, R]``, from ``−M⁻¹``."""
+    size = rows.shape[-2]
+    inverse = invert(rows[..., :size])
+    if rows.shape[-1] == size:
+        return inverse
+    return jnp.concatenate([inverse, -inverse @ rows[..., size:]], -1)
+
+
+def leaf_inverse(matrix: Array, eliminate: Callable[[Array], Array]) -> Array:
+    """``−M⁻¹`` of a block: a GPU would take too many kernels for its small loops."""
+
+    def factorised(matrix: Array) -> Array:
+        half = inverse_half(matrix)
+        return -jnp.swapaxes(half, -1, -2) @ half
+
+    return lax.platform_dependent(
+        matrix, cuda=factorised, rocm=factorised, default=eliminate
+    )
+
+
+def inverse_half(matrix: Array) -> Array:
+    """``L⁻¹`` of ``M = L Lᵀ``; NaN where ``M`` is not positive definite."""
+    half = jnp.linalg.cholesky(matrix, symmetrize_input=False)
+    eye = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
+    return lax.linalg.triangular_solve(half, eye, left_side=True, lower=True)
+
+
+def spd_inverse_flops(size: int, block: int = BLOCK) -> int:
+    """Operations of the products of ``spd_inverse``, of the matrix filled up.
+
+    Of ``n`` columns and blocks of ``w`` in panels of ``k`` rows: ``2 w² (n − w)`` for
+    the rows of a block, ``2 w (k − w) (n − w)`` for those of its panel, and
+    ``2 k (n − k)²`` for all others; ``2 n³`` at most.
+
+    Args:
+        size: ``d``.
+        block: See ``block_sizes``.
+
+    Returns:
+        Floating-point operations.
+    """
+    sizes = block_sizes(size, block)
+    leaf = written_out(sizes, block)
+
+    def flops(level: int, columns: int) -> int:
+        rows = sizes[level]
+        if rows == 1:
+            return 0
+        if rows == leaf and columns > rows:
+            return flops(level, rows) + 2 * rows * rows * (columns - rows)
+        width = sizes[level + 1]
+        others = 2 * width * (rows - width) * (columns - width) if width > 1 else 0
+        return rows // width * (flops(level + 1, columns) + others)
+
+    return flops(0, sizes[0])
 
 
 def newton_schulz_inverse(
@@ -169,6 +245,60 @@ def newton_schulz_inverse(
     x = (x + jnp.swapaxes(x, -1, -2)) / 2
     converged = error <= jnp.maximum(tolerance, 1e-2)
     return jnp.where(converged[..., None, None], x, jnp.nan)
+
+
+def one_by_one(function: Callable[..., Any], *arrays: Array, lead: int) -> Any:
+    """A function that calls LAPACK, on a CPU one matrix after another; also in a vmap.
+
+    jaxlib divides a *batch* of factorisations among XLA's threads, and waits for them
+    in one of these. Where as many independent batches as there are threads wait, they
+    wait for ever. A call with one matrix waits for nothing. Elsewhere all matrices are
+    factorised in one call.
+
+    Args:
+        function: Of arrays without leading axes, and with them.
+        *arrays: Its arguments.
+        lead: How many leading axes all of them have.
+
+    Returns:
+        What it returns, with the leading axes.
+    """
+    single = jax.custom_batching.sequential_vmap(function)
+
+    def loop(*arrays: Array) -> Any:
+        if not lead:
+            return single(*arrays)
+        blocks = arrays[0].shape[:lead]
+        flat = [x.reshape(-1, *x.shape[lead:]) for x in arrays]
+        found = lax.map(lambda xs: single(*xs), tuple(flat))
+        return jax.tree.map(lambda x: x.reshape(*blocks, *x.shape[1:]), found)
+
+    return lax.platform_dependent(*arrays, cpu=loop, default=function)
+
+
+@jax.custom_jvp
+def eigh(matrix: Array) -> tuple[Array, Array]:
+    """``(d, Q)`` with ``M = Q diag(d) Qᵀ``, of matrices ``[*blocks, n, n]``."""
+
+    def decompose(matrix: Array) -> tuple[Array, Array]:
+        values, vectors = jnp.linalg.eigh(matrix)
+        return values, vectors
+
+    return one_by_one(decompose, matrix, lead=matrix.ndim - 2)
+
+
+@eigh.defjvp
+def eigh_tangent(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """The diagonal of ``S = Qᵀ dM Q``, and ``Q X`` with ``X_ij (d_j − d_i) = S_ij``."""
+    # The loop of one_by_one has no reverse mode.
+    (matrix,), (change,) = primals, tangents
+    values, vectors = eigh(matrix)
+    eye = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+    change = (change + jnp.swapaxes(change, -1, -2)) / 2
+    turned = jnp.swapaxes(vectors, -1, -2) @ change @ vectors
+    gaps = values[..., None, :] - values[..., :, None] + eye
+    inside = vectors @ ((1 - eye) * turned / gaps)
+    return (values, vectors), (jnp.diagonal(turned, axis1=-2, axis2=-1), inside)
 
 
 def relative_change(new: Array, old: Array) -> Array:

@@ -12,8 +12,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from kfac_jax_lite import stagger
-from kfac_jax_lite.exchange import are_finite, exchanged
-from kfac_jax_lite.factors.state import Clock, Slices, curvature, moving_average
+from kfac_jax_lite.exchange import agreed, exchanged
+from kfac_jax_lite.factors.state import (
+    Clock,
+    Slices,
+    curvature,
+    moving_average,
+    taking_part,
+)
 from kfac_jax_lite.linalg import LARGEST, relative_change
 from kfac_jax_lite.options import Options
 from kfac_jax_lite.ownership import Plan
@@ -82,6 +88,10 @@ def absorbed(
 ) -> tuple[dict[str, Any], dict[str, Any], Clock, Array]:
     """Averages what is due, in one gate: a step with nothing due writes nothing.
 
+    A layer that no gradient reaches has learned nothing about its curvature: its zeros
+    are not averaged (after sixty of them ``F + λ`` would be ``λ``), its interval does
+    not change, and it stays due until a gradient reaches it.
+
     Args:
         options: The optimiser's options.
         plan: Who does what.
@@ -95,30 +105,33 @@ def absorbed(
 
     Returns:
         ``(factors, previous, clock, accepted)``; a statistic that is not finite makes
-        ``accepted`` false and changes nothing.
+        ``accepted`` false and changes nothing. In ``clock.due``, where accepted, the
+        layers that no gradient has reached.
     """
     decay = options.factor_decay
     weight = (decay * clock.weight + (1 - decay)).astype(clock.weight.dtype)
 
     def absorb(carry: tuple[Any, ...]):
-        factors, previous, _, clean = carry
+        factors, previous, _, clean, _ = carry
         own = computed(statistics)
         fresh = exchanged(options, plan, layers, clock.due, own)
-        good = clean & are_finite(options, layers, clock.due, fresh)
-        gates, changes = clock.due & good, []
+        finite, idle = agreed(options, plan, layers, clock.due, fresh)
+        good, idle = clean & finite, clock.due & idle
+        gates, changes = clock.due & ~idle & good, []
         for i, layer in enumerate(layers):
             name = layer.name
             record = (layer, factors[name], previous[name], fresh[name])
             found = refreshed(options, *record, gates[i], weight, i)
             factors[name], previous[name], change = found
             changes.append(change)
-        return factors, previous, jnp.stack(changes), good
+        return factors, previous, jnp.stack(changes), good, idle
 
     none = jnp.zeros((len(layers), options.interval.memory), jnp.float32)
     wanted = clean & jnp.any(clock.due)
-    carry = (factors, previous, none, clean)
-    factors, previous, changes, accepted = gated(wanted, absorb, carry)
-    gates = clock.due & accepted
+    carry = (factors, previous, none, clean, jnp.zeros_like(clock.due))
+    factors, previous, changes, accepted, idle = gated(wanted, absorb, carry)
+    gates = clock.due & ~idle & accepted
+    clock = clock._replace(due=jnp.where(accepted, idle, clock.due))
     clock = clock_after_refresh(options, clock, gates, changes, weight, step)
     return factors, previous, clock, accepted
 
@@ -165,6 +178,7 @@ def refreshed(
             new = packed_statistics(layer, new)
         if getattr(average, "s", 0) is None:
             new = new._replace(s=None)
+        average, new = taking_part(layer, average, new)
         axis_name = options.axis_name
         changes = [largest_change(new, old, axis_name) for old in past]
         new = jax.tree.map(lambda x, y: x.astype(y.dtype), new, average)
@@ -230,11 +244,23 @@ def clock_after_refresh(
 def refreshes_due(
     options: Options, layers: Sequence[LayerTag], clock: Clock, step: Any
 ) -> Array:
-    """Which layers' statistics are wanted at ``step``."""
+    """Which layers' statistics are wanted at ``step``.
+
+    Args:
+        options: The optimiser's options.
+        layers: The layers present.
+        clock: After the step before, ``due`` the layers that were idle in it.
+        step: The step, from 1.
+
+    Returns:
+        Flags ``[layers]``: those idle, and those that the rule names. For the rule,
+        which may serve layers together or in turns, the idle ones have been served.
+    """
+    last = jnp.where(clock.due, step - 1, clock.last_refresh)
     if options.stagger:
-        record = (step, clock.last_refresh, clock.refreshes, clock.interval)
-        return stagger.refreshes(layers, *record)
-    return options.interval.is_due(step, clock.interval, clock.last_refresh)
+        record = (step, last, clock.refreshes, clock.interval)
+        return clock.due | stagger.refreshes(layers, *record)
+    return clock.due | options.interval.is_due(step, clock.interval, last)
 
 
 def inversion_gates(
@@ -257,7 +283,21 @@ def inversion_gates(
         record = (last, clock.inversions, options.inverse_interval, busy)
         ready = stagger.inversions(layers, plan, stale, step, *record)
     kronecker = jnp.array([layer.kronecker for layer in layers])
-    return accepted & kronecker & stale & (ready | (last == 0))
+    return accepted & kronecker & stale & (ready | never_inverted(clock, step))
+
+
+def never_inverted(clock: Clock, step: Any) -> Array:
+    """Whose inverses hold no statistics: new layers, and those that were idle so far.
+
+    Args:
+        clock: After this step's refreshes.
+        step: This step, from 1.
+
+    Returns:
+        Flags ``[layers]``.
+    """
+    woken = (clock.refreshes == 1) & (clock.last_refresh == step)
+    return (clock.last_inverse == 0) | woken
 
 
 def clock_after_inversion(

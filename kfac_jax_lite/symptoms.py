@@ -36,6 +36,14 @@ CONSTANT_RANK = 1.002
 ZERO, DEAD = 1e-10, 0.25
 # Refreshes before "never" is said: of few images, a third of the pixels is black.
 SEEN = 5
+# Notes of the table that speak of rows which belong to no example, and what follows.
+UNBATCHED = {
+    "applied once for the whole batch": "the rows that it sees are not examples. They "
+    "are counted as they are, so that its curvature is that of these rows, not a mean "
+    "over examples.",
+    "products outside the batch": "beside its layer the weight is applied to fewer "
+    "rows than the batch has examples. The curvature is that of the layer alone.",
+}
 # Parameters outside of any curvature block that couples them.
 FALLBACK, MOSTLY_FALLBACK = 0.05, 0.5
 
@@ -204,12 +212,13 @@ def degenerate(factors: Factors) -> Iterator[Finding]:
             {"effective_rank": float(ranks.min()), "size": layer.sizes[0]},
         )
     of_g = diagonal(numbers.g, layer.g_form, layer.sizes[1])
-    if not np.all(of_g.max(-1) > 0):
+    if not np.all(of_g.max(-1) > 0) and not is_unbatched(layer):
         yield Finding(
             WARNING,
             "no_gradient",
             layer.name,
-            "No gradient has reached this layer: its output factor is zero.",
+            "No gradient has reached this layer, or a part of it: its output factor is "
+            "zero.",
             "Freeze it on purpose (optax.masked), or look for a dead or cut network "
             "above it.",
             {"largest_g": float(of_g.max())},
@@ -251,6 +260,27 @@ def diagonal(factor: Any, form: str, size: int) -> np.ndarray:
         if form == forms.BLOCKS:
             factor = factor.reshape(*factor.shape[:-2], -1)
     return factor[..., :size]
+
+
+def is_unbatched(layer: LayerTag) -> bool:
+    """Whether the table notes a use of the layer without the examples' axis."""
+    return any(note in layer.note for note in UNBATCHED)
+
+
+def unbatched(layers: Sequence[LayerTag]) -> Iterator[Finding]:
+    """Layers that the loss applies, also or only, to something without examples."""
+    for layer in filter(is_unbatched, layers):
+        (note, meaning), *_ = ((n, UNBATCHED[n]) for n in UNBATCHED if n in layer.note)
+        yield Finding(
+            NOTICE,
+            "unbatched_use",
+            layer.name,
+            f"The table notes {note!r}: {meaning}",
+            "Nothing, where that is meant (spectral normalisation, a network over "
+            "parameters). Else let the examples' axis go through the layer: jax.vmap "
+            "over the loss of one example, or inputs [batch, …].",
+            {"note": layer.note},
+        )
 
 
 def fallback(layers: Sequence[LayerTag]) -> Iterator[Finding]:

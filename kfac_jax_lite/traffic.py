@@ -204,8 +204,11 @@ def traffic(
     wire = Wire(reduction, plan, method, devices, mapped, itemsize, memory)
     found = []
     if mapped or plan.owners:
-        # Whether gradients are finite; where something is refreshed, statistics too.
-        found += [Collective("", e, "all_reduce", 1, 4, devices) for e in AGREEMENTS]
+        # Whether gradients are finite; where something is refreshed, statistics too,
+        # and whether all slices of an owned layer are without gradient.
+        for event in AGREEMENTS:
+            flags = 1 + len(plan.owners) * (event == REFRESH)
+            found.append(Collective("", event, "all_reduce", flags, 4, devices))
     for layer in layers:
         found += [*wire.refresh(layer), *wire.inversion(layer), *wire.step(layer)]
     return tuple(found)

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from kfac_jax_lite import damping as damping_lib
 from kfac_jax_lite.adapted import adapted
+from kfac_jax_lite.chains import keep_from_searches
 from kfac_jax_lite.exchange import everywhere
 from kfac_jax_lite.factors.checks import check_nothing_due, check_state
 from kfac_jax_lite.factors.estimate import TaggedLoss
@@ -36,6 +37,7 @@ from kfac_jax_lite.refresh import (
     absorbed,
     clock_after_inversion,
     inversion_gates,
+    never_inverted,
     refreshes_due,
 )
 from kfac_jax_lite.sharding import (
@@ -149,7 +151,8 @@ def scale_by_kfac(
         reject: Any = False,
         **extra_args: Any,
     ):
-        del params, extra_args
+        del params
+        keep_from_searches({**extra_args, "statistics": statistics})
         now = (
             options
             if damping is None
@@ -360,9 +363,11 @@ def step(
     if statistics is not None:
         record = (factors, previous, clock, statistics, accepted, number)
         factors, previous, clock, accepted = absorbed(options, plan, layers, *record)
+    else:
+        clock = clock._replace(due=jnp.where(accepted, False, clock.due))
     record = (clock, shift, number, accepted)
     gates = inversion_gates(options, plan, layers, *record)
-    first = clock.last_inverse == 0
+    first = never_inverted(clock, number)
     record = (factors, dict(state.inverses), shift, gates, first)
     factors, inverses, good = inversions(options, plan, layers, *record)
     clock = clock_after_inversion(clock, gates, good, shift, number)

@@ -73,7 +73,11 @@ def varying_axes(tree: Any) -> frozenset[Hashable]:
 
 
 def _varying(x: Any) -> frozenset[Hashable]:
-    kind: Any = jax.typeof(x)
+    return varying_of_type(jax.typeof(x))
+
+
+def varying_of_type(kind: Any) -> frozenset[Hashable]:
+    """Mapped axes along which values of a type differ."""
     axes = getattr(getattr(kind, "manual_axis_type", kind), "varying", None)
     return getattr(kind, "vma", frozenset()) if axes is None else axes
 

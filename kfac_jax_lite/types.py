@@ -31,6 +31,10 @@ Primitive = core.Primitive
 Var = core.Var
 
 
+# The note of a parameter whose gradient is always zero.
+UNREACHED = "does not reach the loss"
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerTag:
     """Static facts of one curvature block. Hashable; every parameter is in one.
@@ -72,6 +76,11 @@ class LayerTag:
     def kronecker(self) -> bool:
         """Whether the block is approximated by ``A ⊗ G``."""
         return self.kind in ("dense", "conv", "embedding")
+
+    @property
+    def reached(self) -> bool:
+        """Whether a gradient can reach it at all."""
+        return self.note != UNREACHED
 
     @property
     def bias(self) -> bool:

@@ -107,7 +107,7 @@ class View:
         """The view after ``lax.slice``; None when the variable is broadcast."""
         settled = self.settle()
         if settled is None:
-            return None
+            return self._slice_repeated(start, limit, strides)
         start, limit = tuple(map(int, start)), tuple(map(int, limit))
         steps = tuple(map(int, strides)) if strides else (1,) * len(start)
         ranges = zip(start, limit, steps, strict=True)
@@ -116,8 +116,31 @@ class View:
             _append(settled.ops, "slice", (start, limit, steps)), shape
         )
 
+    def _slice_repeated(
+        self, start: Shape, limit: Shape, strides: Shape | None
+    ) -> "View | None":
+        """The same where some axes repeat entries: these must be kept whole."""
+        own = [i for i, axis in enumerate(self.axes) if axis is not None]
+        steps = strides or (1,) * len(start)
+        ranges = [range(*map(int, r)) for r in zip(start, limit, steps, strict=True)]
+        shape = tuple(len(r) for r in ranges)
+        others = [i for i in range(len(shape)) if i not in own]
+        if any(shape[i] != self.shape[i] for i in others):
+            return None
+        bare = dataclasses.replace(
+            self,
+            axes=tuple(self.axes[i] for i in own),
+            shape=tuple(self.shape[i] for i in own),
+        )
+        if not bare.dense:
+            return None
+        part = bare.slice(*(tuple(x[i] for i in own) for x in (start, limit, steps)))
+        return part and part.broadcast(shape, tuple(own))
+
     def rev(self, dimensions: Shape) -> "View | None":
         """The view after ``lax.rev``; None when the variable is broadcast."""
+        if not dimensions:
+            return self
         settled = self.settle()
         if settled is None:
             return None

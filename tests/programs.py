@@ -36,7 +36,7 @@ def mlp(widths, batch, norm=False, limit=8192):
 def products(jaxpr):
     """Operations of the products and factorisations of a program, one by one.
 
-    Of a conditional the branch with the most.
+    Of a conditional the branch with the most, or what a CPU takes.
     """
     total = 0
     for eqn in jaxpr.eqns:
@@ -53,7 +53,11 @@ def products(jaxpr):
             matrix = eqn.invars[0].aval.shape
             total += 9 * math.prod(matrix) * matrix[-1]
         elif eqn.primitive.name == "cond":
-            total += max(products(branch.jaxpr) for branch in eqn.params["branches"])
+            branches = eqn.params["branches"]
+            if platforms := eqn.params.get("branches_platforms"):
+                chosen = [names is None or "cpu" in names for names in platforms]
+                branches = [branches[chosen.index(True)]]
+            total += max(products(branch.jaxpr) for branch in branches)
         else:
             inside = sum(products(getattr(j, "jaxpr", j)) for j in inner(eqn))
             total += inside * eqn.params.get("length", 1)

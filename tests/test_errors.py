@@ -131,7 +131,12 @@ LOSSES = [
     (masked_in_a_scan, {}, ValueError, "outside scan and cond"),
     (plain, {"num_examples": 0}, ValueError, "whole number >= 1"),
     (plain, {"fisher": "mc"}, ValueError, "need the network's output marked"),
-    (marked_in_a_scan, {"fisher": "mc"}, ValueError, "marked inside scan or cond"),
+    (
+        marked_in_a_scan,
+        {"fisher": "mc"},
+        ValueError,
+        "marked inside scan, cond or shard_map",
+    ),
     (plain, {"has_aux": True}, TypeError, "wants loss_fn to return"),
     (lambda p, x, y: (plain(p, x, y), 1), {}, TypeError, "pass has_aux=True"),
     (lambda p, x, y: x @ p["w"], {}, TypeError, "scalar"),

@@ -115,8 +115,39 @@ def summed_under_vmap(p, x):
     return jax.vmap(mean, 0, 0, axis_name="time")(first(x)).sum(0)
 
 
+def factorised(p, x):
+    """Scales before every kind of factorisation, one matrix an example."""
+
+    def one(h):
+        m = h @ h.T + jnp.eye(T)
+        z = jnp.linalg.solve(m, h).sum(0) + jnp.linalg.cholesky(m).sum()
+        z += jnp.linalg.slogdet(m)[1] + jnp.linalg.eigvalsh(m)[1:].sum()
+        return z + jnp.linalg.svd(h, compute_uv=False).sum()
+
+    return jax.vmap(lambda h: one(scaled(p, h)))(x)
+
+
+def sorted_and_written(p, x):
+    """Every example's steps in an order of its own, written back in place."""
+
+    def one(h):
+        order = jnp.argsort(h[:, 0])
+        return jnp.zeros((T, D)).at[order].set(jnp.tanh(h[order]) * jnp.arange(D))
+
+    return scaled(p, jax.vmap(lambda h: one(h) + lax.top_k(h, D)[0])(x)).sum(1)
+
+
+def until_large(p, x):
+    """A loop that ends when the data says so, for every example."""
+
+    def one(h):
+        return lax.while_loop(lambda h: h.sum() < 5, lambda h: jnp.abs(h) + 1, h)
+
+    return scaled(p, jax.vmap(one)(x)).sum(1)
+
+
 FOUND = [
-    summed_under_vmap,
+    factorised, sorted_and_written, until_large, summed_under_vmap,
     printed, outer, stacked, into_a_buffer, spectral, apart, last_step,
     last_step_time_first, every_step_by_number, reshaped_in_another_order,
 ]  # fmt: skip

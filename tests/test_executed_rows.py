@@ -137,7 +137,7 @@ def test_marks_behind_stop_gradient_and_unread_marks():
 
     def unread(p, x):
         marked(p, x)
-        return (turn(p, x) @ p["h"]).mean() ** 3
+        return (turn(p, x**2) @ p["h"]).mean() ** 3
 
     def only(p, x):
         return 0.5 * (marked(p, x) ** 2).sum(-1).mean()

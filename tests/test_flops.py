@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite.flops import spd_inverse_flops, statistics_flops
-from kfac_jax_lite.linalg import spd_inverse
+from kfac_jax_lite.flops import statistics_flops
+from kfac_jax_lite.linalg import spd_inverse, spd_inverse_flops
 from tests import models, zoo
 from tests.helpers import cases
 from tests.programs import mlp, products, shapes
@@ -142,12 +142,13 @@ def test_rows_after_reduce():
         assert kfac.layer_rows(tagged, params, x) == {"w": kfac.Rows(35, 0, rows)}
 
 
-@pytest.mark.parametrize("size", [1, 5, 64, 100, 129])
-def test_inversion_by_halves(size):
-    """The recursion has the products that its formula counts."""
+@pytest.mark.parametrize("size", [1, 5, 64, 100, 129, 300])
+@pytest.mark.parametrize("block", [4, 16, 128])
+def test_inversion_by_blocks(size, block):
+    """The loops have the products that their formula counts."""
     matrix = shapes(size, size)
-    program = jax.make_jaxpr(lambda m: spd_inverse(m, 16))(matrix)
-    assert products(program.jaxpr) == pytest.approx(spd_inverse_flops(size, 16))
+    program = jax.make_jaxpr(lambda m: spd_inverse(m, block))(matrix)
+    assert products(program.jaxpr) == spd_inverse_flops(size, block)
 
 
 def test_products_are_what_xla_counts():

@@ -72,7 +72,6 @@ VIEWS = {
     ),
     "difference": (shapes(w=(IN, OUT), v=(IN, OUT)), lambda p: p["w"] - p["v"], 0),
     "product": (shapes(w=(IN, OUT), v=(IN, OUT)), lambda p: p["w"] * p["v"], None),
-    "exponential": (WEIGHT, lambda p: jnp.exp(p["w"]), 0),
     "cumulated": (WEIGHT, lambda p: jnp.cumsum(p["w"], 0), 0),
     "stopped": (WEIGHT, lambda p: lax.stop_gradient(p["w"]), None),
     "padded": (

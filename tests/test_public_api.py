@@ -62,6 +62,7 @@ SIGNATURES = {
         "momentum": 0.9,
         "weight_decay": 0.0,
         "kl_clip": 1e-3,
+        "mask": None,
         **TRANSFORM,
     },
     "categorical": {"logits": EMPTY, "mask": None},

@@ -180,7 +180,7 @@ def a_slice_whose_start_is_computed(p, x, y):
     return squares(x @ lax.dynamic_slice(p["w"], (at, 0), (IN, OUT)), y)
 
 
-@program({"w": "diagonal"}, w=(IN, OUT))
+@program({"w": "dense"}, w=(IN, OUT))
 def a_weight_times_a_full_matrix(p, x, y):
     return squares(x @ (p["w"] * jnp.outer(x[0], y[0])), y)
 
@@ -247,9 +247,10 @@ def convolved(x, kernel, groups=1):
     return z.reshape(len(x), -1)
 
 
-@program({"k": "diagonal"}, k=(2, 2, 2, OUT))
+@program({"k": "conv"}, k=(2, 2, 2, OUT))
 def a_kernel_times_a_full_array(p, x, y):
-    mask = jnp.sin(jnp.arange(8 * OUT)).reshape(2, 2, 2, OUT)
+    mask = jnp.outer(jnp.sin(jnp.arange(8)), jnp.arange(1.0, 1 + OUT))
+    mask = mask.reshape(2, 2, 2, OUT)
     return squares(convolved(x, p["k"] * (mask * x[0, 0])), y)
 
 

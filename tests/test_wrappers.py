@@ -103,7 +103,7 @@ SEARCHES = {
 
 
 @pytest.mark.parametrize("name", SEARCHES)
-@pytest.mark.parametrize("how", ["accepted", "bound"])
+@pytest.mark.parametrize("how", ["plain", "accepted", "bound", "named", "nested"])
 def test_line_search(name, how):
     """The search sees K-FAC's direction, the value and the gradient."""
     tagged, params, batches, _ = made()
@@ -111,16 +111,26 @@ def test_line_search(name, how):
     tx = kfac.kfac(tagged.layers, 1.0, damping=0.1, momentum=None, kl_clip=None)
     search = SEARCHES[name]()
 
-    def value_fn(params, statistics=None):
-        del statistics
+    def value_fn(params):
         return tagged(params, *batch)
 
+    def accepting(params, statistics=None):
+        assert statistics is not None
+        return value_fn(params)
+
+    def chained(tx):
+        if how == "named":
+            return optax.named_chain(("kfac", tx), ("search", search))
+        if how == "nested":
+            return optax.chain(optax.chain(optax.identity(), tx), search)
+        return optax.chain(tx, search)
+
     def together(grads, statistics, state, params, more):
+        more |= {"value_fn": accepting} if how == "accepted" else {}
         if how == "bound":
-            pair = optax.chain(bound(tx, statistics), search)
-            return pair.update(grads, state, params, **more)
-        pair = optax.chain(tx, search)
-        return pair.update(grads, state, params, statistics=statistics, **more)
+            return chained(bound(tx, statistics)).update(grads, state, params, **more)
+        more["statistics"] = statistics
+        return chained(tx).update(grads, state, params, **more)
 
     @jax.jit
     def step(params, state):
@@ -142,7 +152,7 @@ def test_line_search(name, how):
         )
         return optax.apply_updates(params, u), state, found
 
-    seen, state, values = params, optax.chain(tx, search).init(params), []
+    seen, state, values = params, chained(tx).init(params), []
     wanted, own, found = params, tx.init(params), search.init(params)
     for _ in range(3):
         seen, state, value = step(seen, state)

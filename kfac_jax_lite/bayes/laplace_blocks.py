@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kfac_jax_lite.curvature.blocks import DensePart, EigenPart, Part
+from kfac_jax_lite.linalg import eigh
 from kfac_jax_lite.types import Array
 
 
@@ -160,7 +161,7 @@ def eigenblocks(part: Part, moved: np.ndarray, group: np.ndarray) -> Eigenblocks
 
 def side(factor: Array) -> tuple[Array, Array | None]:
     """Eigenvalues ``[n, d]`` and basis of a factor; None where it is diagonal."""
-    return (factor, None) if factor.ndim == 2 else jnp.linalg.eigh(factor)
+    return (factor, None) if factor.ndim == 2 else eigh(factor)
 
 
 def blocks_within(part: Part, covered: np.ndarray) -> Part | None:

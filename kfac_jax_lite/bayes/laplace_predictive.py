@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from kfac_jax_lite.bayes.laplace_blocks import Leaves
 from kfac_jax_lite.bayes.predictive import Normal
+from kfac_jax_lite.linalg import eigh
 from kfac_jax_lite.types import Array
 
 LIKELIHOODS = ("categorical", "bernoulli", "normal")
@@ -205,7 +206,7 @@ def sampled_mean(
     Returns:
         Shaped like ``mean``.
     """
-    values, vectors = jnp.linalg.eigh(s)
+    values, vectors = eigh(s)
     root = vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None]
 
     def draw(key: Array):

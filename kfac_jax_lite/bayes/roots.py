@@ -20,6 +20,7 @@ from jax import lax
 
 from kfac_jax_lite import forms
 from kfac_jax_lite.inverse import Eigenbases, FactorInverses, damped_factors
+from kfac_jax_lite.linalg import inverse_half, one_by_one
 from kfac_jax_lite.precondition import precondition_kronecker
 from kfac_jax_lite.types import (
     Array,
@@ -42,9 +43,7 @@ def inverse_root(matrix: Array, form: str) -> Array:
     """
     if form == forms.DIAGONAL:
         return jnp.where(matrix > 0, lax.rsqrt(matrix), jnp.nan)
-    factor = jnp.linalg.cholesky(matrix, symmetrize_input=False)
-    eye = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
-    return lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
+    return one_by_one(inverse_half, matrix, lead=matrix.ndim - 2)
 
 
 def factor_roots(

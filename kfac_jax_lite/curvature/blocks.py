@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kfac_jax_lite.linalg import eigh
 from kfac_jax_lite.types import Array
 
 
@@ -36,7 +37,7 @@ class DensePart(NamedTuple):
         """Eigenvalues ``[n, k]`` and vectors ``[n, k, k]``, in columns."""
         if self.matrix.shape[-1] == 1:
             return self.matrix[..., 0], jnp.ones_like(self.matrix)
-        return jnp.linalg.eigh(self.matrix)
+        return eigh(self.matrix)
 
     def vector(self, eigen: tuple[Any, ...], block: Any, number: Any) -> Array:
         """One eigenvector, shaped like a block."""
@@ -71,7 +72,7 @@ class KroneckerPart(NamedTuple):
 
     def eigen(self) -> tuple[Array, Array, Array]:
         """Eigenvalues ``[n, in · out]`` and the factors' bases."""
-        (d_a, q_a), (d_g, q_g) = (jnp.linalg.eigh(full(x)) for x in (self.a, self.g))
+        (d_a, q_a), (d_g, q_g) = (eigh(full(x)) for x in (self.a, self.g))
         values = d_a[:, :, None] * d_g[:, None]
         return values.reshape(len(values), -1), q_a, q_g
 

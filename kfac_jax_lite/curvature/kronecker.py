@@ -39,6 +39,7 @@ from kfac_jax_lite.curvature.layout import Layout, units
 from kfac_jax_lite.curvature.stream import Stream
 from kfac_jax_lite.factors.state import curvature
 from kfac_jax_lite.inverse import Eigenbases
+from kfac_jax_lite.linalg import one_by_one
 from kfac_jax_lite.transform import scale_by_kfac
 from kfac_jax_lite.types import Array, LayerTag
 from kfac_jax_lite.views import Shape
@@ -232,7 +233,11 @@ def nearest_product(block: Array, size_a: int, size_g: int) -> tuple[Array, Arra
     r = m.transpose(0, 1, 3, 2, 4)
     r = (r + r.transpose(0, 2, 1, 3, 4)) / 2
     r = r.reshape(len(r), size_a**2, size_g**2)
-    u, s, v = jnp.linalg.svd(r, full_matrices=False)
+
+    def decompose(r: Array) -> tuple[Array, ...]:
+        return tuple(jnp.linalg.svd(r, full_matrices=False))
+
+    u, s, v = one_by_one(decompose, r, lead=1)
     root = jnp.sqrt(s[:, :1, None])
     a = root * u[:, :, 0].reshape(-1, size_a, size_a)
     g = root * v[:, 0].reshape(-1, size_g, size_g)

@@ -12,6 +12,7 @@ References:
     George et al., 2018, arXiv:1806.03884, Sec. 3 (second moments in the eigenbasis).
 """
 
+import dataclasses
 import functools
 import math
 import operator
@@ -22,7 +23,7 @@ from jax import lax
 
 from kfac_jax_lite import forms
 from kfac_jax_lite.factors.recipe import Recipe
-from kfac_jax_lite.tagging.layers import ConvGeometry, DenseGeometry, Steps
+from kfac_jax_lite.tagging.layers import ConvGeometry, DenseGeometry, moved
 from kfac_jax_lite.types import Array, accumulation_dtype
 from kfac_jax_lite.views import Shape
 
@@ -67,23 +68,64 @@ def along(
     geometry: DenseGeometry | ConvGeometry, inputs: list[Array], side: str, rows: Array
 ) -> Array:
     """Rows times the vectors that multiply the weight along that side."""
-    for scale, value in zip(geometry.scales, inputs[1:], strict=True):
-        if scale.side == side:
-            rows = rows * moved(scale.steps, value)[..., None, :].astype(rows.dtype)
+    for vector in vectors(geometry, inputs, side):
+        rows = rows * vector[..., None, :].astype(rows.dtype)
     return rows
 
 
-def moved(steps: Steps, value: Array) -> Array:
-    """A variable after the steps of a ``Factor`` or ``Scale``."""
-    for name, argument in steps:
-        if name == "broadcast":
-            value = jnp.broadcast_to(value, argument)
-        elif name == "reciprocal":
-            value = 1 / value
-        else:
-            move = lax.transpose if name == "transpose" else lax.reshape
-            value = move(value, argument)
-    return value
+def vectors(
+    geometry: DenseGeometry | ConvGeometry, inputs: list[Array], side: str
+) -> list[Array]:
+    """What multiplies the weight along one side, ``[*blocks, in]`` or ``…, out]``."""
+    pairs = list(zip(geometry.scales, inputs[1:], strict=True))
+    found = [moved(s.steps, value) for s, value in pairs if s.side == side]
+    if any(s.side == "both" for s, _ in pairs):
+        parts = rank_one(derivative(geometry, inputs)[-1])
+        found.append(parts[0 if side == "in" else 1])
+    return found
+
+
+def derivative(
+    geometry: DenseGeometry | ConvGeometry, inputs: list[Array]
+) -> tuple[Any, list[Array], Any]:
+    """What multiplies the weight along both sides, and the site without it.
+
+    Returns:
+        Geometry, inputs, and ``D [*blocks, in, out]`` or None.
+    """
+    pairs = list(zip(geometry.scales, inputs[1:], strict=True))
+    rest = [(s, value) for s, value in pairs if s.side != "both"]
+    matrices = [moved(s.steps, value) for s, value in pairs if s.side == "both"]
+    geometry = dataclasses.replace(geometry, scales=tuple(s for s, _ in rest))
+    whole = functools.reduce(operator.mul, matrices) if matrices else None
+    return geometry, [inputs[0], *(value for _, value in rest)], whole
+
+
+def rank_one(d: Array) -> tuple[Array, Array]:
+    """Vectors with ``a bᵀ ≈ D``, exactly where ``D`` has rank one.
+
+    A weight ``φ(w)`` has the block ``diag(D) (A ⊗ G) diag(D)`` with ``D = φ'(w)``,
+    which is a Kronecker product if ``D`` has rank one. Of others, squares keep their
+    means by row and by column, ``a_i² = mean_j D²_ij`` and ``b_j² = mean_i D²_ij /
+    mean D²``, and with them the trace of the block as far as ``D²`` is independent of
+    the factors' diagonals. Signs are those of the largest row.
+
+    Args:
+        d: ``D [*blocks, in, out]``.
+
+    Returns:
+        ``(a, b)``.
+    """
+    d = d.astype(accumulation_dtype(d.dtype))
+    square = jnp.square(d)
+    rows, columns = square.mean(-1), square.mean(-2)
+    mean = rows.mean(-1, keepdims=True)
+    columns = columns / jnp.where(mean > 0, mean, 1)
+    largest = jnp.argmax(rows, -1)[..., None, None]
+    leading = jnp.take_along_axis(d, largest, -2)
+    a_sign = jnp.where((d * leading).sum(-1) < 0, -1, 1)
+    b_sign = jnp.where(leading[..., 0, :] < 0, -1, 1)
+    return a_sign * jnp.sqrt(rows), b_sign * jnp.sqrt(columns)
 
 
 def homogeneous(x: Array, recipe: Recipe, live: Array | None = None) -> Array:

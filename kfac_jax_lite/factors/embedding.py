@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kfac_jax_lite.factors.dense import counted, moved
+from kfac_jax_lite.factors.dense import counted
 from kfac_jax_lite.factors.recipe import Recipe
-from kfac_jax_lite.tagging.layers import EmbeddingGeometry
+from kfac_jax_lite.tagging.layers import EmbeddingGeometry, moved
 from kfac_jax_lite.types import Array, accumulation_dtype
 
 

@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +48,32 @@ from kfac_jax_lite.types import (
 FISHERS = ("empirical", "mc", "exact")
 WEIGHT_SHARING = ("expand", "reduce")
 STATISTICS = ("factors", "squares")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
+def by_position(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, with an error that says where arguments of the loss go."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(function).parameters
+    known = {name for name, p in parameters.items() if p.kind in kinds}
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        unknown = ", ".join(name for name in kwargs if name not in known)
+        if unknown:
+            raise TypeError(
+                f"{function.__name__} has no argument named {unknown}. The arguments "
+                "of the loss go in by position, (params, x, y); where the loss takes "
+                "them by name, wrap it: kfac.tag(lambda params, x, y: loss_fn(params, "
+                "x, y=y), …)."
+            )
+        return function(*args, **kwargs)
+
+    return called
+
+
+@by_position
 def tag(
     loss_fn: Callable[..., Any],
     params: Any,
@@ -62,7 +87,6 @@ def tag(
     subsample: Subsample = Subsample(),  # noqa: B008 (frozen)
     statistics: str = "factors",
     curvature: Callable[..., Any] | None = None,
-    **unknown: Any,
 ) -> "TaggedLoss":
     """Finds the layers of a loss function; nothing is executed.
 
@@ -93,7 +117,6 @@ def tag(
             statistics those of this. With ``"mc"`` and ``"exact"`` what it marks is all
             that matters; with ``"empirical"`` it returns a mean loss. It is evaluated
             only when a layer is due.
-        **unknown: Nothing: an error says where arguments of the loss go.
 
     Returns:
         The tagged loss. ``print`` it for the table of layers.
@@ -108,7 +131,6 @@ def tag(
         Martens & Grosse, 2015, arXiv:1503.05671; Grosse & Martens, 2016,
         arXiv:1602.01407; Eschenhagen et al., 2023, arXiv:2311.00636.
     """
-    check_keywords("kfac.tag", unknown)
     for name, value, known in (
         ("fisher", fisher, FISHERS),
         ("weight_sharing", weight_sharing, WEIGHT_SHARING),
@@ -163,16 +185,6 @@ def seen_rows(names: Sequence[str], marks: Sequence[jax.Array]) -> list[jax.Arra
         else masked_rows(next(outputs), jnp.ones_like(mark))
         for name, mark in zip(names, marks, strict=True)
     ]
-
-
-def check_keywords(function: str, unknown: dict[str, Any]) -> None:
-    """The loss's arguments go in by position."""
-    if unknown:
-        raise TypeError(
-            f"{function} has no argument named {', '.join(unknown)}. The arguments of "
-            "the loss go in by position, (params, x, y); where the loss takes them by "
-            "name, wrap it: kfac.tag(lambda params, x, y: loss_fn(params, x, y=y), …)."
-        )
 
 
 def check_factor_dim(size: Any) -> None:
@@ -246,6 +258,7 @@ class TaggedLoss:
             )
         return self.loss_fn(params, *args)
 
+    @by_position
     def value_and_grad(
         self,
         params: Any,
@@ -253,7 +266,6 @@ class TaggedLoss:
         opt_state: Any = None,
         key: Any = None,
         deferred: bool = False,
-        **unknown: Any,
     ) -> tuple[Any, Any, Any]:
         """Loss, gradient and statistics: one forward pass, one backward pass.
 
@@ -271,7 +283,6 @@ class TaggedLoss:
             deferred: Leave the statistics to ``update``, which must be called in the
                 same traced step with ``statistics=statistics``: a step with nothing due
                 then writes nothing in their place. They cannot be read or returned.
-            **unknown: Nothing: an error says where arguments of the loss go.
 
         Returns:
             ``(value, grads, statistics)``; ``value`` is ``(loss, aux)`` with
@@ -283,7 +294,6 @@ class TaggedLoss:
             ValueError: ``key`` is missing; the state is of another model; the layers
                 are no longer those of ``tag``.
         """
-        check_keywords("value_and_grad", unknown)
         if self.fisher == "mc" and key is None:
             raise ValueError('fisher="mc" samples labels: pass key=jax.random.key(…).')
         if self.curvature is not None:
@@ -450,7 +460,7 @@ class TaggedLoss:
                     f"layer {new.name} is used differently with these arguments than "
                     f"with those of kfac.tag: {new.note or 'no note'}, was "
                     f"{old.note or 'no note'}.",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
 
 

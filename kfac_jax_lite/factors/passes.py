@@ -110,7 +110,7 @@ class Finisher:
                 parts.append((fields, self._share(recipe, values)))
             return blended(parts)
 
-        touched = [r.at_run_time or r.by_example for r in recipes.values()]
+        touched = [r.counted or r.by_example for r in recipes.values()]
         if slot.due is None or (whole and not any(touched)):
             return touch(raw)
         shapes, axes = jax.eval_shape(touch, raw), varying_axes(raw)

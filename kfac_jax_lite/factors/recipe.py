@@ -5,7 +5,8 @@ after all taps have added up:
 
 * ``reduce``, and scales and shifts, over several sites or time steps: taps return sums
   over the positions of each example, and the statistics are made of those;
-* masks and branches: how many rows count is known only at run time;
+* masks, branches, and experts that rows are sent to: how many rows count is known only
+  at run time;
 * losses of several terms, see ``blended``.
 
 References:
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from kfac_jax_lite import forms
 from kfac_jax_lite.factors.sampling import Lattice, Subsample, lattice_of
 from kfac_jax_lite.linalg import expanded
-from kfac_jax_lite.tagging.layers import Site
+from kfac_jax_lite.tagging.layers import RaggedGeometry, Site
 from kfac_jax_lite.types import Array, LayerTag, accumulation_dtype
 
 # What does not depend on the labels: of a sampled Fisher, it comes from the plain pass.
@@ -45,10 +46,11 @@ class Recipe:
         examples: Of scales and shifts: how many examples then have a sum.
         positions: Of the recipe ``at`` one site: how many consecutive rows are reduced.
         masked: Whether only rows count whose cotangent is not zero.
+        routed: Whether rows are sent to its blocks, some more and some fewer.
         subsample: Which of its rows are taken.
         squares: Whether squares of the examples' gradients are wanted, not factors;
             ``by_example`` then adds the gradients themselves up over several sites.
-        counted: Whether rows are counted as they are executed: a site is in a branch.
+        branched: Whether a site is in a branch: rows count as they are executed.
         parts: How many rows a row is: 2 where some are complex.
         marks: Numbers of the marked outputs that depend on these sites; empty: one, or
             it does not matter.
@@ -61,23 +63,28 @@ class Recipe:
     reduce: bool = False
     by_example: bool = False
     masked: bool = False
+    routed: bool = False
     subsample: Subsample = Subsample()
     squares: bool = False
     examples: int = 0
     positions: int = 1
-    counted: bool = False
+    branched: bool = False
     parts: int = 1
     marks: frozenset[int] = frozenset()
 
     @property
-    def at_run_time(self) -> bool:
-        """Whether the number of rows is known at run time only."""
-        return self.masked or self.counted
+    def counted(self) -> bool:
+        """Whether the number of rows is known only at run time."""
+        return self.masked or self.routed or self.branched
 
     def lattice(self, site: Site) -> Lattice | None:
         """The rows that are taken at one of its sites; None: all."""
-        n, name = self.num_examples, self.layer.name
+        n, name = self.num_examples // site.devices, self.layer.name
         return lattice_of(self.subsample, name, site, n, self.reduce)
+
+    def on_device(self, site: Site) -> "Recipe":
+        """The recipe with as many examples as one device has."""
+        return dataclasses.replace(self, num_examples=self.num_examples // site.devices)
 
     def at(self, site: Site, num_examples: int | None = None) -> "Recipe":
         """The recipe at one of its sites, of all examples or of a part of them."""
@@ -102,7 +109,11 @@ def make_recipe(
         return count_rows(chosen, reduced)
 
     several = len(sites) > 1 or any(s.repeat > 1 for s in sites)
-    counted = any(s.branch for s in sites) and layer.kind != "scale_shift"
+    ragged = any(isinstance(s.geometry, RaggedGeometry) for s in sites)
+    routed = ragged or any(s.places for s in sites)
+    branched = any(s.branch for s in sites) and layer.kind != "scale_shift"
+    if layer.kind == "scale_shift" or ragged:
+        subsample = Subsample()
     parts = 2 if any(s.complex for s in sites) else 1
     marks, examples = sites[0].marks, num_examples
     if layer.kind == "scale_shift":
@@ -121,8 +132,10 @@ def make_recipe(
             marks=marks,
         )
     else:
-        by_example = reduce and all(s.positions for s in sites) and not layer.tied
-        by_example = by_example and (several or masked or counted)
+        by_example = (
+            reduce and all(s.positions for s in sites) and not (layer.tied or ragged)
+        )
+        by_example = by_example and (several or masked or branched)
         if by_example and subsample != Subsample():
             raise ValueError(
                 f"layer {layer.name}: subsample needs weight_sharing='expand' where a "
@@ -136,9 +149,10 @@ def make_recipe(
         reduce=reduce,
         by_example=by_example,
         masked=masked,
-        subsample=Subsample() if layer.kind == "scale_shift" else subsample,
+        routed=routed,
+        subsample=subsample,
         examples=examples,
-        counted=counted,
+        branched=branched,
         parts=parts,
         marks=marks,
     )
@@ -158,14 +172,9 @@ def check_rows(layer: LayerTag, sites: list[Site], num_examples: int) -> None:
 def count_rows(sites: list[Site], reduce: bool) -> int:
     """``R``: rows over all sites and repetitions; of a ``cond``, the largest branch."""
 
-    def rows_of(site: Site) -> int:
-        rows = math.prod(site.geometry.rows)
-        if reduce:
-            rows //= site.positions or 1
-        return rows * site.repeat * (2 if site.complex else 1)
-
     def total(sites: list[Site], depth: int) -> int:
-        here = sum(rows_of(s) for s in sites if len(s.branch) == depth)
+        once = [s for s in sites if len(s.branch) == depth]
+        here = sum(site_rows(s, reduce) * s.repeat * s.devices for s in once)
         branches: dict[int, dict[int, list[Site]]] = {}
         for site in sites:
             if len(site.branch) > depth:
@@ -175,6 +184,12 @@ def count_rows(sites: list[Site], reduce: bool) -> int:
         return here + sum(map(max, inside))
 
     return total(sites, 0)
+
+
+def site_rows(site: Site, reduce: bool) -> int:
+    """Rows of one site, each time it is run."""
+    rows = math.prod(site.geometry.rows) * (2 if site.complex else 1)
+    return rows // (site.positions or 1) if reduce else rows
 
 
 def zero_probes(recipe: Recipe, dtype: Any, moments: bool) -> dict[str, Array]:
@@ -204,7 +219,7 @@ def zero_probes(recipe: Recipe, dtype: Any, moments: bool) -> dict[str, Array]:
                 counts |= {"rows_out": blocks}
             if moments:
                 shapes["s"] = (*blocks, *forms.widths(layer))
-        shapes |= counts if recipe.at_run_time else {}
+        shapes |= counts if recipe.counted else {}
     dtype = accumulation_dtype(dtype)
     return {name: jnp.zeros(shape, dtype) for name, shape in shapes.items()}
 
@@ -235,7 +250,7 @@ def finish(
         found = {"squares": lambda: n * jnp.square(raw["gradients"]).sum(-3)}
     elif recipe.by_example:
         found = from_examples(recipe, raw, basis, n)
-    elif not recipe.at_run_time:
+    elif not recipe.counted:
         found = {name: lambda x=x: x for name, x in raw.items()}
     else:
         found = rescaled(recipe, raw, n)
@@ -253,7 +268,7 @@ def from_examples(
     """Factors of ``x̄_n`` (mean over positions) and ``c_n`` (sum over positions)."""
     layer, n, parts = recipe.layer, recipe.num_examples, recipe.parts
     c = raw["c_sum"]
-    if recipe.at_run_time:
+    if recipe.counted:
         count = jnp.repeat(jnp.maximum(raw["count"], 1), parts, -1)
         x = raw["x_sum"] / count[..., None]
     else:

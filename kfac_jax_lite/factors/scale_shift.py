@@ -15,8 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from kfac_jax_lite.factors.dense import moved
-from kfac_jax_lite.tagging.layers import Site
+from kfac_jax_lite.tagging.layers import Site, moved
 from kfac_jax_lite.types import Array, accumulation_dtype
 
 

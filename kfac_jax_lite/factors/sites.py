@@ -1,5 +1,6 @@
 """Which estimators a site is tapped with: one for every probe that the site feeds."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -7,12 +8,20 @@ from typing import Any
 import jax.numpy as jnp
 
 from kfac_jax_lite import forms
-from kfac_jax_lite.factors import conv, dense, embedding, scale_shift, squares
-from kfac_jax_lite.factors.recipe import Recipe, unit_blocks
+from kfac_jax_lite.factors import (
+    conv,
+    dense,
+    embedding,
+    ragged,
+    scale_shift,
+    squares,
+)
+from kfac_jax_lite.factors.recipe import Recipe, site_rows, unit_blocks
 from kfac_jax_lite.factors.sampling import Lattice
 from kfac_jax_lite.tagging.layers import (
     ConvGeometry,
     EmbeddingGeometry,
+    RaggedGeometry,
     ScaleShiftGeometry,
     Site,
 )
@@ -63,9 +72,22 @@ def chosen(
     """
     name = site.slot
     found = estimators(recipes[name], site)
-    pairs = tuple((k, f) for k, f in found.items() if k in slot.probes)
+    pairs = tuple(
+        (k, among_copies(f, site.copies)) for k, f in found.items() if k in slot.probes
+    )
     operands = (inputs, slot.basis, phases[name])
     return pairs, operands, {k: slot.probes[k] for k, _ in pairs}
+
+
+def among_copies(estimate: Estimator, copies: int) -> Estimator:
+    """An estimator that several devices run, each with a part of the cotangent."""
+    if copies == 1:
+        return estimate
+
+    def part(inputs: Any, c: Array):
+        return estimate(inputs, c * copies) / copies
+
+    return part
 
 
 def estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
@@ -80,6 +102,8 @@ def estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
             return unit_blocks(s_sum(inputs, c), recipe.num_examples)
 
         return {"blocks": blocks, "s_sum": s_sum}
+    if isinstance(geometry, RaggedGeometry):
+        return ragged.estimators(recipe, site)
     if recipe.squares:
         return square_estimators(recipe, site)
     if recipe.by_example:
@@ -111,11 +135,10 @@ def estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
         return dense.output_factor(c, recipe, form_g, num_rows) * share
 
     def live_rows(inputs: Any, c: Array):
-        live, positions = live_of(recipe, site)(inputs, c), recipe.at(site).positions
+        live = live_of(recipe, site)(inputs, c)
         if live is None:
-            count = jnp.asarray(math.prod(geometry.rows) // positions)
-        else:
-            count = dense.reduced_live(live, positions).sum(-1)
+            return jnp.full(geometry.blocks, site_rows(site, recipe.reduce))
+        count = dense.reduced_live(live, recipe.at(site).positions).sum(-1)
         return jnp.broadcast_to(count * (2 if site.complex else 1), geometry.blocks)
 
     def moment(inputs: Any, c: Array):
@@ -158,11 +181,17 @@ def example_estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
 def square_estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
     """Squares of the examples' gradients, or the gradients (see ``recipe``)."""
     geometry, n = site.geometry, recipe.num_examples
+    here = recipe.on_device(site).num_examples
 
     def rows(inputs: Any, c: Array):
-        x = real_rows(site, input_rows(recipe, site, inputs, c))
-        c = real_rows(site, output_rows(site, inputs, c), cotangents=True)
-        return (c, x) if site.reverse else (x, c)
+        """Inputs, cotangents, and what multiplies the weight entry by entry."""
+        values, *rest = inputs
+        plain, values, d = dense.derivative(geometry, values)  # type: ignore[arg-type]
+        own, inputs = dataclasses.replace(site, geometry=plain), (values, *rest)
+        x = real_rows(site, input_rows(recipe, own, inputs, c))
+        c = real_rows(site, output_rows(own, inputs, c), cotangents=True)
+        d = jnp.ones((1, 1), c.dtype) if d is None else d
+        return (c, x, jnp.swapaxes(d, -1, -2)) if site.reverse else (x, c, d)
 
     if isinstance(geometry, EmbeddingGeometry):
 
@@ -174,16 +203,18 @@ def square_estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
             return embedding.example_gradients(geometry, found(inputs, c), n)
 
         def square(inputs: Any, c: Array):
-            token, share = squares.token_square_sums(*found(inputs, c), n)
+            token, share = squares.token_square_sums(*found(inputs, c), here)
             return n * embedding.scattered(token, share, geometry)
 
     else:
 
         def gradients(inputs: Any, c: Array):
-            return squares.example_gradients(*rows(inputs, c), n)
+            x, c, d = rows(inputs, c)
+            return squares.example_gradients(x, c, n) * d[..., None, :, :]
 
         def square(inputs: Any, c: Array):
-            return n * squares.square_sums(*rows(inputs, c), n)
+            x, c, d = rows(inputs, c)
+            return n * squares.square_sums(x, c, here) * jnp.square(d)
 
     return {"gradients": gradients, "squares": square}
 
@@ -199,7 +230,8 @@ def eigenbasis_moment(recipe: Recipe, site: Site, inputs: Any, c: Array) -> Arra
         live = live_of(recipe, site)(inputs, c)
         k = recipe.at(site).positions
         if k > 1:
-            x = embedding.example_sums(geometry, inputs[0], recipe, live)
+            own = recipe.on_device(site)
+            x = embedding.example_sums(geometry, inputs[0], own, live)
             x = x / dense.counted(live, k)
             x = jnp.square(taken(recipe, site, inputs, x))
             return dense.eigenbasis_moment(x, rows, recipe)
@@ -314,7 +346,7 @@ def real_rows(site: Site, rows: Array, cotangents: bool = False) -> Array:
 
 def live_of(recipe: Recipe, site: Site) -> Callable[[Any, Array], Any]:
     """``(inputs, cotangent) ->`` which rows the loss sees, None without masks."""
-    if not recipe.masked:
+    if not (recipe.masked or site.places):
         return lambda inputs, c: None
 
     def live(inputs: Any, c: Array):

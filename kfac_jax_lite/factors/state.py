@@ -1,5 +1,6 @@
 """State of the optimiser, as tuples of arrays, and the averaging of statistics."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -172,6 +173,61 @@ def merged(layer: LayerTag, statistics: TiedStatistics) -> KroneckerStatistics:
     return KroneckerStatistics(
         a + expanded(pi, b.ndim) * b, g + h / expanded(pi, h.ndim), s
     )
+
+
+def output_parts(statistics: Any) -> tuple[Any, ...]:
+    """Those of a layer's statistics that are zero where no gradient reaches it.
+
+    Args:
+        statistics: Fresh or averaged statistics, in any layout.
+
+    Returns:
+        The output factors, or all that there is of a layer without Kronecker factors.
+    """
+    if isinstance(statistics, TiedStatistics):
+        return statistics.g, statistics.g_out
+    if isinstance(statistics, KroneckerStatistics):
+        return (statistics.g,)
+    return (statistics[0],)
+
+
+def taking_part(layer: LayerTag, average: Any, fresh: Any) -> tuple[Any, Any]:
+    """Statistics of blocks that no gradient reaches are those known already.
+
+    Of a scanned stack some layers may be idle, of experts some, of an ensemble some
+    members. Their averages stay what they are; the first statistics of a block are its
+    average.
+
+    Args:
+        layer: The layer.
+        average: Its averaged statistics.
+        fresh: Its fresh ones, in the same layout.
+
+    Returns:
+        ``(average, fresh)``, changed in those blocks.
+    """
+    lead = layer.stack + (layer.blocks if layer.kronecker else ())
+    count, parts = math.prod(lead), output_parts(fresh)
+    if count == 1 or any(isinstance(x, Slices) for x in fresh):
+        return average, fresh
+
+    def rows(x: Array):
+        return x.reshape(count, -1)
+
+    def empty(parts: Any):
+        return jnp.stack([~jnp.any(rows(x) != 0, -1) for x in jax.tree.leaves(parts)])
+
+    idle = jnp.all(empty(parts), 0)[:, None]
+    begun = ~jnp.all(empty(output_parts(average)), 0)[:, None]
+
+    def mixed(flag: Array, x: Array, y: Array):
+        if x.size % count or x.ndim == 0:
+            return y
+        return jnp.where(flag, rows(x).astype(y.dtype), rows(y)).reshape(y.shape)
+
+    known = jax.tree.map(lambda x, y: mixed(idle, x, y), average, fresh)
+    first = jax.tree.map(lambda x, y: mixed(~begun, x, y), fresh, average)
+    return first, known
 
 
 def moving_average(average: Any, fresh: Any, weight: Any, decay: Any) -> Any:

@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Literal
 
 from kfac_jax_lite.tagging.layers import (
@@ -22,11 +25,13 @@ from kfac_jax_lite.tagging.layers import (
     CHECKPOINTS,
     CUSTOM_RULES,
     Branch,
+    Derived,
     Plan,
     Ref,
     ScaleShiftGeometry,
     Site,
     Steps,
+    seen_from,
 )
 from kfac_jax_lite.tagging.liveness import Live, Liveness, marks_in
 from kfac_jax_lite.types import ClosedJaxpr, Jaxpr, JaxprEqn, Var
@@ -58,9 +63,7 @@ class Scaled:
         """The fact as another jaxpr sees it: its variables are those of ``plan``."""
 
         def refer(factor: Factor) -> Factor:
-            if isinstance(factor.atom, Literal | Ref):
-                return factor
-            return dataclasses.replace(factor, atom=Ref(plan, factor.atom))
+            return dataclasses.replace(factor, atom=seen_from(plan, factor.atom))
 
         return Scaled(self.view, tuple(map(refer, self.factors)))
 
@@ -117,7 +120,7 @@ RULES: dict[str, Handler] = {}
 
 
 ALWAYS: set[str] = set()
-PROGRAMS = (*CALLS, *CHECKPOINTS, *CUSTOM_RULES, "scan", "cond", "while")
+PROGRAMS = (*CALLS, *CHECKPOINTS, *CUSTOM_RULES, "scan", "cond", "while", "shard_map")
 
 
 def rule(*primitives: str, always: bool = False) -> Callable[[Handler], Handler]:
@@ -172,8 +175,9 @@ class Walk:
         reached: Leaves that the loss, or what is sampled, depends on, as bits.
         scopes: The scope of every plan.
         liveness: Where derivatives of the loss pass.
-        of_marks: Where derivatives of single marked outputs pass, if there are several,
-            by the identity of their equations.
+        of_marks: Where derivatives of single marked outputs pass, if it matters, by the
+            identity of their equations.
+        mesh_bits: Bits of the dependencies for mesh axes of a ``shard_map``.
     """
 
     def __init__(
@@ -196,6 +200,12 @@ class Walk:
         self.reached = 0
         self.nested_marks = False
         self.scopes: dict[Plan, Scope] = {}
+        self.mesh_bits: dict[Any, int] = {}
+
+    def mesh_bit(self, axis: Any) -> int:
+        """The bit of what differs along a mesh axis."""
+        bit = self.data_bit << (1 + len(self.mesh_bits))
+        return self.mesh_bits.setdefault(axis, bit)
 
 
 class Scope:
@@ -230,6 +240,9 @@ class Scope:
             k: part.part(jaxpr, marked.get(k, none))
             for k, part in walk.of_marks.items()
         }
+        self.loops: Shape = walk.loops
+        self.caller: tuple[Scope, int] | None = None
+        self.numbers: dict[Var, Any] = {}
         walk.scopes[plan] = self
         for i, eqn in enumerate(jaxpr.eqns):
             for atom in eqn.invars:
@@ -250,6 +263,8 @@ class Scope:
         for atom in atoms:
             if isinstance(atom, Ref):
                 bits |= self.walk.scopes[atom.plan].deps.get(atom.atom, 0)
+            elif isinstance(atom, Derived):
+                bits |= self.dependencies(atom.atoms)
             elif not isinstance(atom, Literal):
                 bits |= self.deps.get(atom, 0)
         return bits
@@ -283,9 +298,7 @@ class Scope:
         """Lets a site stand behind a later equation."""
         plan, old = site.place or (self.plan, index)
         if plan is not self.plan:
-            site.inputs = tuple(
-                a if isinstance(a, Literal | Ref) else Ref(plan, a) for a in site.inputs
-            )
+            site.inputs = tuple(seen_from(plan, a) for a in site.inputs)
             plan.exports = True
         plan.sites[old].remove(site)
         self.plan.sites.setdefault(index, []).append(site)
@@ -408,6 +421,15 @@ class Scope:
             self.facts[var] = fact
 
 
+def is_known(value: Any) -> bool:
+    """Whether a constant of a program is a concrete array of whole numbers."""
+    dtype = getattr(value, "dtype", np.dtype(object))
+    whole = jnp.issubdtype(dtype, jnp.integer) and not isinstance(
+        value, jax.core.Tracer
+    )
+    return whole and getattr(value, "is_fully_addressable", True)
+
+
 def analyse(
     closed: ClosedJaxpr, num_leaves: int, sampled: bool, outputs_only: bool = False
 ) -> tuple[Walk, Plan]:
@@ -424,12 +446,15 @@ def analyse(
     """
     jaxpr = closed.jaxpr
     marks = marks_in(jaxpr)
-    of_marks = {id(eqn): Liveness(False, eqn) for eqn in marks if len(marks) > 1}
+    several = sampled or len(marks) > 1
+    of_marks = {id(eqn): Liveness(False, eqn) for eqn in marks if several}
     liveness = Liveness(sampled, every=outputs_only)
     walk, plan = Walk(num_leaves, liveness, of_marks), Plan()
     outs = [i == 0 for i in range(len(jaxpr.outvars))]
     scope = Scope(walk, plan, jaxpr, outs)
     scope.deps.update(dict.fromkeys(jaxpr.constvars, walk.data_bit))
+    known = zip(jaxpr.constvars, closed.consts, strict=True)
+    scope.numbers.update({v: np.asarray(x) for v, x in known if is_known(x)})
     shapes = [tuple(v.aval.shape) for v in jaxpr.invars[:num_leaves]]
     facts: list[Fact] = [View.of_leaf(i, s) for i, s in enumerate(shapes)]
     facts += [None] * (len(jaxpr.invars) - num_leaves)

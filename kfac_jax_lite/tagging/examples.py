@@ -30,6 +30,7 @@ from kfac_jax_lite.tagging.layers import (
     EmbeddingGeometry,
     Geometry,
     Plan,
+    RaggedGeometry,
     Site,
 )
 from kfac_jax_lite.tree import is_raw_key
@@ -82,13 +83,28 @@ def place_examples(
         examples[place_of(site)] = known
         own = known.terms or orders.get(site.primary.leaf, ())
         before = row_axes(walk, site, found)
-        site.positions = positions(site, before, known._replace(terms=own))
+        site.positions = positions(site, before, here(known._replace(terms=own), site))
         axes = row_axes(walk, site, found)  # in the order that the rows have now
         if not own and site.positions is not None:
             orders[site.primary.leaf] = leading(axes or (), n)
+        if isinstance(site.geometry, RaggedGeometry) and site.positions != 1:
+            site.positions = None  # an example's rows are of several groups
+        site.places = has_places(walk, site)
         if site.positions is None and site.kind == "scale_shift":
-            site.positions = by_sequence(site.geometry.rows, axes, known)
+            site.positions = by_sequence(site.geometry.rows, axes, here(known, site))
+    apart_on_devices(walk.sites)
     return found, examples
+
+
+def apart_on_devices(sites: list[Site]) -> None:
+    """Examples of several devices cannot be added up over several uses of a layer."""
+    uses: dict[int, int] = {}
+    for site in sites:
+        leaf = site.primary.leaf
+        uses[leaf] = uses.get(leaf, 0) + site.repeat
+    for site in sites:
+        if site.devices > 1 and uses[site.primary.leaf] > 1:
+            site.positions = None
 
 
 def terms_of(site: Site, num_terms: Sequence[int], num_examples: int) -> int:
@@ -190,9 +206,44 @@ def row_order(geometry: Geometry) -> Shape:
     if isinstance(geometry, ConvGeometry):
         return (geometry.out_spec[0], *geometry.out_spec[2:])
     if isinstance(geometry, DenseGeometry | EmbeddingGeometry):
-        first = len(geometry.blocks)
+        first = block_axes(geometry)
         return geometry.output_order[first : first + len(geometry.rows)]
     return geometry.order[: len(geometry.rows)]
+
+
+def here(known: "Examples", site: Site) -> "Examples":
+    """What is known of the examples of one device, where a site is run by several."""
+    plan, _ = site.place  # type: ignore[misc]
+    gone = settled(plan.devices)
+    terms = tuple(index for index in settled(known.terms) if index not in gone)
+    n = known.num_examples // site.devices
+    if site.devices == 1 or (known.terms and length(terms) != n):
+        return known
+    batch = tuple(
+        tuple(i for i in settled(axis) if i not in gone) for axis in known.batch
+    )
+    return Examples(terms, batch, n)
+
+
+def block_axes(geometry: DenseGeometry | EmbeddingGeometry) -> int:
+    """How many axes of a site's output number its blocks."""
+    return 0 if isinstance(geometry, RaggedGeometry) else len(geometry.blocks)
+
+
+def has_places(walk: Walk, site: Site) -> bool:
+    """Whether rows are places of an expert that examples are sent to, some left empty.
+
+    They hold data and there are matrices for every block, but examples have no axis.
+
+    Returns:
+        Whether they are.
+    """
+    plan, _ = site.place  # type: ignore[misc]
+    geometry = site.geometry
+    blocks = isinstance(geometry, DenseGeometry) and geometry.blocks
+    if not blocks or site.positions is not None or isinstance(geometry, RaggedGeometry):
+        return False
+    return bool(walk.scopes[plan].dependencies(site.inputs[:1]) & walk.data_bit)
 
 
 def positions(site: Site, axes: Axes | None, known: Examples) -> int | None:
@@ -257,7 +308,7 @@ def within(axis: Axis, terms: Axis) -> bool:
 
 def reordered(geometry: Geometry, order: Shape) -> Geometry | None:
     """The geometry with the axes of its rows in another order; None: it cannot."""
-    if isinstance(geometry, ConvGeometry):
+    if isinstance(geometry, ConvGeometry | RaggedGeometry):
         return None
     n = len(geometry.rows)
 
@@ -267,7 +318,7 @@ def reordered(geometry: Geometry, order: Shape) -> Geometry | None:
 
     rows = moved(geometry.rows)
     if isinstance(geometry, DenseGeometry | EmbeddingGeometry):
-        first = len(geometry.blocks)
+        first = block_axes(geometry)
         output = moved(geometry.output_order, first)
         if isinstance(geometry, DenseGeometry):
             own = 0 if geometry.shared else first

@@ -17,6 +17,7 @@ from kfac_jax_lite.tagging.indices import (
     Axis,
     fresh,
     fresh_axes,
+    length,
     reshaped,
     unify,
     unify_all,
@@ -27,24 +28,27 @@ from kfac_jax_lite.tagging.layers import (
     CUSTOM_RULES,
     Plan,
     inside,
+    manual_axes,
     scan_counts,
+    spec_axes,
 )
 from kfac_jax_lite.types import Jaxpr, JaxprEqn, Var
 
 Followed = dict[Plan, dict[Var, Axes]]
-Enter = Callable[[int, Jaxpr, Sequence[Axes]], list[Axes]]
+Enter = Callable[..., list[Axes]]
 Rule = Callable[[JaxprEqn, list[Axes], Enter], list[Axes]]
 RULES: dict[str, Rule] = {}
 # An entry of the result depends on the entries in its place.
 ELEMENTWISE = """
 abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
-bitcast_convert_type cbrt ceil clamp clz complex conj convert_element_type copy copy_p
+cbrt ceil clamp clz complex conj convert_element_type copy copy_p
 cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma
-igammac imag integer_pow is_finite le le_to lgamma log log1p logistic lt lt_to max min
-mul name ne neg nextafter not or pcast polygamma population_count pow pvary real
-reduce_precision regularized_incomplete_beta rem reshard round rsqrt select_n
-sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin
-sinh sqrt square stop_gradient sub tan tanh xor zeta
+igamma_grad_a igammac imag integer_pow is_finite le le_to lgamma log log1p logistic lt
+lt_to max min mul name ne neg nextafter not or pcast polygamma population_count pow
+pvary random_fold_in random_gamma random_gamma_grad random_seed real reduce_precision
+regularized_incomplete_beta rem reshard round rsqrt select_n sharding_constraint
+shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square
+stop_gradient sub tan tanh threefry2x32 xor zeta
 """
 
 
@@ -73,9 +77,16 @@ def follow(
     counts: Counts = {}
     for index, eqn in enumerate(jaxpr.eqns):
 
-        def enter(number: int, inner: Jaxpr, inputs: Sequence[Axes], at: int = index):
+        def enter(
+            number: int,
+            inner: Jaxpr,
+            inputs: Sequence[Axes],
+            devices: Axis = (),
+            at: int = index,
+        ):
             plans = plan.children.get(at, ())
             own = plans[number] if number < len(plans) else Plan()
+            own.devices = (*plan.devices, *devices)
             return follow(inner, own, inputs, found)
 
         follow_one = RULES.get(eqn.primitive.name, unknown)
@@ -114,11 +125,12 @@ def elementwise(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
             for i, size in enumerate(shape_of(atom)):
                 if size == shape[i]:
                     unify(found.setdefault(i, own[i]), own[i])
-    return [tuple(found.get(i) or fresh(size) for i, size in enumerate(shape))]
+    result = tuple(found.get(i) or fresh(size) for i, size in enumerate(shape))
+    return [result] * len(eqn.outvars)
 
 
-@rule("optimization_barrier", "psum", "psum2", "psum_invariant", "pmax", "pmin",
-      "ppermute")  # fmt: skip
+@rule("optimization_barrier", "device_put", "psum", "psum2", "psum_invariant", "pmax",
+      "pmin", "ppermute")  # fmt: skip
 def in_place(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
     """Every result has the axes of the operand in its place.
 
@@ -140,6 +152,15 @@ def in_place(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
 def without(axes: Axes, gone: Container[Any]) -> Axes:
     """The axes but those at some places."""
     return tuple(axis for i, axis in enumerate(axes) if i not in gone)
+
+
+@rule("bitcast_convert_type")
+def other_bits(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
+    """Narrower numbers have an axis more, wider ones an axis less, the last."""
+    del enter
+    shape = shape_of(eqn.outvars[0])
+    own = axes[0][: len(shape)]
+    return [(*own, *fresh_axes(shape[len(own) :]))]
 
 
 @rule("transpose")
@@ -180,7 +201,7 @@ def reduced(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
 
 def named(eqn: JaxprEqn) -> Sequence[int]:
     """The axes that an equation names, whosever integers they are."""
-    names = ("dimensions", "axes", "dimension", "axis")
+    names = ("dimensions", "axes", "dimension", "axis", "reduction_dimension")
     found = next(eqn.params[name] for name in names if name in eqn.params)
     return [int(i) for i in (found if isinstance(found, Sequence) else (found,))]
 
@@ -213,11 +234,25 @@ def whole(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
 
 
 @rule("scatter", "scatter-add", "scatter_add", "scatter-mul", "scatter_mul",
-      "scatter-min", "scatter_min", "scatter-max", "scatter_max")  # fmt: skip
+      "scatter-min", "scatter_min", "scatter-max", "scatter_max", "scatter-sub",
+      "scatter_sub")  # fmt: skip
 def written(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
-    """The operand's axes; where in it the updates go is not followed."""
-    del eqn, enter
-    return [axes[0]]
+    """The operand's axes: those of a batch, and of updates where they are as long."""
+    del enter
+    operand, indices, updates = axes
+    dims = eqn.params["dimension_numbers"]
+    batch = dims.operand_batching_dims
+    for i, j in zip(batch, dims.scatter_indices_batching_dims, strict=True):
+        unify(operand[i], indices[j])
+    windows = dims.update_window_dims
+    unify_all(without(updates, windows), indices[:-1])
+    gone = (*dims.inserted_window_dims, *batch)
+    rest = [i for i in range(len(operand)) if i not in gone]
+    before, written = shape_of(eqn.invars[0]), shape_of(eqn.invars[2])
+    for i, j in zip(rest, windows, strict=True):
+        if before[i] == written[j]:
+            unify(operand[i], updates[j])
+    return [operand]
 
 
 @rule("dynamic_update_slice")
@@ -231,7 +266,7 @@ def updated(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
     return [axes[0]]
 
 
-@rule("sort", "rev", "fft", "split", "top_k")
+@rule("sort", "rev", "fft", "split", "top_k", "approx_top_k")
 def along(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
     """All axes but those along which entries change places are the operand's."""
     del enter
@@ -240,6 +275,8 @@ def along(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
         moved: Sequence[int] = range(rank - len(eqn.params["fft_lengths"]), rank)
     else:
         moved = named(eqn)
+    for other in axes[1:]:  # what is sorted along with the first
+        unify_all(without(axes[0], moved), without(other, moved))
     pairs = zip(axes * len(eqn.outvars), eqn.outvars, strict=False)
     return [renewed(own, eqn.invars[0], var, moved) for own, var in pairs]
 
@@ -262,12 +299,14 @@ def pad(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
     return [renewed(axes[0], eqn.invars[0], eqn.outvars[0], padded)]
 
 
-@rule("reduce_window_max", "reduce_window_sum", "reduce_window_min")
+@rule("reduce_window", "reduce_window_max", "reduce_window_sum", "reduce_window_min",
+      "select_and_gather_add", "select_and_scatter",
+      "select_and_scatter_add")  # fmt: skip
 def windows(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
     """Axes that are pooled over are new."""
     del enter
     pooled = [i for i, n in enumerate(eqn.params["window_dimensions"]) if n > 1]
-    return [renewed(axes[0], eqn.invars[0], eqn.outvars[0], pooled)]
+    return [renewed(axes[0], eqn.invars[0], out, pooled) for out in eqn.outvars]
 
 
 @rule("concatenate")
@@ -293,20 +332,110 @@ def product(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
     return [(*(left[i] for i in lhs_batch), *free[0], *free[1])]
 
 
+@rule("ragged_dot_general")
+def ragged_product(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
+    """As of ``dot_general``: rows stay in place, whichever group they are in."""
+    del enter
+    p = eqn.params["ragged_dot_dimension_numbers"]
+    (lhs_in, rhs_in), (lhs_batch, rhs_batch) = p.dot_dimension_numbers
+    left, right = axes[:2]
+    for i, j in zip((*lhs_in, *lhs_batch), (*rhs_in, *rhs_batch), strict=True):
+        unify(left[i], right[j])
+    free = [
+        without(left, (*lhs_in, *lhs_batch)),
+        without(right, (*rhs_in, *rhs_batch, *p.rhs_group_dimensions)),
+    ]
+    found = [*(left[i] for i in lhs_batch), *free[0], *free[1]]
+    shape = shape_of(eqn.outvars[0])
+    if len(found) < len(shape):  # rows are summed by group: a new axis in front
+        found = [fresh(shape[0]), *found]
+    return [tuple(found)]
+
+
 @rule("conv_general_dilated")
 def convolution(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
-    """The batch axis stays, and those in space along which the kernel has length 1."""
+    """The batch axis stays, and those in space along which the kernel has length 1.
+
+    Of grouped features the groups stay: they may be the examples of a ``vmap``.
+
+    Args:
+        eqn: The equation.
+        axes: Axes of its operands.
+        enter: Not needed.
+
+    Returns:
+        Axes of its result.
+    """
     del enter
     p, kernel = eqn.params, shape_of(eqn.invars[1])
     lhs, rhs, out = p["dimension_numbers"]
     found = list(fresh_axes(shape_of(eqn.outvars[0])))
-    if p["batch_group_count"] == 1:
-        found[out[0]] = axes[0][lhs[0]]
+    features = found[out[1]] = axes[1][rhs[0]]
+    by_batch, by_feature = p["batch_group_count"], p["feature_group_count"]
+    groups, found[out[0]] = in_groups(axes[0][lhs[0]], by_batch)
+    if by_feature > 1:
+        groups, _ = in_groups(axes[0][lhs[1]], by_feature)
+    unify(groups, in_groups(features, max(by_batch, by_feature))[0])
     steps = zip(p["window_strides"], p["lhs_dilation"], p["padding"], strict=True)
     for i, (stride, spread, padding) in enumerate(steps, 2):
         if kernel[rhs[i]] == stride == spread == 1 and not any(padding):
             found[out[i]] = axes[0][lhs[i]]
     return [tuple(found)]
+
+
+def in_groups(axis: Axis, groups: int) -> Axes:
+    """An axis as groups and what is inside each."""
+    return reshaped((axis,), (groups, length(axis) // groups))
+
+
+def batched(rank: int, *primitives: str) -> None:
+    """Registers primitives that act on the last ``rank`` axes of their operands."""
+
+    @rule(*primitives)
+    def leading(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
+        """Axes of the batch are those of the operands, all others are new."""
+        del enter
+        batch = axes[0][: len(axes[0]) - rank]
+        for other in axes[1:]:
+            for one, two in zip(batch, other, strict=False):
+                unify(one, two)
+        shapes = map(shape_of, eqn.outvars)
+        return [(*batch, *fresh_axes(shape[len(batch) :])) for shape in shapes]
+
+
+batched(0, "random_bits", "random_split", "random_unwrap")
+batched(1, "lu_pivots_to_permutation", "random_wrap", "tridiagonal_solve")
+batched(2, "cholesky", "eig", "eigh", "geqp3", "geqrf", "hessenberg", "lu", "ormqr",
+        "householder_product", "qr", "schur", "svd", "tridiagonal")  # fmt: skip
+
+
+@rule("rng_bit_generator")
+def bits_of_keys(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
+    """The next keys, and numbers of every key."""
+    del enter
+    shape, batch = shape_of(eqn.outvars[1]), axes[0][:-1]
+    return [axes[0], (*batch, *fresh_axes(shape[len(batch) :]))]
+
+
+@rule("triangular_solve")
+def solved(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
+    """The batch's axes and that of the right-hand sides stay."""
+    del enter
+    rank = len(axes[1])
+    for one, two in zip(axes[0][:-2], axes[1][:-2], strict=True):
+        unify(one, two)
+    mixed = rank - 2 if eqn.params["left_side"] else rank - 1
+    return [renewed(axes[1], eqn.invars[1], eqn.outvars[0], (mixed,))]
+
+
+@rule("custom_linear_solve")
+def solved_by_hand(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
+    """Those of the program that solves."""
+    lengths, jaxprs = eqn.params["const_lengths"], eqn.params["jaxprs"]
+    first = lengths.matvec + lengths.vecmat
+    own = axes[first : first + lengths.solve]
+    right = axes[sum(lengths) :]
+    return enter(0, jaxprs.solve.jaxpr, [*own, *right])
 
 
 @rule("gather")
@@ -351,6 +480,44 @@ def scan(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
     for before, after in zip(axes[n_const:first], out[:n_carry], strict=True):
         unify_all(before, after)
     return [*out[:n_carry], *((steps, *own) for own in out[n_carry:])]
+
+
+@rule("shard_map")
+def shard_map(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
+    """An axis that is sharded has the devices first, and a part on each of them."""
+    p = eqn.params
+    devices = {name: fresh(p["mesh"].shape[name]) for name in sorted(manual_axes(eqn))}
+
+    def on(spec: Any, place: int) -> Axis:
+        names = spec_axes(tuple(spec)[place : place + 1])
+        return tuple(index for name in names for index in devices.get(name, ()))
+
+    inputs = []
+    for own, spec in zip(axes, p["in_specs"], strict=True):
+        parts = []
+        for place, axis in enumerate(own):
+            outer = on(spec, place)
+            unify(outer, axis)
+            sizes = (length(outer), length(axis) // length(outer))
+            parts.append(reshaped((axis,), sizes)[-1])
+        inputs.append(tuple(parts))
+    numbers = tuple(index for axis in devices.values() for index in axis)
+    out = enter(0, inside(eqn).jaxpr, inputs, numbers)
+    return [
+        tuple((*on(spec, place), *axis) for place, axis in enumerate(own))
+        for own, spec in zip(out, p["out_specs"], strict=True)
+    ]
+
+
+@rule("while")
+def while_loop(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
+    """What is carried stays."""
+    first = eqn.params["cond_nconsts"]
+    carried = axes[first + eqn.params["body_nconsts"] :]
+    out = enter(0, eqn.params["body_jaxpr"].jaxpr, axes[first:])
+    for before, after in zip(carried, out, strict=True):
+        unify_all(before, after)
+    return out
 
 
 @rule("cond")

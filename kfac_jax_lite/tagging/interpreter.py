@@ -12,18 +12,22 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Literal, jaxpr_as_fun
+from jax.sharding import PartitionSpec
 
 from kfac_jax_lite.tagging.layers import (
     CALLS,
     CHECKPOINTS,
+    Derived,
     Plan,
     Ref,
     Site,
     inside,
+    manual_axes,
     scan_counts,
 )
 from kfac_jax_lite.tagging.spread import taken
 from kfac_jax_lite.tagging.taps import Slot
+from kfac_jax_lite.tree import vary
 from kfac_jax_lite.types import Array, ClosedJaxpr, Jaxpr, JaxprEqn
 
 Slots = dict[str, Slot]
@@ -74,6 +78,8 @@ class Interpreter:
         def value(atom: Any):
             if isinstance(atom, Ref):
                 return self.envs[atom.plan][atom.atom]
+            if isinstance(atom, Derived):
+                return atom.function(*map(value, atom.atoms))
             return atom.val if isinstance(atom, Literal) else env[atom]
 
         for index, eqn in enumerate(jaxpr.eqns):
@@ -110,17 +116,24 @@ class Interpreter:
                 if self.on_site is None or site.layer is None:
                     continue
                 var = eqn.outvars[site.output]
-                inputs = [jnp.asarray(value(a)) for a in site.inputs]
+                inputs = [as_array(value(a)) for a in site.inputs]
+                slot = slots[site.slot]
+                slot = slot._replace(probes=vary(slot.probes, site.axes))
                 if not site.spread:
-                    env[var] = self.on_site(site, env[var], inputs, slots[site.slot])
+                    env[var] = self.on_site(site, env[var], inputs, slot)
                     continue
                 atom = site.inputs[0]
                 first = None if isinstance(atom, Literal) else copies.get(atom)
                 inputs[0] = broadcast(inputs[0], site) if first is None else first
                 output = copies.get(var)
                 output = broadcast(env[var], site) if output is None else output
-                copies[var] = self.on_site(site, output, inputs, slots[site.slot])
+                copies[var] = self.on_site(site, output, inputs, slot)
         return [value(a) for a in jaxpr.outvars], marked
+
+
+def as_array(value: Any) -> Array:
+    """A literal as an array; arrays keep their type."""
+    return value if isinstance(value, jax.Array) else jnp.asarray(value)
 
 
 def broadcast(x: Array, site: Site) -> Array:
@@ -197,7 +210,7 @@ def run_scan(
     consts = operands[:n_const]
     carry = operands[n_const : n_const + n_carry]
     (inner,) = plan.children[index]
-    here = {site.slot for site in inner.all_sites()}
+    here = {site.slot for site in inner.all_sites() if site.primary.stack}
     sliced = {k for k in here if self.stack_leaf.get(k) in plan.unstacked[index]}
     whole = {k: v for k, v in slots.items() if k not in sliced}
     stacked = {k: slots[k] for k in sliced}
@@ -248,11 +261,46 @@ def run_cond(
     return lax.switch(which, branches, operands, slots), []
 
 
+def run_shard_map(
+    self: Interpreter,
+    plan: Plan,
+    index: int,
+    eqn: JaxprEqn,
+    operands: list[Any],
+    slots: Slots,
+) -> tuple[list[Any], list[Any]]:
+    """``shard_map``: probes enter whole, so that their cotangents are summed up."""
+    p, (inner,) = eqn.params, plan.children[index]
+    sites = inner.all_sites()
+    here = {site.layer: slots[site.layer] for site in sites if site.layer}
+    axes = {name: {s.axes for s in sites if s.layer == name} for name in here}
+
+    def body(operands: list[Any], slots: Slots):
+        own = {}
+        for name, slot in slots.items():
+            # Once here and not at every site, where all sites agree.
+            first, *others = axes[name]
+            probes = slot.probes if others else vary(slot.probes, first)
+            own[name] = slot._replace(probes=probes)
+        return self.run(inner, *inside(eqn), operands, own)[0]
+
+    run = jax.shard_map(
+        body,
+        mesh=p["mesh"],
+        in_specs=(list(p["in_specs"]), PartitionSpec()),
+        out_specs=list(p["out_specs"]),
+        axis_names=manual_axes(eqn),
+        check_vma=p["check_vma"],
+    )
+    return run(operands, here), []
+
+
 HANDLERS: dict[str, Callable[..., tuple[list[Any], list[Any]]]] = {
     **dict.fromkeys(CALLS, run_call),
     **dict.fromkeys(CHECKPOINTS, run_checkpoint),
     "scan": run_scan,
     "cond": run_cond,
+    "shard_map": run_shard_map,
 }
 
 

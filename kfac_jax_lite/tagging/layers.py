@@ -6,12 +6,14 @@ the jaxprs inside it, by equation number; the interpreter follows it.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Literal
 
-from kfac_jax_lite.types import Jaxpr, JaxprEqn, Shape
+from kfac_jax_lite.types import Array, Jaxpr, JaxprEqn, Shape
 from kfac_jax_lite.views import View
 
 Steps = tuple[tuple[str, Any], ...]
@@ -30,9 +32,10 @@ class Scale:
     """A variable that multiplies the weight of a dense or convolutional layer.
 
     Attributes:
-        side: ``"all"`` (a scalar), ``"in"`` or ``"out"``: the axes along which it
-            varies.
-        steps: What brings it to ``[]``, ``[*blocks, in]`` or ``[*blocks, out]``.
+        side: ``"all"`` (a scalar), ``"in"``, ``"out"`` or ``"both"``: the axes along
+            which it varies.
+        steps: What brings it to ``[]``, ``[*blocks, in]``, ``[*blocks, out]`` or
+            ``[*blocks, in, out]``.
     """
 
     side: str
@@ -57,6 +60,20 @@ class DenseGeometry:
     scales: tuple[Scale, ...] = ()
     span: tuple[int, int] | None = None
     shared: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class RaggedGeometry(DenseGeometry):
+    """A ``ragged_dot``: each row meets the block of its own group.
+
+    Neither the input nor the output has an axis of blocks. The first axis of the rows
+    is sorted by group; how many there are of each is the last of the site's inputs.
+    """
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all groups."""
+        return math.prod(self.rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,10 +162,17 @@ class Site:
         positions: How many rows in a row are one example's; None: they are not side by
             side, or it cannot be told.
         marks: Numbers of the marked outputs that depend on it, where there are several.
+        unmarked: Whether no marked output depends on it, where they are sampled.
         slot: Under which name its statistics are added up: the layer's, or one of
             their own for the sites that other outputs depend on.
         spread: Over how many examples it is broadcast, in front of all other axes of
             input and output; 0: it has their axis.
+        places: Whether its rows are places that examples are sent to, some of them
+            empty.
+        devices: How many devices run it, each on rows of its own (``shard_map``).
+        copies: How many devices run it on the same rows, each with a part of the
+            cotangent (``shard_map`` that does not check what varies).
+        axes: Mesh axes along which its rows differ, where types say so.
     """
 
     kind: str
@@ -164,6 +188,7 @@ class Site:
     by_hand: bool = False
     positions: int | None = None
     marks: frozenset[int] = frozenset()
+    unmarked: bool = False
     slot: str = ""
     spread: int = 0
 
@@ -172,8 +197,13 @@ class Site:
         """Whether its input is complex: every row is two, real and imaginary part."""
         scales = getattr(self.geometry, "scales", ())
         inputs = [a for a, s in zip(self.inputs[1:], scales) if s.side != "out"]  # noqa: B905
-        dtypes = [a.aval.dtype for a in (*self.inputs[:1], *inputs)]
-        return any(jnp.issubdtype(d, jnp.complexfloating) for d in dtypes)
+        kinds = [getattr(a, "aval", None) for a in (*self.inputs[:1], *inputs)]
+        return any(jnp.issubdtype(k.dtype, jnp.complexfloating) for k in kinds if k)
+
+    places: bool = False
+    devices: int = 1
+    copies: int = 1
+    axes: frozenset[Any] = frozenset()
 
     @property
     def primary(self) -> View:
@@ -215,6 +245,35 @@ class Step(NamedTuple):
     axis: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Derived:
+    """What a function makes of variables of a jaxpr; no derivative goes through it."""
+
+    function: Callable[..., Array]
+    atoms: tuple[Any, ...]
+
+
+def seen_from(plan: "Plan", atom: Any) -> Any:
+    """An atom of the jaxpr of ``plan`` as other jaxprs read it."""
+    if isinstance(atom, Derived):
+        atoms = tuple(seen_from(plan, a) for a in atom.atoms)
+        return dataclasses.replace(atom, atoms=atoms)
+    return atom if isinstance(atom, Literal | Ref) else Ref(plan, atom)
+
+
+def moved(steps: Steps, value: Array) -> Array:
+    """A variable after the steps of a ``Factor`` or ``Scale``."""
+    for name, argument in steps:
+        if name == "broadcast":
+            value = jnp.broadcast_to(value, argument)
+        elif name == "reciprocal":
+            value = 1 / value
+        else:
+            move = lax.transpose if name == "transpose" else lax.reshape
+            value = move(value, argument)
+    return value
+
+
 @dataclasses.dataclass(eq=False)
 class Plan:
     """What to do at which equation of one jaxpr.
@@ -226,6 +285,7 @@ class Plan:
         unstacked: Equation number of a ``scan`` to the leaves it consumes by slices.
         exports: Whether a ``Ref`` from outside reads one of its variables.
         steps: Equation number to what becomes of copies there.
+        devices: Elementary indices that number the devices of a ``shard_map`` around.
     """
 
     sites: dict[int, list[Site]] = dataclasses.field(default_factory=dict)
@@ -234,6 +294,7 @@ class Plan:
     unstacked: dict[int, frozenset[int]] = dataclasses.field(default_factory=dict)
     exports: bool = False
     steps: dict[int, Step] = dataclasses.field(default_factory=dict)
+    devices: tuple[Any, ...] = ()
 
     @property
     def active(self) -> bool:
@@ -287,3 +348,17 @@ def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
 
     carried = kept(eqn.outvars, body.outvars)
     return kept(eqn.invars, body.invars) - carried, carried
+
+
+def manual_axes(eqn: JaxprEqn) -> frozenset[Any]:
+    """The mesh axes along which a ``shard_map`` runs a program of its own."""
+    names = ("newly_manual_axes", "manual_axes")
+    return frozenset(next(eqn.params[name] for name in names if name in eqn.params))
+
+
+def spec_axes(spec: Any) -> tuple[Any, ...]:
+    """The mesh axes that a partition specification names."""
+    found: list[Any] = []
+    for entry in spec:
+        found += entry if isinstance(entry, tuple) else [] if entry is None else [entry]
+    return tuple(found)

@@ -17,6 +17,8 @@ from kfac_jax_lite.likelihoods import LIKELIHOODS, PREFIX
 from kfac_jax_lite.tagging.layers import CALLS, CHECKPOINTS, inside, scan_counts
 from kfac_jax_lite.types import Jaxpr, JaxprEqn, Var
 
+# Programs that run once, with the results of the equation.
+ONCE = (*CALLS, *CHECKPOINTS, "shard_map")
 # Results of floating point whose derivative is zero everywhere.
 FLAT = ("stop_gradient", "sign", "floor", "ceil", "round", "nextafter", "clz")
 
@@ -86,14 +88,14 @@ class Liveness:
 
     def live(self, eqn: JaxprEqn, flags: Sequence[bool]) -> bool:
         """Whether an equation is live, given which of its results are."""
-        if eqn.primitive.name in CALLS + CHECKPOINTS:
+        if eqn.primitive.name in ONCE:
             return bool(self.part(inside(eqn).jaxpr, flags).equations) or any(flags)
         return any(flags) and eqn.primitive.name not in FLAT
 
     def operands(self, eqn: JaxprEqn, flags: Sequence[bool]) -> list[bool]:
         """Which operands of a live equation a derivative reaches."""
         name = eqn.primitive.name
-        if name in CALLS + CHECKPOINTS:
+        if name in ONCE:
             return self.inputs(inside(eqn).jaxpr, flags)
         if name == "scan":
             return self.inputs(inside(eqn).jaxpr, self.results_inside(eqn, flags))

@@ -1,8 +1,9 @@
-"""Embeddings: rows of a table looked up by ``gather``, or picked by one-hot vectors."""
+"""Parameters read by number: rows of a table, and slices whose place is known."""
 
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from jax.lax import GatherScatterMode
 
 from kfac_jax_lite.tagging.analysis import (
@@ -17,8 +18,58 @@ from kfac_jax_lite.tagging.analysis import (
 )
 from kfac_jax_lite.tagging.layers import EmbeddingGeometry, Site
 from kfac_jax_lite.tagging.matchers import scales_of, weight_of
+from kfac_jax_lite.tagging.numbers import sliced, values
 from kfac_jax_lite.types import JaxprEqn
 from kfac_jax_lite.views import View
+
+
+@rule("dynamic_slice")
+def dynamic_slice(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
+    """A slice whose start is known in every turn of the loops around it is a view."""
+    if not isinstance(facts[0], View):
+        return None
+    starts = [values(scope, atom) for atom in eqn.invars[1:]]
+    known = [start for start in starts if start is not None]
+    if len(known) < len(starts):
+        scope.mark_used(facts[:1], "dynamic_slice where the data says")
+        return [None]
+    view = sliced(scope, facts[0], known, tuple(map(int, eqn.params["slice_sizes"])))
+    return None if view is None else [view]
+
+
+def matrices_by_number(scope: Scope, eqn: JaxprEqn, fact: Fact) -> View | None:
+    """The view of matrices that a gather picks by numbers known in advance.
+
+    One in every turn of a loop, or some in a row; vectors are rows of a table.
+
+    Args:
+        scope: Where they are read.
+        eqn: The gather.
+        fact: That of its operand.
+
+    Returns:
+        The view; None where it is a lookup.
+    """
+    dims, sizes = eqn.params["dimension_numbers"], tuple(eqn.params["slice_sizes"])
+    parts, out = shape_of(eqn.invars[1])[:-1], shape_of(eqn.outvars[0])
+    matrices = sum(size > 1 for size in sizes) > 1
+    if not isinstance(fact, View) or dims.operand_batching_dims or not matrices:
+        return None
+    numbers = values(scope, eqn.invars[1]) if len(parts) < 2 else None
+    if numbers is None:
+        return None
+    zeros = np.zeros(scope.loops + parts, int)
+    named = dict(zip(dims.start_index_map, np.moveaxis(numbers, -1, 0), strict=True))
+    starts = [named.get(axis, zeros) for axis in range(len(sizes))]
+    if any(x.min() < 0 or x.max() >= fact.shape[i] for i, x in enumerate(starts)):
+        return None
+    view = sliced(scope, fact, starts, sizes)
+    gone = dims.collapsed_slice_dims
+    kept = tuple(size for axis, size in enumerate(sizes) if axis not in gone)
+    view = view and view.reshape(parts + kept)
+    places = [i for i in range(len(out)) if i not in dims.offset_dims]
+    order = [*places, *dims.offset_dims]
+    return view and view.transpose(tuple(map(order.index, range(len(out)))))
 
 
 @rule("gather")
@@ -26,6 +77,9 @@ def gather(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     """Whole rows of a parameter, selected by indices."""
     if not isinstance(facts[0], View | Scaled):
         return None
+    numbered = matrices_by_number(scope, eqn, facts[0])
+    if numbered is not None:
+        return [numbered]
     view, factors = weight_of(facts[0])
     dims, sizes = eqn.params["dimension_numbers"], tuple(eqn.params["slice_sizes"])
     batch = tuple(dims.operand_batching_dims)
@@ -39,9 +93,9 @@ def gather(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     n_out = math.prod(view.shape[i] for i in rest)
     weight = view.transpose(batch + tokens + rest).reshape(blocks + (n_in, n_out))
     weight = weight and weight.settle()
-    scales = scales_of(factors, (), (), (), ()) if constant(factors) else None
-    if weight is None or scales is None:
+    if weight is None or not constant(factors):
         return None
+    scales = scales_of(factors, (), (), (), ())
     # Indices are [..., coordinates]; their other axes are axes of the result.
     index_shape, out_shape = shape_of(eqn.invars[1]), shape_of(eqn.outvars[0])
     offsets = tuple(dims.offset_dims)

@@ -1,5 +1,8 @@
 """Rules for primitives that hold other programs: calls, loops, branches."""
 
+import functools
+import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,19 +15,27 @@ from kfac_jax_lite.tagging.analysis import (
     Scaled,
     Scope,
     Walk,
+    leaves_of,
     rule,
 )
+from kfac_jax_lite.tagging.elementwise import function
+from kfac_jax_lite.tagging.follow import ELEMENTWISE
 from kfac_jax_lite.tagging.layers import (
     CALLS,
     CHECKPOINTS,
     CUSTOM_RULES,
+    Derived,
     Plan,
     Ref,
+    Site,
     inside,
+    manual_axes,
     scan_counts,
+    spec_axes,
 )
 from kfac_jax_lite.tagging.liveness import Live, Liveness
 from kfac_jax_lite.tagging.structure import keep
+from kfac_jax_lite.tree import varying_of_type
 from kfac_jax_lite.types import Jaxpr, JaxprEqn, Var
 from kfac_jax_lite.views import View
 
@@ -34,8 +45,9 @@ BY_HAND = "kfac_jax_lite_layer"
 
 @rule("stop_gradient", always=True)
 def stop_gradient(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
-    """What is behind ``stop_gradient`` is data."""
-    scope.deps[eqn.outvars[0]] = scope.walk.data_bit
+    """What is behind ``stop_gradient`` is data; no derivative goes through it."""
+    scope.walk.touched.update(leaves_of(facts[0]))
+    scope.deps[eqn.outvars[0]] &= scope.walk.data_bit
     return [None]
 
 
@@ -52,7 +64,9 @@ def inner(
 
     outs = results(scope.live, walk.liveness)
     marked = {k: results(scope.reaching[k], own) for k, own in walk.of_marks.items()}
-    return Scope(walk, plan, jaxpr, outs, marked).run(facts, deps)
+    called = Scope(walk, plan, jaxpr, outs, marked)
+    called.caller = scope, index
+    return called.run(facts, deps)
 
 
 def enterable(scope: Scope, atoms: Sequence[Any], facts: list[Fact]) -> list[Fact]:
@@ -117,15 +131,28 @@ def custom_rule(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
         The facts of the results.
     """
     facts = enterable(scope, eqn.invars, facts)
-    if not any(isinstance(f, View) for f in facts):
+    if not any(isinstance(f, View | Scaled) for f in facts):
         return [None] * len(eqn.outvars)
-    output = None
-    if len(eqn.outvars) == 1:
-        output = stand_in(scope, index, eqn.invars, facts, inside(eqn).jaxpr)
+    output: Any = None
+    jaxpr = inside(eqn).jaxpr
+    if len(eqn.outvars) == 1 and by_entries(jaxpr):
+        output = (function(scope, index, eqn, facts) or [None])[0]
+    elif len(eqn.outvars) == 1:
+        output = stand_in(scope, index, eqn.invars, facts, jaxpr)
     if output is None:
         kind = eqn.primitive.name.removesuffix("_call").removesuffix("_call_jaxpr")
         scope.mark_used(facts, f"{kind}, a function with a gradient of your own")
     return [output] + [None] * (len(eqn.outvars) - 1)
+
+
+def by_entries(jaxpr: Jaxpr) -> bool:
+    """Whether a program computes every entry of its results from those in its place."""
+    inner = [inside(eqn).jaxpr for eqn in jaxpr.eqns]
+    plain = ELEMENTWISE.split()
+    return all(
+        by_entries(own) if own is not None else eqn.primitive.name in plain
+        for eqn, own in zip(jaxpr.eqns, inner, strict=True)
+    )
 
 
 def stand_in(
@@ -215,6 +242,85 @@ def cond(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
         inner(scope, index, branch.jaxpr, facts, deps)
     walk.branch = outer
     return [None] * len(eqn.outvars)
+
+
+@rule("shard_map", always=True)
+def shard_map(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
+    """A program that every device runs on its own part of the data.
+
+    Parameters must enter whole. The cotangents of what enters whole are summed over the
+    devices, those of probes too: statistics of one device are parts of a sum.
+
+    Returns:
+        The facts of the results: none.
+    """
+    p, walk = eqn.params, scope.walk
+    sizes = {axis: p["mesh"].shape[axis] for axis in manual_axes(eqn)}
+    bits = {axis: walk.mesh_bit(axis) for axis in sizes}
+    entering: list[Fact] = []
+    deps = []
+    for atom, fact, spec in zip(eqn.invars, facts, p["in_specs"], strict=True):
+        along = spec_axes(spec)
+        if isinstance(fact, Scaled | Beside) or (along and leaves_of(fact)):
+            what = "sharded" if along else "computed"
+            scope.mark_used([fact], f"shard_map over a {what} parameter")
+            fact = None
+        entering.append(fact if isinstance(fact, View) else None)
+        varying = [bits[axis] for axis in along if axis in bits]
+        deps.append(functools.reduce(operator.or_, varying, scope.dependencies([atom])))
+    sites, marks = len(walk.sites), len(walk.marks)
+    _, out = inner(scope, index, inside(eqn).jaxpr, entering, deps)
+    for site in walk.sites[sites:]:
+        place_on_mesh(walk, site, sizes, p["check_vma"])
+    devices = math.prod(
+        sizes[a] for a in {a for s in p["in_specs"] for a in spec_axes(s)}
+    )
+    for number in range(marks, len(walk.marks)):
+        mark = walk.marks[number]
+        walk.marks[number] = mark._replace(loops=(*mark.loops, devices))
+        walk.nested_marks = True
+    outside = functools.reduce(operator.or_, bits.values(), 0)
+    for var, found in zip(eqn.outvars, out, strict=True):
+        scope.deps[var] = found & ~outside
+    return [None] * len(eqn.outvars)
+
+
+def place_on_mesh(walk: Walk, site: Site, sizes: dict[Any, int], checked: bool) -> None:
+    """Notes along which mesh axes a site's rows differ; it is run by all devices."""
+    plan, index = site.place  # type: ignore[misc]
+    scope = walk.scopes[plan]
+    out = scope.jaxpr.eqns[index].outvars[site.output]
+    atoms = [out, *(a for a in site.inputs if not isinstance(a, Literal | Derived))]
+    if checked:
+        types = [varying_of_type(atom.aval) for atom in atoms]
+        axes = frozenset().union(*types) & sizes.keys()
+        site.axes = site.axes | axes
+    else:
+        bits = scope.dependencies(atoms)
+        axes = {axis for axis in sizes if bits & walk.mesh_bit(axis)}
+        site.copies *= math.prod(sizes[axis] for axis in sizes if axis not in axes)
+    site.devices *= math.prod(sizes[axis] for axis in axes)
+
+
+@rule("psum", "psum2", "psum_invariant", "pmax", "pmin", "all_gather_invariant",
+      always=True)  # fmt: skip
+def over_devices(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
+    """What is summed over devices is the same on all of them."""
+    del index
+    named = eqn.params.get("axes") or eqn.params.get("axis_name") or ()
+    for axis in named if isinstance(named, tuple) else (named,):
+        for var in eqn.outvars:
+            scope.deps[var] &= ~scope.walk.mesh_bits.get(axis, 0)
+    return None if any(facts) else [None] * len(eqn.outvars)
+
+
+@rule("axis_index", always=True)
+def axis_index(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
+    """The number of a device differs from device to device."""
+    del index, facts
+    bit = scope.walk.mesh_bits.get(eqn.params["axis_name"], 0)
+    scope.deps[eqn.outvars[0]] |= bit
+    return [None]
 
 
 @rule("while", always=True)

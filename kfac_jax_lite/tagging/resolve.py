@@ -99,29 +99,36 @@ def batched_sites(walk: Walk, facts: Facts) -> list[Site]:
     """The sites, without those that apply a weight outside the batch.
 
     A weight may meet single vectors beside its layer, such as the singular vectors of
-    spectral normalisation: fewer rows than the batch has examples.
+    spectral normalisation: fewer rows than the batch has examples. And of a sampled
+    Fisher, what no marked output depends on has no rows.
 
     Returns:
         The sites that count.
     """
 
     def whole(site: Site) -> bool:
-        n = facts.examples(site)
+        n, rows = facts.examples(site), math.prod(site.geometry.rows)
         sizes = [size for size in facts.batch_sizes if size > 1 and n % size == 0]
-        return math.prod(site.geometry.rows) * site.repeat >= min((n, *sizes))
+        return rows * site.repeat * site.devices >= min((n, *sizes))
+
+    def counts(site: Site) -> bool:
+        return whole(site) and (not site.unmarked or site.kind == "scale_shift")
 
     seen: set[tuple[str, View]] = set()
-    for site in filter(whole, walk.sites):
+    for site in filter(counts, walk.sites):
         seen.add((site.kind, site.primary))
         if "weight" in site.views:  # in either direction
             seen.add((site.kind, swapped(site.primary)))
     kept = []
     for site in walk.sites:
-        if whole(site) or (site.kind, site.primary) not in seen:
+        if counts(site) or (site.kind, site.primary) not in seen:
             kept.append(site)
-        else:
-            for view in site.views.values():
-                walk.uses[view.leaf].append("products outside the batch")
+            continue
+        outside = "what no marked output depends on"
+        if not whole(site):
+            outside = "products outside the batch"
+        for view in site.views.values():
+            walk.uses[view.leaf].append(outside)
     return kept
 
 

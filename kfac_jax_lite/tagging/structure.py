@@ -4,8 +4,6 @@ import dataclasses
 import math
 from typing import Any
 
-from jax.extend.core import Literal
-
 from kfac_jax_lite.likelihoods import BESIDE, PREFIX
 from kfac_jax_lite.tagging.analysis import (
     Beside,
@@ -28,6 +26,7 @@ from kfac_jax_lite.views import Shape, View, remap_unit_axes
     "convert_element_type",
     "copy",
     "copy_p",
+    "device_put",
     "optimization_barrier",
     "sharding_constraint",
     "reshard",
@@ -133,11 +132,15 @@ def move_scaled(fact: Scaled, step: tuple[str, Any]) -> Scaled | None:
     """
     view = move_view(fact.view, step)
     source = axis_sources(fact.view.shape, step)
-    if view is None or source is None:
+    entire = all(f.shape in ((), fact.view.shape) for f in fact.factors)
+    if view is None or (source is None and not entire):
         return None
     factors = []
     for factor in fact.factors:
-        if factor.shape:
+        if factor.shape and source is None:
+            shape = step[1]
+            factor = Factor(factor.atom, shape, (*factor.steps, ("reshape", shape)))
+        elif factor.shape:
             shape = tuple(1 if i is None else factor.shape[i] for i in source)
             steps = (step,) if step[0] == "transpose" else (("reshape", shape),)
             factor = Factor(factor.atom, shape, factor.steps + steps)
@@ -220,21 +223,6 @@ def slice_rule(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
         return [None]
     p = eqn.params
     view = facts[0].slice(p["start_indices"], p["limit_indices"], p["strides"])
-    return None if view is None else [view]
-
-
-@rule("dynamic_slice")
-def dynamic_slice_rule(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
-    """A slice whose start is written in the program is a static slice."""
-    starts = eqn.invars[1:]
-    known = [int(a.val) for a in starts if isinstance(a, Literal)]
-    if not isinstance(facts[0], View) or len(known) < len(starts):
-        return None
-    sizes = tuple(eqn.params["slice_sizes"])
-    limits = [d - s for d, s in zip(facts[0].shape, sizes, strict=True)]
-    start = tuple(min(max(a, 0), m) for a, m in zip(known, limits, strict=True))
-    limit = tuple(a + s for a, s in zip(start, sizes, strict=True))
-    view = facts[0].slice(start, limit, None)
     return None if view is None else [view]
 
 

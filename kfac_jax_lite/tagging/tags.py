@@ -11,9 +11,12 @@ from kfac_jax_lite import forms
 from kfac_jax_lite.tagging.analysis import Walk
 from kfac_jax_lite.tagging.examples import terms_of
 from kfac_jax_lite.tagging.layers import ScaleShiftGeometry, Site
-from kfac_jax_lite.types import LayerTag
+from kfac_jax_lite.types import UNREACHED, LayerTag
 from kfac_jax_lite.views import Shape, View
 
+REPARAMETRISED = (
+    "used as a function of its entries: the derivative enters by row and by column"
+)
 ROLES = ("weight", "bias", "scale", "shift")
 
 
@@ -75,6 +78,9 @@ def layer_tag(group: Group, name: str, facts: Facts, walk: Walk) -> LayerTag:
                 form = form.replace("_", "-")
                 notes.append(f"factor {side} is {form} ({size:,} > {limit:,})")
     elements = sum(math.prod(v.stack + v.core) for v in views)
+    scales = [s for site in group.sites for s in getattr(site.geometry, "scales", ())]
+    if any(scale.side == "both" for scale in scales):
+        notes.append(REPARAMETRISED)
     if group.tied:
         notes.append("also used in the opposite direction")
     if views[0].leaf not in walk.uses and once_for_all(group, facts):
@@ -99,12 +105,20 @@ def layer_tag(group: Group, name: str, facts: Facts, walk: Walk) -> LayerTag:
 
 
 def once_for_all(group: Group, facts: Facts) -> bool:
-    """Whether a lookup or product has no rows of its own for every example."""
-    return group.kind != "scale_shift" and any(
-        math.prod(s.geometry.rows) * s.repeat < facts.examples(s)
-        and not set(s.geometry.rows) & set(facts.batch_sizes)
-        for s in group.sites
-    )
+    """Whether a lookup or product has no rows of its own for every example.
+
+    The rows of all members of an ensemble, or of all experts, count together.
+
+    Returns:
+        Whether it has none.
+    """
+
+    def few(site: Site) -> bool:
+        shape = site.geometry.blocks + site.geometry.rows
+        rows = math.prod(shape) * site.repeat * site.devices
+        return rows < facts.examples(site) and not set(shape) & set(facts.batch_sizes)
+
+    return group.kind != "scale_shift" and any(map(few, group.sites))
 
 
 def with_unused(tags: list[LayerTag], facts: Facts) -> list[LayerTag]:
@@ -149,7 +163,7 @@ def diagonal_tag(
 def fallback_reason(walk: Walk, leaf: int, reasons: dict[int, str]) -> str:
     """Why a leaf is in no layer, in words."""
     if not walk.reached >> leaf & 1:
-        return "does not reach the loss"
+        return UNREACHED
     if leaf in reasons:
         return reasons[leaf]
     uses = sorted(set(walk.uses.get(leaf, [])))

@@ -143,7 +143,7 @@ def trace(
         check_while(loss_fn, params, args, has_aux, flat, walk.while_leaves)
     n, terms = count_examples(walk, args, options.num_examples)
     check_marks(walk, options.sampled)
-    find_marks(walk)
+    find_marks(walk, options.sampled)
     followed = place_examples(walk, plan, closed.jaxpr, len(flat), n, terms)
     spread_sites(walk, *followed)
     check_masks(walk)
@@ -287,20 +287,27 @@ def count_examples(
     return n, marked
 
 
-def find_marks(walk: Walk) -> None:
-    """Sets which marked outputs depend on every site, where there are several."""
+def find_marks(walk: Walk, sampled: bool) -> None:
+    """Sets which marked outputs depend on every site, where it matters.
+
+    Args:
+        walk: What the walk over the loss has found.
+        sampled: Whether statistics are made of cotangents of the marked outputs alone.
+    """
     numbers = [mark for mark in walk.marks if mark.name not in BESIDE]
-    if walk.nested_marks or len(numbers) < 2:
+    if walk.nested_marks or not numbers or not walk.of_marks:
         return
     for site in walk.sites:
         plan, index = site.place  # type: ignore[misc]
         scope = walk.scopes[plan]
         var = scope.jaxpr.eqns[index].outvars[site.output]
-        site.marks = frozenset(
+        found = frozenset(
             k
             for k, mark in enumerate(numbers)
             if var in scope.reaching[id(mark.eqn)].variables
         )
+        site.unmarked = sampled and not found
+        site.marks = found if len(numbers) > 1 else frozenset()
 
 
 def leading_axes(args: tuple[Any, ...]) -> dict[int, str]:
@@ -346,6 +353,6 @@ def check_marks(walk: Walk, sampled: bool) -> None:
         )
     if walk.nested_marks:
         raise ValueError(
-            "an output marked inside scan or cond cannot be sampled; mark what "
-            "leaves it."
+            "an output marked inside scan, cond or shard_map cannot be sampled; mark "
+            "what leaves it."
         )

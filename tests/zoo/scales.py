@@ -168,6 +168,15 @@ class SpectralNorm(Part):
         return r.hook(name, x, x @ w + b)
 
 
+@dataclasses.dataclass(frozen=True)
+class Exponential(Bare):
+    """A scalar under an exponential: its derivative is the result."""
+
+    def reference(self, r, name, use, x):
+        z = use(r.leaves[name], x)
+        return r.hook(name, z, z)
+
+
 def normalised(parts, x):
     """The layer and a head."""
     return parts["head"](jnp.tanh(parts["layer"](x)))
@@ -211,7 +220,8 @@ def weight_norms():
 
 def nets():
     """Every network of this family."""
-    scalar, logged = Bare((), oracle.ScaleShift(shift=False, axes=0)), Bare(())
+    scale = oracle.ScaleShift(shift=False, axes=0)
+    scalar, logged = Bare((), scale), Exponential((), scale)
     return [
         *weight_norms(),
         *[
@@ -224,7 +234,6 @@ def nets():
             "temperature", {"temperature": scalar, **head(4)}, linear_temperature
         ),
         *everywhere(
-            "log_temperature", {"temperature": logged, **head(4)}, log_temperature,
-            diagonal=("temperature",),
+            "log_temperature", {"temperature": logged, **head(4)}, log_temperature
         ),
     ]  # fmt: skip
