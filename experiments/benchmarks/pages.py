@@ -1,9 +1,9 @@
 """The problems of the documentation's pages: K-FAC beside Adam.
 
-A page's code defines the problem: ``make_params``, ``tagged``, ``next_batch``, ``score`` and
-the first batch. Each optimiser is trained at every setting of its grid with one seed; the
-setting with the lowest final score is trained with the other seeds. A final score is the
-mean over the last tenth of the steps.
+A page's code defines the problem: ``make_params``, ``tagged``, ``next_batch``,
+``score`` and the first batch. Each optimiser is trained at every setting of its grid
+with one seed; the setting with the lowest final score is trained with the other seeds.
+A final score is the mean over the last tenth of the steps.
 
 ``python -m experiments.benchmarks.pages [page ...]`` writes ``results/pages.json``.
 """
@@ -133,8 +133,8 @@ def first(scores, goal):
 def table(record):
     """The record as Markdown."""
     lines = [
-        f"| {record['steps']} steps | learning rate | damping | {record['measure']}, last "
-        "tenth | steps to Adam's |",
+        f"| {record['steps']} steps | learning rate | damping | {record['measure']} | "
+        "steps to Adam's |",
         "|---|---|---|---|---|",
     ]
     for name, own in record["optimisers"].items():
