@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from tests.fuzz.runs import Run
+
 
 def apply_all(steps, run, h):
     """One after the other."""
@@ -152,14 +154,115 @@ class Branches:
             a, b = (body(h) for body in bodies)
             return jnp.where(h > 0, a, b)
         if run.recording:
-            number, results = run.number_of_cond(), []
+            results = []
             for k, body in enumerate(bodies):
-                with run.inside(number, k, which == k):
+                with run.inside(which == k):
                     results.append(body(h))
             return jnp.where(which == 0, *results)
         if self.form == "switch":
             return lax.switch(which, bodies, h)
         return lax.cond(which == 1, bodies[1], bodies[0], h)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounded:
+    """At most ``length`` turns, of which as many are taken as the data say."""
+
+    steps: tuple
+    length: int
+    stacked: bool
+
+    def shapes(self):
+        return Loop("scan", self.steps, self.length, self.stacked).shapes()
+
+    def apply(self, run, h):
+        names = tuple(self.shapes())
+        params = {k: run.params[k] for k in names}
+        index = {k: run.index[k] for k in names if run.recording}
+        limit = jnp.where(h.ravel()[0] > 0.1, self.length - 1, 1)
+
+        def body(h, params, index=None):
+            return apply_all(self.steps, run.under(params, index or {}), h)
+
+        if run.recording:
+            for k in range(self.length):
+                own = params, index
+                if self.stacked:
+                    own = tuple({n: v[k] for n, v in d.items()} for d in own)
+                with run.inside(k < limit):
+                    h = jnp.where(k < limit, body(h, *own), h)
+            return h
+
+        def turn(h, sliced):
+            k, own = sliced
+            own = own if self.stacked else params
+            return lax.cond(k < limit, lambda h: body(h, own), lambda h: h, h), None
+
+        xs = jnp.arange(self.length), params if self.stacked else None
+        return lax.scan(turn, h, xs)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dead:
+    """Steps whose result nothing reads that has a derivative: no uses at all."""
+
+    form: str  # "unread" | "stopped" | "compared" | "carried"
+    steps: tuple
+
+    def shapes(self):
+        return shapes_of(self.steps)
+
+    def apply(self, run, h):
+        params = {k: run.params[k] for k in self.shapes()}
+        blind = Run(run.params, run.index, run.batch)
+
+        def body(h):
+            return apply_all(self.steps, blind.under(params, {}), h)
+
+        if self.form == "stopped":
+            return h + 0.1 * lax.stop_gradient(body(h))
+        if self.form == "compared":
+            return h * jnp.where(body(h) > 0, 1.0, 0.7)
+        if self.form == "unread":
+            body(h)
+            return h
+
+        def turn(carried, _):
+            return (jnp.tanh(carried[0]), body(carried[1])), None
+
+        return lax.scan(turn, (h, h), length=2)[0][0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Once:
+    """Steps on a vector that is the same for all examples; they meet the result.
+
+    A ``Recorder`` makes them for every example.
+    """
+
+    form: str  # "add" | "multiply" | "late"
+    steps: tuple
+    width: int
+
+    def shapes(self):
+        return shapes_of(self.steps)
+
+    def apply(self, run, h):
+        params = {k: run.params[k] for k in self.shapes()}
+        inner = run.under(params, {})
+        v = jnp.linspace(0.5, -0.8, self.width).astype(h.dtype)
+        if run.recording:
+            with run.once():
+                rows = jnp.broadcast_to(v, (run.batch, self.width))
+                u = apply_all(self.steps, inner, rows)
+            u = u.reshape(run.batch, *(1,) * (h.ndim - 2), -1)
+        else:
+            u = apply_all(self.steps, inner, v)
+        if self.form == "multiply":
+            return h * u
+        if self.form == "late":
+            return jnp.tanh(h + jnp.sin(u)) * u
+        return h + u
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,19 @@
 """Programs that every run of the suite checks: much in few compilations."""
 
-from tests.fuzz.blocks import Branches, Context, Inside, Loop, Members, Unrolled
+from tests.fuzz.blocks import (
+    Bounded,
+    Branches,
+    Context,
+    Dead,
+    Inside,
+    Loop,
+    Members,
+    Once,
+    Unrolled,
+)
 from tests.fuzz.layers import Conv, Embed, Experts, Heads
 from tests.fuzz.program import Head, Program
-from tests.fuzz.steps import Dense, Function, Mix, Scale
+from tests.fuzz.steps import Complex, Dense, Function, Mix, Scale
 from tests.fuzz.weights import Weight
 
 TANH = Function("tanh")
@@ -91,6 +101,32 @@ TIED_TABLE = Program(
     (Head(Dense(Weight("t0", 4, 5, "plain", "none", True)), "categorical", "masked"),),
 )  # fmt: skip
 
+# What no derivative passes through, what is made once, and turns that are not taken.
+DEAD = Program(
+    4, (3,), 0,
+    (Dead("carried", (dense("w1", 3, 3), TANH)), dense("w1", 3, 3), TANH,
+     Dead("stopped", (dense("w2", 3, 3),)),
+     Once("late", (dense("w3", 2, 3), TANH, dense("w4", 3, 3, bias="none")), 2),
+     Inside("examples", (Once("multiply", (dense("w4", 3, 3, bias="none"),), 3),)),
+     Dead("unread", (dense("w4", 3, 3, bias="none"),))),
+    (Head(dense("w0", 3, 2), "bernoulli"),),
+)  # fmt: skip
+BOUNDED = Program(
+    3, (2, 3), 0,
+    (Bounded((dense("w1", 3, 3), TANH, Scale("n1", (3,))), 3, False),
+     Bounded((dense("w2", 3, 3, bias="none"), TANH), 3, True),
+     Complex(dense("w3", 3, 3, bias="none"), "turned")),
+    (Head(dense("w0", 3, 2), "categorical"),),
+    seed=1,
+)  # fmt: skip
+TERMS = Program(
+    4, (3, 3), 0,
+    (dense("w1", 3, 4), TANH, Scale("n1", (4,)),
+     Inside("residual", (dense("w2", 4, 4), TANH))),
+    (Head(dense("w0", 4, 3), "categorical", weight=0.5),
+     Head(dense("w2", 4, 4), "normal", weight=3.0, pool=True)),
+)  # fmt: skip
+
 SMALL = Program(
     3, (4,), 0,
     (dense("w1", 4, 4, arithmetic="half"), TANH,
@@ -105,6 +141,9 @@ CHOSEN = {
     "loops": (LOOPS, "exact"),
     "twice": (TWICE, "reduce"),
     "odd": (ODD, "squares"),
+    "dead": (DEAD, "exact"),
+    "bounded": (BOUNDED, "empirical"),
+    "terms": (TERMS, "exact"),
     "tied": (TIED, "reduced exact"),
     "tied table": (TIED_TABLE, "reduced exact"),
 }

@@ -4,7 +4,7 @@ A layer says which entries of the parameters it holds, as a matrix ``[in, out]``
 vector of biases), or as scales and shifts. Every use of those entries is looked up: a
 matrix must be a block of rows and columns of the matrix of each use that touches it,
 or of its transpose. Then ``A = 1/N sum a a^T`` and ``G = N^2/R sum c c^T`` over the
-rows of these uses, in float64 numpy.
+rows of these uses that are executed, in float64 numpy.
 """
 
 import numpy as np
@@ -30,7 +30,8 @@ class Site:
 
     def __init__(self, recording, number, fisher, rows=None, columns=None):
         use, (x, taken) = recording.uses[number], recording.inputs[number]
-        self.use, self.taken = use, bool(taken)
+        self.use, self.taken, self.fisher = use, bool(taken), fisher
+        self.heads = recording.reach[use.site] if recording.reach else ()
         cs = recording.cotangents[fisher][use.site]
         x = use.rows_of(x)
         c = np.stack([use.cut(c, recording.inputs[number][0]) for c in cs])
@@ -102,24 +103,6 @@ def with_bias(sites, biases):
     return sites
 
 
-def count_rows(sites, rows_of):
-    """Rows over all sites; of a conditional, those of the branch with the most."""
-
-    def total(sites, depth):
-        here = sum(rows_of(s) for s in sites if len(s.use.branch) == depth)
-        deeper = [s for s in sites if len(s.use.branch) > depth]
-        for number in {s.use.branch[depth][0] for s in deeper}:
-            own = [s for s in deeper if s.use.branch[depth][0] == number]
-            kinds = {s.use.branch[depth][1] for s in own}
-            here += max(
-                total([s for s in own if s.use.branch[depth][1] == k], depth + 1)
-                for k in kinds
-            )
-        return here
-
-    return total(sites, 0)
-
-
 def positions(rows, terms):
     """How many rows are one term's; None where they are not those of whole terms."""
     leading = [int(np.prod(rows[: k + 1])) for k in range(len(rows))]
@@ -130,26 +113,26 @@ def one_per_term(sites, terms, together):
     """``reduce``: the mean input and the summed cotangent of a term's rows.
 
     Over all sites ``together`` where each has rows that belong to the terms, else site
-    by site where they do. A conditional's sites count where they run.
+    by site where they do. Sites count where they run.
     """
     every = [positions(s.use.rows, terms) for s in sites]
     if together and all(every):
         width, out = sites[0].x.shape[1], sites[0].c.shape[-1]
         x, c = np.zeros((terms, width)), np.zeros((len(sites[0].c), terms, out))
+        rows = 0
         for site in sites:
             if site.taken:
                 x += site.x.reshape(terms, -1, width).sum(1)
                 c += site.c.reshape(len(c), terms, -1, out).sum(2)
-        rows = count_rows(sites, lambda s: len(s.x))
-        return [(x * terms / rows, c)], terms
+                rows += len(site.x)
+        return [(x * terms / max(rows, 1), c)], terms
     pairs = []
     for site, k in zip(sites, every, strict=True):
         k = k or 1
         x = site.x.reshape(-1, k, site.x.shape[1]).mean(1)
         c = site.c.reshape(len(site.c), -1, k, site.c.shape[-1]).sum(2)
         pairs += [(x, c)] * site.taken
-    rows = count_rows(sites, lambda s: len(s.x) // (positions(s.use.rows, terms) or 1))
-    return pairs, rows
+    return pairs, max(sum(len(x) for x, _ in pairs), 1)
 
 
 def live_per_term(sites, terms, count):
@@ -193,11 +176,52 @@ def factors(sites, terms, sharing, tied, mask):
         pairs, rows = one_per_term(sites, terms, several and not tied)
     else:
         pairs = [(s.x, s.c) for s in sites if s.taken]
-        rows = count_rows(sites, lambda s: len(s.x))
+        rows = max(sum(len(x) for x, _ in pairs), 1)
     a = sum(x.T @ x for x, _ in pairs) / terms
     g = sum(np.einsum("kri,krj->ij", c, c) for _, c in pairs) * terms**2 / rows
     n_in, n_out = sites[0].x.shape[1], sites[0].c.shape[-1]
     return np.zeros((n_in, n_in)) + a, np.zeros((n_out, n_out)) + g
+
+
+def row_weight(site, program):
+    """``ω`` of a row: the mean weight of the heads that see it over its terms."""
+    weights = program.head_terms[1]
+    mean = np.mean([weights[k] for k in site.heads])
+    return mean / terms_of(site, program)
+
+
+def product_weight(site, program):
+    """What products of a row's cotangents are multiplied with.
+
+    Columns of the Hessian's root hold ``√(ω / N_1)``; of the loss's gradient, what one
+    head asks holds ``ω``.
+    """
+    sizes, weights = program.head_terms
+    if site.fisher == "exact":
+        return program.terms
+    if len(site.heads) == 1:
+        return sizes[site.heads[0]] / weights[site.heads[0]]
+    return terms_of(site, program)
+
+
+def terms_of(site, program):
+    """``N`` of the heads that see a row; of the first where they differ."""
+    own = {program.head_terms[0][k] for k in site.heads}
+    return own.pop() if len(own) == 1 else program.terms
+
+
+def weighted_factors(sites, program):
+    """``A = Σ ω a aᵀ`` and ``G = Σ ω c̃ c̃ᵀ / Σ ω`` of a loss of several terms."""
+    n_in, n_out = sites[0].x.shape[1], sites[0].c.shape[-1]
+    a, g, total = np.zeros((n_in, n_in)), np.zeros((n_out, n_out)), 0.0
+    for site in sites:
+        if site.taken:
+            omega = row_weight(site, program)
+            a += omega * site.x.T @ site.x
+            own = np.einsum("kri,krj->ij", site.c, site.c)
+            g += product_weight(site, program) * own
+            total += omega * len(site.x)
+    return a, g / (total or 1)
 
 
 def squares(forward, reverse, terms, mask):
@@ -236,10 +260,13 @@ def unit_blocks(recording, entries, program, fisher):
             if entry in place:
                 n = at[0] * index.shape[1] + at[1] if by_term else at[0]
                 s[:, n, place[entry]] += values[(slice(None), *at)]
-        found.append((by_term, s))
-    if len({by_term for by_term, _ in found}) == 1:
-        found = [(None, sum(s for _, s in found))]
-    shaped = [s.reshape(-1, *entries.shape) for _, s in found]
+        factor = product_weight(site, program) if program.weighted else 1
+        found.append(((by_term, site.heads), s * factor**0.5))
+    # What the same heads see is added up first, unless an example is something else.
+    if len({by_term for (by_term, _), _ in found}) > 1:
+        found = [(number, s) for number, (_, s) in enumerate(found)]
+    groups = {group: sum(s for own, s in found if own == group) for group, _ in found}
+    shaped = [s.reshape(-1, *entries.shape) for s in groups.values()]
     return sum(np.einsum("nuk,nul->ukl", s, s) for s in shaped)
 
 

@@ -20,12 +20,17 @@ class Head:
     """An output: a dense layer, a likelihood, which terms count.
 
     ``mark``: ``"marked"``, ``"masked"``, or ``"unmarked"`` (the number of terms is then
-    an argument of ``tag``).
+    an argument of ``tag``). ``weight``: what the loss multiplies its mean with, and
+    whether the mark is ``said`` so; ``pool``: of the mean over positions, a term for
+    each example.
     """
 
     dense: Dense
     likelihood: str
     mark: str = "marked"
+    weight: float | None = None
+    said: bool = True
+    pool: bool = False
 
 
 def shown(value, indent=0):
@@ -133,7 +138,7 @@ class Program:
             if head.likelihood == "categorical":
                 y = rng.integers(0, z.shape[-1], z.shape[:-1])
             targets.append(jnp.asarray(y))
-        mask = rng.random(zeros[0].shape[:-1]) < 0.7
+        mask = rng.random(zeros[0].shape[:-1]) < 0.7  # of a single head
         mask.flat[0] = True
         return jnp.asarray(x), tuple(targets), jnp.asarray(mask)
 
@@ -143,6 +148,20 @@ class Program:
         mask = self.arguments[-1]
         return mask.size
 
+    @functools.cached_property
+    def head_terms(self):
+        """Terms of every head, and their weights in the loss."""
+        targets = self.arguments[1]
+        sizes = []
+        for head, y in zip(self.heads, targets, strict=True):
+            sizes.append(y.size if head.likelihood == "categorical" else y[..., 0].size)
+        return sizes, [head.weight or 1.0 for head in self.heads]
+
+    @property
+    def weighted(self):
+        """Whether its heads have weights or numbers of terms of their own."""
+        return any(head.weight is not None for head in self.heads)
+
     @property
     def masked(self):
         return any(head.mark == "masked" for head in self.heads)
@@ -151,11 +170,14 @@ class Program:
         """What the heads compute, and the run."""
         run = run or Run(self.leaves(params), self.index, self.batch)
         h = apply_all(self.steps, run, x)
-        return [head.dense.apply(run, h) for head in self.heads]
+        pooled = h.reshape(h.shape[0], -1, h.shape[-1]).mean(1)
+        return [
+            head.dense.apply(run, pooled if head.pool else h) for head in self.heads
+        ]
 
     def term_losses(self, outputs, targets):
-        """Losses of the terms, all heads together."""
-        total = 0.0
+        """Losses of the terms, head by head."""
+        found = []
         for head, z, y in zip(self.heads, outputs, targets, strict=True):
             if head.likelihood == "categorical":
                 logp = jax.nn.log_softmax(z)
@@ -164,15 +186,16 @@ class Program:
                 each = (jax.nn.softplus(z) - y * z).sum(-1)
             else:
                 each = 0.5 * ((z - y) ** 2).sum(-1)
-            total = total + each
-        return total
+            found.append(each)
+        return found
 
     def data_loss(self, outputs, targets, mask):
-        """The mean of the terms that count."""
-        each = self.term_losses(outputs, targets)
+        """The mean of the terms that count, of every head times its weight."""
+        found = self.term_losses(outputs, targets)
         if self.masked:
-            return jnp.where(mask, each, 0).sum() / mask.sum()
-        return each.mean()
+            return jnp.where(mask, found[0], 0).sum() / mask.sum()
+        pairs = zip(self.head_terms[1], found, strict=True)
+        return sum(weight * each.mean() for weight, each in pairs)
 
     def loss(self, params, x, targets, mask, marks=True):
         """What the user writes."""
@@ -194,7 +217,8 @@ class Program:
         if head.mark == "unmarked":
             return z
         own = mask if head.mark == "masked" else None
-        return getattr(kfac, head.likelihood)(z, mask=own)
+        weight = head.weight if head.said else None
+        return getattr(kfac, head.likelihood)(z, mask=own, weight=weight)
 
     def tag(self, **options):
         """The tagged loss."""
@@ -211,11 +235,21 @@ class Recording:
         uses: Every place where entries of parameters meet data.
         inputs: For every use its ``x``, and whether its branch ran.
         cotangents: By fisher, for every site ``[columns, …]``.
+        reach: For every site, which heads depend on it.
     """
 
     uses: list
     inputs: list
     cotangents: dict
+    reach: list
+
+
+def only(outputs, number):
+    """Some cotangent of one of the outputs."""
+    return [
+        jnp.cos(jnp.arange(z.size)).reshape(z.shape) * (k == number)
+        for k, z in enumerate(outputs)
+    ]
 
 
 def record(program, params, exact):
@@ -240,25 +274,39 @@ def record(program, params, exact):
         at = jax.grad(lambda z: program.data_loss(z, targets, mask))(outputs)
         empirical = jax.tree.map(lambda c: c[None], pull(at)[0])
         pulls = jax.vmap(lambda c: pull(c)[0])
-        return found, empirical, pulls(roots(program, outputs)) if exact else None
+        reach = [
+            [jnp.any(c != 0) for c in pull(only(outputs, k))[0]]
+            for k in range(len(outputs) if program.weighted else 0)
+        ]
+        columns = pulls(roots(program, outputs)) if exact else None
+        return found, empirical, columns, reach
 
     def finish(found):
-        (inputs, taken), empirical, exact = jax.tree.map(np.asarray, found)
+        (inputs, taken), empirical, exact, reach = jax.tree.map(np.asarray, found)
         pairs = list(zip(inputs, taken, strict=True))
-        return Recording(kept["uses"], pairs, {"empirical": empirical, "exact": exact})
+        cotangents = {"empirical": empirical, "exact": exact}
+        heads = [tuple(np.flatnonzero(own)) for own in zip(*reach, strict=True)]
+        return Recording(kept["uses"], pairs, cotangents, heads)
 
     return arrays, finish
 
 
 def roots(program, outputs):
-    """Columns of a square root of the output's Hessian, over the number of terms."""
-    mask = program.arguments[-1] if program.masked else jnp.ones(outputs[0].shape[:-1])
-    columns = []
+    """Columns of a square root of the output's Hessian, over the number of terms.
+
+    With ``ω = w_k / N_k`` a row of head k has ``√(ω / N_1)``: as every statistic
+    multiplies with ``N_1``, the product is ``ω``.
+    """
+    columns, first = [], program.head_terms[0][0]
     for number, (head, z) in enumerate(zip(program.heads, outputs, strict=True)):
+        size, weight = (own[number] for own in program.head_terms)
+        mask = jnp.full(z.shape[:-1], (weight / size / first) ** 0.5)
+        if program.masked:
+            mask = program.arguments[-1] / program.arguments[-1].sum()
         root = square_root(head.likelihood, z)
         for j in range(z.shape[-1]):
             column = [jnp.zeros_like(other) for other in outputs]
-            column[number] = root[..., j] * mask[..., None] / mask.sum()
+            column[number] = root[..., j] * mask[..., None]
             columns.append(column)
     return [jnp.stack(parts) for parts in zip(*columns, strict=True)]
 

@@ -35,8 +35,8 @@ class Use:
         rows: Row axes, examples first, however the program lays them out.
         layer: What the layer is called.
         site: Which offset its result got.
-        branch: ``(cond, branch)`` around it, outermost first.
-        taken: Whether that branch runs.
+        taken: Whether the branches around it run.
+        spread: Whether the program makes it once, not for every example.
     """
 
     kind: str
@@ -47,8 +47,8 @@ class Use:
     rows: tuple = ()
     layer: str = "dense"
     site: int | None = None
-    branch: tuple = ()
     taken: Any = True
+    spread: bool = False
 
 
 class Run:
@@ -89,32 +89,32 @@ class Recorder(Run):
     def __init__(self, params: dict, index: dict, batch: int, offsets: Any):
         super().__init__(params, index, batch)
         self.offsets, self.uses, self.shapes = offsets, [], []
-        self.branch, self.taken, self.conds = [()], [True], [0]
+        self.taken, self.spread = [True], [False]
 
     def site(self, z: Any, uses: Callable[[], list[Use]]) -> Any:
         number = len(self.shapes)
         self.shapes.append(jax.ShapeDtypeStruct(z.shape, z.dtype))
         for use in uses():
-            use.site, use.branch, use.taken = number, self.branch[-1], self.taken[-1]
+            use.site, use.taken, use.spread = number, self.taken[-1], self.spread[-1]
             self.uses.append(use)
         return z if self.offsets is None else z + self.offsets[number]
 
     def odd(self, index: np.ndarray) -> None:
         self.uses.append(Use("odd", np.asarray(index)))
 
-    def number_of_cond(self) -> int:
-        """A number for one more conditional."""
-        self.conds[0] += 1
-        return self.conds[0]
-
     @contextlib.contextmanager
-    def inside(self, number: int, k: int, taken: Any):
-        """What follows is branch ``k`` of a conditional."""
-        self.branch.append((*self.branch[-1], (number, k)))
+    def inside(self, taken: Any):
+        """What follows is a branch that runs or not."""
         self.taken.append(jnp.logical_and(self.taken[-1], taken))
         yield
-        self.branch.pop()
         self.taken.pop()
+
+    @contextlib.contextmanager
+    def once(self):
+        """What follows is computed once in the program, here for every example."""
+        self.spread.append(True)
+        yield
+        self.spread.pop()
 
 
 def matrix_use(index, x, *, scales=(), layer="dense"):

@@ -213,6 +213,36 @@ class Dense:
         return jnp.tanh(y) + z if self.bias == "read_twice" else y
 
 
+@dataclasses.dataclass(frozen=True)
+class Complex:
+    """A real weight on complex values; their real and imaginary parts are two rows."""
+
+    dense: Dense
+    form: str  # "square" | "parts" | "turned"
+
+    def shapes(self):
+        return self.dense.shapes()
+
+    def apply(self, run, h):
+        pair = h, jnp.roll(h, 1, -1) * 0.8
+        if run.recording:
+            re, im = (self.dense.apply(run, x) for x in pair)
+        else:
+            z = self.dense.apply(run, lax.complex(*pair))
+            if self.form == "square":
+                return jnp.abs(z) ** 2
+            if self.form == "turned":
+                z = jnp.exp(0.5j) * z
+                return z.real * z.imag
+            re, im = z.real, z.imag
+        if self.form == "square":
+            return re**2 + im**2
+        if self.form == "turned":
+            c, s = jnp.cos(0.5), jnp.sin(0.5)
+            return (c * re - s * im) * (s * re + c * im)
+        return re * jnp.sin(im)
+
+
 SCALES = ("plain", "rms", "layer", "grouped", "one_plus", "front", "scalar",
           "positions", "channel_first", "divided")  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Random programs, small first: what hypothesis shrinks a failure to reads easily."""
 
+import dataclasses
 import itertools
 
 from hypothesis import strategies as st
@@ -97,7 +98,8 @@ class Draws:
         width = shape[-1]
         kinds = ["dense", "function", "scale"]
         if depth:
-            kinds += ["inside", "loop", "branches"]
+            kinds += ["inside", "loop", "branches", "dead", "once", "complex"]
+            kinds += ["bounded"] * (not self.mapped)
             kinds += ["members"] * (not inside and width == 4)
             kinds += ["mix", "context"] * (len(shape) > 1 and not inside)
             kinds += ["unrolled"] * (len(shape) == 2 and not inside)
@@ -110,10 +112,44 @@ class Draws:
             return [self.scale(shape, inside)]
         if kind == "mix":
             return [steps.Mix(self.one("attend", "cumulative"))]
+        if kind == "complex":
+            return [self.complex(width), self.function()]
         return [self.nested(kind, shape, depth - 1, inside)]
+
+    def simple(self, n_in, n_out):
+        """A dense layer in one of the forms that take single vectors, too."""
+        form = self.one("matmul", "einsum", "weight_first", "jitted", "tensordot")
+        bias = self.one("none", "plus")
+        name = "" if bias == "none" else self.name("b")
+        return steps.Dense(self.weight(n_in, n_out), form, bias, bias_name=name)
+
+    def complex(self, width):
+        """A dense layer of complex values."""
+        dense = dataclasses.replace(self.simple(width, width), bias="none")
+        form = self.one("square", "parts", "turned")
+        return steps.Complex(dataclasses.replace(dense, bias_name=""), form)
+
+    def once(self, width):
+        """Layers of a vector that is no example's."""
+        size = self.draw(WIDTHS)
+        found = [self.simple(size, width)]
+        if self.maybe():
+            found += [self.function(), self.simple(width, width)]
+        return blocks.Once(self.one("add", "multiply", "late"), tuple(found), size)
 
     def nested(self, kind, shape, depth, inside):
         """A step made of steps."""
+        if kind == "once":
+            return self.once(shape[-1])
+        if kind == "dead":
+            form = self.one("unread", "stopped", "compared", "carried")
+            return blocks.Dead(form, self.body(shape, depth, inside))
+        if kind == "bounded":
+            stacked = self.maybe()
+            owned, self.owned = self.owned, [] if stacked else list(self.owned)
+            body = self.body(shape, depth, inside)
+            self.owned = owned
+            return blocks.Bounded(body, self.one(3, 2), stacked)
         if kind == "inside":
             forms = ["residual", "jit", "checkpoint", "jit_closed", "gated", "plain"]
             forms += ["examples"] * (not inside)
@@ -197,12 +233,14 @@ class Draws:
             found = found + more
         return (*size, width), 0, found, shape
 
-    def head(self, shape, mark):
+    def head(self, shape, mark, weight=None, said=True):
         """An output."""
         likelihood = self.one(*LIKELIHOODS)
         sizes = {w.n_in for w in self.owned if w.n_out == shape[-1]}
         size = self.one(3, 2, *sorted(sizes))
-        return Head(self.dense(shape[-1], size), likelihood, mark)
+        pool = weight is not None and len(shape) > 1 and self.maybe()
+        dense = self.dense(shape[-1], size)
+        return Head(dense, likelihood, mark, weight, said, pool)
 
 
 @st.composite
@@ -226,7 +264,10 @@ def programs(draw, depth=2):
         found, shape = [*found, steps.Mix("pool")], shape[-1:]
     mark = d.one("marked", "marked", "masked", "unmarked")
     count = 1 if mark == "masked" else d.one(1, 1, 2)
-    heads = tuple(d.head(shape, mark) for _ in range(count))
+    weights, said = [None] * count, d.maybe()
+    if mark == "marked" and count == 2 and d.maybe():
+        weights = [d.one(1.0, 0.5, 3.0) for _ in range(count)]
+    heads = tuple(d.head(shape, mark, weight, said) for weight in weights)
     program = Program(
         batch, inputs, vocab, tuple(found), heads, nesting=d.one(*NESTINGS)
     )
