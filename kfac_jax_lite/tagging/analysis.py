@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal

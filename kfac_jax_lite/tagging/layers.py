@@ -249,7 +249,7 @@ class Step(NamedTuple):
 class Derived:
     """What a function makes of variables of a jaxpr; no derivative goes through it."""
 
-    function: Callable[..., Array]
+    function: Callable[..., Any]
     atoms: tuple[Any, ...]
 
 

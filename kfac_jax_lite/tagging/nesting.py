@@ -147,7 +147,7 @@ def custom_rule(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
 
 def by_entries(jaxpr: Jaxpr) -> bool:
     """Whether a program computes every entry of its results from those in its place."""
-    inner = [inside(eqn).jaxpr for eqn in jaxpr.eqns]
+    inner: list[Any] = [inside(eqn).jaxpr for eqn in jaxpr.eqns]
     plain = ELEMENTWISE.split()
     return all(
         by_entries(own) if own is not None else eqn.primitive.name in plain

@@ -141,7 +141,7 @@ def move_scaled(fact: Scaled, step: tuple[str, Any]) -> Scaled | None:
             shape = step[1]
             factor = Factor(factor.atom, shape, (*factor.steps, ("reshape", shape)))
         elif factor.shape:
-            shape = tuple(1 if i is None else factor.shape[i] for i in source)
+            shape = tuple(1 if i is None else factor.shape[i] for i in source or ())
             steps = (step,) if step[0] == "transpose" else (("reshape", shape),)
             factor = Factor(factor.atom, shape, factor.steps + steps)
         factors.append(factor)
