@@ -199,20 +199,20 @@ def square_estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
             pairs = embedding.token_rows(geometry, inputs[0], None)
             return *pairs, real_rows(site, output_rows(site, inputs, c), True)
 
-        def gradients(inputs: Any, c: Array):
+        def gradients(inputs: Any, c: Array) -> Array:
             return embedding.example_gradients(geometry, found(inputs, c), n)
 
-        def square(inputs: Any, c: Array):
+        def square(inputs: Any, c: Array) -> Array:
             token, share = squares.token_square_sums(*found(inputs, c), here)
             return n * embedding.scattered(token, share, geometry)
 
     else:
 
-        def gradients(inputs: Any, c: Array):
+        def gradients(inputs: Any, c: Array) -> Array:
             x, c, d = rows(inputs, c)
             return squares.example_gradients(x, c, n) * d[..., None, :, :]
 
-        def square(inputs: Any, c: Array):
+        def square(inputs: Any, c: Array) -> Array:
             x, c, d = rows(inputs, c)
             return n * squares.square_sums(x, c, here) * jnp.square(d)
 

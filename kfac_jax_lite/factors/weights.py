@@ -61,7 +61,7 @@ def output_curvature(
     """
     output, values = outputs[number], [o.value for o in outputs]
 
-    def slope(z: Array):
+    def slope(z: Array) -> Array:
         before, after = values[:number], values[number + 1 :]
         return jax.grad(lambda z: tail([*before, z, *after]))(z)
 

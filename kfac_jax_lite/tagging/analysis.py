@@ -397,12 +397,12 @@ class Scope:
         bits = self.dependencies(eqn.invars)
         for var in eqn.outvars:
             self.deps[var] = bits
-        facts = [self.fact(a) for a in eqn.invars]
+        facts: list[Fact] = [self.fact(a) for a in eqn.invars]
         name = eqn.primitive.name
         if index not in self.live.equations:
             if name in PROGRAMS:
                 return
-            facts = [f if isinstance(f, Counting) else None for f in facts]
+            facts[:] = [f if isinstance(f, Counting) else None for f in facts]
         if name not in ALWAYS and not any(f is not None for f in facts):
             return
         handler = RULES.get(name)

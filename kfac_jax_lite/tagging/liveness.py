@@ -8,7 +8,7 @@ marked output that is sampled, passes through it.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.extend.core import Literal
@@ -63,7 +63,7 @@ class Liveness:
         return self.known[key]
 
     def _part(self, jaxpr: Jaxpr, outs: tuple[bool, ...]) -> Live:
-        variables = {
+        variables: set[Any] = {
             v for v, live in zip(jaxpr.outvars, outs, strict=True) if live and real(v)
         }
         equations: set[int] = set()

@@ -257,7 +257,7 @@ class Spreading:
     def step(self, plan: Plan, eqn: JaxprEqn, copies: Sequence[bool]) -> Step | None:
         """What to do at an equation some of whose operands are copies."""
         axes, name = self.found[plan], eqn.primitive.name
-        places = [
+        places: list[tuple[int, ...]] = [
             () if c or isinstance(a, Literal) else self.place(axes.get(a, ()))
             for a, c in zip(eqn.invars, copies, strict=True)
         ]
@@ -317,7 +317,7 @@ def taken(
     if step.name == "map":
         here = [i for i, c in enumerate(copies) if c is not None]
 
-        def one(own: Sequence[Array]):
+        def one(own: Sequence[Any]):
             filled = list(operands)
             for i, value in zip(here, own, strict=True):
                 filled[i] = value
@@ -365,7 +365,9 @@ def product(
     if other == 1:
         first += jnp.ndim(operands[0]) - len(contract[0]) - len(batch[0])
     example = free[step.axis - first]
-    values, dims, batches = [None, None], [(), ()], [(), ()]
+    values: list[Any] = [None, None]
+    dims: list[Any] = [(), ()]
+    batches: list[Any] = [(), ()]
     values[side], values[other] = copies[side], operands[other]
     dims[side] = tuple(i + 1 for i in contract[side])
     dims[other] = tuple(contract[other])
