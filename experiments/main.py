@@ -164,7 +164,7 @@ def continuation(config: Any) -> str:
         return (
             f"There is no checkpoint in {folder} yet: the same command begins anew. "
             f"The first one is written after {config.checkpoint_steps} steps "
-            "(--checkpoint-steps)."
+            "(--checkpoint-every)."
         )
     lasting = isinstance(config, (SurveyConfig, TuneConfig, IntervalStudy, *RUNS))
     return again if lasting else ""
