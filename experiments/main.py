@@ -158,13 +158,15 @@ def continuation(config: Any) -> str:
     """
     again = "The same command continues from the last checkpoint."
     if isinstance(config, TrainConfig):
+        from experiments import checkpoints
+
         folder = config.folder()
-        if any(folder.glob("*/checkpoints/step_*[0-9]")):
+        if any(map(checkpoints.complete, folder.glob("*/checkpoints"))):
             return again
         return (
             f"There is no checkpoint in {folder} yet: the same command begins anew. "
             f"The first one is written after {config.checkpoint_steps} steps "
-            "(--checkpoint-steps)."
+            "(--checkpoint-every)."
         )
     lasting = isinstance(config, (SurveyConfig, TuneConfig, IntervalStudy, *RUNS))
     return again if lasting else ""

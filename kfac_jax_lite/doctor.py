@@ -96,6 +96,8 @@ def doctor(
         found += [f for f in said if not (summed and f.kind == "loss_is_a_sum")]
         found += marks.labels(outputs, batch, seen.loss)
         found += evaluation_mode(traced, params, batch)
+    odd = {f.layer for f in found if f.kind == "unbatched_use"}  # the better reason
+    found = [f for f in found if f.kind != "no_gradient" or f.layer not in odd]
     if any(finding.kind == "fisher_vanishes" for finding in found):
         found = [f for f in found if not is_large(f)]  # its consequence
     order = [ERROR, WARNING, NOTICE]

@@ -212,7 +212,7 @@ def degenerate(factors: Factors) -> Iterator[Finding]:
             {"effective_rank": float(ranks.min()), "size": layer.sizes[0]},
         )
     of_g = diagonal(numbers.g, layer.g_form, layer.sizes[1])
-    if not np.all(of_g.max(-1) > 0) and not is_unbatched(layer):
+    if not np.all(of_g.max(-1) > 0):
         yield Finding(
             WARNING,
             "no_gradient",

@@ -11,13 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 import kfac_jax_lite as kfac
+from kfac_jax_lite.factors.state import Slices
 from kfac_jax_lite.inverse import method_named
 from kfac_jax_lite.options import Options
 from kfac_jax_lite.refresh import refreshes_due
-from kfac_jax_lite.slices import unpacked
+from kfac_jax_lite.slices import unpacked, whole_statistics
 from tests.helpers import leaves
+from tests.parallel import AXIS, mesh_of
 
 DECAY = 0.9
 SIZES = {"busy": (4, 3), "head": (4, 3), "experts": (2, 4, 3)}
@@ -234,3 +237,33 @@ def test_idle_layers_do_not_bring_others_forward():
             assert not np.any(np.asarray(due)[~idle]) or stagger
     due = refreshes_due(options, options.layers, clock, jnp.asarray(11))
     assert np.all(due)
+
+
+def test_slices_of_an_idle_layer_on_two_devices():
+    """Devices agree: a layer is idle where the slices of all of them are zero."""
+    layers, params = tagged()[0].layers, tagged()[1]
+    tx = kfac.scale_by_kfac(
+        layers, 0.1, DECAY, axis_name=AXIS,
+        reduction=kfac.Reduction("owner", devices=2, bucket=0),
+    )  # fmt: skip
+    state = tx.init(params)
+    specs, whole = kfac.state_specs(state, AXIS), PartitionSpec()
+    grads = jax.tree.map(jnp.ones_like, params)
+    update = jax.jit(
+        jax.shard_map(
+            lambda s, f: tx.update(grads, s, None, statistics=f)[1],
+            mesh=mesh_of(AxisType.Auto, 2), in_specs=(specs, whole), out_specs=specs,
+            check_vma=False,
+        )
+    )  # fmt: skip
+    steps = [(0, names()), (1, ()), (2, names()), (3, ())]
+    for seed, idle in steps:
+        state = update(state, fresh(seed, idle))
+    _, alone = played("cholesky", steps)
+    np.testing.assert_array_equal(state.clock.refreshes, alone.clock.refreshes)
+    owned = [t for t in layers if isinstance(state.factors[t.name][0], Slices)]
+    assert {t.name for t in owned} & set(names())
+    for layer in owned:
+        found = whole_statistics(layer, state.factors[layer.name])
+        for x, y in zip(found[:2], alone.factors[layer.name][:2], strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)

@@ -108,7 +108,7 @@ def test_a_damaged_checkpoint_is_told_in_one_sentence(tmp_path, capsys):
 
 def test_interruption_before_the_first_checkpoint(tmp_path):
     """Nothing is promised that is not there."""
-    config = TrainConfig(workdir=str(tmp_path), checkpoint_steps=7)
+    config = TrainConfig(workdir=str(tmp_path), checkpoint_every=7, log_every=7)
     assert "begins anew" in continuation(config)
     assert "after 7 steps" in continuation(config)
     (tmp_path / "sgd" / "checkpoints" / "step_3.orbax-checkpoint-tmp-1").mkdir(

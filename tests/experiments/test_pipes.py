@@ -42,13 +42,13 @@ def test_commands_are_described(capsys):
 
 def piped(code):
     """Status and errors of a program whose output is closed after one line."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert process.stdout is not None and process.stderr is not None
-    process.stdout.readline()
-    process.stdout.close()
-    return process.wait(), process.stderr.read().decode()
+    arguments = [sys.executable, "-c", code]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(arguments, stdout=pipe, stderr=pipe) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        return process.wait(), process.stderr.read().decode()
 
 
 @pytest.mark.parametrize("flush", [True, False])

@@ -68,9 +68,9 @@ def test_table(folder, console):
         if line.split()[:1] == [name]
     }
     # Adam's best is 0.5, at step 20; K-FAC is there at step 10, after half a second.
-    assert rows["KFAC"][1:] == "0.125 0.225 50.00% 30 1.5 3.2 10 0.5".split()
-    assert rows["ADAM"][1:] == "0.75 0.85 50.00% 30 1.5 3.2 20 1.0".split()
-    assert rows["SGD"][1:] == "(diverged) - - 50.00% 20 1.0 3.2 - -".split()
+    assert rows["KFAC"][1:] == "0.125 0.225 50.00% 30 1.5 3.2 4.8 10 0.5".split()
+    assert rows["ADAM"][1:] == "0.75 0.85 50.00% 30 1.5 3.2 4.8 20 1.0".split()
+    assert rows["SGD"][1:] == "(diverged) - - 50.00% 20 1.0 3.2 4.2 - -".split()
     assert rows["ADAMW"][1] == "(unfinished)"
 
 
