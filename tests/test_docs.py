@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import kfac_jax_lite as kfac
+from experiments.benchmarks import pages
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -298,3 +299,9 @@ def test_figures_of_time_per_step(file, model, title):
     seen = next(rows_of("comparison.md", title))[1:]
     wanted = [rows[n]["ratio_to_sgd"] for n in (*names, "ours mc low_rank (10, 100)")]
     np.testing.assert_allclose(np.array(seen, float), wanted, rtol=5e-3)
+
+
+@pytest.mark.parametrize("page", pages.PAGES)
+def test_figures_beside_adam(page):
+    record = json.loads((RESULTS / "pages.json").read_text())[page]
+    assert pages.table(record) in (DOCS / f"{page}.md").read_text()

@@ -26,12 +26,12 @@ OUT = Path(__file__).parent / "results" / "pages.json"
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 PAGES = {
     # Steps, name of the first batch, what is measured.
-    "variational-monte-carlo": (400, "walkers", "energy above the exact one"),
-    "pinn": (500, "batch", "loss"),
+    "variational-monte-carlo": (200, "walkers", "energy above the exact one"),
+    "pinn": (300, "batch", "loss"),
     "policy-gradients": (400, "batch", "expected reward that is missed"),
-    "mixture-of-experts": (300, "batch", "loss of a batch before its step"),
+    "mixture-of-experts": (200, "batch", "loss of a batch before its step"),
 }
-RATES = {"Adam": (1e-3, 3e-3, 1e-2, 3e-2), "K-FAC": (0.01, 0.03, 0.1, 0.3)}
+RATES = {"Adam": (1e-3, 3e-3, 1e-2, 3e-2), "K-FAC": (0.03, 0.1, 0.3)}
 DAMPINGS = {"pinn": ("adaptive",)}
 SEEDS = 3
 

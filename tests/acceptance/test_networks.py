@@ -146,9 +146,7 @@ def test_contrastive_towers():
 
     args = images, texts
     tagged = kfac.tag(loss, TOWERS, *args, fisher="exact")
-    assert coverage(tagged) == 1 - 1 / sum(p.size for p in jax.tree.leaves(TOWERS))
-    assert list(notes(tagged)) == ["['scale']"]
-    assert "exp" in notes(tagged)["['scale']"]
+    assert coverage(tagged) == 1 and notes(tagged) == {}
     statistics, losses = train(loss, TOWERS, args, tagged)
     assert losses[-1] < losses[0]
 
