@@ -26,7 +26,7 @@ OUT = Path(__file__).parent / "results" / "pages.json"
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 PAGES = {
     # Steps, name of the first batch, what is measured.
-    "variational-monte-carlo": (200, "walkers", "energy above the exact one"),
+    "variational-monte-carlo": (200, "walkers", "variance of local energies"),
     "pinn": (300, "batch", "loss"),
     "policy-gradients": (400, "batch", "expected reward that is missed"),
     "mixture-of-experts": (200, "batch", "loss of a batch before its step"),
