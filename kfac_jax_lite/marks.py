@@ -102,15 +102,12 @@ def seen_outputs(
     Returns:
         A record per output; none where the curvature is that of another function than
         the loss, or where marks are inside of a loop.
-
-    Raises:
-        TypeError: The loss cannot be differentiated by its outputs.
     """
     if tagged.curvature is not None or not traced.marks:
         return []
     jaxpr, consts = traced.closed.jaxpr, traced.closed.consts
 
-    def run(operands: Sequence[Any], bent: bool):
+    def run(operands: Sequence[Any], bent: bool) -> tuple[Any, ...]:
         interpreter = Interpreter(None, {}, None)
         _, marks = interpreter.run(traced.plan, jaxpr, consts, operands, {})
         outputs = outputs_of(traced.marks, marks)
@@ -133,13 +130,10 @@ def seen_outputs(
 
     operands = [*jax.tree.leaves(params), *jax.tree.leaves(tuple(batch))]
     names = [name for name in traced.marks if name not in BESIDE]
-    for bent in (True, False):
-        try:
-            arrays = jax.jit(lambda x, b=bent: stripped(run(x, b)))(operands)
-            break
-        except TypeError:  # a rule for reverse mode only
-            if not bent:
-                raise
+    try:
+        arrays = jax.jit(lambda x: stripped(run(x, True)))(operands)
+    except TypeError:  # a rule for reverse mode only
+        arrays = jax.jit(lambda x: stripped(run(x, False)))(operands)
     found = zip(names, *jax.device_get(arrays), strict=True)
     alone = len(names) == 1
     return [record(i, alone, *one) for i, one in enumerate(found)]
