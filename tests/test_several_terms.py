@@ -254,6 +254,24 @@ def test_policy_losses_are_not_measured():
     np.testing.assert_allclose(seen["b"].g, wanted["b"][1], rtol=1e-8)
 
 
+def test_weights_of_a_loss_with_a_rule_of_its_own():
+    """``jax.custom_vjp`` has reverse mode only."""
+
+    @jax.custom_vjp
+    def squares(z):
+        return 0.5 * (z**2).sum(-1).mean()
+
+    squares.defvjp(lambda z: (squares(z), z), lambda z, c: (c * z / len(z),))
+    x, u = batch("normal", 6, 0)[0], batch("normal", 4, 1)[0]
+
+    def loss(p, x, u):
+        return squares(kfac.normal(net(p, x))) + 3 * squares(kfac.normal(net(p, u)))
+
+    tagged = kfac.tag(loss, PARAMS, x, u, fisher="exact")
+    seen = tagged.value_and_grad(PARAMS, x, u)[2]["a"]
+    np.testing.assert_allclose(seen.a, x.T @ x / 6 + 3 * u.T @ u / 4, rtol=1e-9)
+
+
 def test_errors():
     z = jnp.zeros((4, 3))
     with pytest.raises(ValueError, match="weight has shape"):

@@ -66,7 +66,8 @@ def output_curvature(
         return jax.grad(lambda z: tail([*before, z, *after]))(z)
 
     v = vary(typed_like(output, direction, None), varying_axes(output.value))
-    seen = jax.jvp(slope, (output.value,), (v,))[1]
+    # Reverse mode twice: a loss with a rule of its own may have no other.
+    seen = jax.vjp(slope, output.value)[1](v)[0]
     wanted = masked_rows(output, typed_like(output, fisher_product, v))
     dtype = accumulation_dtype(output.value.dtype)
     seen, wanted = seen.astype(dtype), wanted.astype(dtype)
