@@ -37,7 +37,7 @@ class Oracle:
         self.names, self.inverse, self.decay, self.rule = names, inverse, decay, rule
         self.count, self.skipped = start, 0
         n = len(names)
-        self.due = [True] * n
+        self.due, self.idle = [True] * n, [False] * n
         self.last_refresh, self.last_inverse = [0] * n, [0] * n
         self.refreshes, self.inversions = [0] * n, [0] * n
         self.inverse_damping = [np.float32(0)] * n
@@ -80,9 +80,13 @@ class Oracle:
             self.wrong.append(f"count {self.count}: {name} {seen}, wanted {wanted}")
 
     def refresh(self, step: Step) -> None:
-        """``S ← d S + (1 − d) X`` and ``w ← d w + (1 − d)`` of the layers due."""
+        """``S ← d S + (1 − d) X`` and ``w ← d w + (1 − d)`` of the layers due.
+
+        But for those that no gradient has reached: they stay due.
+        """
         for i, pair in enumerate(step.statistics):
-            if not self.due[i]:
+            self.idle[i] = self.due[i] and not np.any(pair[1])
+            if not self.due[i] or self.idle[i]:
                 continue
             fresh = [(1 - self.decay) * np.asarray(x, np.float64) for x in pair]
             old = self.sums[i] or [0.0, 0.0]
@@ -98,7 +102,9 @@ class Oracle:
             stale = self.last_refresh[i] > last
             if self.inverse in DAMPED:
                 stale |= bool(self.inverse_damping[i] != damping)
-            if not stale or (last != 0 and self.count - last < inverse_interval):
+            first = self.refreshes[i] == 1 and self.last_refresh[i] == self.count
+            ready = last == 0 or first or self.count - last >= inverse_interval
+            if not stale or not ready:
                 continue
             if step.failed[i]:
                 continue
@@ -128,11 +134,11 @@ class Oracle:
         found = []
         for i, chosen in enumerate(step.interval):
             every = self.rule.period if self.rule.kind == "every" else int(chosen)
+            last = self.last_refresh[i]
+            named = last == 0 or following - last >= every
             if self.rule.multiple:
-                found.append(following == 1 or following % every == 0)
-            else:
-                last = self.last_refresh[i]
-                found.append(last == 0 or following - last >= every)
+                named = following == 1 or following % every == 0
+            found.append(named or self.idle[i])
         return found
 
 
