@@ -31,6 +31,7 @@ from kfac_jax_lite.tagging.byhand import (
     tag_dense,
 )
 from kfac_jax_lite.telemetry import report
+from kfac_jax_lite.threads import provide_threads
 from kfac_jax_lite.traffic import Collective, traffic
 from kfac_jax_lite.transform import scale_by_kfac
 from kfac_jax_lite.types import (
@@ -42,6 +43,8 @@ from kfac_jax_lite.types import (
 )
 
 __version__ = "0.1.0"
+
+provide_threads()
 
 __all__ = [
     "AdaptedState",

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kfac_jax_lite.threads import limit_blas
 from kfac_jax_lite.types import Array, accumulation_dtype
 
 # Stands for "infinite" and "none" in states, which hold no NaN and no Inf: JAX's debug
@@ -61,9 +62,9 @@ def block_sizes(size: int, block: int = BLOCK) -> tuple[int, ...]:
     return tuple(dict.fromkeys(sizes))
 
 
-def written_out(sizes: tuple[int, ...], block: int) -> int:
-    """The width of the blocks whose inverses are written out, of ``block_sizes``."""
-    return sizes[0] if len(sizes) < 4 else max(s for s in sizes if s <= block)
+def written_out(sizes: tuple[int, ...]) -> int:
+    """Which of ``block_sizes`` are written out: all, or the blocks of several panels."""
+    return sizes[2] if len(sizes) == 5 else sizes[0]
 
 
 def spd_inverse(matrix: Array, block: int = BLOCK) -> Array:
@@ -97,7 +98,7 @@ def spd_inverse(matrix: Array, block: int = BLOCK) -> Array:
         ones = (jnp.arange(sizes[0]) >= d).astype(matrix.dtype)
         matrix = jnp.pad(matrix, more)
         matrix += jnp.broadcast_to(jnp.diag(ones), matrix.shape)
-    leaf, eliminate = written_out(sizes, block), pivoted
+    leaf, eliminate = written_out(sizes), pivoted
     for inside, width in itertools.pairwise(reversed(sizes)):
         eliminate = functools.partial(swept, width=inside, eliminate=eliminate)
         if width == leaf:
@@ -178,7 +179,7 @@ def spd_inverse_flops(size: int, block: int = BLOCK) -> int:
         Floating-point operations.
     """
     sizes = block_sizes(size, block)
-    leaf = written_out(sizes, block)
+    leaf = written_out(sizes)
 
     def flops(level: int, columns: int) -> int:
         rows = sizes[level]
@@ -263,6 +264,7 @@ def one_by_one(function: Callable[..., Any], *arrays: Array, lead: int) -> Any:
     Returns:
         What it returns, with the leading axes.
     """
+    limit_blas()
     single = jax.custom_batching.sequential_vmap(function)
 
     def loop(*arrays: Array) -> Any:

@@ -274,7 +274,7 @@ def inversion_gates(
 ) -> Array:
     """Which layers are inverted now: it is time and something has changed."""
     last = clock.last_inverse
-    stale = clock.last_refresh > last
+    stale = (clock.last_refresh > last) | (last == 0)
     if options.method.damped:
         stale |= clock.inverse_damping != shift.astype(jnp.float32)
     ready = stale & (step - last >= options.inverse_interval)

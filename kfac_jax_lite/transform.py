@@ -53,6 +53,7 @@ from kfac_jax_lite.slices import (
     precondition_rows,
     sliced_statistics,
 )
+from kfac_jax_lite.threads import warn_of_few_threads
 from kfac_jax_lite.traffic import INVERSION, REFRESH, STEP, traffic
 from kfac_jax_lite.tree import leaves_by_path
 from kfac_jax_lite.types import Array, Deferred, LayerTag, accumulation_dtype, computed
@@ -179,6 +180,7 @@ def lag_of(inverse: str | Method, inverse_interval: Any) -> Any:
 
 def init_state(options: Options, params: Any) -> KFACState:
     """The state before the first step: everything due, identity inverses."""
+    warn_of_few_threads(jax.tree.leaves(params))
     layers = present_layers(options.layers, params)
     dtypes = {k: leaf.dtype for k, leaf in leaves_by_path(params).items()}
     moments = options.method.moments

@@ -18,6 +18,8 @@ _more = [f"{flag}={value}" for flag, value in _FLAGS.items() if flag not in _giv
 os.environ["XLA_FLAGS"] = " ".join([_given, *_more]).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Threads for all devices, here and in the processes that tests start.
+os.environ.setdefault("NPROC", str(2 * DEVICES))
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

@@ -12,6 +12,7 @@ import kfac_jax_lite
 
 ROOT = pathlib.Path(kfac_jax_lite.__file__).parent
 ORDER = [
+    {"threads"},
     {"views", "types", "tree", "linalg", "forms", "sharding", "chains"},
     {"likelihoods"},
     {"tagging"},

@@ -62,7 +62,7 @@ def test_the_blocks_that_are_chosen(seed, blocks, d, condition):
     half = np.linalg.inv(np.linalg.cholesky(single))
     theirs = np.abs(np.swapaxes(half, -1, -2) @ half - wanted).max()
     ours = np.abs(np.asarray(blocked(jnp.asarray(single), linalg.BLOCK)) - wanted).max()
-    assert ours < 30 * theirs + condition * 1e-8 * scale
+    assert ours < 30 * theirs + condition * 2e-8 * scale
 
 
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 64, 128, 129, 300, 785, 1000, 2049])

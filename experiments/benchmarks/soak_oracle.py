@@ -99,7 +99,7 @@ class Oracle:
         """Notes what each layer is inverted from, where it is time."""
         for i in range(len(self.names)):
             last = self.last_inverse[i]
-            stale = self.last_refresh[i] > last
+            stale = self.last_refresh[i] > last or last == 0
             if self.inverse in DAMPED:
                 stale |= bool(self.inverse_damping[i] != damping)
             first = self.refreshes[i] == 1 and self.last_refresh[i] == self.count
