@@ -63,7 +63,7 @@ def block_sizes(size: int, block: int = BLOCK) -> tuple[int, ...]:
 
 
 def written_out(sizes: tuple[int, ...]) -> int:
-    """Which of ``block_sizes`` are written out: all, or the blocks of several panels."""
+    """Which of ``block_sizes`` are written out: all, or the blocks of panels."""
     return sizes[2] if len(sizes) == 5 else sizes[0]
 
 

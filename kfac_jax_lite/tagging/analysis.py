@@ -403,6 +403,13 @@ class Scope:
             if name in PROGRAMS:
                 return
             facts[:] = [f if isinstance(f, Counting) else None for f in facts]
+        elif name in PROGRAMS:  # whose operands may lead to nothing that is live
+            flags = [v in self.live.variables for v in eqn.outvars]
+            passed = self.walk.liveness.operands(eqn, flags)
+            facts[:] = [
+                f if p or isinstance(f, Counting) else None
+                for f, p in zip(facts, passed, strict=True)
+            ]
         if name not in ALWAYS and not any(f is not None for f in facts):
             return
         handler = RULES.get(name)

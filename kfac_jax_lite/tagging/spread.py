@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Literal
 
-from kfac_jax_lite.tagging.analysis import Scope, Walk, shape_of
+from kfac_jax_lite.tagging.analysis import Scope, Walk, leaves_of, shape_of
 from kfac_jax_lite.tagging.examples import (
     Examples,
     Place,
@@ -45,7 +45,6 @@ from kfac_jax_lite.tagging.layers import (
     inside,
 )
 from kfac_jax_lite.types import Array, JaxprEqn, Var
-from kfac_jax_lite.views import View
 
 ALIKE = frozenset(ELEMENTWISE.split())
 Origins = frozenset[Site]
@@ -227,9 +226,10 @@ class Spreading:
             return none
         if any(p.sites or p.marks or self.steps.get(p) for p in children):
             raise Failure(origins)
-        facts = [scope.fact(a) for a in eqn.invars]
+        read = {leaf for a in eqn.invars for leaf in leaves_of(scope.fact(a))}
         tapped = [s for s in plan.sites.get(number, ()) if s in self.sites]
-        if number in plan.marks or (not tapped and any(map(reads_parameter, facts))):
+        known = {s.views["bias"].leaf for s in origins if "bias" in s.views}
+        if number in plan.marks or (not tapped and read - known):
             raise Failure(origins)
         step = self.step(plan, eqn, [bool(o) for o in own])
         if step is None:
@@ -287,11 +287,6 @@ class Spreading:
             )
             return Step("product", place) if free else None
         return None
-
-
-def reads_parameter(fact: Any) -> bool:
-    """Whether an operand is a parameter, or one times something."""
-    return isinstance(fact, View) or hasattr(fact, "view") or hasattr(fact, "views")
 
 
 def taken(
