@@ -219,7 +219,8 @@ def weighed(outputs: Sequence[Output], weights: Sequence[Any]) -> list[Output]:
     found = []
     for output, own in zip(outputs, weights, strict=True):
         weight, first, terms = own, outputs[0].terms, output.terms
-        if output is not outputs[0] and (first is not terms and first != terms):
+        alike = first is terms or (outputs[0].mask is output.mask is None)
+        if output is not outputs[0] and not (alike and first == terms):
             weight = (1 if own is None else own) * (first / terms)
         found.append(output._replace(given=own, weight=weight))
     return found

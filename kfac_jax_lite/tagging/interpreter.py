@@ -110,7 +110,7 @@ class Interpreter:
             if index in plan.marks:
                 if self.on_mark is not None:
                     results = [self.on_mark(plan.marks[index], *results)]
-                marked += results
+                marked += map(as_array, results)
             env.update(zip(eqn.outvars, results, strict=True))
             for site in plan.sites.get(index, ()):
                 if self.on_site is None or site.layer is None:

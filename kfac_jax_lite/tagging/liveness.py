@@ -83,8 +83,9 @@ class Liveness:
 
     def sampled_mark(self, eqn: JaxprEqn, read: set[Var]) -> bool:
         """Whether it marks an output that is sampled although nothing reads it."""
-        counts = self.every or eqn.outvars[0] not in read
-        return self.sampled and counts and is_mark(eqn)
+        if not (self.sampled and is_mark(eqn)):
+            return False
+        return self.every or eqn.outvars[0] not in read
 
     def live(self, eqn: JaxprEqn, flags: Sequence[bool]) -> bool:
         """Whether an equation is live, given which of its results are."""
