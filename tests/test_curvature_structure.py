@@ -153,7 +153,8 @@ def test_regularisers_and_fallbacks(law, rng):
     params, x = jax.tree.map(jnp.asarray, (params, rng.normal(size=(4, 2))))
 
     def apply(p, x):
-        return jnp.sinh(x @ p["w"] + jnp.cumsum(p["odd"])) + jnp.sin(p["odd"]) ** 2
+        odd = jnp.cumsum(p["odd"])
+        return jnp.sinh(x @ p["w"] + odd) + jnp.sin(odd) ** 2
 
     def loss(p, x):
         penalty = jnp.sum(p["idle"] ** 4) + jnp.sum(p["w"] ** 2 * p["odd"] ** 2)

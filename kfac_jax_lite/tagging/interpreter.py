@@ -108,9 +108,10 @@ class Interpreter:
                     else:
                         results = found
             if index in plan.marks:
+                results = [*map(as_array, results)]
                 if self.on_mark is not None:
                     results = [self.on_mark(plan.marks[index], *results)]
-                marked += map(as_array, results)
+                marked += results
             env.update(zip(eqn.outvars, results, strict=True))
             for site in plan.sites.get(index, ()):
                 if self.on_site is None or site.layer is None:
