@@ -58,7 +58,7 @@ def test_traffic_of_moments_and_of_what_falls_back():
     """A diagonal layer sends its gradient and a count; EKFAC its moments as well."""
 
     def loss(p, x):
-        return jnp.mean((x @ p["w"] * jnp.exp(p["s"])) ** 2)
+        return jnp.mean((x @ p["w"] * jnp.cumsum(p["s"])) ** 2)
 
     params = {"w": jnp.ones((4, 3)), "s": jnp.ones(3)}
     layers = kfac.tag(loss, params, np.ones((5, 4))).layers
@@ -127,7 +127,7 @@ def test_operations_of_layers_without_a_product():
 
     def loss(p, x):
         z = jax.lax.conv_general_dilated(x, p["k"], (1,), "SAME", **NHC)
-        return jnp.mean((z * jnp.exp(p["s"])) ** 2)
+        return jnp.mean((z * jnp.cumsum(p["s"])) ** 2)
 
     args = {"k": shapes(5, 4, 4), "s": shapes(4)}, shapes(6, 40, 4)
     every = kfac.Subsample(positions=3)  # 13 or 14 of 40
@@ -174,7 +174,7 @@ def test_one_token_of_every_example(rng):
 
 def test_weights_decay_beside_a_step_that_the_model_chooses():
     """``d = −α u + μ d_prev − α δ w``."""
-    guide = Guide(True, 0.1, None, None, 0.5, None)
+    guide = Guide(True, 0.1, None, None, 0.5, None, None)
     state = guide.init((), jnp.ones(2))._replace(learning_rate=0.2, momentum=0.3)
     velocity, weights, u = jnp.array([1.0, 2.0]), jnp.array([4.0, -8.0]), jnp.ones(2)
     found = guide.direction(state, velocity, weights, u)

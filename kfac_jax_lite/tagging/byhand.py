@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from kfac_jax_lite.tagging.analysis import RULES, Fact, Scope, shape_of
-from kfac_jax_lite.tagging.nesting import BY_HAND, enterable, stand_in
+from kfac_jax_lite.tagging.layers import BY_HAND
+from kfac_jax_lite.tagging.nesting import enterable, stand_in
 from kfac_jax_lite.types import Array, JaxprEqn, Primitive
 from kfac_jax_lite.views import Shape
 

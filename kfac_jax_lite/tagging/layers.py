@@ -25,6 +25,8 @@ CALLS = ("jit", "pjit", "closed_call", "core_call")
 CHECKPOINTS = ("remat2", "checkpoint")
 CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 HELD = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+# Name of the call by which ``byhand.tag_as`` marks a layer.
+BY_HAND = "kfac_jax_lite_layer"
 
 
 @dataclasses.dataclass(frozen=True)

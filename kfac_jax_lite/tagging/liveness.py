@@ -14,7 +14,13 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from kfac_jax_lite.likelihoods import LIKELIHOODS, PREFIX
-from kfac_jax_lite.tagging.layers import CALLS, CHECKPOINTS, inside, scan_counts
+from kfac_jax_lite.tagging.layers import (
+    BY_HAND,
+    CALLS,
+    CHECKPOINTS,
+    inside,
+    scan_counts,
+)
 from kfac_jax_lite.types import Jaxpr, JaxprEqn, Var
 
 # Programs that run once, with the results of the equation.
@@ -96,6 +102,8 @@ class Liveness:
     def operands(self, eqn: JaxprEqn, flags: Sequence[bool]) -> list[bool]:
         """Which operands of a live equation a derivative reaches."""
         name = eqn.primitive.name
+        if eqn.params.get("name") == BY_HAND:  # its reference says what layer it is
+            flags = [any(flags)] * len(flags)
         if name in ONCE:
             return self.inputs(inside(eqn).jaxpr, flags)
         if name == "scan":

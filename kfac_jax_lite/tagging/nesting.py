@@ -21,6 +21,7 @@ from kfac_jax_lite.tagging.analysis import (
 from kfac_jax_lite.tagging.elementwise import function
 from kfac_jax_lite.tagging.follow import ELEMENTWISE
 from kfac_jax_lite.tagging.layers import (
+    BY_HAND,
     CALLS,
     CHECKPOINTS,
     CUSTOM_RULES,
@@ -38,9 +39,6 @@ from kfac_jax_lite.tagging.structure import keep
 from kfac_jax_lite.tree import varying_of_type
 from kfac_jax_lite.types import Jaxpr, JaxprEqn, Var
 from kfac_jax_lite.views import View
-
-# Name of the call by which ``byhand.tag_as`` marks a layer.
-BY_HAND = "kfac_jax_lite_layer"
 
 
 @rule("stop_gradient", always=True)

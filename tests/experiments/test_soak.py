@@ -65,6 +65,7 @@ def test_oracle_inverts_for_a_new_damping_and_not_too_early():
     found = oracle("cholesky")
     found.follow(step(11, 4.0, 1, 11), 0.1, 3)
     for count in (12, 13):  # damping is another: wait until three steps have passed
+        found.count = count
         found.invert(step(count, 4.0, 1, 11), np.float32(0.2), 3)
         assert found.last_inverse == [11]
     found.count = 14
