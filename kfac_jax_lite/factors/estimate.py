@@ -193,9 +193,10 @@ def check_factor_dim(size: Any) -> None:
         raise ValueError(f"max_factor_dim must be a whole number >= 1, got {size!r}.")
 
 
-@dataclasses.dataclass(frozen=True)
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
 class TaggedLoss:
-    """A loss function whose layers are known.
+    """A loss function whose layers are known; a pytree without leaves.
 
     Attributes:
         loss_fn: The user's function.
@@ -245,17 +246,11 @@ class TaggedLoss:
             *args: Further arguments.
 
         Returns:
-            What the loss function returns.
-
-        Raises:
-            TypeError: It was called as a schedule.
+            What the loss function returns; called with nothing but a step count, as
+            ``optax.inject_hyperparams`` calls every callable argument, the tagged loss.
         """
         if not args and jnp.ndim(params) == 0 and jnp.result_type(params) == jnp.int32:
-            raise TypeError(
-                "the tagged loss was called with a step count, as a schedule is: "
-                "optax.inject_hyperparams takes whatever can be called for one. Pass "
-                "tagged.layers."
-            )
+            return self
         return self.loss_fn(params, *args)
 
     @by_position
