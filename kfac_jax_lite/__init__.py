@@ -6,41 +6,38 @@ value, grads, statistics = tagged.value_and_grad(params, *batch, opt_state=state
 updates, state = tx.update(grads, state, params, statistics=statistics)
 """
 
-from kfac_jax_lite import bayes, curvature, damping, intervals, logs, ntk, simulate
-from kfac_jax_lite.accuracy import choose_ranks, inverse_error
-from kfac_jax_lite.adapted import AdaptedState
-from kfac_jax_lite.alias import KFACChainState, kfac
-from kfac_jax_lite.cost import CostModel, cost_model
-from kfac_jax_lite.doctor import doctor
-from kfac_jax_lite.factors.estimate import TaggedLoss, tag
-from kfac_jax_lite.factors.sampling import Subsample
-from kfac_jax_lite.factors.state import Clock, KFACState
-from kfac_jax_lite.findings import Finding, Findings
-from kfac_jax_lite.flops import Rows, layer_rows
-from kfac_jax_lite.guided import GuidedState
-from kfac_jax_lite.inverse import low_rank
-from kfac_jax_lite.likelihoods import bernoulli, categorical, normal
-from kfac_jax_lite.placement import relayout, state_axes, state_specs
-from kfac_jax_lite.quadratic import QuadraticModel, quadratic_model
-from kfac_jax_lite.reduce import Reduction
-from kfac_jax_lite.rescaling import rescale_weights
-from kfac_jax_lite.tagging.byhand import (
-    register_rule,
-    tag_as,
-    tag_conv,
-    tag_dense,
-)
-from kfac_jax_lite.telemetry import report
-from kfac_jax_lite.threads import provide_threads
-from kfac_jax_lite.traffic import Collective, traffic
-from kfac_jax_lite.transform import scale_by_kfac
-from kfac_jax_lite.types import (
+from kfac_jax_lite import bayes, curvature, ntk
+from kfac_jax_lite.core.likelihoods import bernoulli, categorical, normal
+from kfac_jax_lite.core.threads import provide_threads
+from kfac_jax_lite.core.types import (
     DiagonalStatistics,
     KroneckerStatistics,
     LayerTag,
     ScaleShiftStatistics,
     TiedStatistics,
 )
+from kfac_jax_lite.diagnostics import logs, simulate
+from kfac_jax_lite.diagnostics.accuracy import choose_ranks, inverse_error
+from kfac_jax_lite.diagnostics.cost import CostModel, cost_model
+from kfac_jax_lite.diagnostics.doctor.doctor import doctor
+from kfac_jax_lite.diagnostics.doctor.findings import Finding, Findings
+from kfac_jax_lite.diagnostics.flops import Rows, layer_rows
+from kfac_jax_lite.diagnostics.report import report
+from kfac_jax_lite.distributed.layout import relayout, state_axes, state_specs
+from kfac_jax_lite.distributed.reduction import Reduction
+from kfac_jax_lite.distributed.traffic import Collective, traffic
+from kfac_jax_lite.kronecker.inverses import low_rank
+from kfac_jax_lite.kronecker.state import Clock, KFACState
+from kfac_jax_lite.optimizer import damping, intervals
+from kfac_jax_lite.optimizer.adapted import AdaptedState
+from kfac_jax_lite.optimizer.guided import GuidedState
+from kfac_jax_lite.optimizer.kfac import KFACChainState, kfac
+from kfac_jax_lite.optimizer.rescaling import rescale_weights
+from kfac_jax_lite.optimizer.transform import scale_by_kfac
+from kfac_jax_lite.statistics.quadratic import QuadraticModel, quadratic_model
+from kfac_jax_lite.statistics.subsample import Subsample
+from kfac_jax_lite.statistics.tagged_loss import TaggedLoss, tag
+from kfac_jax_lite.tagging.manual import register_rule, tag_as, tag_conv, tag_dense
 
 __version__ = "0.1.0"
 
@@ -97,3 +94,8 @@ __all__ = [
     "tag_dense",
     "traffic",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite.likelihoods import sampled_cotangent
+from kfac_jax_lite.core.likelihoods import sampled_cotangent
 from tests import models, oracles
 from tests.networks import Model, head, weight
 from tests.oracles import Dense, ScaleShift, no_hook

@@ -15,7 +15,7 @@ import pytest
 import scipy.stats
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite.types import KroneckerStatistics, SquareStatistics
+from kfac_jax_lite.core.types import KroneckerStatistics, SquareStatistics
 from tests import models
 from tests.helpers import cases, close, identical, random_statistics
 from tests.posteriors import (

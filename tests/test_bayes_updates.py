@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite.types import SquareStatistics
+from kfac_jax_lite.core.types import SquareStatistics
 from tests.helpers import batches_of, cases, close, identical, leaves
 from tests.parallel import AXIS, SPLIT, WHOLE, mesh_of
 from tests.variational import (

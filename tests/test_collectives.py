@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite import collectives as lib
+from kfac_jax_lite.distributed import collectives as lib
 from tests import models
 from tests.collectives import collectives, totals
 from tests.helpers import batches_of

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite.factors import conv
-from kfac_jax_lite.tagging.layers import ConvGeometry
+from kfac_jax_lite.statistics import conv
+from kfac_jax_lite.tagging.sites import ConvGeometry
 from tests.helpers import close
 
 

@@ -6,7 +6,7 @@ import pytest
 
 import kfac_jax_lite as kfac
 from experiments.benchmarks.architectures import ARCHITECTURES
-from kfac_jax_lite.factors.state import from_words
+from kfac_jax_lite.kronecker.state import from_words
 from tests.helpers import INVERSES, cases, train
 from tests.programs import mlp
 

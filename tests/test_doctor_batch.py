@@ -12,10 +12,10 @@ import optax
 import pytest
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite.doctor import doctor
-from kfac_jax_lite.examination import COMPILED
-from kfac_jax_lite.findings import Finding, Findings
-from kfac_jax_lite.placement import relayout
+from kfac_jax_lite.diagnostics.doctor.doctor import doctor
+from kfac_jax_lite.diagnostics.doctor.examination import COMPILED
+from kfac_jax_lite.diagnostics.doctor.findings import Finding, Findings
+from kfac_jax_lite.distributed.layout import relayout
 from tests.patients import (
     clocked,
     data,

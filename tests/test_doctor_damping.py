@@ -7,8 +7,8 @@ import optax
 import pytest
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite.doctor import doctor
-from kfac_jax_lite.telemetry import report
+from kfac_jax_lite.diagnostics.doctor.doctor import doctor
+from kfac_jax_lite.diagnostics.report import report
 from tests.patients import (
     clocked,
     data,

@@ -7,8 +7,8 @@ import optax
 import pytest
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite import marks
-from kfac_jax_lite.doctor import doctor
+from kfac_jax_lite.diagnostics.doctor import marks
+from kfac_jax_lite.diagnostics.doctor.doctor import doctor
 from tests.patients import kinds
 
 ROWS, CLASSES = 12, 5

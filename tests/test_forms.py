@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite import forms
+from kfac_jax_lite.kronecker import factors as forms
 from tests import models, oracles, programs
 from tests.helpers import INVERSES, cases, close, first_pass, kfac_state, leaves, spd
 

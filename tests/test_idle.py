@@ -14,11 +14,11 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite.factors.state import Slices
-from kfac_jax_lite.inverse import method_named
-from kfac_jax_lite.options import Options
-from kfac_jax_lite.refresh import refreshes_due
-from kfac_jax_lite.slices import unpacked, whole_statistics
+from kfac_jax_lite.distributed.slices import unpacked, whole_statistics
+from kfac_jax_lite.kronecker.inverses import method_named
+from kfac_jax_lite.kronecker.state import Slices
+from kfac_jax_lite.optimizer.options import Options
+from kfac_jax_lite.optimizer.refresh import refreshes_due
 from tests.helpers import leaves
 from tests.parallel import AXIS, mesh_of
 
@@ -216,6 +216,12 @@ def test_idle_layers_stay_due():
     np.testing.assert_array_equal(state.clock.last_refresh, np.where(idle, 3, 1))
 
 
+def due_at(options, clock, step):
+    """Which layers are due at ``step``, as the step before decides it."""
+    context = options.context(options.layers, jnp.asarray(0.1), jnp.asarray(step - 1))
+    return refreshes_due(context, clock)
+
+
 def test_idle_layers_do_not_bring_others_forward():
     """``together`` and turns count layers that are served, not those that wait."""
     rule = kfac.intervals.adaptive(0.3, "elapsed", together=0.5)
@@ -232,10 +238,10 @@ def test_idle_layers_do_not_bring_others_forward():
     for stagger in (False, True):
         now = dataclasses.replace(options, stagger=stagger)
         for step in (5, 8):
-            due = refreshes_due(now, options.layers, clock, jnp.asarray(step))
+            due = due_at(now, clock, step)
             np.testing.assert_array_equal(np.asarray(due)[idle], True)
             assert not np.any(np.asarray(due)[~idle]) or stagger
-    due = refreshes_due(options, options.layers, clock, jnp.asarray(11))
+    due = due_at(options, clock, 11)
     assert np.all(due)
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite import forms
-from kfac_jax_lite.inverse import METHODS, initial_inverse
-from kfac_jax_lite.types import KroneckerStatistics
+from kfac_jax_lite.core.types import KroneckerStatistics
+from kfac_jax_lite.kronecker import factors as forms
+from kfac_jax_lite.kronecker.inverses import METHODS, initial_inverse
 from tests import oracles
 from tests.helpers import (
     INVERSES,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from kfac_jax_lite import linalg
+from kfac_jax_lite.core import linalg
 
 
 def positive_definite(seed, blocks, d):

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite import eigenpairs, forms
-from kfac_jax_lite.eigenpairs import LowRankInverses
-from kfac_jax_lite.ownership import grouped
-from kfac_jax_lite.precondition import gather, solve_low_rank
-from kfac_jax_lite.types import LayerTag
-from kfac_jax_lite.views import View
+from kfac_jax_lite.core.parameter_views import View
+from kfac_jax_lite.core.types import LayerTag
+from kfac_jax_lite.distributed.assignment import grouped
+from kfac_jax_lite.kronecker import factors as forms
+from kfac_jax_lite.kronecker import low_rank as eigenpairs
+from kfac_jax_lite.kronecker.low_rank import LowRankInverses
+from kfac_jax_lite.kronecker.precondition import gather, solve_low_rank
 from tests import models, parallel, zoo
 from tests.helpers import (
     batches_of,

@@ -73,7 +73,7 @@ def test_counts(tmp_path):
 
 def test_digest_is_that_of_package_and_requirements():
     files = sources.tracked()
-    assert Path("setup.cfg") in files and Path("kfac_jax_lite/tree.py") in files
+    assert Path("setup.cfg") in files and Path("kfac_jax_lite/core/pytree.py") in files
     assert not any(path.parts[0] in (".venv", "runs") for path in files)
     mine = [p for p in files if p.parts[0] == "kfac_jax_lite"]
     assert sources.digest(files) == sources.digest([*mine, Path("setup.cfg")])

@@ -110,7 +110,9 @@ def test_budget(budget, kept):
 def test_own_tests_come_first():
     order = ["tests/test_inverse.py", "tests/test_zoo.py", "tests/test_hlo.py"]
     order.append("tests/experiments/test_train.py")
-    ranks = [covering.rank(path, "kfac_jax_lite/inverse.py") for path in order]
+    ranks = [
+        covering.rank(path, "kfac_jax_lite/kronecker/inverses.py") for path in order
+    ]
     assert ranks == sorted(ranks) and ranks[0] < ranks[1] and ranks[2] < ranks[3]
 
 
@@ -224,7 +226,12 @@ def test_page(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(page, "REASONS", tmp_path / "reasons.toml")
     page.REASONS.write_text('[equivalent]\nb = "The same."\n[open]\nc = "Not yet."\n')
-    base = {"module": "kfac_jax_lite/forms.py", "line": 1, "name": "lost", "budget": 9}
+    base = {
+        "module": "kfac_jax_lite/kronecker/factors.py",
+        "line": 1,
+        "name": "lost",
+        "budget": 9,
+    }
     base |= {"change": ["x = 1", "x = 2"]}
     outcomes = [("a", "killed"), ("b", "survived"), ("c", "survived"), ("d", "timeout")]
     rows = {k: base | {"id": k, "kind": "formula", "outcome": o} for k, o in outcomes}

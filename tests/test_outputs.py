@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite.outputs import marked_loss
+from kfac_jax_lite.statistics.outputs import marked_loss
 from tests.helpers import close
 
 ROWS, FEATURES, UNITS = 5, 3, 4

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite.factors.state import from_words, words
+from kfac_jax_lite.kronecker.state import from_words, words
 from tests.helpers import cases, close, identical
 from tests.parallel import AXIS, DEVICES, EXAMPLES, OWNER, mesh_of, split_rows
 

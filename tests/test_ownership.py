@@ -10,9 +10,14 @@ import numpy as np
 import pytest
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite.inverse import FactorInverses
-from kfac_jax_lite.ownership import balanced, inverse_cost, make_plan
-from kfac_jax_lite.slices import divided, sliced_statistics, undivided, whole_statistics
+from kfac_jax_lite.distributed.assignment import balanced, inverse_cost, make_plan
+from kfac_jax_lite.distributed.slices import (
+    divided,
+    sliced_statistics,
+    undivided,
+    whole_statistics,
+)
+from kfac_jax_lite.kronecker.inverses import FactorInverses
 from tests import models
 from tests.helpers import close
 from tests.parallel import OWNER, run, same

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite.ownership import NOBODY, Plan
-from kfac_jax_lite.placement import own_part
+from kfac_jax_lite.distributed.assignment import NOBODY, Plan
+from kfac_jax_lite.distributed.layout import own_part
 from tests import parallel
 from tests.helpers import first_pass, identical
 from tests.models import BY_NAME

@@ -1,6 +1,7 @@
 """The public names and signatures are a contract: this is its snapshot."""
 
 import inspect
+import re
 
 import jax
 import optax
@@ -288,6 +289,17 @@ def test_names():
 def test_everything_public_has_a_docstring():
     for name in [*kfac.__all__, *SIGNATURES]:
         assert inspect.getdoc(lookup(name)), name
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_every_argument_is_documented(name):
+    """Sections of docstrings are asked for of public names, and of these only."""
+    text = inspect.getdoc(lookup(name))
+    for argument, parameter in inspect.signature(lookup(name)).parameters.items():
+        if argument != "self" and parameter.kind is not parameter.VAR_KEYWORD:
+            assert re.search(rf"^ +\**{argument}: ", text, re.M), argument
+    if "Returns:" not in text and len(text.splitlines()) > 1:
+        assert "Yields:" in text or inspect.isclass(lookup(name)), name
 
 
 def test_tagged_loss():

@@ -13,7 +13,7 @@ from jax.interpreters import mlir
 import kfac_jax_lite as kfac
 from kfac_jax_lite.bayes.laplace_passes import last_layer_name
 from kfac_jax_lite.curvature import blocks
-from kfac_jax_lite.options import Options
+from kfac_jax_lite.optimizer.options import Options
 from tests import laplace
 from tests.helpers import first_pass
 from tests.models import BY_NAME

@@ -11,8 +11,8 @@ import pytest
 from jax import lax
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite.precondition import gather
-from kfac_jax_lite.tree import leaves_by_path
+from kfac_jax_lite.core.pytree import leaves_by_path
+from kfac_jax_lite.kronecker.precondition import gather
 from tests.helpers import close
 
 B, IN, OUT = 6, 4, 3

@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite.factors.dense import rank_one
+from kfac_jax_lite.statistics.dense import rank_one
 from tests.helpers import close
 from tests.test_rare_programs import blocks, outer
 

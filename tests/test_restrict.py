@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kfac_jax_lite import forms
-from kfac_jax_lite.factors import restrict
-from kfac_jax_lite.types import KroneckerStatistics, ScaleShiftStatistics
+from kfac_jax_lite.core.types import KroneckerStatistics, ScaleShiftStatistics
+from kfac_jax_lite.kronecker import factors as forms
+from kfac_jax_lite.kronecker import masking as restrict
 from tests.helpers import first_pass, spd
 
 

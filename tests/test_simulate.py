@@ -8,8 +8,14 @@ import hypothesis.strategies as st
 import pytest
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite.simulate import Machine, StepTime, collective_time, scale, step_time
-from kfac_jax_lite.traffic import Collective
+from kfac_jax_lite.diagnostics.simulate import (
+    Machine,
+    StepTime,
+    collective_time,
+    scale,
+    step_time,
+)
+from kfac_jax_lite.distributed.traffic import Collective
 from tests.helpers import first_pass
 from tests.models import BY_NAME
 

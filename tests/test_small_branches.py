@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite import accuracy, forms
 from kfac_jax_lite.bayes import noisy, roots
 from kfac_jax_lite.bayes.vogn import block_squares, part_of_block
-from kfac_jax_lite.cost import limit_of
-from kfac_jax_lite.flops import statistics_flops
-from kfac_jax_lite.guided import Guide
+from kfac_jax_lite.core.types import DiagonalStatistics
+from kfac_jax_lite.diagnostics import accuracy
+from kfac_jax_lite.diagnostics.cost import limit_of
+from kfac_jax_lite.diagnostics.flops import statistics_flops
+from kfac_jax_lite.distributed.traffic import Collective
+from kfac_jax_lite.kronecker import factors as forms
+from kfac_jax_lite.optimizer.guided import Guide
 from kfac_jax_lite.tagging.interpreter import in_line
-from kfac_jax_lite.traffic import Collective
-from kfac_jax_lite.types import DiagonalStatistics
 from tests.helpers import close, first_pass
 from tests.models import BY_NAME
 from tests.programs import products, shapes

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite import stagger
-from kfac_jax_lite.ownership import make_plan
+from kfac_jax_lite.distributed.assignment import make_plan
+from kfac_jax_lite.optimizer import stagger
 from tests import models
 from tests.helpers import kfac_state
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite.factors import conv
+from kfac_jax_lite.statistics import conv
 from tests import models, oracles
 from tests.helpers import cases, close, first_pass, homogeneous
 

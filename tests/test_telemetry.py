@@ -9,9 +9,9 @@ import optax
 import pytest
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite import forms
-from kfac_jax_lite.placement import relayout
-from kfac_jax_lite.telemetry import effective_rank, eigenvalues, report
+from kfac_jax_lite.diagnostics.report import effective_rank, eigenvalues, report
+from kfac_jax_lite.distributed.layout import relayout
+from kfac_jax_lite.kronecker import factors as forms
 from tests import models
 from tests.helpers import batches_of, kfac_state, train
 

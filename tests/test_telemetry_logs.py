@@ -8,8 +8,8 @@ import types
 
 import pytest
 
-from kfac_jax_lite import logs
-from kfac_jax_lite.telemetry import report
+from kfac_jax_lite.diagnostics import logs
+from kfac_jax_lite.diagnostics.report import report
 from tests.test_telemetry import trained
 
 

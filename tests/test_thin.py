@@ -14,10 +14,11 @@ import pytest
 from jax.sharding import AxisType
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite import precondition, transform
-from kfac_jax_lite.factors import thin
-from kfac_jax_lite.precondition import gather
-from kfac_jax_lite.tree import leaves_by_path
+from kfac_jax_lite.core.pytree import leaves_by_path
+from kfac_jax_lite.kronecker import precondition
+from kfac_jax_lite.kronecker.precondition import gather
+from kfac_jax_lite.optimizer import transform
+from kfac_jax_lite.statistics import thin
 from tests import zoo
 from tests.helpers import cases, close, kfac_state
 from tests.test_masks import MASK, masked_loss

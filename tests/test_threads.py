@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite import threads
+from kfac_jax_lite.core import threads
 
 INVERSES = ["cholesky", "eigh", "ekfac", "low_rank", "newton_schulz", "auto"]
 LAPACK = re.compile(r"= (.*?) custom-call\(.*custom_call_target=\"lapack")

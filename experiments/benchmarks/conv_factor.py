@@ -30,8 +30,8 @@ from experiments.benchmarks.common import (
     write_json,
 )
 from experiments.pipes import ended
-from kfac_jax_lite.factors import conv
-from kfac_jax_lite.tagging.layers import ConvGeometry
+from kfac_jax_lite.statistics import conv
+from kfac_jax_lite.tagging.sites import ConvGeometry
 
 # Batch, side, channels, side of the kernel, padding.
 SHAPES = {

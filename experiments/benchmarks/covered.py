@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from experiments.benchmarks.common import write_json
-from kfac_jax_lite.types import LayerTag
+from kfac_jax_lite.core.types import LayerTag
 
 FALLBACK = "diagonal"
 

@@ -26,9 +26,10 @@ from experiments.benchmarks.common import (
     write_json,
 )
 from experiments.pipes import ended
-from kfac_jax_lite import eigenpairs, forms
-from kfac_jax_lite.inverse import SHARE, kept_pairs
-from kfac_jax_lite.linalg import newton_schulz_inverse, spd_inverse
+from kfac_jax_lite.core.linalg import newton_schulz_inverse, spd_inverse
+from kfac_jax_lite.kronecker import factors as forms
+from kfac_jax_lite.kronecker import low_rank as eigenpairs
+from kfac_jax_lite.kronecker.inverses import SHARE, kept_pairs
 
 BASELINE = "product"
 

@@ -22,8 +22,8 @@ from experiments.benchmarks.common import (
     timed,
 )
 from experiments.benchmarks.networks import Problem
-from kfac_jax_lite.precondition import gather, precondition, scatter
-from kfac_jax_lite.tree import leaves_by_path, replace_leaves
+from kfac_jax_lite.core.pytree import leaves_by_path, replace_leaves
+from kfac_jax_lite.kronecker.precondition import gather, precondition, scatter
 
 RATE, MOMENTUM, DAMPING = 1e-3, 0.9, 1e-2
 

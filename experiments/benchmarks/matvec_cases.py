@@ -16,7 +16,7 @@ from experiments.models.networks import MLP, LeNet5
 from kfac_jax_lite import curvature
 from kfac_jax_lite.curvature.laws import samples
 from kfac_jax_lite.curvature.operator import Kept, Operator
-from kfac_jax_lite.outputs import marked_loss
+from kfac_jax_lite.statistics.outputs import marked_loss
 
 HIDDEN = 512
 CLASSES = 10

@@ -21,7 +21,7 @@ from experiments.benchmarks.common import (
 )
 from experiments.benchmarks.jobs import DAMPING, MOMENTUM, RATE, Job, stepper
 from experiments.benchmarks.networks import Problem
-from kfac_jax_lite.tree import find_states
+from kfac_jax_lite.core.pytree import find_states
 
 
 def flop_floor(

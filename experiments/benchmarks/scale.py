@@ -37,7 +37,7 @@ from experiments.benchmarks.ours import ours_job
 from experiments.benchmarks.step_time import make_jobs, measure
 from experiments.models.networks import MLP
 from experiments.pipes import ended
-from kfac_jax_lite.inverse import METHODS
+from kfac_jax_lite.kronecker.inverses import METHODS
 
 BASELINE, RATE = "AdamW", 1e-3
 INTERVALS = (10, 100)

@@ -11,9 +11,15 @@ from experiments.benchmarks.architectures import ARCHITECTURES, SMALL
 from experiments.configs.cost import CostConfig
 from experiments.errors import MetricsError
 from experiments.metrics import read_records
-from kfac_jax_lite.cost import CostModel
-from kfac_jax_lite.simulate import DEVICES, Machine, StepTime, scale, step_time
-from kfac_jax_lite.types import LayerTag
+from kfac_jax_lite.core.types import LayerTag
+from kfac_jax_lite.diagnostics.cost import CostModel
+from kfac_jax_lite.diagnostics.simulate import (
+    DEVICES,
+    Machine,
+    StepTime,
+    scale,
+    step_time,
+)
 
 MODELS = ARCHITECTURES | SMALL
 MODES = ("all", "owner", "grid")

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from experiments.configs.cost import CostConfig
 from experiments.cost.figures import Network
 from experiments.errors import MetricsError
-from kfac_jax_lite.simulate import StepTime
+from kfac_jax_lite.diagnostics.simulate import StepTime
 
 COLOURS = {"all": "#d55e00", "owner": "#0072b2", "grid": "#009e73"}
 

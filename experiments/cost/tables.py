@@ -8,7 +8,7 @@ from rich.table import Table
 
 from experiments.configs.cost import CostConfig
 from experiments.cost.figures import Network
-from kfac_jax_lite.cost import CostModel
+from kfac_jax_lite.diagnostics.cost import CostModel
 
 TITLES = {
     "all": "all-reduce, every device inverts",

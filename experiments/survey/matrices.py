@@ -26,7 +26,7 @@ from kfac_jax_lite.curvature.laws import Law, samples
 from kfac_jax_lite.curvature.layout import make_layout
 from kfac_jax_lite.curvature.stream import Stream
 from kfac_jax_lite.ntk.jacobian import make_batch
-from kfac_jax_lite.outputs import marked_loss
+from kfac_jax_lite.statistics.outputs import marked_loss
 
 # Examples whose rows of the Jacobian are computed together.
 CHUNK = 64

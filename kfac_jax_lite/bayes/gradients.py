@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from kfac_jax_lite.bayes.posterior import find
-from kfac_jax_lite.factors.estimate import TaggedLoss
-from kfac_jax_lite.types import Deferred, DiagonalStatistics, computed
+from kfac_jax_lite.core.types import Deferred, DiagonalStatistics, computed
+from kfac_jax_lite.statistics.tagged_loss import TaggedLoss
 
 
 def value_and_grad(

@@ -26,9 +26,9 @@ from kfac_jax_lite.bayes.posterior import (
     scale_of,
     visible,
 )
-from kfac_jax_lite.factors.state import moving_average
-from kfac_jax_lite.reduce import summed_already
-from kfac_jax_lite.types import Array
+from kfac_jax_lite.core.types import Array
+from kfac_jax_lite.distributed.reduction import summed_already
+from kfac_jax_lite.kronecker.state import moving_average
 
 
 class ReparameterisedStatistics(NamedTuple):

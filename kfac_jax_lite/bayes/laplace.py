@@ -41,7 +41,7 @@ from kfac_jax_lite.curvature.laws import Law
 from kfac_jax_lite.curvature.layout import Layout, make_layout
 from kfac_jax_lite.curvature.operator import Kept
 from kfac_jax_lite.curvature.stream import Stream, ravel
-from kfac_jax_lite.factors.estimate import TaggedLoss
+from kfac_jax_lite.statistics.tagged_loss import TaggedLoss
 
 KEPT = ("diagonal", "kronecker", "ekfac", "unit_wise")
 STRUCTURES = (*KEPT, "full", "last_layer")

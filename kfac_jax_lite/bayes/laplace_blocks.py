@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kfac_jax_lite.core.linalg import eigh
+from kfac_jax_lite.core.types import Array
 from kfac_jax_lite.curvature.blocks import DensePart, EigenPart, Part
-from kfac_jax_lite.linalg import eigh
-from kfac_jax_lite.types import Array
 
 
 class Eigenblocks(NamedTuple):

@@ -8,14 +8,14 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 
+from kfac_jax_lite.core.likelihoods import masked_rows
+from kfac_jax_lite.core.types import Array
 from kfac_jax_lite.curvature.laws import Law, kernel
 from kfac_jax_lite.curvature.products import static, wide
 from kfac_jax_lite.curvature.stream import Stream
-from kfac_jax_lite.factors.estimate import TaggedLoss
-from kfac_jax_lite.likelihoods import masked_rows
-from kfac_jax_lite.outputs import marked_loss
+from kfac_jax_lite.statistics.outputs import marked_loss
+from kfac_jax_lite.statistics.tagged_loss import TaggedLoss
 from kfac_jax_lite.tagging.interpreter import in_line
-from kfac_jax_lite.types import Array
 
 # Unit vectors pushed through the last layer together.
 AT_ONCE = 256

@@ -16,7 +16,7 @@ from kfac_jax_lite.bayes.laplace_evidence import (
     maximise,
 )
 from kfac_jax_lite.bayes.laplace_predictive import mean_nll, predict_glm
-from kfac_jax_lite.types import Array
+from kfac_jax_lite.core.types import Array
 
 METHODS = ("marginal_likelihood", "validation")
 BOUNDS = (1e-6, 1e6)

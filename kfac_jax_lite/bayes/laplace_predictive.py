@@ -24,8 +24,8 @@ import jax.numpy as jnp
 
 from kfac_jax_lite.bayes.laplace_blocks import Leaves
 from kfac_jax_lite.bayes.predictive import Normal
-from kfac_jax_lite.linalg import eigh
-from kfac_jax_lite.types import Array
+from kfac_jax_lite.core.linalg import eigh
+from kfac_jax_lite.core.types import Array
 
 LIKELIHOODS = ("categorical", "bernoulli", "normal")
 LINKS = ("probit", "bridge", "mc")

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfac_jax_lite.types import Array, ArrayLike
+from kfac_jax_lite.core.types import Array, ArrayLike
 
 TRUE_POSITIVES = 95  # percent, of `fpr95`
 

@@ -17,21 +17,26 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfac_jax_lite.alias import kfac
 from kfac_jax_lite.bayes.posterior import Number, noise_like, plus, scale_of
 from kfac_jax_lite.bayes.roots import factor_roots, root_times
-from kfac_jax_lite.damping import Damping
-from kfac_jax_lite.factors.restrict import present_layers
-from kfac_jax_lite.factors.state import KFACState
-from kfac_jax_lite.intervals import Interval
-from kfac_jax_lite.inverse import FactorInverses, Method, initial_inverse, method_named
-from kfac_jax_lite.linalg import all_finite
-from kfac_jax_lite.precondition import assemble, gather
-from kfac_jax_lite.reduce import Reduction
-from kfac_jax_lite.refresh import gated
-from kfac_jax_lite.transform import ALL_REDUCE, EVERY_STEP
-from kfac_jax_lite.tree import choose, find_states, leaves_by_path
-from kfac_jax_lite.types import Array, LayerTag
+from kfac_jax_lite.core.control import gated
+from kfac_jax_lite.core.linalg import all_finite
+from kfac_jax_lite.core.pytree import choose, find_states, leaves_by_path
+from kfac_jax_lite.core.types import Array, LayerTag
+from kfac_jax_lite.distributed.reduction import Reduction
+from kfac_jax_lite.kronecker.inverses import (
+    FactorInverses,
+    Method,
+    initial_inverse,
+    method_named,
+)
+from kfac_jax_lite.kronecker.masking import present_layers
+from kfac_jax_lite.kronecker.precondition import assemble, gather
+from kfac_jax_lite.kronecker.state import KFACState
+from kfac_jax_lite.optimizer.damping import Damping
+from kfac_jax_lite.optimizer.intervals import Interval
+from kfac_jax_lite.optimizer.kfac import kfac
+from kfac_jax_lite.optimizer.transform import ALL_REDUCE, EVERY_STEP
 
 
 @jax.tree_util.register_static

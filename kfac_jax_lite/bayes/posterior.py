@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfac_jax_lite.factors.restrict import is_masked
-from kfac_jax_lite.linalg import norms_finite
-from kfac_jax_lite.tree import choose
-from kfac_jax_lite.types import Array, accumulation_dtype
+from kfac_jax_lite.core.linalg import norms_finite
+from kfac_jax_lite.core.pytree import choose
+from kfac_jax_lite.core.types import Array, accumulation_dtype
+from kfac_jax_lite.kronecker.masking import is_masked
 
 Number = int | float | Array
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kfac_jax_lite.bayes.posterior import sample
-from kfac_jax_lite.types import Array, ArrayLike
+from kfac_jax_lite.core.types import Array, ArrayLike
 
 Apply = Callable[[Any, Any], Array]
 

@@ -18,17 +18,17 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from kfac_jax_lite import forms
-from kfac_jax_lite.inverse import Eigenbases, FactorInverses, damped_factors
-from kfac_jax_lite.linalg import inverse_half, one_by_one
-from kfac_jax_lite.precondition import precondition_kronecker
-from kfac_jax_lite.types import (
+from kfac_jax_lite.core.linalg import inverse_half, one_by_one
+from kfac_jax_lite.core.types import (
     Array,
     DiagonalStatistics,
     KroneckerStatistics,
     LayerTag,
     ScaleShiftStatistics,
 )
+from kfac_jax_lite.kronecker import factors as forms
+from kfac_jax_lite.kronecker.inverses import Eigenbases, FactorInverses, damped_factors
+from kfac_jax_lite.kronecker.precondition import precondition_kronecker
 
 
 def inverse_root(matrix: Array, form: str) -> Array:

@@ -20,12 +20,7 @@ from kfac_jax_lite.bayes.posterior import (
     diagonal_draw,
     scale_of,
 )
-from kfac_jax_lite.factors.restrict import present_layers
-from kfac_jax_lite.factors.state import moving_average
-from kfac_jax_lite.precondition import assemble
-from kfac_jax_lite.reduce import reduce_statistics
-from kfac_jax_lite.transform import ALL_REDUCE
-from kfac_jax_lite.types import (
+from kfac_jax_lite.core.types import (
     Array,
     DiagonalStatistics,
     LayerTag,
@@ -33,6 +28,11 @@ from kfac_jax_lite.types import (
     SquareStatistics,
     computed,
 )
+from kfac_jax_lite.distributed.reduction import reduce_statistics
+from kfac_jax_lite.kronecker.masking import present_layers
+from kfac_jax_lite.kronecker.precondition import assemble
+from kfac_jax_lite.kronecker.state import moving_average
+from kfac_jax_lite.optimizer.transform import ALL_REDUCE
 
 
 class VOGNState(NamedTuple):

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfac_jax_lite.linalg import eigh
-from kfac_jax_lite.types import Array
+from kfac_jax_lite.core.linalg import eigh
+from kfac_jax_lite.core.types import Array
 
 
 class DensePart(NamedTuple):

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import scipy.linalg
 
+from kfac_jax_lite.core.types import Array
 from kfac_jax_lite.curvature.flat import (
     Estimate,
     Progress,
@@ -29,7 +30,6 @@ from kfac_jax_lite.curvature.flat import (
     whole_number,
 )
 from kfac_jax_lite.curvature.lanczos import lanczos_flat
-from kfac_jax_lite.types import Array
 
 # A density's width as a share of the spectrum's range, where none is asked for; how
 # far its grid goes beyond the spectrum, in widths, and how fine it is.

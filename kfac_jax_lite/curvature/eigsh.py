@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.sparse.linalg import lobpcg_standard
 
+from kfac_jax_lite.core.types import Array
 from kfac_jax_lite.curvature.flat import (
     Flat,
     Progress,
@@ -25,7 +26,6 @@ from kfac_jax_lite.curvature.flat import (
     whole_number,
 )
 from kfac_jax_lite.curvature.lanczos import BREAKDOWN, dot, extend, fresh_basis
-from kfac_jax_lite.types import Array
 
 Tick = Callable[[int], None]
 # Least number of vectors that Lanczos keeps, beyond twice the eigenpairs wanted, and

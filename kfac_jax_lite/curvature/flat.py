@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfac_jax_lite.types import Array
-from kfac_jax_lite.views import Shape
+from kfac_jax_lite.core.parameter_views import Shape
+from kfac_jax_lite.core.types import Array
 
 # Of the counts: products done, products to do (the most there can be).
 Progress = Callable[[int, int], None]

@@ -27,7 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfac_jax_lite import forms
+from kfac_jax_lite.core.linalg import one_by_one
+from kfac_jax_lite.core.parameter_views import Shape
+from kfac_jax_lite.core.types import Array, LayerTag
 from kfac_jax_lite.curvature import products
 from kfac_jax_lite.curvature.blocks import (
     DensePart,
@@ -37,12 +39,10 @@ from kfac_jax_lite.curvature.blocks import (
 )
 from kfac_jax_lite.curvature.layout import Layout, units
 from kfac_jax_lite.curvature.stream import Stream
-from kfac_jax_lite.factors.state import curvature
-from kfac_jax_lite.inverse import Eigenbases
-from kfac_jax_lite.linalg import one_by_one
-from kfac_jax_lite.transform import scale_by_kfac
-from kfac_jax_lite.types import Array, LayerTag
-from kfac_jax_lite.views import Shape
+from kfac_jax_lite.kronecker import factors as forms
+from kfac_jax_lite.kronecker.inverses import Eigenbases
+from kfac_jax_lite.kronecker.state import curvature
+from kfac_jax_lite.optimizer.transform import scale_by_kfac
 
 # Largest layer, in parameters, of which a dense block is formed.
 LARGEST_BLOCK = 4096

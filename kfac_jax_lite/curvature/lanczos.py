@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kfac_jax_lite.core.types import Array
 from kfac_jax_lite.curvature.flat import (
     Flat,
     Progress,
@@ -23,7 +24,6 @@ from kfac_jax_lite.curvature.flat import (
     normals,
     whole_number,
 )
-from kfac_jax_lite.types import Array
 
 # A remainder below this many rounding units of the matrix's norm is no direction.
 BREAKDOWN = 100.0

@@ -27,16 +27,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfac_jax_lite.factors.passes import typed_like
-from kfac_jax_lite.likelihoods import (
+from kfac_jax_lite.core.likelihoods import (
     Output,
     fisher_product,
     sampled_cotangent,
     square_root_column,
     weighted_rows,
 )
-from kfac_jax_lite.outputs import MarkedLoss
-from kfac_jax_lite.types import Array
+from kfac_jax_lite.core.types import Array
+from kfac_jax_lite.statistics.fisher_passes import typed_like
+from kfac_jax_lite.statistics.outputs import MarkedLoss
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfac_jax_lite.factors.estimate import TaggedLoss
-from kfac_jax_lite.precondition import gather
-from kfac_jax_lite.types import LayerTag
-from kfac_jax_lite.views import Shape
+from kfac_jax_lite.core.parameter_views import Shape
+from kfac_jax_lite.core.types import LayerTag
+from kfac_jax_lite.kronecker.precondition import gather
+from kfac_jax_lite.statistics.tagged_loss import TaggedLoss
 
 
 @dataclasses.dataclass(frozen=True)

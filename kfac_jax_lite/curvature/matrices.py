@@ -13,7 +13,7 @@ from kfac_jax_lite.curvature.laws import Law
 from kfac_jax_lite.curvature.layout import make_layout, owners, unit_wise
 from kfac_jax_lite.curvature.operator import Kept, Operator, Streamed
 from kfac_jax_lite.curvature.stream import Stream, ravel
-from kfac_jax_lite.factors.estimate import TaggedLoss
+from kfac_jax_lite.statistics.tagged_loss import TaggedLoss
 
 # A sequence of tuples; checked by ``check_batches``, which says what it wants.
 Batches = Any

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kfac_jax_lite.core.types import Array
 from kfac_jax_lite.curvature import blocks, spectra
 from kfac_jax_lite.curvature.blocks import DensePart, Part
 from kfac_jax_lite.curvature.layout import Layout
 from kfac_jax_lite.curvature.spectra import Eigenpairs, Estimate
 from kfac_jax_lite.curvature.stream import Stream, ravel, unit_images, unraveller
-from kfac_jax_lite.types import Array
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,17 +15,13 @@ import jax.flatten_util
 import jax.numpy as jnp
 from jax import lax
 
+from kfac_jax_lite.core.likelihoods import outputs_of, row_shape
+from kfac_jax_lite.core.linalg import expanded
+from kfac_jax_lite.core.mesh import along, explicit_mesh
+from kfac_jax_lite.core.types import Array, DiagonalStatistics, accumulation_dtype
 from kfac_jax_lite.curvature.laws import Law, kernel, roots
-from kfac_jax_lite.factors.estimate import TaggedLoss
-from kfac_jax_lite.likelihoods import outputs_of, row_shape
-from kfac_jax_lite.linalg import expanded
-from kfac_jax_lite.outputs import marked_loss
-from kfac_jax_lite.sharding import along, explicit_mesh
-from kfac_jax_lite.types import (
-    Array,
-    DiagonalStatistics,
-    accumulation_dtype,
-)
+from kfac_jax_lite.statistics.outputs import marked_loss
+from kfac_jax_lite.statistics.tagged_loss import TaggedLoss
 
 
 def static(*names: str) -> Callable[[Callable[..., Any]], Any]:

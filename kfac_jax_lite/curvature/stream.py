@@ -13,11 +13,11 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 
+from kfac_jax_lite.core.types import Array
 from kfac_jax_lite.curvature import products
 from kfac_jax_lite.curvature.flat import split
 from kfac_jax_lite.curvature.laws import Law
-from kfac_jax_lite.factors.estimate import TaggedLoss
-from kfac_jax_lite.types import Array
+from kfac_jax_lite.statistics.tagged_loss import TaggedLoss
 
 # Entries of the vectors that travel together, where their number is not given.
 AT_ONCE = 2**24

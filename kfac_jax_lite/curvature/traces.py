@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
+from kfac_jax_lite.core.types import Array
 from kfac_jax_lite.curvature.flat import (
     BLOCK,
     Estimate,
@@ -33,7 +34,6 @@ from kfac_jax_lite.curvature.flat import (
     whole_number,
 )
 from kfac_jax_lite.curvature.lanczos import dot
-from kfac_jax_lite.types import Array
 
 Tick = Callable[[int], None]
 

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kfac_jax_lite import damping as damping_lib
-from kfac_jax_lite.factors.estimate import TaggedLoss
-from kfac_jax_lite.linalg import all_finite
+from kfac_jax_lite.core.linalg import all_finite
+from kfac_jax_lite.core.mesh import REPLICATED, automatic, explicit_mesh, specs_of
+from kfac_jax_lite.core.pytree import choose
+from kfac_jax_lite.core.types import Array, accumulation_dtype
 from kfac_jax_lite.ntk.jacobian import (
     Batch,
     checked,
@@ -17,9 +18,8 @@ from kfac_jax_lite.ntk.jacobian import (
     join,
     make_batch,
 )
-from kfac_jax_lite.sharding import REPLICATED, automatic, explicit_mesh, specs_of
-from kfac_jax_lite.tree import choose
-from kfac_jax_lite.types import Array, accumulation_dtype
+from kfac_jax_lite.optimizer import damping as damping_lib
+from kfac_jax_lite.statistics.tagged_loss import TaggedLoss
 
 # Of a gradient, what is smaller than so many roundings is no remainder but rounding.
 ROUNDINGS = 16.0

@@ -4,10 +4,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from kfac_jax_lite.factors.estimate import TaggedLoss
+from kfac_jax_lite.core.mesh import automatic
+from kfac_jax_lite.core.types import Array
 from kfac_jax_lite.ntk.jacobian import checked, make_batch, products
-from kfac_jax_lite.sharding import automatic
-from kfac_jax_lite.types import Array
+from kfac_jax_lite.statistics.tagged_loss import TaggedLoss
 
 
 def kernel(

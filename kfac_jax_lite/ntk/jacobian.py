@@ -9,16 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfac_jax_lite.factors.estimate import TaggedLoss
-from kfac_jax_lite.likelihoods import (
+from kfac_jax_lite.core.likelihoods import (
     Output,
     masked_rows,
     row_shape,
     square_root_column,
     weighted_rows,
 )
-from kfac_jax_lite.outputs import MarkedLoss, marked_loss
-from kfac_jax_lite.types import Array, accumulation_dtype
+from kfac_jax_lite.core.types import Array, accumulation_dtype
+from kfac_jax_lite.statistics.outputs import MarkedLoss, marked_loss
+from kfac_jax_lite.statistics.tagged_loss import TaggedLoss
 
 CHUNK = 256
 

@@ -20,7 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
-from kfac_jax_lite.tagging.layers import (
+from kfac_jax_lite.core.parameter_views import Shape, View
+from kfac_jax_lite.core.types import ClosedJaxpr, Jaxpr, JaxprEqn, Var
+from kfac_jax_lite.tagging.liveness import Live, Liveness, marks_in
+from kfac_jax_lite.tagging.sites import (
     CALLS,
     CHECKPOINTS,
     CUSTOM_RULES,
@@ -33,9 +36,6 @@ from kfac_jax_lite.tagging.layers import (
     Steps,
     seen_from,
 )
-from kfac_jax_lite.tagging.liveness import Live, Liveness, marks_in
-from kfac_jax_lite.types import ClosedJaxpr, Jaxpr, JaxprEqn, Var
-from kfac_jax_lite.views import Shape, View
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,9 @@ from ``iota`` and reach a ``gather`` through broadcasts, the wrapping of negativ
 
 from jax.extend.core import Literal
 
+from kfac_jax_lite.core.types import JaxprEqn, Var
 from kfac_jax_lite.tagging.analysis import shape_of
 from kfac_jax_lite.tagging.indices import Axes, Axis, length, unify
-from kfac_jax_lite.types import JaxprEqn, Var
 
 # By variable: the axis that each column counts along, if any; () is "never true".
 Counts = dict[Var, tuple[Axis | None, ...]]

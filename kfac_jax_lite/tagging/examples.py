@@ -13,7 +13,10 @@ import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from kfac_jax_lite.likelihoods import BESIDE, row_shape
+from kfac_jax_lite.core.likelihoods import BESIDE, row_shape
+from kfac_jax_lite.core.parameter_views import Shape
+from kfac_jax_lite.core.pytree import is_raw_key
+from kfac_jax_lite.core.types import Jaxpr
 from kfac_jax_lite.tagging.analysis import Walk, shape_of
 from kfac_jax_lite.tagging.follow import Followed, follow
 from kfac_jax_lite.tagging.indices import (
@@ -24,7 +27,7 @@ from kfac_jax_lite.tagging.indices import (
     settled,
     unify,
 )
-from kfac_jax_lite.tagging.layers import (
+from kfac_jax_lite.tagging.sites import (
     ConvGeometry,
     DenseGeometry,
     EmbeddingGeometry,
@@ -33,9 +36,6 @@ from kfac_jax_lite.tagging.layers import (
     RaggedGeometry,
     Site,
 )
-from kfac_jax_lite.tree import is_raw_key
-from kfac_jax_lite.types import Jaxpr
-from kfac_jax_lite.views import Shape
 
 
 def place_examples(

@@ -10,6 +10,7 @@ from typing import Any
 
 from jax.extend.core import Literal
 
+from kfac_jax_lite.core.types import Jaxpr, JaxprEqn, Var
 from kfac_jax_lite.tagging.analysis import shape_of
 from kfac_jax_lite.tagging.counting import Counts, count
 from kfac_jax_lite.tagging.indices import (
@@ -22,7 +23,7 @@ from kfac_jax_lite.tagging.indices import (
     unify,
     unify_all,
 )
-from kfac_jax_lite.tagging.layers import (
+from kfac_jax_lite.tagging.sites import (
     CALLS,
     CHECKPOINTS,
     CUSTOM_RULES,
@@ -32,7 +33,6 @@ from kfac_jax_lite.tagging.layers import (
     scan_counts,
     spec_axes,
 )
-from kfac_jax_lite.types import Jaxpr, JaxprEqn, Var
 
 Followed = dict[Plan, dict[Var, Axes]]
 Enter = Callable[..., list[Axes]]

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Iterable
 
-from kfac_jax_lite.views import Shape
+from kfac_jax_lite.core.parameter_views import Shape
 
 
 @dataclasses.dataclass(eq=False)

@@ -14,7 +14,9 @@ from jax import lax
 from jax.extend.core import Literal, jaxpr_as_fun
 from jax.sharding import PartitionSpec
 
-from kfac_jax_lite.tagging.layers import (
+from kfac_jax_lite.core.pytree import vary
+from kfac_jax_lite.core.types import Array, ClosedJaxpr, Jaxpr, JaxprEqn
+from kfac_jax_lite.tagging.sites import (
     CALLS,
     CHECKPOINTS,
     Derived,
@@ -25,10 +27,8 @@ from kfac_jax_lite.tagging.layers import (
     manual_axes,
     scan_counts,
 )
-from kfac_jax_lite.tagging.spread import taken
 from kfac_jax_lite.tagging.taps import Slot
-from kfac_jax_lite.tree import vary
-from kfac_jax_lite.types import Array, ClosedJaxpr, Jaxpr, JaxprEqn
+from kfac_jax_lite.tagging.unbatched import taken
 
 Slots = dict[str, Slot]
 OnSite = Callable[[Site, Array, list[Any], Slot], Array]

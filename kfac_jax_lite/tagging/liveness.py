@@ -13,15 +13,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from kfac_jax_lite.likelihoods import LIKELIHOODS, PREFIX
-from kfac_jax_lite.tagging.layers import (
-    BY_HAND,
-    CALLS,
-    CHECKPOINTS,
-    inside,
-    scan_counts,
-)
-from kfac_jax_lite.types import Jaxpr, JaxprEqn, Var
+from kfac_jax_lite.core.likelihoods import LIKELIHOODS, PREFIX
+from kfac_jax_lite.core.types import Jaxpr, JaxprEqn, Var
+from kfac_jax_lite.tagging.sites import BY_HAND, CALLS, CHECKPOINTS, inside, scan_counts
 
 # Programs that run once, with the results of the equation.
 ONCE = (*CALLS, *CHECKPOINTS, "shard_map")

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kfac_jax_lite.core.parameter_views import Shape, View
+from kfac_jax_lite.core.types import LayerTag
 from kfac_jax_lite.tagging.analysis import Walk
-from kfac_jax_lite.tagging.layers import Site
+from kfac_jax_lite.tagging.sites import Site
 from kfac_jax_lite.tagging.tags import (
     Facts,
     Group,
@@ -20,8 +22,6 @@ from kfac_jax_lite.tagging.tags import (
     name_groups,
     with_unused,
 )
-from kfac_jax_lite.types import LayerTag
-from kfac_jax_lite.views import Shape, View
 
 
 def resolve(walk: Walk, facts: Facts) -> tuple[LayerTag, ...]:

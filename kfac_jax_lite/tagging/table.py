@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from kfac_jax_lite.types import LayerTag, Shape
+from kfac_jax_lite.core.types import LayerTag, Shape
 
 
 def table(layers: Sequence[LayerTag]) -> str:

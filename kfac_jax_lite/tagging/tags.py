@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 
-from kfac_jax_lite import forms
+from kfac_jax_lite.core.parameter_views import Shape, View
+from kfac_jax_lite.core.types import UNREACHED, LayerTag
+from kfac_jax_lite.kronecker import factors as forms
 from kfac_jax_lite.tagging.analysis import Walk
 from kfac_jax_lite.tagging.examples import terms_of
-from kfac_jax_lite.tagging.layers import ScaleShiftGeometry, Site
-from kfac_jax_lite.types import UNREACHED, LayerTag
-from kfac_jax_lite.views import Shape, View
+from kfac_jax_lite.tagging.sites import ScaleShiftGeometry, Site
 
 REPARAMETRISED = (
     "used as a function of its entries: the derivative enters by row and by column"

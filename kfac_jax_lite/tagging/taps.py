@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kfac_jax_lite.sharding import automatic
-from kfac_jax_lite.tree import vary, varying_axes
-from kfac_jax_lite.types import Array
+from kfac_jax_lite.core.mesh import automatic
+from kfac_jax_lite.core.pytree import vary, varying_axes
+from kfac_jax_lite.core.types import Array
 
 Estimator = Callable[[Any, Array], Array]
 Estimators = tuple[tuple[str, Estimator], ...]

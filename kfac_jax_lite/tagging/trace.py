@@ -9,20 +9,20 @@ import jax
 import jax.numpy as jnp
 
 # The rules register themselves.
-from kfac_jax_lite.likelihoods import BESIDE, MASK, row_shape
-from kfac_jax_lite.tagging import elementwise as _elementwise
-from kfac_jax_lite.tagging import lookups as _lookups
-from kfac_jax_lite.tagging import matchers as _matchers
-from kfac_jax_lite.tagging import nesting as _nesting
-from kfac_jax_lite.tagging import structure as _structure
+from kfac_jax_lite.core.likelihoods import BESIDE, MASK, row_shape
+from kfac_jax_lite.core.pytree import is_key, without_value
+from kfac_jax_lite.core.types import ClosedJaxpr, LayerTag
+from kfac_jax_lite.tagging import rules_control as _nesting
+from kfac_jax_lite.tagging import rules_elementwise as _elementwise
+from kfac_jax_lite.tagging import rules_lookups as _lookups
+from kfac_jax_lite.tagging import rules_products as _matchers
+from kfac_jax_lite.tagging import rules_structure as _structure
 from kfac_jax_lite.tagging.analysis import Walk, analyse
 from kfac_jax_lite.tagging.examples import place_examples, terms_of
-from kfac_jax_lite.tagging.layers import Plan, Site
 from kfac_jax_lite.tagging.resolve import resolve
-from kfac_jax_lite.tagging.spread import plan_spreads, spread_sites
+from kfac_jax_lite.tagging.sites import Plan, Site
 from kfac_jax_lite.tagging.tags import Facts, plain
-from kfac_jax_lite.tree import is_key, without_value
-from kfac_jax_lite.types import ClosedJaxpr, LayerTag
+from kfac_jax_lite.tagging.unbatched import plan_spreads, spread_sites
 
 __all__ = ["Trace", "trace"]
 del _elementwise, _lookups, _matchers, _nesting, _structure

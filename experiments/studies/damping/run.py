@@ -42,7 +42,7 @@ from experiments.studies.damping.problem import (
     make_program,
 )
 from experiments.tuning.ranges import Linear, Log
-from kfac_jax_lite.tree import find_states
+from kfac_jax_lite.core.pytree import find_states
 
 SPACE = {
     "rate": Log(1e-4, 3.0).distribution(),

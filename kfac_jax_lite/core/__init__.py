@@ -1,0 +1,1 @@
+"""What every room uses: types, views of parameters, trees, meshes, gates, matrices."""

@@ -1,0 +1,1 @@
+"""Reports, logs, costs and the doctor."""

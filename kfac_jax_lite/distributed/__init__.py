@@ -1,0 +1,1 @@
+"""Who holds and inverts what, and how it travels between devices."""

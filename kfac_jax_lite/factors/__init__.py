@@ -1,1 +1,0 @@
-"""Statistics of every layer kind, and the loss that returns them."""

@@ -1,0 +1,1 @@
+"""Kronecker factors, their inverses, and the state that holds both."""

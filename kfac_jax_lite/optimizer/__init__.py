@@ -1,0 +1,1 @@
+"""The optax transformations, and when they refresh, invert and step."""

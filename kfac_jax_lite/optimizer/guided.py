@@ -1,0 +1,232 @@
+"""Steps chosen by the quadratic model: learning rate, momentum and damping.
+
+``d = −α u + μ d_prev`` with ``u`` the preconditioned gradient. ``α, μ`` minimise
+``M(d) = ∇Lᵀ d + ½ dᵀ (C + λ I) d``, a system of two unknowns, and ``λ`` follows the
+Levenberg-Marquardt rule. The model is asked at every step; a part of the batch
+may be enough for it.
+
+References:
+    Martens & Grosse, 2015, arXiv:1503.05671, Secs. 6.4, 6.5, 7.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from kfac_jax_lite.core.linalg import LARGEST
+from kfac_jax_lite.core.mesh import automatic
+from kfac_jax_lite.core.pytree import choose
+from kfac_jax_lite.core.types import Array
+from kfac_jax_lite.kronecker.state import KFACState
+from kfac_jax_lite.optimizer.damping import LevenbergMarquardt, value_at
+from kfac_jax_lite.optimizer.line_search import keep_from_searches
+
+
+class GuidedState(NamedTuple):
+    """State of K-FAC with steps from the quadratic model.
+
+    Attributes:
+        kfac: State of ``scale_by_kfac``.
+        velocity: Last update ``d``.
+        damping: ``λ``.
+        learning_rate: ``α`` in force.
+        momentum: ``μ`` in force.
+        ratio: Reduction ratio ``ρ`` when the damping was last adapted; before,
+            the most negative float32.
+    """
+
+    kfac: KFACState
+    velocity: Any
+    damping: Array
+    learning_rate: Array
+    momentum: Array
+    ratio: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Guide:
+    """What the quadratic model decides, and the values that it does not.
+
+    Attributes:
+        automatic: Whether the model chooses ``α`` and ``μ``.
+        damping: A number, a schedule, or the Levenberg-Marquardt rule.
+        learning_rate: ``α`` where it is not automatic, a number or a schedule.
+        momentum: ``μ`` where the learning rate is not automatic, a number or a
+            schedule; or None.
+        weight_decay: Decoupled, multiplied by ``α``.
+        mask: Which parameters decay, as in ``optax.add_decayed_weights``.
+        axis_name: Mapped axes over which the model is averaged.
+    """
+
+    automatic: bool
+    damping: Any
+    learning_rate: Any
+    momentum: Any
+    weight_decay: Any
+    mask: Any
+    axis_name: Any
+
+    @property
+    def rule(self) -> LevenbergMarquardt | None:
+        """The rule that adapts the damping, if any."""
+        return self.damping if isinstance(self.damping, LevenbergMarquardt) else None
+
+    def init(self, kfac: Any, params: Any) -> GuidedState:
+        """The state before the first step."""
+        first = self.rule.initial if self.rule else 0
+        numbers = [jnp.asarray(x, jnp.float32) for x in (first, 0, 0, -LARGEST)]
+        velocity = jax.tree.map(jnp.zeros_like, params)
+        return GuidedState(kfac, velocity, *numbers)
+
+    def given(self, state: GuidedState) -> GuidedState:
+        """The state with the values in force that the model does not choose."""
+        count, values = state.kfac.count, {}
+        if not self.rule:
+            values["damping"] = value_at(self.damping, count)
+        if not self.automatic:
+            values["learning_rate"] = value_at(self.learning_rate, count)
+            momentum = 0 if self.momentum is None else self.momentum
+            values["momentum"] = value_at(momentum, count)
+        values = {k: jnp.asarray(v, jnp.float32) for k, v in values.items()}
+        return state._replace(**values)
+
+    def consult(
+        self, state: GuidedState, due: Any, model: Any, params: Any, grads: Any, u: Any
+    ) -> GuidedState:
+        """Asks the quadratic model for ``α``, ``μ``, ``ρ``; adapts ``λ`` where due."""
+        vectors = (jax.tree.map(jnp.negative, u), state.velocity)
+        loss, slopes, gram = mean(model.products(vectors), self.axis_name)
+        squares = [[inner(v, w) for w in vectors] for v in vectors]
+        curvature = gram + state.damping * jnp.array(squares)
+        weights = jnp.stack([state.learning_rate, state.momentum])
+        if self.automatic:
+            weights = minimise(curvature, jnp.stack([inner(grads, v) for v in vectors]))
+        rate, momentum = weights.astype(jnp.float32)
+        state = state._replace(learning_rate=rate, momentum=momentum)
+        rule = self.rule
+        if rule is None:
+            return state
+        predicted = slopes @ weights + 0.5 * weights @ curvature @ weights
+
+        def judged(state: GuidedState):
+            new = optax.apply_updates(params, combine(weights, vectors))
+            change = mean(model.loss(new), self.axis_name) - loss
+            # A model that predicts no decrease is not to be trusted, whatever the loss.
+            ratio = change / jnp.where(predicted < 0, predicted, 1)
+            ratio = jnp.where(predicted < 0, ratio, -LARGEST)
+            damping = rule.adjust(state.damping, ratio)
+            return state._replace(
+                damping=damping.astype(jnp.float32), ratio=ratio.astype(jnp.float32)
+            )
+
+        return lax.cond(due, judged, lambda state: state, state)
+
+    def direction(self, state: GuidedState, velocity: Any, params: Any, u: Any) -> Any:
+        """``d = −α u + μ d_prev``, less the decayed weights."""
+        weights = jnp.stack([state.learning_rate, state.momentum])
+        d = combine(weights, (jax.tree.map(jnp.negative, u), velocity))
+        if isinstance(self.weight_decay, (int, float)) and self.weight_decay == 0:
+            return d
+        rate = self.weight_decay * state.learning_rate
+        decay = optax.add_decayed_weights(-rate, self.mask)
+        decayed, _ = decay.update(d, decay.init(params), params)
+        return jax.tree.map(lambda x, y: x.astype(y.dtype), decayed, d)
+
+
+def guided(
+    precondition: optax.GradientTransformationExtraArgs, guide: Guide
+) -> optax.GradientTransformationExtraArgs:
+    """K-FAC whose step the quadratic model decides, wholly or in part.
+
+    Args:
+        precondition: ``scale_by_kfac(…)``.
+        guide: What the model decides.
+
+    Returns:
+        The transformation; ``update`` needs ``statistics=`` and ``model=``.
+    """
+
+    def init_fn(params: Any):
+        return guide.init(precondition.init(params), params)
+
+    def update_fn(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        model: Any = None,
+        **extra_args: Any,
+    ):
+        if model is None or params is None:
+            raise ValueError(
+                'learning_rate="auto" and levenberg_marquardt need params and model=: '
+                "pass tx.update(grads, opt_state, params, statistics=statistics, "
+                "model=kfac.quadratic_model(tagged, params, *batch))."
+            )
+        keep_from_searches({**extra_args, "model": model})
+        state = guide.given(state)
+        if "damping" in extra_args:  # of a rule around this
+            state = state._replace(damping=extra_args["damping"])
+        extra_args["damping"] = state.damping
+        old: Any = state.kfac
+        new: Any
+        u, new = precondition.update(updates, old, params, **extra_args)
+        accepted = new.skipped == old.skipped
+        due = guide.rule is not None and old.count % guide.rule.interval == 0
+        asked = guide.consult(state, due, model, params, updates, u)
+        asked = choose(accepted, asked, state)
+        d = guide.direction(asked, state.velocity, params, u)
+        none = jax.tree.map(jnp.zeros_like, d)
+        kept = choose(extra_args.get("reject", False), none, state.velocity)
+        velocity = choose(accepted, d, kept)
+        d = jax.tree.map(lambda x: jnp.where(accepted, x, 0), d)
+        return d, asked._replace(kfac=new, velocity=velocity)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def inner(x: Any, y: Any) -> Array:
+    """``xᵀ y`` of two trees, in float32 or better."""
+    return jnp.asarray(automatic(optax.tree.vdot, x, y))
+
+
+def mean(tree: Any, axis_name: Any) -> Any:
+    """Mean over devices, if there are mapped axes."""
+    return tree if axis_name is None else lax.pmean(tree, axis_name)
+
+
+def combine(weights: Array, vectors: tuple[Any, ...]) -> Any:
+    """``Σ w_i v_i``."""
+    return jax.tree.map(
+        lambda *xs: sum(
+            (w * x).astype(x.dtype) for w, x in zip(weights, xs, strict=True)
+        ),
+        *vectors,
+    )
+
+
+def minimise(curvature: Array, slopes: Array) -> Array:
+    """Minimises ``slopesᵀ w + ½ wᵀ K w`` over two weights.
+
+    Where the second direction vanishes or is parallel to the first, only the first is
+    used.
+
+    Args:
+        curvature: ``K [2, 2]``.
+        slopes: ``[2]``.
+
+    Returns:
+        ``w [2]``; zeros where the curvature along the first direction is not positive.
+    """
+    (a, b), (_, d) = curvature
+    determinant = a * d - b * b
+    proper = determinant > 1e-6 * a * d
+    safe = jnp.where(proper, determinant, 1)
+    both = jnp.stack([b * slopes[1] - d * slopes[0], b * slopes[0] - a * slopes[1]])
+    alone = jnp.stack([-slopes[0] / jnp.where(a > 0, a, 1), jnp.zeros_like(a)])
+    w = jnp.where(proper, both / safe, alone)
+    return jnp.where(a > 0, w, 0)

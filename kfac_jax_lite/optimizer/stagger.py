@@ -1,0 +1,132 @@
+"""Which of the layers that wait are served in a step, so that no step is a long one.
+
+A layer waits from the moment its interval has passed. In every step those that have
+waited longest are served, until they cost what a step has to do on average,
+``Σ_l cost_l / interval_l``: the queue does not grow, and a step exceeds that average by
+less than one layer. After its first service, which all layers get in the first step, a
+layer waits for a part of its interval only, its share of all work up to and including
+it; from then on the layers' turns are spread.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from kfac_jax_lite.core.types import Array, LayerTag
+from kfac_jax_lite.distributed.assignment import Plan, inverse_cost
+
+# The part of an inversion's interval for which it makes way for refreshes.
+PATIENCE = 8
+
+
+def phases(cost: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Share of its group's work that is done when a layer's turn ends, ``[layers]``."""
+    done = np.array(
+        [cost[: i + 1][groups[: i + 1] == g].sum() for i, g in enumerate(groups)]
+    )
+    total = np.array([cost[groups == g].sum() for g in groups])
+    return done / np.maximum(total, 1e-30)
+
+
+def wait(times: Array, interval: Array, phase: np.ndarray) -> Array:
+    """Steps between two services: after the first only the layer's share of them."""
+    part = jnp.ceil(jnp.asarray(phase, jnp.float32) * interval - 1e-4)
+    part = jnp.maximum(part.astype(jnp.int32), 1)
+    return jnp.where(times == 1, part, interval)
+
+
+def served(
+    waiting: Array, late: Array, interval: Array, cost: np.ndarray, groups: np.ndarray
+) -> Array:
+    """Which of the waiting layers are served now.
+
+    Args:
+        waiting: Which wait, ``[layers]``.
+        late: For how many steps.
+        interval: Their intervals.
+        cost: What each costs, in any unit.
+        groups: Layers of a group share a budget: those of one device.
+
+    Returns:
+        Flags ``[layers]``.
+    """
+    number = np.arange(len(cost))
+    same = groups[:, None] == groups[None, :]
+    tie = (late[None, :] == late[:, None]) & (number[None, :] < number[:, None])
+    earlier = same & waiting[None, :] & ((late[None, :] > late[:, None]) | tie)
+    ahead = jnp.sum(jnp.where(earlier, jnp.asarray(cost, jnp.float32), 0), 1)
+    share = jnp.asarray(cost, jnp.float32) / interval
+    budget = jnp.sum(jnp.where(same, share, 0), 1)
+    # A layer that costs nothing never stands back; rounding must not starve one.
+    return waiting & ((ahead < budget * (1 - 1e-4)) | (ahead == 0))
+
+
+def refresh_costs(layers: Sequence[LayerTag]) -> np.ndarray:
+    """One for every Kronecker layer: convolutions of a network cost about the same."""
+    return np.array([float(layer.kronecker) for layer in layers])
+
+
+def inversion_costs(layers: Sequence[LayerTag]) -> np.ndarray:
+    """``a³ + g³``; 0 for layers that are solved directly."""
+    return np.array([float(inverse_cost(t)) if t.kronecker else 0.0 for t in layers])
+
+
+def owners(layers: Sequence[LayerTag], plan: Plan) -> np.ndarray:
+    """The device that inverts each layer; −1 for all of them."""
+    return np.array([plan.owners.get(layer.name, -1) for layer in layers])
+
+
+def refreshes(
+    layers: Sequence[LayerTag], step: Any, last: Array, times: Array, interval: Array
+) -> Array:
+    """Which layers are refreshed at ``step``, after their first refresh.
+
+    Args:
+        layers: The layers present.
+        step: The step, from 1.
+        last: Step of each layer's last refresh.
+        times: How often each was refreshed.
+        interval: Their intervals.
+
+    Returns:
+        Flags ``[layers]``.
+    """
+    cost, groups = refresh_costs(layers), np.zeros(len(layers), int)
+    wanted = wait(times, interval, phases(cost, groups))
+    late = step - last - wanted
+    return (times == 0) | served(late >= 0, late, interval, cost, groups)
+
+
+def inversions(
+    layers: Sequence[LayerTag],
+    plan: Plan,
+    stale: Array,
+    step: Any,
+    last: Array,
+    times: Array,
+    interval: Any,
+    busy: Array,
+) -> Array:
+    """Which layers are inverted at ``step``, after their first inversion.
+
+    Args:
+        layers: The layers present.
+        plan: Who inverts; every owner has a queue of its own.
+        stale: Whose inverses are older than their factors or damping.
+        step: The step, from 1.
+        last: Step of each layer's last inversion.
+        times: How often each was inverted.
+        interval: Least number of steps between inversions.
+        busy: Whether something is refreshed in this step: an inversion then waits for
+            up to an eighth of its interval.
+
+    Returns:
+        Flags ``[layers]``.
+    """
+    cost, groups = inversion_costs(layers), owners(layers, plan)
+    interval = jnp.broadcast_to(jnp.asarray(interval, jnp.int32), last.shape)
+    late = step - last - wait(times, interval, phases(cost, groups))
+    ready = stale & (late >= 0) & (~busy | (late >= interval // PATIENCE))
+    return served(ready, late, interval, cost, groups)

@@ -1,0 +1,1 @@
+"""A tagged loss and the estimators of its layers' factors."""

@@ -1,0 +1,145 @@
+"""Layers whose inputs and cotangents are kept, to make their statistics later.
+
+A tap computes statistics in the backward pass and has to return something where they
+are not due. A layer that is only *watched* hands its inputs and its output's cotangent
+on, which exist anyway; whoever wants its statistics computes them from those.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kfac_jax_lite.core.pytree import vary
+from kfac_jax_lite.core.types import Array, GradientRows, LayerTag
+from kfac_jax_lite.statistics.estimators import Recipe
+from kfac_jax_lite.statistics.thin import gradient_rows
+from kfac_jax_lite.statistics.uses import site_statistics, tap_site
+from kfac_jax_lite.tagging.interpreter import in_line
+from kfac_jax_lite.tagging.sites import Site
+from kfac_jax_lite.tagging.taps import Slot, watch
+from kfac_jax_lite.tagging.trace import Trace
+
+
+@dataclasses.dataclass
+class Watched:
+    """What is known of the watched layers of one backward pass.
+
+    Attributes:
+        recipes: Recipe of every tapped layer.
+        phases: How often each layer was refreshed.
+        slots: Slot of every tapped layer.
+        sites: Watched layer to its sites and the shapes of their outputs.
+        thin: Layer whose gradient is wanted as rows, to site and shape of its output.
+        inputs: Watched layer to its sites' inputs; filled by ``on_site``.
+        thin_inputs: The same of the thin layers.
+    """
+
+    recipes: dict[str, Recipe]
+    phases: dict[str, Array]
+    slots: dict[str, Slot]
+    sites: dict[str, list[tuple[Site, jax.ShapeDtypeStruct]]]
+    thin: dict[str, tuple[Site, jax.ShapeDtypeStruct]]
+    inputs: dict[str, dict[int, list[Any]]] = dataclasses.field(default_factory=dict)
+    thin_inputs: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+
+    def outputs(self) -> dict[str, Array]:
+        """Probes of the thin layers' outputs."""
+        return {name: jnp.zeros(x.shape, x.dtype) for name, (_, x) in self.thin.items()}
+
+    def filled(
+        self, probes: dict[str, Any], outputs: dict[str, Any]
+    ) -> dict[str, Slot]:
+        """The slots with probes that are differentiated by."""
+        return {
+            name: slot._replace(probes=probes[name], output=outputs.get(name))
+            for name, slot in self.slots.items()
+        }
+
+    def probes(self, axes: frozenset[Hashable]) -> dict[str, Any]:
+        """Probes of every layer; of a watched one, each shaped like a site's output."""
+        probes: dict[str, Any] = {}
+        for name, slot in self.slots.items():
+            if name in self.sites:
+                zeros = [jnp.zeros(x.shape, x.dtype) for _, x in self.sites[name]]
+                probes[name] = dict(enumerate(zeros))
+            else:
+                probes[name] = slot.probes
+        return vary(probes, axes)
+
+    def on_site(
+        self, site: Site, output: Array, inputs: list[Any], slot: Slot
+    ) -> Array:
+        """Watches or taps one site."""
+        name = site.slot
+        if slot.output is not None:
+            self.thin_inputs[name] = inputs
+            output = watch(output, slot.output)
+        if name not in self.sites:
+            return tap_site(self.recipes, self.phases, site, output, inputs, slot)
+        order = [id(other) for other, _ in self.sites[name]]
+        number = order.index(id(site))
+        self.inputs.setdefault(name, {})[number] = inputs
+        probes: dict[Any, Array] = slot.probes
+        return watch(output, probes[number])
+
+    def rows(
+        self,
+        layers: Sequence[LayerTag],
+        inputs: dict[str, list[Any]],
+        cotangents: dict[str, Array],
+        leaves: list[Any],
+    ) -> dict[str, GradientRows]:
+        """Gradients of the thin layers as rows."""
+        return {
+            t.name: gradient_rows(
+                t, self.thin[t.name][0], inputs[t.name], cotangents[t.name], leaves
+            )
+            for t in layers
+            if t.name in self.thin
+        }
+
+    def raw(
+        self, raw: dict[str, Any], inputs: dict[str, Any], axes: frozenset[Hashable]
+    ) -> dict[str, Any]:
+        """What taps would have returned for the watched layers, beside the others'.
+
+        Args:
+            raw: Cotangents of all probes.
+            inputs: Inputs of the watched layers.
+            axes: Mapped axes along which statistics vary.
+
+        Returns:
+            Sums over each layer's sites, by probe.
+        """
+        found = dict(raw)
+        for name, pairs in self.sites.items():
+            slot = self.slots[name]
+            slot = slot._replace(probes=vary(slot.probes, axes))
+            parts = [
+                site_statistics(
+                    self.recipes, self.phases, site, raw[name][k], inputs[name][k], slot
+                )
+                for k, (site, _) in enumerate(pairs)
+            ]
+            found[name] = {
+                key: functools.reduce(jnp.add, [p[key] for p in parts if key in p])
+                for key in dict.fromkeys(key for part in parts for key in part)
+            }
+        return found
+
+
+def watchable(
+    found: Trace, slots: dict[str, Slot]
+) -> dict[str, list[tuple[Site, jax.ShapeDtypeStruct]]]:
+    """Layers all of whose sites are in line, with those sites."""
+    here = {id(site): (site, x) for site, x in in_line(found.plan, found.closed.jaxpr)}
+    sites = {}
+    for name, slot in slots.items():
+        own = found.slots[name]
+        if slot.probes and all(id(site) in here for site in own):
+            sites[name] = [here[id(site)] for site in own]
+    return sites
