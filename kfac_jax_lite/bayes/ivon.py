@@ -187,15 +187,6 @@ def positive_average(h: Array, seen: Array, shift: Array, decay: float) -> Array
 
     With ``r = (1 − β)(ĥ − h) / (h + δ)`` the new ``h + δ`` is
     ``(h + δ)(1 + r + r²/2)``, which is positive whatever ``ĥ`` is.
-
-    Args:
-        h: Curvature before.
-        seen: ``ĥ``.
-        shift: ``δ``.
-        decay: ``β``.
-
-    Returns:
-        The new curvature.
     """
     change = (1 - decay) * (seen.astype(h.dtype) - h)
     return h + change + 0.5 * jnp.square(change) / (h + shift).astype(h.dtype)

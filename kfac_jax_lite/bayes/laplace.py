@@ -176,18 +176,7 @@ def curvature_parts(
     leaves: Leaves,
     moved: np.ndarray,
 ) -> list[Part]:
-    """The blocks of the curvature that are uncertain.
-
-    Args:
-        stream: The matrix.
-        structure: As for ``laplace``.
-        covered: Which entries are uncertain.
-        leaves: The leaves that hold them.
-        moved: Where every entry is among those leaves.
-
-    Returns:
-        The blocks, at positions in the ravelled parameters.
-    """
+    """The blocks of the curvature that are uncertain."""
     if structure in KEPT:
         form = matrices.APPROXIMATIONS[structure](stream)
         assert isinstance(form, Kept)

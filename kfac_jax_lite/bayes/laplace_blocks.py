@@ -111,7 +111,6 @@ def uncertain_leaves(params: Any, covered: np.ndarray) -> tuple[Leaves, np.ndarr
     """The leaves that hold covered entries, and where every entry goes.
 
     Args:
-        params: Parameters.
         covered: Which entries of the ravelled parameters are uncertain, bool ``[P]``.
 
     Returns:
@@ -136,12 +135,8 @@ def eigenblocks(part: Part, moved: np.ndarray, group: np.ndarray) -> Eigenblocks
     """A part of a curvature in its eigenbasis.
 
     Args:
-        part: Blocks, at positions in the ravelled parameters.
         moved: Where every entry goes, ``[P]``.
         group: Number of the layer of every block, ``[n]``.
-
-    Returns:
-        The blocks; eigenvalues that rounding made negative are zero.
     """
     at, q_g = np.asarray(part.place), None
     if isinstance(part, DensePart):

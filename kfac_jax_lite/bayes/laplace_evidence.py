@@ -25,10 +25,6 @@ def group_eigenvalues(
 ) -> tuple[np.ndarray, ...]:
     """Eigenvalues of every layer's blocks, float64.
 
-    Args:
-        blocks: The blocks of the curvature.
-        groups: How many layers there are.
-
     Returns:
         ``[P_l]`` of each.
     """
@@ -48,8 +44,6 @@ def layer_evidence(
 
     Args:
         values: ``λ [P_l]``.
-        squared_norm: ``‖μ_l‖²``.
-        scale: ``N / τ``.
         precisions: ``p [k]``.
 
     Returns:
@@ -74,11 +68,6 @@ def maximise(
 
     Args:
         function: Of arguments ``[k]``.
-        bounds: Least and largest argument.
-        num_points: Of the grid.
-
-    Returns:
-        The argument; a bound, where the function still rises there.
     """
     grid = np.log(np.geomspace(*bounds, num_points))
     values = function(np.exp(grid))

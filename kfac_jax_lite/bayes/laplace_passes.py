@@ -22,19 +22,7 @@ AT_ONCE = 256
 
 
 def last_layer_name(tagged: TaggedLoss, params: Any, args: tuple[Any, ...]) -> str:
-    """The layer that runs last before the marked output.
-
-    Args:
-        tagged: The tagged loss.
-        params: Parameters.
-        args: A batch.
-
-    Returns:
-        Its name.
-
-    Raises:
-        ValueError: No layer is found outside loops and branches.
-    """
+    """The layer that runs last before the marked output."""
     found = tagged.trace(params, args, True)
     sites = in_line(found.plan, found.closed.jaxpr)
     names = [site.layer for site, _ in sites if site.layer is not None]
@@ -50,18 +38,7 @@ def last_layer_name(tagged: TaggedLoss, params: Any, args: tuple[Any, ...]) -> s
 def evaluate(
     tagged: TaggedLoss, params: Any, args: tuple[Any, ...], variance: Any
 ) -> tuple[Any, Any]:
-    """``(Σ_n −log p(y_n | z_n), N)`` on one batch, constants included.
-
-    Args:
-        tagged: The tagged loss.
-        params: Parameters.
-        args: The batch.
-        variance: Of the marked normal outputs, broadcast to them.
-
-    Returns:
-        ``N`` times the loss, and for every number of a normal output that counts
-        ``log(2π variance) / 2``; and ``N``.
-    """
+    """``(Σ_n −log p(y_n | z_n), N)`` on one batch, constants included."""
     model = marked_loss(tagged, params, args)
     loss, marks = model.values(params)
     n = jnp.asarray(model.num_terms(marks))
@@ -102,13 +79,7 @@ def block_moment(
     that the block costs about what forming it from the layer's inputs would.
 
     Args:
-        tagged: The tagged loss.
-        law: The matrix; not the Hessian.
-        params: Parameters.
-        args: The batch.
-        key: Its PRNG key.
         index: Positions ``[k]`` of the block in the ravelled leaves ``numbers``.
-        numbers: Numbers of the leaves that hold the block.
 
     Returns:
         ``[k, k]`` and ``N``.

@@ -197,14 +197,8 @@ def sampled_mean(
     """Mean of ``squash(z)`` over draws ``z ~ N(m, S)`` of every input.
 
     Args:
-        squash: From an output to its probabilities.
         mean: ``m [n, *output]``.
         s: ``S [n, C, C]``; it may be singular.
-        key: PRNG key.
-        num_samples: How many draws.
-
-    Returns:
-        Shaped like ``mean``.
     """
     values, vectors = eigh(s)
     root = vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None]
@@ -225,12 +219,7 @@ def mean_nll(likelihood: str, prediction: Any, labels: Any) -> Array:
     """Mean over the inputs of ``−log p(y)`` under predictions of ``predict_glm``.
 
     Args:
-        likelihood: Which one.
-        prediction: What ``predict_glm`` returned.
         labels: Class numbers ``[n]``, zeros and ones, or values shaped like the output.
-
-    Returns:
-        The mean, of each input the sum over its outputs.
     """
     if likelihood == "categorical":
         logs = jnp.log(jnp.maximum(prediction, jnp.finfo(prediction.dtype).tiny))

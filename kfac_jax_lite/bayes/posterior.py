@@ -54,20 +54,7 @@ def scale_of(
     temperature: Number,
     augmentation: Number,
 ) -> Scale:
-    """``τ/N`` and ``δ``.
-
-    Args:
-        num_data: Number of examples (terms of the loss over the whole data set).
-        prior_precision: ``p``.
-        temperature: ``τ``.
-        augmentation: ``ρ``: ``N`` is ``ρ`` times ``num_data``.
-
-    Returns:
-        The numbers; of traced values, traced and not checked.
-
-    Raises:
-        ValueError: One of them is not positive.
-    """
+    """``τ/N`` and ``δ``."""
     values = {
         "num_data": num_data,
         "prior_precision": prior_precision,
@@ -87,17 +74,7 @@ def is_posterior(x: Any) -> bool:
 
 
 def find(state: Any) -> Any:
-    """The posterior inside any optax state, or the posterior itself.
-
-    Args:
-        state: A state, however it is wrapped.
-
-    Returns:
-        The posterior.
-
-    Raises:
-        ValueError: There is none, or more than one.
-    """
+    """The posterior inside any optax state, or the posterior itself."""
     leaves = jax.tree.leaves(state, is_leaf=is_posterior)
     found = [leaf for leaf in leaves if is_posterior(leaf)]
     if len(found) != 1:
@@ -139,13 +116,6 @@ def averages_like(params: Any, value: Number = 0.0) -> Any:
     """What averages over steps start from: shaped like the parameters, but float32.
 
     Of a bfloat16 model, too: there ``h + (1 − β)(ĥ − h)`` is ``h`` for any slow ``β``.
-
-    Args:
-        params: The parameters.
-        value: Of every entry.
-
-    Returns:
-        The tree; float64 where the parameters are.
     """
 
     def start(x: Any):
@@ -157,20 +127,7 @@ def averages_like(params: Any, value: Number = 0.0) -> Any:
 def accepted_step(
     rate: Any, steps: Any, params: Any, state: Any, new: Any, seen: Any
 ) -> tuple[Any, Any]:
-    """A step and the state after it; zeros and the old state where it was refused.
-
-    Args:
-        rate: The learning rate's transformation.
-        steps: The steps before it.
-        params: The parameters.
-        state: The state before, with that of ``rate``.
-        new: The state after, but for the latter.
-        seen: The batch's gradients and the curvature after it: one of them with a
-            squared norm that is not finite refuses the batch.
-
-    Returns:
-        The updates and the state.
-    """
+    """A step and the state after it; zeros and the old state where it was refused."""
     steps, rates = rate.update(steps, state.rate, params)
     accepted, zeros = norms_finite(seen), optax.tree.zeros_like(steps)
     new = new._replace(rate=rates)
@@ -199,17 +156,7 @@ def plus(params: Any, noise: Any, scale: Array) -> Any:
 
 
 def diagonal_draw(params: Any, key: Any, variances: Any) -> Any:
-    """Independent normal weights around ``μ``.
-
-    Args:
-        params: ``μ``.
-        key: PRNG key.
-        variances: Shaped like the parameters; those that ``optax.masked`` hides stay at
-            the mean.
-
-    Returns:
-        The weights.
-    """
+    """Independent normal weights around ``μ``."""
     noise = noise_like(params, key)
     variances = jax.tree.map(
         lambda v, mu: jax.tree.map(jnp.zeros_like, mu) if is_masked(v) else v,

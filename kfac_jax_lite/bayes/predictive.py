@@ -240,17 +240,7 @@ def _drawn(state: Any, params: Any, keys: Array) -> Iterator[Any]:
 
 
 def _length(inputs: Any) -> int:
-    """Number of examples in a tree of arrays that share the leading axis.
-
-    Args:
-        inputs: An array, or a tree of them.
-
-    Returns:
-        ``n``.
-
-    Raises:
-        ValueError: No arrays, a scalar, none or unequally many rows.
-    """
+    """Number of examples in a tree of arrays that share the leading axis."""
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(inputs)]
     sizes = {shape[0] if shape else 0 for shape in shapes}
     if len(sizes) != 1 or 0 in sizes:

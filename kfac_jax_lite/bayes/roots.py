@@ -32,15 +32,7 @@ from kfac_jax_lite.kronecker.precondition import precondition_kronecker
 
 
 def inverse_root(matrix: Array, form: str) -> Array:
-    """``Lᵀ`` with ``L Lᵀ = M⁻¹``: the inverse of ``M``'s Cholesky factor.
-
-    Args:
-        matrix: ``M``, a damped factor in one of its forms.
-        form: Which.
-
-    Returns:
-        Shaped like the factor; NaN where it is not positive definite.
-    """
+    """``Lᵀ`` with ``L Lᵀ = M⁻¹``: the inverse of ``M``'s Cholesky factor."""
     if form == forms.DIAGONAL:
         return jnp.where(matrix > 0, lax.rsqrt(matrix), jnp.nan)
     return one_by_one(inverse_half, matrix, lead=matrix.ndim - 2)
@@ -57,18 +49,7 @@ def factor_roots(
 def root_times(
     layer: LayerTag, e: Array, factors: Any, inverse: Any, damping: Any
 ) -> Array:
-    """``R e`` for a layer's block.
-
-    Args:
-        layer: The layer.
-        e: Noise shaped like the layer's block (see ``precondition.gather``).
-        factors: Averaged curvature.
-        inverse: Of a Kronecker layer, ``factor_roots`` or ``Eigenbases``.
-        damping: ``δ``.
-
-    Returns:
-        Shaped like ``e``.
-    """
+    """``R e`` for a layer's block."""
     if isinstance(factors, DiagonalStatistics):
         return e * lax.rsqrt(factors.gradient + jnp.asarray(damping, e.dtype))
     if isinstance(factors, ScaleShiftStatistics):
@@ -88,7 +69,6 @@ def unit_root_times(blocks: Array, e: Array, damping: Any) -> Array:
     Args:
         blocks: ``F_u [units, k, k]``.
         e: ``[units, k]``.
-        damping: ``δ``.
 
     Returns:
         ``[units, k]``.

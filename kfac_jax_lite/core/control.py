@@ -16,14 +16,6 @@ def gated(flag: Array, function: Callable[[Any], Any], carry: Any) -> Any:
 
     A loop of at most one turn: XLA updates the carry of a ``while`` in its own buffers,
     where both branches of a ``cond`` would write a copy of everything they return.
-
-    Args:
-        flag: Scalar bool.
-        function: Keeps structure, shapes and dtypes.
-        carry: What it changes.
-
-    Returns:
-        The carry.
     """
 
     def turn(loop: tuple[Array, Any]):
@@ -39,15 +31,6 @@ def apart(
     """A scalar, computed in a loop of one turn.
 
     All that leads to a scalar would else be compiled into every kernel that reads it.
-
-    Args:
-        flag: Whether to compute it; a traced value, or XLA would unroll the loop.
-        function: Computes it.
-        otherwise: Its value where it is not computed.
-        tree: What it is computed from.
-
-    Returns:
-        The scalar, of the dtype that ``function`` gives.
     """
     axes = varying_axes((tree, flag))
     dtype = jax.eval_shape(function).dtype

@@ -186,15 +186,7 @@ class Output(NamedTuple):
 
 
 def outputs_of(names: Sequence[str], values: Sequence[Array]) -> list[Output]:
-    """Marked outputs from all marks in program order.
-
-    Args:
-        names: Likelihoods, and what stands in front of their outputs.
-        values: The marked values.
-
-    Returns:
-        One record for every output, ``weight`` as far as it was given.
-    """
+    """Marked outputs from all marks in program order."""
     outputs: list[Output] = []
     beside: dict[str, Array] = {}
     for name, value in zip(names, map(jnp.asarray, values), strict=True):
@@ -207,15 +199,7 @@ def outputs_of(names: Sequence[str], values: Sequence[Array]) -> list[Output]:
 
 
 def weighed(outputs: Sequence[Output], weights: Sequence[Any]) -> list[Output]:
-    """The outputs with these weights, each over its own number of terms.
-
-    Args:
-        outputs: The marked outputs.
-        weights: ``w`` of each; None: 1.
-
-    Returns:
-        The outputs.
-    """
+    """The outputs with these weights, each over its own number of terms."""
     found = []
     for output, own in zip(outputs, weights, strict=True):
         weight, first, terms = own, outputs[0].terms, output.terms
@@ -239,16 +223,7 @@ def masked_rows(output: Output, rows: Array) -> Array:
 
 
 def weighted_rows(output: Output, rows: Array, power: float = 1.0) -> Array:
-    """Rows times a power of their weights; zeros where they do not count.
-
-    Args:
-        output: The marked output.
-        rows: Shaped like it.
-        power: 1 for products with ``Λ``, one half for those with a square root of it.
-
-    Returns:
-        The rows.
-    """
+    """Rows times a power of their weights; zeros where they do not count."""
     rows = masked_rows(output, rows)
     if output.weight is None:
         return rows
@@ -260,12 +235,7 @@ def sampled_cotangent(likelihood: str, output: Array, key: Array) -> Array:
     """Gradient of ``−log p(y | z)`` for labels ``y`` drawn from the model.
 
     Args:
-        likelihood: Which mark the output carries.
         output: ``z [..., outputs]``.
-        key: PRNG key.
-
-    Returns:
-        ``∂(−log p)/∂z``, shaped like ``output``, one draw for every row.
     """
     z = output.astype(jnp.promote_types(output.dtype, jnp.float32))
 
@@ -289,13 +259,7 @@ def sampled_cotangent(likelihood: str, output: Array, key: Array) -> Array:
 def square_root_column(
     likelihood: str, output: Array
 ) -> tuple[int, Callable[[Any], Array]]:
-    """A square root of ``Λ(z)``, column by column.
-
-    Returns:
-        The number of columns and a function ``column(j)`` that returns column ``j`` of
-        ``S(z)`` with ``S Sᵀ = Λ``, for every row, shaped like ``output``. For the
-        categorical distribution ``S = diag(√p) − p √pᵀ``.
-    """
+    """A square root of ``Λ(z)``, column by column."""
     z = output.astype(jnp.promote_types(output.dtype, jnp.float32))
     scalar = z.ndim <= 1 and likelihood != "categorical"
     columns = 1 if scalar else z.shape[-1]
@@ -329,12 +293,7 @@ def fisher_product(likelihood: str, output: Array, tangent: Array) -> Array:
     """``Λ(z) t`` row by row.
 
     Args:
-        likelihood: Which mark the output carries.
         output: ``z [..., outputs]``.
-        tangent: ``t``, shaped like ``output``.
-
-    Returns:
-        The product, shaped like ``output``.
     """
     z = output.astype(jnp.promote_types(output.dtype, jnp.float32))
     t = tangent.astype(z.dtype)

@@ -41,13 +41,6 @@ def block_sizes(size: int, block: int = BLOCK) -> tuple[int, ...]:
 
     The first is the size to which a matrix is filled up, the last 1; each is a multiple
     of the next. Few sizes occur, as equal kernels are compiled once in a program.
-
-    Args:
-        size: ``d``.
-        block: Matrices of more than two blocks of this width are divided.
-
-    Returns:
-        The widths, falling.
     """
     smallest = min(SMALLEST, block)
     if size <= 2 * block:
@@ -79,7 +72,6 @@ def spd_inverse(matrix: Array, block: int = BLOCK) -> Array:
 
     Args:
         matrix: ``[*blocks, d, d]``, symmetric.
-        block: See ``block_sizes``.
 
     Returns:
         ``[*blocks, d, d]``.
@@ -170,13 +162,6 @@ def spd_inverse_flops(size: int, block: int = BLOCK) -> int:
     Of ``n`` columns and blocks of ``w`` in panels of ``k`` rows: ``2 w² (n − w)`` for
     the rows of a block, ``2 w (k − w) (n − w)`` for those of its panel, and
     ``2 k (n − k)²`` for all others; ``2 n³`` at most.
-
-    Args:
-        size: ``d``.
-        block: See ``block_sizes``.
-
-    Returns:
-        Floating-point operations.
     """
     sizes = block_sizes(size, block)
     leaf = written_out(sizes)
@@ -205,12 +190,6 @@ def newton_schulz_inverse(
 
     Args:
         matrix: ``[*blocks, d, d]``, symmetric positive definite.
-        start: A guess, for example the inverse of a similar matrix.
-        tolerance: Largest Frobenius norm of ``I − M X`` over ``√d`` that is accepted.
-        max_iterations: Bound on the number of steps.
-
-    Returns:
-        The inverses; NaN where the iteration does not converge.
 
     References:
         Schulz, 1933, ZAMM 13(1); Higham, 2008, "Functions of Matrices", Sec. 5.3.
@@ -255,14 +234,6 @@ def one_by_one(function: Callable[..., Any], *arrays: Array, lead: int) -> Any:
     in one of these. Where as many independent batches as there are threads wait, they
     wait for ever. A call with one matrix waits for nothing. Elsewhere all matrices are
     factorised in one call.
-
-    Args:
-        function: Of arrays without leading axes, and with them.
-        *arrays: Its arguments.
-        lead: How many leading axes all of them have.
-
-    Returns:
-        What it returns, with the leading axes.
     """
     limit_blas()
     single = jax.custom_batching.sequential_vmap(function)

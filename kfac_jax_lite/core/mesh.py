@@ -63,17 +63,7 @@ def automatic(
     out_specs: Any = REPLICATED,
     mesh: Any = None,
 ) -> Any:
-    """``function(*args)``, with XLA in charge of how intermediate values are sharded.
-
-    Args:
-        function: Any function of arrays.
-        *args: Its arguments.
-        out_specs: How results are sharded, a tree or a prefix of it.
-        mesh: The explicit mesh; None: that of the arguments, if any.
-
-    Returns:
-        The results; without an explicit mesh just ``function(*args)``.
-    """
+    """``function(*args)``, intermediate values sharded as XLA likes."""
     mesh = explicit_mesh(args) if mesh is None else mesh
     if mesh is None:
         return function(*args)

@@ -14,12 +14,6 @@ def path_key(path: tuple[Any, ...]) -> str:
 
     NNX hands parameters over as variables (``….value``) in one place and as plain
     arrays in another; both are the same parameter.
-
-    Args:
-        path: A key path.
-
-    Returns:
-        The text that names the parameter in ``LayerTag.params``.
     """
     return jax.tree_util.keystr(without_value(path))
 

@@ -227,11 +227,7 @@ class Deferred:
     rows: dict[str, GradientRows] = dataclasses.field(default_factory=dict)
 
     def __getitem__(self, name: Any) -> Any:
-        """Refuses: there is nothing to read yet.
-
-        Raises:
-            TypeError: Always; says how to get statistics that can be read.
-        """
+        """Refuses: there is nothing to read yet."""
         raise TypeError(
             f"statistics[{name!r}] is deferred: update computes it. To read "
             "statistics, call value_and_grad without deferred=True."

@@ -177,18 +177,9 @@ def eigenpairs(
 ) -> tuple[np.ndarray, Array]:
     """``k`` extreme eigenvalues and their vectors.
 
-    Args:
-        parts: The blocks; they hold every parameter.
-        size: ``P``.
-        k: How many.
-        which: ``"largest"``, ``"smallest"`` or ``"magnitude"``.
-
     Returns:
         Values ``[k]`` float64, descending (by ``|λ|`` for ``"magnitude"``), and vectors
         ``[k, P]``.
-
-    Raises:
-        ValueError: Another ``which``.
     """
     if which not in ("largest", "smallest", "magnitude"):
         raise ValueError(

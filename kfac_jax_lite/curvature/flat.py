@@ -169,10 +169,6 @@ def counter(progress: Progress | None, total: int) -> Callable[[int], None]:
 
     Args:
         progress: Called as ``progress(done, total)``, or None.
-        total: The most products there can be.
-
-    Returns:
-        ``tick(n)``, to be called when ``n`` more products are done.
     """
     done = 0
 
@@ -208,18 +204,7 @@ def _draw(key: Array, name: str, shape: Shape, dtype: Any) -> Array:
 
 
 def finite(value: Any, what: str) -> Any:
-    """The value as a float64 array, if all of it is finite.
-
-    Args:
-        value: Anything numpy reads.
-        what: What it is, for the message.
-
-    Returns:
-        The array.
-
-    Raises:
-        FloatingPointError: There is NaN or Inf in it.
-    """
+    """The value as a float64 array, if all of it is finite."""
     array = np.asarray(value, np.float64)
     if not np.isfinite(array).all():
         raise FloatingPointError(f"{what} is not finite: {array}")

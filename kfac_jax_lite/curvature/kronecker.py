@@ -49,19 +49,7 @@ LARGEST_BLOCK = 4096
 
 
 def kronecker_parts(stream: Stream, layout: Layout, moments: bool) -> list[Part]:
-    """The blocks of ``kronecker``, or of ``ekfac`` with second moments.
-
-    Args:
-        stream: The matrix.
-        layout: Where the layers are.
-        moments: Whether the products' eigenvalues are replaced by second moments.
-
-    Returns:
-        The blocks.
-
-    Raises:
-        ValueError: A layer is too large for its dense block to be formed.
-    """
+    """The blocks of ``kronecker``, or of ``ekfac`` with second moments."""
     dense = nearest_parts if stream.law.fisher is None else estimated_parts
     parts = dense(stream, layout, moments)
     alone = [
@@ -199,11 +187,7 @@ def with_moments(part: KroneckerPart, block: Array) -> EigenPart:
     """The block's diagonal in the eigenbases of its nearest product.
 
     Args:
-        part: The product.
         block: ``M [n, in · out, in · out]``.
-
-    Returns:
-        ``s = diag((Q_A ⊗ Q_G)ᵀ M (Q_A ⊗ Q_G))`` with its bases.
     """
     _, q_a, q_g = part.eigen()
     q = KroneckerPart(part.place, q_a, q_g).dense()
@@ -220,8 +204,6 @@ def nearest_product(block: Array, size_a: int, size_g: int) -> tuple[Array, Arra
 
     Args:
         block: ``M [n, in · out, in · out]``, symmetric.
-        size_a: ``in``.
-        size_g: ``out``.
 
     Returns:
         ``A [n, in, in]`` and ``G [n, out, out]``.

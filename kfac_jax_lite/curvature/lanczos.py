@@ -63,7 +63,6 @@ def extend(
     Args:
         basis: ``[m, P]``, orthonormal rows; those not yet set are zero.
         vector: ``[P]``.
-        row: Where it goes; what was there is forgotten.
 
     Returns:
         The basis, what was put there, the vector's coefficients ``[m]`` in it, and the
@@ -94,16 +93,10 @@ def lanczos_flat(
     """Lanczos on flat vectors; stops early where the subspace is invariant.
 
     Args:
-        matrix: The matrix.
-        steps: ``m``, at most ``P``.
         start: ``[P]``, not zero.
-        tick: Called after each product.
 
     Returns:
         ``alphas [m'], betas [m' − 1], basis [m', P], remainder``, ``m' ≤ m``.
-
-    Raises:
-        ValueError: The products are far from those of a symmetric matrix.
     """
     basis = fresh_basis(matrix, steps + 1, start)
     vector = basis[0]

@@ -82,16 +82,6 @@ def samples(
 
     Sample ``s`` draws with ``fold_in(key, s)``, split over the outputs: the labels of
     K-FAC's own statistics for that key.
-
-    Args:
-        law: ``mc`` or ``empirical``.
-        model: The loss on the batch.
-        params: Parameters.
-        outputs: Its outputs.
-        key: PRNG key of the batch.
-
-    Returns:
-        Arrays shaped like the outputs.
     """
     if law.kernel == "empirical":
         return [model.residuals(params)]
@@ -109,18 +99,7 @@ def samples(
 def kernel(
     law: Law, model: MarkedLoss, params: Any, marks: Sequence[Array], key: Any
 ) -> Callable[[Sequence[Array]], tuple[Array, ...]]:
-    """``t -> K t`` row by row, for tangents of all marks; masked rows give zeros.
-
-    Args:
-        law: The matrix; not the Hessian.
-        model: The loss on the batch.
-        params: Parameters.
-        marks: The marks at these parameters.
-        key: PRNG key of the batch.
-
-    Returns:
-        A function of the tangents of the marks that returns their cotangents.
-    """
+    """``t -> K t`` row by row, for tangents of all marks; masked rows give zeros."""
     outputs = model.outputs(marks)
 
     def exact(output: Output, tangent: Array):
@@ -159,13 +138,6 @@ def roots(
 ) -> tuple[int, Callable[[Any, Any], tuple[Array, ...]]]:
     """The columns of the square roots, row by row.
 
-    Args:
-        law: The matrix; not the Hessian.
-        model: The loss on the batch.
-        params: Parameters.
-        marks: The marks at these parameters.
-        key: PRNG key of the batch.
-
     Returns:
         The number of columns of ``S_n`` and a function ``(n, j) -> cotangents of the
         marks``: column ``j`` of ``S_n`` in row ``n``, zero elsewhere and for rows and
@@ -201,15 +173,7 @@ def roots(
 def exact_columns(
     outputs: Sequence[Output],
 ) -> tuple[int, Callable[[Any], list[Array]]]:
-    """The columns of a root of ``Λ``: those of every output, one after the other.
-
-    Args:
-        outputs: The marked outputs.
-
-    Returns:
-        Their number and a function of the column's number that gives that column in
-        every row, shaped like the outputs; zero for those that it is not of.
-    """
+    """The columns of a root of ``Λ``: those of every output, one after the other."""
     found = [square_root_column(o.likelihood, o.value) for o in outputs]
 
     def column(j: Any) -> list[Array]:

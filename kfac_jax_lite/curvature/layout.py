@@ -45,18 +45,7 @@ class Layout:
 
 
 def make_layout(tagged: TaggedLoss, params: Any) -> Layout:
-    """The layout of a tagged loss's parameters.
-
-    Args:
-        tagged: The tagged loss.
-        params: Parameters, or their shapes.
-
-    Returns:
-        The layout.
-
-    Raises:
-        ValueError: Two layers share entries, or a layer's leaf is missing.
-    """
+    """The layout of a tagged loss's parameters."""
     shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(params)]
     starts = np.cumsum([0, *map(math.prod, shapes)])
     owner = np.full(starts[-1], -1)
@@ -103,13 +92,6 @@ def units(layer: LayerTag, index: np.ndarray) -> np.ndarray:
 
     Incoming weights and bias of every output unit of a dense layer or convolution; the
     rows of an embedding; scale and shift of every channel; else single entries.
-
-    Args:
-        layer: The layer.
-        index: Its positions.
-
-    Returns:
-        The positions.
     """
     if layer.kind == "embedding":
         return index.reshape(-1, index.shape[-1])

@@ -80,15 +80,7 @@ def make_operator(
     progress: bool = False,
     chunk: int | None = None,
 ) -> Operator:
-    """The operator of a law; see ``ggn`` for the arguments.
-
-    Returns:
-        The operator.
-
-    Raises:
-        ValueError: An unknown approximation; no batches, or batches that are not tuples
-            and can be gone through more than once.
-    """
+    """The operator of a law; see ``ggn`` for the arguments."""
     if approximation not in APPROXIMATIONS:
         raise ValueError(
             f"{law.name}: approximation must be one of {tuple(APPROXIMATIONS)}, got "

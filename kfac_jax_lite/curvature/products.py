@@ -35,11 +35,7 @@ def linear_map(
     """``v -> N M v`` on one batch, and ``N``.
 
     Args:
-        tagged: The tagged loss.
         law: The matrix; ``ḡ ḡᵀ`` is left to the caller.
-        params: Parameters.
-        args: The batch.
-        key: Its PRNG key.
 
     Returns:
         ``(N, function)``; the forward pass is done once.
@@ -103,21 +99,7 @@ def block_product(
     owners: Any,
     blocks: Array,
 ) -> tuple[Any, Any]:
-    """``(N Σ_b P_b M P_b v, N)``: one product for every block, one after the other.
-
-    Args:
-        tagged: The tagged loss.
-        law: The matrix.
-        params: Parameters.
-        args: The batch.
-        key: Its PRNG key.
-        v: The vector.
-        owners: Number of the block that each entry is in, shaped like ``v``.
-        blocks: The numbers of all blocks.
-
-    Returns:
-        The sum and ``N``.
-    """
+    """``(N Σ_b P_b M P_b v, N)``: one product for every block, one after the other."""
     n, apply = linear_map(tagged, law, params, args, key)
 
     def add(total: Any, b: Array):
@@ -147,13 +129,7 @@ def row_moments(
     them at once: rows are told apart in any network, also in one that mixes examples.
 
     Args:
-        tagged: The tagged loss.
-        law: The matrix; not the Hessian.
-        params: Parameters.
-        args: The batch.
-        key: Its PRNG key.
         indices: Positions in the ravelled parameters, ``[blocks, k]`` each.
-        chunk: Backward passes done together.
 
     Returns:
         ``[blocks, k, k]`` for each, and ``N``.
@@ -207,14 +183,7 @@ def statistics(
     """``N`` times K-FAC's statistics (means over the keys), and ``N``.
 
     Args:
-        tagged: The tagged loss, of the Fisher type wanted.
-        params: Parameters.
-        args: The batch.
         keys: ``[S]`` PRNG keys, where labels are sampled; else None.
-        opt_state: Eigenbases, where EKFAC's moments are wanted; else None.
-
-    Returns:
-        Statistics by layer, diagonals left out, and ``N``.
     """
 
     def estimate(key: Any):

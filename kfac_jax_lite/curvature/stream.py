@@ -145,12 +145,6 @@ class Stream:
 
         Of a matrix that has row roots they come from all of its rows, of the Hessian
         from products with the unit vectors of all positions.
-
-        Args:
-            indices: Positions, each entry once.
-
-        Returns:
-            The blocks.
         """
         if not indices:
             return []
@@ -197,14 +191,7 @@ def ravel(tree: Any) -> Array:
 
 
 def unraveller(params: Any) -> tuple[jax.ShapeDtypeStruct, Callable[[Array], Any]]:
-    """The ravelled parameters' shape, and ``[k, P] -> tree`` with a leading axis.
-
-    Args:
-        params: Parameters, or their shapes.
-
-    Returns:
-        Both; the tree's leaves have the parameters' dtypes.
-    """
+    """The ravelled parameters' shape, and ``[k, P] -> tree`` with a leading axis."""
     leaves, structure = jax.tree.flatten(params)
     dtype = jnp.result_type(*[leaf.dtype for leaf in leaves])
     shapes = tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves)
@@ -222,10 +209,7 @@ def unit_images(
     """Products with unit vectors, ``chunk`` of them at once.
 
     Args:
-        product: Of trees like the parameters with a leading axis.
-        params: Parameters, or their shapes.
         positions: Of the ones in the ravelled parameters, ``[n]``.
-        chunk: How many at once; the last chunk is filled up with the last position.
 
     Yields:
         Numbers ``[chunk]`` of the positions, beyond ``n`` where it is filled up, and

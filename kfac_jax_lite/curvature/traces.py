@@ -165,10 +165,6 @@ def leave_one_out(
         inner: ``H = Qᵀ M Q``, ``[k, k]``.
         upper: ``R``, with ``M Ω = Q R``.
         inside: ``W = Qᵀ Ω``.
-        matrix: For ``P`` and the rounding unit.
-
-    Returns:
-        The estimate and its standard error (see ``error_of_terms``).
     """
     k, size = len(inner), matrix.size
     # A column that depends on those before it, but for rounding, counts as such.
@@ -227,9 +223,6 @@ def error_of_terms(single: np.ndarray, pairs: np.ndarray) -> np.float64:
         single: ``t_i [k]``.
         pairs: ``t_ij`` in row ``j`` and column ``i``, ``[k, k]``; the diagonal is not
             read.
-
-    Returns:
-        The square root of ``s² / k + max(C, its standard error)``.
     """
     k = len(single)
     apart = np.where(np.eye(k, dtype=bool), 0, single - pairs)

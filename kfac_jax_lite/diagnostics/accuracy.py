@@ -129,9 +129,6 @@ class Exact:
         """Decomposes both factors.
 
         Args:
-            layer: The layer.
-            statistics: Its factors.
-            damped: Whether the damping is split over both factors.
             damping: ``λ``.
         """
         self.forms, self.sizes = (layer.a_form, layer.g_form), layer.sizes
@@ -226,14 +223,7 @@ def kept(layer: LayerTag, inverse: Any) -> dict[str, Any]:
 
 
 def the_state(opt_state: Any) -> Any:
-    """The ``KFACState`` inside an optax state, which has taken a step.
-
-    Returns:
-        The state.
-
-    Raises:
-        ValueError: There is none, or it has not.
-    """
+    """The ``KFACState`` inside an optax state, which has taken a step."""
     states = find_states(opt_state)
     if len(states) != 1:
         raise ValueError(

@@ -117,13 +117,6 @@ def gradient_flops(layer: LayerTag, rows: Rows) -> int:
 
     Of products with parameters only: attention scores and elementwise layers are not
     in it, and the first layer's input is taken to need its gradient too.
-
-    Args:
-        layer: The layer.
-        rows: Its rows.
-
-    Returns:
-        Floating-point operations of one forward and backward pass.
     """
     if not layer.kronecker:
         return 0
@@ -144,14 +137,6 @@ def statistics_flops(layer: LayerTag, rows: Rows, moments: bool = False) -> int:
     A tied weight has both for its reverse use as well; a scale_shift layer has
     ``2 R k²`` for each of its ``k × k`` blocks. EKFAC turns the rows into the
     eigenbasis and multiplies their squares: ``2 R a² + 2 R g² + 2 R a g`` more.
-
-    Args:
-        layer: The layer.
-        rows: Its rows.
-        moments: Whether EKFAC's second moments are estimated.
-
-    Returns:
-        Floating-point operations of one refresh.
 
     References:
         Martens & Grosse, 2015, arXiv:1503.05671, Sec. 8 (the same terms).
@@ -186,13 +171,6 @@ def inversion_flops(layer: LayerTag, method: Method) -> int:
       products and a solve of ``d × r`` matrices ``9 d r²``, and ``38/3 r³`` for an
       eigendecomposition, two Cholesky factors and three solves. A factor that is kept
       whole costs its eigendecomposition.
-
-    Args:
-        layer: The layer.
-        method: How factors are inverted.
-
-    Returns:
-        Floating-point operations; 0 for kinds that are solved directly.
 
     References:
         Golub & Van Loan, 2013, "Matrix Computations", Secs. 3.1, 4.2, 8.3 (triangular
@@ -230,14 +208,6 @@ def precondition_flops(
     the first in an eigenbasis (there and back). With the ``r`` and ``s`` leading
     eigenpairs of ``A`` and ``G``: ``4 a g (r + s) + 4 r s min(a, g)``. A full ``d × d``
     block of a normalisation layer: ``2 d²``.
-
-    Args:
-        layer: The layer.
-        method: How factors are inverted.
-        rows: Its rows, where one device has the gradient's.
-
-    Returns:
-        Floating-point operations of every step.
     """
     if full_norm(layer):
         return 2 * math.prod(layer.a_shape)

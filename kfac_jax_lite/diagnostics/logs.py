@@ -45,15 +45,7 @@ class Log:
     """What all logs share: they report, and they can be closed."""
 
     def __init__(self, layers: Sequence[LayerTag] | None = None, spectra: bool = False):
-        """What is reported.
-
-        Args:
-            layers: See ``kfac.report``.
-            spectra: See ``kfac.report``; costs an eigendecomposition of every factor.
-
-        Raises:
-            ValueError: ``spectra`` without ``layers``.
-        """
+        """What is reported."""
         check_spectra(layers, spectra)
         self.layers: Sequence[LayerTag] | None = layers
         self.spectra: bool = spectra
@@ -105,13 +97,7 @@ class CSV(Log):
         layers: Sequence[LayerTag] | None = None,
         spectra: bool = False,
     ):
-        """Opens the file; one that is there is continued.
-
-        Args:
-            path: The file.
-            layers: See ``kfac.report``.
-            spectra: See ``kfac.report``.
-        """
+        """Opens the file; one that is there is continued."""
         super().__init__(layers, spectra)
         self.path = path
         self.columns: list[str] = []
@@ -164,8 +150,6 @@ class TensorBoard(Log):
             writer: A folder, for which ``tensorboardX.SummaryWriter`` is made (and
                 closed by ``close``); or anything with
                 ``add_scalar(tag, value, step)``, which stays open.
-            layers: See ``kfac.report``.
-            spectra: See ``kfac.report``.
         """
         super().__init__(layers, spectra)
         self.owned: bool = isinstance(writer, (str, os.PathLike))
@@ -201,13 +185,7 @@ class Table(Log):
         spectra: bool = False,
         console: Any = None,
     ):
-        """Starts the live display.
-
-        Args:
-            layers: See ``kfac.report``.
-            spectra: See ``kfac.report``.
-            console: A ``rich.console.Console``; None: the terminal.
-        """
+        """Starts the live display."""
         super().__init__(layers, spectra)
         live = optional("rich.live", "Table")
         self.live: Any = live.Live(console=console, auto_refresh=False)

@@ -43,15 +43,6 @@ def memory_of(layer: LayerTag, method: Method, plan: Plan, memory: int) -> Memor
 
     Of an owned layer a device keeps ``1/D`` of the packed factors and, if rows are
     divided, its rows of the larger inverse and all of the smaller.
-
-    Args:
-        layer: The layer.
-        method: How factors are inverted.
-        plan: Who does what.
-        memory: How many past statistics the interval rule compares with.
-
-    Returns:
-        Bytes, padding included.
     """
     zeros, inverse = state_shapes(layer, method)
     factors, inverses = size(zeros), size(inverse)

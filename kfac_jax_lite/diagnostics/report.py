@@ -138,13 +138,6 @@ def memory(clock: Clock, index: int) -> float | None:
     follows from ``1 − dⁿ``, the clock's ``weight``; once that cannot be told from 1,
     the figure is an upper bound.
 
-    Args:
-        clock: On the host.
-        index: The layer's place there.
-
-    Returns:
-        A number between 1 and ``n``; None before the first refresh.
-
     References:
         Kish, 1965, "Survey sampling", Sec. 11.2.
     """
@@ -206,13 +199,6 @@ def effective_rank(factor: np.ndarray, form: str) -> float:
 
     Between 1 and the rank; no eigenvalues are needed.
 
-    Args:
-        factor: ``M``, or several, in one of the forms of ``kronecker.factors``.
-        form: The form.
-
-    Returns:
-        The smallest over the matrices; 0 if one is zero.
-
     References:
         Bartlett, Long, Lugosi & Tsigler, 2020, arXiv:1906.11300, Def. 3 (``R_0``).
     """
@@ -231,14 +217,6 @@ def eigenvalues(factor: Any, form: str, size: int) -> np.ndarray:
     """Ascending, not below 0, ``[*blocks, size]`` in float64.
 
     Blocks are filled up with rows of zeros; their eigenvalues are left out.
-
-    Args:
-        factor: The factor.
-        form: Its form.
-        size: Rows of the matrix it stands for.
-
-    Returns:
-        The eigenvalues.
     """
     values = np.sort(flat(eigen(factor, form)[1], form), -1)
     return values[..., values.shape[-1] - size :]
@@ -273,10 +251,6 @@ def damped_extremes(
         a: Eigenvalues of the input factor, ``[*blocks, in(+1)]``, ascending.
         g: Of the output factor, ``[*blocks, out]``.
         damping: ``λ``.
-        split: Whether it is split.
-
-    Returns:
-        Its ends and its mean.
     """
     of_a, of_g = (np.stack([x[..., 0], x.mean(-1), x[..., -1]]) for x in (a, g))
     if not split:

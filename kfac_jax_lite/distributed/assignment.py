@@ -68,22 +68,7 @@ def make_plan(
     method: str | Method = "cholesky",
     inverse_interval: Any = 1,
 ) -> Plan:
-    """Assigns every large Kronecker layer to a device.
-
-    Args:
-        layers: The layers present.
-        reduction: How statistics travel.
-        devices: ``D``.
-        method: The inversion method, or its name.
-        inverse_interval: Least number of steps between inversions; taken as 1 if it is
-            not known before the program runs.
-
-    Returns:
-        The plan.
-
-    Raises:
-        ValueError: ``share="gradients"`` with another method than ``"cholesky"``.
-    """
+    """Assigns every large Kronecker layer to a device."""
     if reduction.mode == "all":
         return NOBODY
     method = method_named(method).name
@@ -131,16 +116,6 @@ def shared(
     Either the larger inverse goes to all devices, once in ``period`` steps at most; or
     rows of the preconditioned gradient, filled up to a multiple of the devices, at
     every step.
-
-    Args:
-        layer: The layer.
-        reduction: How statistics travel.
-        devices: ``D``.
-        method: Name of the inversion method.
-        period: Least number of steps between inversions.
-
-    Returns:
-        ``"inverses"`` or ``"gradients"``.
     """
     side = larger_side(layer)
     if method != "cholesky" or side is None:
@@ -187,13 +162,6 @@ def balanced(layers: Sequence[LayerTag], devices: int) -> dict[str, int]:
     The ``m`` layers of a shape are dealt in chunks of ``⌈m / D⌉``, which an owner
     inverts in one batched call; chunks go, largest first, to the device with the least
     work so far.
-
-    Args:
-        layers: Layers to assign.
-        devices: ``D``.
-
-    Returns:
-        Layer name to device.
     """
     chunks = []
     for alike in grouped(layers):

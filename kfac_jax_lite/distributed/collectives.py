@@ -41,9 +41,6 @@ def mean(vector: Array, axis_name: Any, wire: Any = None) -> Array:
 
     Args:
         vector: ``[n]``.
-        axis_name: Mapped axes.
-        wire: Precision on the wire, None for the vector's own; sums are taken in the
-            vector's own precision.
 
     Returns:
         ``[n]``.
@@ -75,16 +72,7 @@ def as_bits(x: Array) -> Array:
 
 
 def gathered(part: Array, axis_name: Any, groups: Any = None) -> Array:
-    """Rows ``[devices, *part.shape]`` of all devices, or of those of one's group.
-
-    Args:
-        part: This device's row.
-        axis_name: Mapped axes.
-        groups: None for all devices: the result is equal on every one.
-
-    Returns:
-        The rows.
-    """
+    """Rows ``[devices, *part.shape]`` of all devices, or of those of one's group."""
     if groups is None:
         return lax.all_gather(part, axis_name, to="invarying")
     return lax.all_gather(part, axis_name, axis_index_groups=groups)
@@ -95,13 +83,6 @@ def tree_pairs(devices: int, root: int) -> list[list[tuple[int, int]]]:
 
     In round ``j`` the device at distance ``q`` from the root sends ``2^j`` rows to
     distance ``q − 2^j`` where ``q`` is an odd multiple of ``2^j``.
-
-    Args:
-        devices: Number of devices.
-        root: Where the tree ends.
-
-    Returns:
-        ``⌈log₂ devices⌉`` rounds.
     """
     rounds, width = [], 1
     while width < devices:
@@ -117,9 +98,6 @@ def to_root(part: Array, axis_name: Any, devices: int, root: int) -> Array:
 
     Args:
         part: This device's row ``[n]``.
-        axis_name: Mapped axes.
-        devices: Their number.
-        root: The device that gets the rows.
 
     Returns:
         ``[devices, n]``; of no meaning on other devices.
@@ -135,9 +113,6 @@ def from_root(rows: Array, axis_name: Any, devices: int, root: int) -> Array:
 
     Args:
         rows: ``[devices, n]``, read on the root only.
-        axis_name: Mapped axes.
-        devices: Their number.
-        root: The device that has the rows.
 
     Returns:
         ``[n]``.

@@ -24,12 +24,7 @@ def exchanged(context: Context, due: Array, statistics: Any) -> dict[str, Any]:
     Small layers travel together where all of them are due, and one by one otherwise.
 
     Args:
-        context: What is fixed in this update.
         due: Which are due, ``[layers]``.
-        statistics: This device's, by layer name.
-
-    Returns:
-        Layer name to statistics; what was not due means nothing.
     """
     layers, owners = context.layers, context.plan.owners
     own = {t.name: checked_statistics(t, statistics) for t in layers}
@@ -90,9 +85,6 @@ def unreduced(own: Any) -> Any:
     """What stands for statistics that are not due.
 
     Types that vary over devices do not after a reduction; fresh zeros do not either.
-
-    Returns:
-        The statistics, or zeros.
     """
     if not varying_axes(own):
         return own
@@ -122,9 +114,7 @@ def agreed(context: Context, due: Array, fresh: dict[str, Any]) -> tuple[Array, 
     """What all devices find in the statistics that are due.
 
     Args:
-        context: What is fixed in this update.
         due: Which are due, ``[layers]``.
-        fresh: Statistics by layer name, averaged over devices; slices of owned layers.
 
     Returns:
         ``(finite, idle)``: whether all are finite, and which layers took no part: no

@@ -76,19 +76,7 @@ def state_axes(opt_state: Any) -> Any:
 
 
 def own_part(layers: Sequence[LayerTag], state: KFACState, plan: Plan) -> KFACState:
-    """A device's view of the state: its slices without the axis of the devices.
-
-    Args:
-        layers: The layers present.
-        state: As ``pmap`` or ``shard_map`` hand it over.
-        plan: Who does what.
-
-    Returns:
-        The state.
-
-    Raises:
-        ValueError: A slice is not of the shape that the plan wants.
-    """
+    """A device's view of the state: its slices without the axis of the devices."""
     factors: dict[str, Any] = dict(state.factors)
     inverses, previous = dict(state.inverses), dict(state.previous)
     for layer in layers:

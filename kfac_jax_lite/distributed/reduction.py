@@ -162,17 +162,7 @@ def reduce_statistics(
     axis_name: Any,
     reduction: Reduction,
 ) -> tuple[Any, ...]:
-    """Means of layers' statistics over the devices, in one collective.
-
-    Args:
-        layers: The layers; one, or several small ones.
-        statistics: This device's, a tuple of their own for each.
-        axis_name: Name(s) of the mapped axes.
-        reduction: How they travel.
-
-    Returns:
-        The same on every device.
-    """
+    """Means of layers' statistics over the devices, in one collective."""
     pairs = list(zip(layers, statistics, strict=True))
     vectors = [wire_vector(t, averaged_part(s), reduction) for t, s in pairs]
     if reduction.dtype is not None:  # as many entries as the layers have alone
@@ -210,14 +200,6 @@ def summed_already(gradient: Array, axis_name: Any) -> bool:
     """Whether autodiff has summed a gradient over the devices.
 
     Under ``shard_map`` with ``check_vma`` it does so for replicated parameters.
-
-    Args:
-        gradient: The gradient.
-        axis_name: Name(s) of the mapped axes.
-
-    Returns:
-        True where the gradient's type does not vary along these axes and the type
-        system says so.
     """
     names = {axis_name} if isinstance(axis_name, str) else set(axis_name)
     return bool(checked_axes(axis_name)) and not names & varying_axes(gradient)

@@ -52,18 +52,7 @@ from kfac_jax_lite.kronecker.state import Slices
 def parcels(
     layer: LayerTag, method: Method, plan: Plan, cached: Any, moments: Any
 ) -> Array:
-    """What the owner sends after an inversion, ``[devices, n]``.
-
-    Args:
-        layer: The layer.
-        method: Inversion method.
-        plan: Who does what.
-        cached: What it computed.
-        moments: Second moments in the new basis, or None.
-
-    Returns:
-        A row for each device; not finite where the inversion failed.
-    """
+    """What the owner sends after an inversion, ``[devices, n]``."""
     good = all_finite(cached)
     if plan.sliced(layer.name):
         large = larger_side(layer) or ""
@@ -88,10 +77,7 @@ def opened(
     """The new cached inverse, from this device's parcel.
 
     Args:
-        context: What is fixed in this update.
-        layer: The layer.
         own: The parcel ``[n]``.
-        cached: The cached inverse before; gives shapes.
 
     Returns:
         ``(cached, moments, good)``; ``moments`` is empty without EKFAC.
@@ -160,11 +146,7 @@ def not_inverted(context: Context, wanted: Wanted) -> Inverted:
 def owned_inversions(
     context: Context, layers: Sequence[LayerTag], wanted: dict[str, Wanted]
 ) -> dict[str, Inverted]:
-    """Inverts owned layers where their gates are true; a step without any does nothing.
-
-    Returns:
-        What changed, by layer name.
-    """
+    """Inverts owned layers where their gates are true; often does nothing."""
     turns = context.method.moments
     start = {t.name: not_inverted(context, wanted[t.name]) for t in layers}
 

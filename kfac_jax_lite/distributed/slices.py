@@ -72,18 +72,7 @@ def is_packed(statistics: Any) -> bool:
 def scattered(
     layer: LayerTag, statistics: Any, plan: Plan, axis_name: Any, wire: Any
 ) -> KroneckerStatistics:
-    """This device's slices of a layer's statistics, averaged over the devices.
-
-    Args:
-        layer: The layer.
-        statistics: This device's statistics.
-        plan: Who does what.
-        axis_name: Mapped axes.
-        wire: Precision on the wire, or None.
-
-    Returns:
-        Slices of the factors; second moments, if any, in whole.
-    """
+    """This device's slices of a layer's statistics, averaged over the devices."""
     rows = sliced_statistics(layer, statistics, plan)
     size = slice_sizes(layer, plan)[0]
     both = jnp.concatenate([rows.a.values, rows.g.values], axis=1)
@@ -118,13 +107,6 @@ def row_parts(matrix: Array, plan: Plan) -> Array:
 
     A slice is what a device holds; each of the ``copies`` devices that hold it gets one
     part of it from the owner.
-
-    Args:
-        matrix: The matrix.
-        plan: Who does what.
-
-    Returns:
-        The rows, filled up with zeros.
     """
     d, copies = matrix.shape[-1], plan.devices // plan.slices
     rows = -(-d // plan.devices)
@@ -171,8 +153,6 @@ def precondition_rows(layer: LayerTag, inverse: FactorInverses, v: Array) -> Arr
     Rows first: both products are then divided among the devices.
 
     Args:
-        layer: The layer.
-        inverse: Its inverses, the larger one as this device's rows.
         v: The gradient's block ``[*blocks, in(+1), out]``.
 
     Returns:
@@ -194,18 +174,7 @@ def gather_rows(
     rows: dict[str, Array],
     shapes: dict[str, tuple[Any, ...]],
 ) -> dict[str, Array]:
-    """Preconditioned gradients of all divided layers, in one all-gather.
-
-    Args:
-        layers: The layers whose inverses are divided.
-        plan: Who does what.
-        axis_name: Mapped axes.
-        rows: Layer name to this device's rows.
-        shapes: Layer name to the shape of its gradient's block.
-
-    Returns:
-        Layer name to ``A⁻¹ V G⁻¹``.
-    """
+    """Preconditioned gradients of all divided layers, in one all-gather."""
     groups, count = plan.groups(), plan.slices
     copies = plan.devices // plan.slices
     typed = groups is not None and bool(checked_axes(axis_name))

@@ -97,18 +97,7 @@ class Wire:
     def of(
         self, layer: str, event: str, kind: str, elements: int, **changes: int
     ) -> Collective:
-        """A collective over all devices in the statistics' precision, but for changes.
-
-        Args:
-            layer: The layer's name.
-            event: What causes it.
-            kind: Which operation.
-            elements: Entries of the array.
-            **changes: Other fields of ``Collective``.
-
-        Returns:
-            The collective.
-        """
+        """A collective over all devices, in the precision of the statistics."""
         common = {"itemsize": self.itemsize, "devices": self.devices}
         return Collective(layer, event, kind, elements, **(common | changes))
 

@@ -71,16 +71,7 @@ def widened(x: Array, entries: int) -> Array:
 
 
 def second_moment(x: Array, form: str, shape: Shape) -> Array:
-    """``Σ_r x_r x_rᵀ`` of rows ``[*blocks, R, d]``, in float32 or better.
-
-    Args:
-        x: The rows.
-        form: The form wanted.
-        shape: Its shape.
-
-    Returns:
-        The factor.
-    """
+    """``Σ_r x_r x_rᵀ`` of rows ``[*blocks, R, d]``, in float32 or better."""
     dtype = accumulation_dtype(x.dtype)
     if form == DIAGONAL:
         return jnp.sum(jnp.square(x.astype(dtype)), -2)
@@ -184,15 +175,6 @@ def fastest_inverse(factor: Array, form: str, start: Array, tolerance: float) ->
     assumption: products run at ten times the rate of factorisations. A matrix of one
     block then takes longer than the ``16 d³`` of products that Newton-Schulz needs from
     a good start; a larger one is mostly products either way.
-
-    Args:
-        factor: ``M``.
-        form: Its form.
-        start: A guess, for example the inverse of a similar matrix.
-        tolerance: See ``newton_schulz_inverse``.
-
-    Returns:
-        The inverse; not finite where there is none.
     """
     if form == DIAGONAL or factor.shape[-1] > 2 * BLOCK:
         return inverse(factor, form)

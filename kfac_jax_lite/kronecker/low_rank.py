@@ -71,9 +71,6 @@ def sketch(size: int, rank: int, dtype: Any) -> Array:
     Its entries are a hash of their place, uniform in ``±√(3 / size)``: eigenvectors are
     hardly ever orthogonal to all columns, as the vector of ones is to columns of signs,
     and no random key is needed.
-
-    Returns:
-        The start of the first subspace iteration.
     """
     x = lax.iota(jnp.uint32, size)[:, None] * jnp.uint32(rank)
     x = x + lax.iota(jnp.uint32, rank)[None, :] + jnp.uint32(0x9E3779B9)
@@ -108,7 +105,6 @@ def refreshed(
         matrix: ``M [*blocks, d, d]``, positive semi-definite.
         u: The last basis ``[*blocks, d, r]``; if ``r = d`` it is not used: all
             eigenpairs are computed.
-        first: Whether there was no refresh before; a scalar.
 
     Returns:
         ``(u, e, tau)``; not finite where ``M`` is not, or clearly indefinite.
@@ -169,10 +165,6 @@ def retained_trace(e: Any, tau: Any, size: int) -> float:
     Args:
         e: Eigenvalues ``[.., r]``.
         tau: Tails ``[..]``, or empty.
-        size: ``d``.
-
-    Returns:
-        From 0 to 1; 1 for a matrix of zeros.
     """
     if isinstance(tau, tuple):
         return 1.0
@@ -238,8 +230,6 @@ def solve(a: Side, g: Side, v: Array, damping: Array) -> Array:
     Complete factors are turned into their basis first, where they are diagonal.
 
     Args:
-        a: The factor of the rows.
-        g: The factor of the columns.
         v: ``[.., m, n]``.
         damping: ``λ``.
 

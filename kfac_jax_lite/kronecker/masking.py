@@ -23,20 +23,7 @@ from kfac_jax_lite.kronecker import factors as forms
 def present_layers(
     layers: Sequence[LayerTag], tree: Any, whole: bool = True
 ) -> tuple[LayerTag, ...]:
-    """The layers, without the parameters that a mask hides.
-
-    Args:
-        layers: Layers of the whole model, or some of them.
-        tree: Parameters or gradients, masked leaves as ``optax.MaskedNode``.
-        whole: Whether every visible parameter must be in a layer.
-
-    Returns:
-        Layers, sorted by name, that own at least one leaf of the tree; all of them for
-        the placeholder with which ``optax.tree.map_params`` asks what a state is like.
-
-    Raises:
-        ValueError: The tree is not of the model that was tagged, or is one vector.
-    """
+    """The layers, without the parameters that a mask hides."""
     if isinstance(tree, placeholder()):
         return tuple(sorted(layers, key=lambda layer: layer.name))
     leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_masked)[0]

@@ -22,10 +22,6 @@ from kfac_jax_lite.kronecker.low_rank import LowRankInverses, sides, solve
 def gather(layer: LayerTag, leaves: dict[str, Array]) -> Array:
     """A layer's entries of a parameter-shaped tree, as its block.
 
-    Args:
-        layer: The layer.
-        leaves: Leaves by path.
-
     Returns:
         ``V [*blocks, in(+1), out]``, ``[units, k]``, or the leaf.
     """
@@ -53,16 +49,7 @@ def scatter(layer: LayerTag, block: Array, leaves: dict[str, Any]) -> dict[str, 
 
 
 def assemble(layers: Sequence[LayerTag], blocks: dict[str, Array], tree: Any) -> Any:
-    """Blocks of layers as a parameter-shaped tree.
-
-    Args:
-        layers: The layers.
-        blocks: Their blocks by name, as ``gather`` returns them.
-        tree: What gives shapes and dtypes, and entries that are in no layer.
-
-    Returns:
-        The tree.
-    """
+    """Blocks of layers as a parameter-shaped tree."""
     leaves, parts = leaves_by_path(tree), {}
     for layer in layers:
         for path, part in scatter(layer, blocks[layer.name], leaves).items():
@@ -78,10 +65,6 @@ def precondition(
     """Solves with a layer's damped curvature.
 
     Args:
-        layer: The layer.
-        v: Its block of the gradient, as ``gather`` returns it.
-        factors: Averaged statistics.
-        inverse: Cached inverse.
         damping: ``λ``.
 
     Returns:
@@ -126,9 +109,7 @@ def precondition_thin(
     """``A⁻¹ V G⁻¹ = (X A⁻ᵀ)ᵀ (C G⁻¹)`` of a gradient with few rows, ``V = Xᵀ C``.
 
     Args:
-        inverse: Explicit inverses, both full.
         rows: ``X [R, in(+1)]`` and ``C [R, out]``.
-        accepted: Scalar bool; where it is false the rows count as zeros.
 
     Returns:
         The direction, ``[in(+1), out]``.
@@ -141,18 +122,7 @@ def precondition_thin(
 def rows_of(
     layer: LayerTag, statistics: Any, inverse: Any, leaves: dict[str, Array]
 ) -> GradientRows | None:
-    """The rows of a layer's gradient, if there are few and they are these leaves'.
-
-    Args:
-        layer: The layer.
-        statistics: What ``update`` was given.
-        inverse: Cached inverse.
-        leaves: Gradients by path. Arrays that ``value_and_grad`` has not returned are
-            clipped, averaged or accumulated ones: the rows are not theirs.
-
-    Returns:
-        The rows, or None.
-    """
+    """The rows of a layer's gradient, if there are few and they are these leaves'."""
     rows = getattr(statistics, "rows", {}).get(layer.name)
     if rows is None or not isinstance(inverse, FactorInverses):
         return None

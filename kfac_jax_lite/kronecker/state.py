@@ -135,13 +135,6 @@ def curvature(layer: LayerTag, statistics: Any) -> Any:
     """What is averaged: of diagonals ``N · gradient²``, of tied weights one product.
 
     Both are made of statistics that devices have averaged already.
-
-    Args:
-        layer: The layer.
-        statistics: Fresh, reduced statistics.
-
-    Returns:
-        The layer's curvature.
     """
     if isinstance(statistics, DiagonalStatistics):
         square = statistics.num_examples * jnp.square(statistics.gradient)
@@ -158,9 +151,6 @@ def merged(layer: LayerTag, statistics: TiedStatistics) -> KroneckerStatistics:
     ``π² = (tr A · tr H) / (tr B · tr G)``, which makes the trace of the terms that are
     too many least. ``B = g_out`` and ``H = a_out`` are the factors of the reverse use.
 
-    Returns:
-        The product's factors.
-
     References:
         Martens & Grosse, 2015, arXiv:1503.05671, Sec. 6.3 (there ``B ⊗ H = λ I ⊗ I``).
     """
@@ -176,14 +166,7 @@ def merged(layer: LayerTag, statistics: TiedStatistics) -> KroneckerStatistics:
 
 
 def output_parts(statistics: Any) -> tuple[Any, ...]:
-    """Those of a layer's statistics that are zero where no gradient reaches it.
-
-    Args:
-        statistics: Fresh or averaged statistics, in any layout.
-
-    Returns:
-        The output factors, or all that there is of a layer without Kronecker factors.
-    """
+    """Those of a layer's statistics that are zero where no gradient reaches it."""
     if isinstance(statistics, TiedStatistics):
         return statistics.g, statistics.g_out
     if isinstance(statistics, KroneckerStatistics):
@@ -197,11 +180,6 @@ def taking_part(layer: LayerTag, average: Any, fresh: Any) -> tuple[Any, Any]:
     Of a scanned stack some layers may be idle, of experts some, of an ensemble some
     members. Their averages stay what they are; the first statistics of a block are its
     average.
-
-    Args:
-        layer: The layer.
-        average: Its averaged statistics.
-        fresh: Its fresh ones, in the same layout.
 
     Returns:
         ``(average, fresh)``, changed in those blocks.
@@ -235,15 +213,6 @@ def moving_average(average: Any, fresh: Any, weight: Any, decay: Any) -> Any:
 
     ``X̂ ← X̂ + (1 − d)/w · (X − X̂)`` with ``w ← d w + (1 − d)`` from 0: the zero start
     divided out. ``decay`` weights the *old* value.
-
-    Args:
-        average: ``X̂`` before, any tree.
-        fresh: ``X``.
-        weight: ``w`` after this step's update.
-        decay: ``d``.
-
-    Returns:
-        ``X̂`` after.
     """
 
     def mix(old: Array, new: Array):

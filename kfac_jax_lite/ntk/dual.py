@@ -194,13 +194,7 @@ def split(batch: Batch, grads: Any, w: Array, scale: Array) -> tuple[Array, Any]
     """``g = a Kᵀ w / √n + rest``.
 
     Args:
-        batch: The batch.
-        grads: ``g``.
         w: ``w [D']``.
-        scale: ``‖K‖²`` (Frobenius).
-
-    Returns:
-        ``a`` and the rest, orthogonal to the first part; zero where it is rounding.
     """
     pulled = batch.pull(batch.colour(w))
     raised = jax.tree.map(lambda g: g.astype(accumulation_dtype(g.dtype)), grads)

@@ -70,15 +70,8 @@ def adapted(
 
     Args:
         inner: It takes ``damping=`` and ``reject=`` in ``update``.
-        rule: The rule.
-        lag: Steps until a new damping is in force: the least number of steps between
-            inversions where the inverses hold it.
         sign: That of ``dᵀ∇L`` for a step downhill: −1 for updates that are added to
             parameters, 1 for preconditioned gradients, which cannot be taken back.
-
-    Returns:
-        The transformation. A batch that ``inner`` finds not to be finite changes
-        nothing here.
     """
     retreats = rule.retreat is not None and sign < 0
 

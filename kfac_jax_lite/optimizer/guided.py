@@ -144,10 +144,6 @@ def guided(
 
     Args:
         precondition: ``scale_by_kfac(…)``.
-        guide: What the model decides.
-
-    Returns:
-        The transformation; ``update`` needs ``statistics=`` and ``model=``.
     """
 
     def init_fn(params: Any):

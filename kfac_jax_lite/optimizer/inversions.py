@@ -36,9 +36,6 @@ def inversions(
     """Inverts the layers whose gates are true.
 
     Args:
-        context: What is fixed in this update.
-        factors: Averaged statistics by layer name.
-        inverses: What preconditioning reads, by layer name.
         gates: Which layers to invert, ``[layers]``.
         first: Which were never inverted before, ``[layers]``.
 

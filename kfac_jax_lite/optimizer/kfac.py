@@ -147,13 +147,6 @@ def heavy_ball(momentum: Any) -> optax.GradientTransformation:
     ``optax.inject_hyperparams(optax.trace)`` would do, but for its state, another than
     that of a number, and for a decay in the widest type of the parameters, which then
     becomes the type of every velocity.
-
-    Args:
-        momentum: A number or a schedule.
-
-    Returns:
-        The transformation; with a schedule, its ``update`` needs ``count=``. The state
-        is that of ``optax.trace``.
     """
     if not callable(momentum):
         return optax.trace(momentum)
@@ -182,17 +175,7 @@ def bounded(
     learning_rate: Any,
     kl_clip: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Preconditioning, the trust region, and what optax does behind them.
-
-    Args:
-        precondition: ``scale_by_kfac``.
-        tail: Weight decay, momentum, learning rate.
-        learning_rate: ``η`` of the trust region.
-        kl_clip: ``κ``, a number or a schedule, or None.
-
-    Returns:
-        The transformation.
-    """
+    """Preconditioning, the trust region, and what optax does behind them."""
 
     def init_fn(params: Any):
         inner: Any = precondition.init(params)
@@ -261,13 +244,7 @@ def trust_region(updates: Any, grads: Any, rate: Any, kl_clip: Any) -> Array:
     """``ν = min(1, √(κ / (η² Σ uᵀ∇L)))``.
 
     Args:
-        updates: ``u``, preconditioned gradients.
         grads: ``∇L``.
-        rate: ``η``.
-        kl_clip: ``κ``.
-
-    Returns:
-        A scalar, float32 or wider.
     """
 
     def product(u: Any, g: Any):

@@ -16,11 +16,7 @@ OURS = ("statistics", "model")
 
 
 def keep_from_searches(arguments: Mapping[str, Any]) -> None:
-    """Takes K-FAC's own arguments away from what follows it in a chain.
-
-    Args:
-        arguments: Of ``update``.
-    """
+    """Takes K-FAC's own arguments away from what follows it in a chain."""
     function = arguments.get("value_fn")
     if function is None:
         return

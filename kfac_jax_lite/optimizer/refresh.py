@@ -40,14 +40,6 @@ def absorbed(
     are not averaged (after sixty of them ``F + λ`` would be ``λ``), its interval does
     not change, and it stays due until a gradient reaches it.
 
-    Args:
-        context: What is fixed in this update.
-        factors: Averaged statistics by layer name.
-        previous: Remembered statistics by layer name.
-        clock: Before.
-        statistics: This device's fresh statistics.
-        clean: Whether the gradients are finite, on every device.
-
     Returns:
         ``(factors, previous, clock, accepted)``; a statistic that is not finite makes
         ``accepted`` false and changes nothing. In ``clock.due``, where accepted, the
@@ -93,21 +85,9 @@ def refreshed(
 ) -> tuple[Any, tuple[Any, ...], Array]:
     """A layer's moving average and remembered statistics, where ``gate`` is true.
 
-    Args:
-        context: What is fixed in this update.
-        layer: The layer.
-        average: Averaged statistics.
-        past: Remembered fresh statistics, newest first.
-        fresh: This step's statistics.
-        gate: Whether the layer is refreshed.
-        weight: Sum of the average's weights, this step included.
-
     Returns:
         ``(average, past, changes)``; ``changes [memory]`` are the relative changes
         against each remembered statistic.
-
-    Raises:
-        ValueError: EKFAC without second moments.
     """
     if getattr(average, "s", None) is not None and fresh.s is None:
         raise ValueError(
@@ -151,14 +131,8 @@ def clock_after_refresh(
     """The clock with refreshes counted and intervals chosen.
 
     Args:
-        context: What is fixed in this update.
-        clock: Before.
         gates: Which layers were refreshed, ``[layers]``.
         changes: Relative changes, ``[layers, memory]``.
-        weight: Weights of their averages, as for the layers refreshed.
-
-    Returns:
-        The clock after.
     """
     memory = context.interval.memory
     known = [
@@ -180,10 +154,6 @@ def clock_after_refresh(
 
 def refreshes_due(context: StepContext, clock: Clock) -> Array:
     """Which layers' statistics are wanted at the next step.
-
-    Args:
-        context: What is fixed in this update.
-        clock: After this step, ``due`` the layers that were idle in it.
 
     Returns:
         Flags ``[layers]``: those idle, and those that the rule names. For the rule,
@@ -217,10 +187,6 @@ def inversion_gates(context: StepContext, clock: Clock, accepted: Array) -> Arra
 
 def never_inverted(clock: Clock, step: Any) -> Array:
     """Whose inverses hold no statistics: new layers, and those that were idle so far.
-
-    Args:
-        clock: After this step's refreshes.
-        step: This step, from 1.
 
     Returns:
         Flags ``[layers]``.

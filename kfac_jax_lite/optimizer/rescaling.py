@@ -105,17 +105,7 @@ def kernel_of(layer: LayerTag) -> LayerTag:
 
 
 def rescaled(kernel: LayerTag, update: Array, leaf: Array, epsilon: float) -> Array:
-    """The update that leaves a kernel with its norm.
-
-    Args:
-        kernel: A layer's weight, all of a parameter or part of it.
-        update: Update of the parameter.
-        leaf: The parameter.
-        epsilon: ``ε``.
-
-    Returns:
-        Its new update, of the same dtype; unchanged where the kernel does not lie.
-    """
+    """The update that leaves a kernel with its norm."""
     view = kernel.views[0]
     u, w = view.read(update), view.read(leaf)
     *blocks, _, out = view.core

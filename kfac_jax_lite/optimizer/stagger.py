@@ -44,10 +44,6 @@ def served(
 
     Args:
         waiting: Which wait, ``[layers]``.
-        late: For how many steps.
-        interval: Their intervals.
-        cost: What each costs, in any unit.
-        groups: Layers of a group share a budget: those of one device.
 
     Returns:
         Flags ``[layers]``.
@@ -83,13 +79,6 @@ def refreshes(
 ) -> Array:
     """Which layers are refreshed at ``step``, after their first refresh.
 
-    Args:
-        layers: The layers present.
-        step: The step, from 1.
-        last: Step of each layer's last refresh.
-        times: How often each was refreshed.
-        interval: Their intervals.
-
     Returns:
         Flags ``[layers]``.
     """
@@ -110,17 +99,6 @@ def inversions(
     busy: Array,
 ) -> Array:
     """Which layers are inverted at ``step``, after their first inversion.
-
-    Args:
-        layers: The layers present.
-        plan: Who inverts; every owner has a queue of its own.
-        stale: Whose inverses are older than their factors or damping.
-        step: The step, from 1.
-        last: Step of each layer's last inversion.
-        times: How often each was inverted.
-        interval: Least number of steps between inversions.
-        busy: Whether something is refreshed in this step: an inversion then waits for
-            up to an eighth of its interval.
 
     Returns:
         Flags ``[layers]``.

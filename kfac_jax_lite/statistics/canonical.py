@@ -25,12 +25,6 @@ def canonical(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
     Those inside ``jit`` and ``jax.checkpoint`` are found too; those in the body of a
     loop, slow in the user's program already, stay as they are.
-
-    Args:
-        function: Of one pytree.
-
-    Returns:
-        The function.
     """
 
     def run(argument: Any) -> Any:

@@ -60,11 +60,6 @@ def patches(geometry: ConvGeometry, x: Array, without: int | None = None) -> Arr
     side by side on the channel axis. Short programs compile faster than one slice for
     every point of the kernel.
 
-    Args:
-        geometry: Static shape facts.
-        x: The input.
-        without: Spatial axis along which no patches are taken.
-
     Returns:
         The rows; with an axis left out ``[batch, *space, in / its kernel]``.
     """
@@ -102,12 +97,6 @@ def shift_axis(geometry: ConvGeometry) -> int | None:
 
     It is the outermost axis along which the kernel extends: its blocks of ``A`` lie
     side by side.
-
-    Args:
-        geometry: Static shape facts.
-
-    Returns:
-        The axis; None where taking all patches is cheaper or the only way.
     """
     wide = [axis for axis, k in enumerate(geometry.kernel) if k > 1]
     if not wide or geometry.groups > 1:
@@ -150,14 +139,8 @@ def sampled(
     """The convolution whose patches are those taken of another one's.
 
     Args:
-        geometry: Static shape facts.
         x: The input ``[batch, *space, channel]``.
         lattice: Rows that are taken, of axes ``(examples, frames, *space)``.
-        phase: Number of the refresh.
-
-    Returns:
-        The geometry and the input, padded and cut. Patches beyond the end are of zeros
-        and of what the padding leaves: they do not count.
     """
     kept, phase = lattice.kept, vary(phase, varying_axes(x))
     offsets = lattice.offsets(phase)
@@ -202,18 +185,7 @@ def conv_input_factor(
     recipe: Recipe,
     live: Array | None,
 ) -> Array:
-    """``A`` of a convolution, in chunks of examples where the patches are large.
-
-    Args:
-        geometry: Static shape facts.
-        inputs: The input and what multiplies the kernel.
-        x: The input, from ``channels_last``, or as ``sampled`` leaves it.
-        recipe: The layer's recipe.
-        live: Which rows count; None: all.
-
-    Returns:
-        The factor.
-    """
+    """``A`` of a convolution, in chunks of examples where the patches are large."""
     axis = chosen_axis(geometry, recipe) if live is None else None
     if axis is None:
         return patch_factor(geometry, inputs, x, recipe, live)
@@ -234,9 +206,7 @@ def shifted_moment(geometry: ConvGeometry, x: Array, axis: int) -> Array:
     """``Σ_r x_r x_rᵀ`` over all patches, by products shifted along one axis.
 
     Args:
-        geometry: Static shape facts.
         x: The input ``[batch, *space, channel]``.
-        axis: The axis, from ``shift_axis``.
 
     Returns:
         The matrix ``[in, in]``.
@@ -311,16 +281,7 @@ def patch_factor(
 
 
 def by_chunks(function: Callable[[Any], Array], argument: Any, elements: int) -> Any:
-    """Adds a function up over chunks of examples, as large as the device likes them.
-
-    Args:
-        function: Of examples; what it returns is added up.
-        argument: The examples, along the leading axis of every leaf.
-        elements: What it holds at a time for all of them.
-
-    Returns:
-        The sum.
-    """
+    """Adds a function up over chunks of examples, as large as the device likes them."""
     batch = len(jax.tree.leaves(argument)[0])
 
     def chunked(limit: int) -> Callable[[Any], Array]:
@@ -341,14 +302,6 @@ def split_of_batch(batch: int, elements: int, limit: int) -> tuple[int, int]:
 
     Where the batch may be sharded over devices, every chunk takes a part of each shard,
     so that nothing moves; memory that would run out counts for more.
-
-    Args:
-        batch: Number of examples.
-        elements: What all of them hold at a time.
-        limit: The most that a chunk may hold.
-
-    Returns:
-        The numbers.
     """
     shards = math.gcd(batch, jax.device_count())
     if elements // (batch // shards) > MAX_PATCH_ELEMENTS:

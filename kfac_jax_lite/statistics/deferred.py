@@ -105,16 +105,7 @@ class Watched:
     def raw(
         self, raw: dict[str, Any], inputs: dict[str, Any], axes: frozenset[Hashable]
     ) -> dict[str, Any]:
-        """What taps would have returned for the watched layers, beside the others'.
-
-        Args:
-            raw: Cotangents of all probes.
-            inputs: Inputs of the watched layers.
-            axes: Mapped axes along which statistics vary.
-
-        Returns:
-            Sums over each layer's sites, by probe.
-        """
+        """What taps would have returned for the watched layers, beside the others'."""
         found = dict(raw)
         for name, pairs in self.sites.items():
             slot = self.slots[name]

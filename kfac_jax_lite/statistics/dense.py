@@ -31,15 +31,7 @@ Form = tuple[str, Shape]
 
 
 def input_rows(geometry: DenseGeometry, inputs: list[Array]) -> Array:
-    """The layer's input as ``[*blocks, R, in]``, times what multiplies its weight.
-
-    Args:
-        geometry: The site's axis orders.
-        inputs: The input and what multiplies the weight.
-
-    Returns:
-        Rows in the order of the output's rows.
-    """
+    """The layer's input as ``[*blocks, R, in]``, times what multiplies its weight."""
     rows = math.prod(geometry.rows)
     x = scalars(geometry, inputs)
     x = lax.transpose(x, geometry.input_order)
@@ -133,11 +125,7 @@ def homogeneous(x: Array, recipe: Recipe, live: Array | None = None) -> Array:
 
     Args:
         x: Rows ``[*blocks, R, in]``.
-        recipe: That of the layer at the site.
         live: Which rows count, ``[*blocks, R]`` or ``[R]``; None: all.
-
-    Returns:
-        The rows, after ``reduce``; those that do not count are zero.
     """
     k = 1 if recipe.by_example else recipe.positions
     if k > 1:

@@ -88,12 +88,7 @@ def example_gradients(
     """The table's gradient of every example, ``[*blocks, N, vocabulary, out]``.
 
     Args:
-        geometry: Static shape facts.
         found: Tokens and weights ``[*blocks, R]``, cotangents ``[*blocks, R, out]``.
-        examples: ``N``.
-
-    Returns:
-        The gradients.
     """
     token, weight, c = found
     value = weight.astype(accumulation_dtype(c.dtype))[..., None] * c

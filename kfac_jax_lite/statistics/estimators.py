@@ -231,18 +231,7 @@ def finish(
     terms: Array | None,
     wanted: frozenset[str],
 ) -> dict[str, Array]:
-    """Turns what the taps returned into the layer's statistics, by field.
-
-    Args:
-        recipe: The layer's recipe.
-        raw: Sums over its taps, by probe.
-        basis: Eigenbases for EKFAC, or empty.
-        terms: Number of loss terms that count, where the output is masked.
-        wanted: Fields to return.
-
-    Returns:
-        The fields that there are.
-    """
+    """Turns what the taps returned into the layer's statistics, by field."""
     n = recipe.num_examples if terms is None else terms
     if "s_sum" in raw:
         found = {"blocks": lambda: unit_blocks(raw["s_sum"], n)}
@@ -332,12 +321,6 @@ def blended(parts: Sequence[tuple[dict[str, Array], Share]]) -> dict[str, Array]
     With ``A_s`` and ``G_s`` of slot ``s``, those of a mean loss over its own terms,
     ``A = Σ w_s A_s`` and ``G = Σ κ_s (R_s/N_s) G_s / Σ w_s R_s/N_s``: every row counts
     with ``w_s / N_s``, and ``A ⊗ G`` approximates the block of the whole loss.
-
-    Args:
-        parts: Statistics by field, and shares, of every slot.
-
-    Returns:
-        The statistics by field.
     """
     found: dict[str, Array] = {}
     for name in parts[0][0]:

@@ -152,20 +152,6 @@ def sampled_pull(
 
     Gradients that nobody reads must not leave the conditional around this: XLA would
     compute them.
-
-    Args:
-        names: What is marked, in program order.
-        marked: The marked values.
-        pullback: Of the loss and everything marked.
-        plain: What the taps returned in the plain backward pass; empty: nothing that
-            could be taken from there.
-        n: Number of loss terms.
-        finisher: Of the statistics.
-        leaves: Numbers of the parameters whose gradients are wanted.
-        cotangents: One for every output, of the sum of the terms.
-
-    Returns:
-        Those gradients and the statistics.
     """
     waiting = iter(cotangents)
     marks = [
@@ -193,20 +179,6 @@ def resampled(
 
     Input factors come from the plain backward pass: XLA drops the other statistics of
     that pass.
-
-    Args:
-        fisher: ``"mc"`` or ``"exact"``.
-        outputs: The marked outputs.
-        pull: Numbers of parameters and cotangents of the outputs to gradients of those
-            parameters and statistics.
-        plain: What the taps returned in the plain backward pass.
-        key: PRNG key.
-        grads: The plain gradients that the diagonals need.
-        finisher: Of the statistics.
-        gated: Whether to skip by itself where nothing is due.
-
-    Returns:
-        Gradients for the diagonals, and statistics.
     """
     pull = canonical(functools.partial(pull, list(grads)))
     dues = [s.due for s in finisher.slots.values() if s.due is not None]

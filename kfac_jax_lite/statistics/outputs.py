@@ -60,15 +60,7 @@ class MarkedLoss:
     def cotangents(
         self, marks: Sequence[Array], values: Iterable[Array]
     ) -> tuple[Array, ...]:
-        """Cotangents of the outputs as cotangents of all marks: zeros for masks.
-
-        Args:
-            marks: From ``values``.
-            values: One for every output, of its shape.
-
-        Returns:
-            One for every mark, in its dtype.
-        """
+        """Cotangents of the outputs as cotangents of all marks: zeros for masks."""
         waiting, pairs = iter(values), zip(self.names, marks, strict=True)
         return tuple(
             jnp.zeros_like(m) if name in BESIDE else next(waiting).astype(m.dtype)
@@ -86,19 +78,7 @@ class MarkedLoss:
 
 
 def marked_loss(tagged: TaggedLoss, params: Any, args: tuple[Any, ...]) -> MarkedLoss:
-    """The loss on the batch ``args``, without taps.
-
-    Args:
-        tagged: The tagged loss; its output must be marked.
-        params: Parameters, or their shapes.
-        args: The loss's other arguments.
-
-    Returns:
-        Its functions; nothing is computed.
-
-    Raises:
-        ValueError: No output is marked, or it is marked inside a loop or a branch.
-    """
+    """The loss on the batch ``args``, without taps."""
     found = tagged.trace(params, args, True)
     data = jax.tree.leaves(args)
 

@@ -96,17 +96,7 @@ def groups_of(geometry: RaggedGeometry, sizes: Array) -> Groups:
 def rows_of(
     recipe: Recipe, site: Site, inputs: list[Any], c: Array
 ) -> tuple[Array, Array, Groups]:
-    """Homogeneous inputs ``[R, in(+1)]``, cotangents ``[R, out]``, and their groups.
-
-    Args:
-        recipe: That of the layer.
-        site: The site.
-        inputs: Its input, what multiplies its weight, and the sizes of the groups.
-        c: The cotangent of its output.
-
-    Returns:
-        Rows, zero where they do not count.
-    """
+    """Homogeneous inputs ``[R, in(+1)]``, cotangents ``[R, out]``, and their groups."""
     geometry: Any = site.geometry
     *inputs, sizes = inputs
     groups, n = groups_of(geometry, sizes), geometry.num_rows

@@ -25,13 +25,7 @@ def example_gradients(
     """``s_n`` of every unit at one site, ``[examples, units, k]``.
 
     Args:
-        site: A site of a scale or shift.
-        factors: Variables whose product is ``x̂``.
-        cotangent: ``c`` at the site's output.
         roles: ``("scale", "shift")`` or one of them.
-
-    Returns:
-        Gradients of the examples.
     """
     geometry: Any = site.geometry
     dtype = accumulation_dtype(cotangent.dtype)

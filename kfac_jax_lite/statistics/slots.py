@@ -16,16 +16,6 @@ def read_state(
     """Due flags and EKFAC bases by layer name; (None, {}) without a state.
 
     Where several states name a layer it is due if one of them wants it.
-
-    Args:
-        opt_state: Any optax state, or None.
-        layers: Layers of the loss.
-
-    Returns:
-        The flags (None: every layer is due) and the bases.
-
-    Raises:
-        ValueError: No ``KFACState`` in it; a layer that the loss does not have.
     """
     if opt_state is None:
         return None, {}
@@ -78,15 +68,7 @@ def make_slots(
 
 
 def read_phases(opt_state: Any, recipes: dict[str, Recipe]) -> dict[str, Array]:
-    """How often each layer was refreshed; 0 without a state.
-
-    Args:
-        opt_state: Any optax state, or None.
-        recipes: Recipe of every slot.
-
-    Returns:
-        Numbers by slot.
-    """
+    """How often each layer was refreshed; 0 without a state."""
     phases = {slot: jnp.zeros((), jnp.int32) for slot in recipes}
     for state in [] if opt_state is None else find_states(opt_state):
         numbers = {name: i for i, name in enumerate(sorted(state.factors))}

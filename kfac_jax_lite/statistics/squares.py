@@ -22,7 +22,6 @@ def example_gradients(x: Array, c: Array, examples: int) -> Array:
     Args:
         x: Rows of inputs ``[*blocks, R, in]``, those of an example side by side.
         c: Rows of cotangents ``[*blocks, R, out]``.
-        examples: ``N``, a divisor of ``R``.
 
     Returns:
         ``[*blocks, N, in, out]``.
@@ -74,7 +73,6 @@ def token_square_sums(
         token: ``i [*blocks, R]``.
         weight: ``w [*blocks, R]``.
         c: Cotangents ``[*blocks, R, out]``.
-        examples: ``N``.
 
     Returns:
         The tokens and their rows' shares ``[*blocks, R, out]``, to be added up.

@@ -81,10 +81,6 @@ class Lattice(NamedTuple):
 
         Args:
             x: Rows ``[*blocks, R, d]``.
-            phase: Number of the refresh.
-
-        Returns:
-            The rows.
         """
         lead, d = x.shape[:-2], x.shape[-1]
         x = x.reshape(*lead, *self.sizes, d)
@@ -108,22 +104,7 @@ def lattice_of(
     num_examples: int,
     reduce: bool,
 ) -> Lattice | None:
-    """The rows taken at one site; None: all.
-
-    Args:
-        subsample: What the user asked for.
-        name: The layer's name, for errors.
-        site: The site.
-        num_examples: ``N``.
-        reduce: Whether positions are reduced first.
-
-    Returns:
-        The lattice.
-
-    Raises:
-        ValueError: Examples do not divide, cannot be told apart, or their positions are
-            reduced.
-    """
+    """The rows taken at one site; None: all."""
     if subsample == Subsample():
         return None
     rows, each = site.geometry.rows, site.positions

@@ -34,12 +34,6 @@ def thin_layers(found: Trace) -> dict[str, tuple[Site, jax.ShapeDtypeStruct]]:
 
     Their gradient must be the product of these rows and nothing else: no other use of
     their parameters, no scaled weight, no loop.
-
-    Args:
-        found: The traced loss.
-
-    Returns:
-        Layer name to its only site and the shape of that site's output.
     """
     outputs = {id(s): x for s, x in in_line(found.plan, found.closed.jaxpr)}
     thin = {}
@@ -66,18 +60,7 @@ def is_thin(layer: LayerTag, site: Site) -> bool:
 def gradient_rows(
     layer: LayerTag, site: Site, inputs: list[Any], cotangent: Array, leaves: list[Any]
 ) -> GradientRows:
-    """The rows of a layer's gradient.
-
-    Args:
-        layer: The layer.
-        site: Its only site.
-        inputs: What the site reads.
-        cotangent: Of its output.
-        leaves: The gradient's leaves, in order.
-
-    Returns:
-        The rows, with the leaves that they are rows of.
-    """
+    """The rows of a layer's gradient."""
     geometry: Any = site.geometry
     x = dense.input_rows(geometry, inputs)
     if layer.bias:

@@ -328,12 +328,7 @@ def real_rows(site: Site, rows: Array, cotangents: bool = False) -> Array:
     real input the cotangent's real part is all that matters.
 
     Args:
-        site: The site.
         rows: ``[*blocks, R, d]``.
-        cotangents: Whether they are.
-
-    Returns:
-        The rows; those of one side by side.
     """
     if not jnp.iscomplexobj(rows):
         return rows

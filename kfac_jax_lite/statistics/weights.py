@@ -49,16 +49,7 @@ class OutputCurvature(NamedTuple):
 def output_curvature(
     tail: Callable[[Sequence[Array]], Array], outputs: Sequence[Output], number: int
 ) -> OutputCurvature:
-    """Compares the loss's curvature at one of its outputs with its mark.
-
-    Args:
-        tail: The loss as a function of the marked outputs.
-        outputs: The marked outputs.
-        number: Which of them.
-
-    Returns:
-        What was found.
-    """
+    """Compares the loss's curvature at one of its outputs with its mark."""
     output, values = outputs[number], [o.value for o in outputs]
 
     def slope(z: Array) -> Array:
@@ -89,15 +80,7 @@ def direction(likelihood: str, value: Array, _: Any) -> Array:
 
 
 def tail_of(found: Trace, operands: Sequence[Any]) -> Callable[..., Array]:
-    """The loss as a function of its marked outputs, all else at the operands' values.
-
-    Args:
-        found: The traced loss.
-        operands: Its inputs.
-
-    Returns:
-        The function, untapped.
-    """
+    """The loss as a function of its marked outputs, all else as in the operands."""
 
     def tail(values: Sequence[Array]) -> Array:
         waiting = iter(values)
@@ -115,16 +98,7 @@ def tail_of(found: Trace, operands: Sequence[Any]) -> Callable[..., Array]:
 def with_weights(
     found: Trace, operands: Sequence[Any], outputs: Sequence[Output]
 ) -> list[Output]:
-    """The outputs with their weights: those given, and of several, those measured.
-
-    Args:
-        found: The traced loss.
-        operands: Its inputs.
-        outputs: The marked outputs.
-
-    Returns:
-        The outputs.
-    """
+    """The outputs with their weights: those given, and of several, those measured."""
     if len(outputs) < 2 or all(output.given is not None for output in outputs):
         return list(outputs)
     tail, weights = tail_of(found, operands), []

@@ -124,15 +124,7 @@ PROGRAMS = (*CALLS, *CHECKPOINTS, *CUSTOM_RULES, "scan", "cond", "while", "shard
 
 
 def rule(*primitives: str, always: bool = False) -> Callable[[Handler], Handler]:
-    """Registers a handler for primitives, by name (names outlive JAX's modules).
-
-    Args:
-        *primitives: Names of the primitives.
-        always: Run the handler also where no operand has a fact (nested jaxprs, marks).
-
-    Returns:
-        The decorator.
-    """
+    """Registers a handler for primitives, by name (names outlive JAX's modules)."""
 
     def register(handler: Handler) -> Handler:
         for name in primitives:
@@ -315,14 +307,7 @@ class Scope:
         """Records a scale or shift: units are the view's axes, the rest are rows.
 
         Args:
-            index: The equation behind which it is seen.
             views: Its role and its view, of rank ``len(shape)``.
-            factors: Variables whose product is ``x̂``.
-            shape: Shape of the equation's result.
-            output: Which of its results that is.
-
-        Returns:
-            What a shift may be added to; None for shifts.
         """
         (role, view), *_ = views.items()
         axis_of = {a: i for i, a in enumerate(view.axes) if a is not None}
@@ -351,13 +336,6 @@ class Scope:
 
         A parameter that was repeated along new axes (a class token, a mask token) is
         tapped where it was repeated: a shift of zeros.
-
-        Args:
-            eqn: The equation.
-            facts: Facts of its operands.
-
-        Returns:
-            The facts that are still nobody's.
         """
         left: list[Fact] = []
         for atom, fact in zip(eqn.invars, facts, strict=True):
@@ -440,17 +418,7 @@ def is_known(value: Any) -> bool:
 def analyse(
     closed: ClosedJaxpr, num_leaves: int, sampled: bool, outputs_only: bool = False
 ) -> tuple[Walk, Plan]:
-    """Walks a traced loss.
-
-    Args:
-        closed: The loss; its first result is its value.
-        num_leaves: How many of its first inputs are parameters.
-        sampled: Whether marked outputs are differentiated, too.
-        outputs_only: Whether they alone are.
-
-    Returns:
-        What was found, and its plan.
-    """
+    """Walks a traced loss."""
     jaxpr = closed.jaxpr
     marks = marks_in(jaxpr)
     several = sampled or len(marks) > 1

@@ -17,14 +17,7 @@ SAME = ("broadcast_in_dim", "reshape", "convert_element_type", "copy")
 
 
 def count(eqn: JaxprEqn, axes: list[Axes], result: Axes, counts: Counts) -> None:
-    """Notes whether the result of an equation counts, and what a gather picks.
-
-    Args:
-        eqn: The equation.
-        axes: Axes of its operands.
-        result: Axes of its first result.
-        counts: What counts so far, added to here.
-    """
+    """Notes whether the result of an equation counts, and what a gather picks."""
     name, out = eqn.primitive.name, eqn.outvars[0]
     known = [None if isinstance(a, Literal) else counts.get(a) for a in eqn.invars]
     if name == "iota":

@@ -46,19 +46,7 @@ def place_examples(
     num_examples: int,
     num_terms: Sequence[int],
 ) -> tuple[Followed, "dict[Place, Examples]"]:
-    """Sets ``positions`` of every candidate site; rows get the examples first.
-
-    Args:
-        walk: The walk over the loss.
-        plan: Its plan.
-        jaxpr: The loss.
-        num_leaves: How many of its inputs are parameters.
-        num_examples: ``N``.
-        num_terms: ``N_k`` of every marked output.
-
-    Returns:
-        Axes of every variable, and what is known of the examples at every site.
-    """
+    """Sets ``positions`` of every candidate site; rows get the examples first."""
     found: Followed = {}
     follow(jaxpr, plan, [fresh_axes(shape_of(v)) for v in jaxpr.invars], found)
     given = [found[plan][v] for v in jaxpr.invars[num_leaves:] if has_rows(v.aval)]
@@ -142,13 +130,6 @@ def numbering(arguments: list[Axes], size: int) -> list[Axis]:
 
     First axes; else several, where all arguments that have so many agree about them
     (labels and what a convolution over time has seen do not).
-
-    Args:
-        arguments: Axes of every argument.
-        size: How many terms.
-
-    Returns:
-        Indices that number them.
     """
     first = [axes[0] for axes in arguments if length(axes[0]) == size]
     several = dict.fromkeys(settled(leading(axes, size)) for axes in arguments)
@@ -234,9 +215,6 @@ def has_places(walk: Walk, site: Site) -> bool:
     """Whether rows are places of an expert that examples are sent to, some left empty.
 
     They hold data and there are matrices for every block, but examples have no axis.
-
-    Returns:
-        Whether they are.
     """
     plan, _ = site.place  # type: ignore[misc]
     geometry = site.geometry
@@ -250,14 +228,6 @@ def positions(site: Site, axes: Axes | None, known: Examples) -> int | None:
     """How many rows belong to one term; the rows are put in order if need be.
 
     Of terms that nothing is known of, the shape must tell.
-
-    Args:
-        site: The site.
-        axes: Those of its rows, if they were followed.
-        known: What is known of the examples.
-
-    Returns:
-        How many, or None.
     """
     n, terms = known.num_examples, settled(known.terms)
     seen = [index for axis in axes or () for index in axis]
@@ -279,15 +249,6 @@ def by_sequence(rows: Shape, axes: Axes | None, known: Examples) -> int | None:
     """How many rows belong to an example that has several terms of the loss.
 
     So it is for a parameter that is added to whole sequences.
-
-    Args:
-        rows: Lengths of the rows' axes.
-        axes: Their axes. The first must be the first axis of an argument, and number
-            the slowest terms, as far as these are known.
-        known: What is known of the examples.
-
-    Returns:
-        How many, or None.
     """
     terms, n = settled(known.terms), known.num_examples
     if not axes or not axes[0] or axes[0] not in map(settled, known.batch):
@@ -345,10 +306,6 @@ def positions_per_example(rows: Shape, num_examples: int) -> int | None:
 
     They are the leading axes whose product is ``num_examples``. If a later axis is as
     long they may be there: nothing is said.
-
-    Args:
-        rows: Lengths of the rows' axes.
-        num_examples: ``N``.
 
     Returns:
         ``R / N`` with rows reshapable to ``[N, R / N]``, or None when they are not.

@@ -55,17 +55,7 @@ stop_gradient sub tan tanh threefry2x32 xor zeta
 def follow(
     jaxpr: Jaxpr, plan: Plan, inputs: Sequence[Axes], found: Followed
 ) -> list[Axes]:
-    """Follows the axes through a jaxpr and those inside it.
-
-    Args:
-        jaxpr: The program.
-        plan: Its plan, whose children are those of the jaxprs inside it.
-        inputs: Axes of its inputs.
-        found: Axes of every variable by plan, filled in here.
-
-    Returns:
-        Axes of its outputs.
-    """
+    """Follows the axes through a jaxpr and those inside it."""
     axes = found.setdefault(plan, {})
     axes.update((v, fresh_axes(shape_of(v))) for v in jaxpr.constvars)
     axes.update(zip(jaxpr.invars, inputs, strict=True))
@@ -135,14 +125,6 @@ def in_place(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
     """Every result has the axes of the operand in its place.
 
     Without those summed over by number, as ``psum`` does under ``vmap``.
-
-    Args:
-        eqn: The equation.
-        axes: Axes of its operands.
-        enter: Not needed.
-
-    Returns:
-        Axes of its results.
     """
     del enter
     gone = eqn.params.get("axes", ())
@@ -207,17 +189,7 @@ def named(eqn: JaxprEqn) -> Sequence[int]:
 
 
 def renewed(axes: Axes, before: Any, after: Any, moved: Container[int] = ()) -> Axes:
-    """Axes of an operand as those of the result, but for new ones.
-
-    Args:
-        axes: Axes of the operand.
-        before: The operand.
-        after: The result, of as many axes. One that is as long is the operand's.
-        moved: But for those along which entries have changed places.
-
-    Returns:
-        Axes of the result.
-    """
+    """Axes of an operand as those of the result, but for new ones."""
     sizes = zip(axes, shape_of(before), shape_of(after), strict=True)
     return tuple(
         axis if old == new and i not in moved else fresh(new)
@@ -357,14 +329,6 @@ def convolution(eqn: JaxprEqn, axes: list[Axes], enter: Enter) -> list[Axes]:
     """The batch axis stays, and those in space along which the kernel has length 1.
 
     Of grouped features the groups stay: they may be the examples of a ``vmap``.
-
-    Args:
-        eqn: The equation.
-        axes: Axes of its operands.
-        enter: Not needed.
-
-    Returns:
-        Axes of its result.
     """
     del enter
     p, kernel = eqn.params, shape_of(eqn.invars[1])

@@ -65,10 +65,6 @@ def unify(first: Axis, second: Axis) -> None:
     """Notes that two axes of one length run over the same indices.
 
     They are matched from the slowest on, as far as their sizes allow.
-
-    Args:
-        first: An axis.
-        second: The other axis.
     """
     left, right = settled(first), settled(second)
     if not left or not right:

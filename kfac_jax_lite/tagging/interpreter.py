@@ -147,9 +147,6 @@ def bind(jaxpr: Jaxpr, eqn: JaxprEqn, operands: list[Any]) -> list[Any]:
 
     How a primitive binds the functions in its parameters differs between JAX releases;
     ``jaxpr_as_fun`` is the public way that holds in all of them.
-
-    Returns:
-        The equation's results.
     """
     given = zip(eqn.invars, operands, strict=True)
     values = {a: v for a, v in given if not isinstance(a, Literal)}

@@ -116,13 +116,6 @@ class Liveness:
         """Which results of the program inside an equation are live.
 
         What a loop carries is live if it is read after any turn.
-
-        Args:
-            eqn: The equation.
-            flags: Which of its own results are live.
-
-        Returns:
-            A flag for every result of the program inside.
         """
         flags = list(flags)
         if eqn.primitive.name != "scan":

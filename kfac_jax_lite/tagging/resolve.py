@@ -25,15 +25,7 @@ from kfac_jax_lite.tagging.tags import (
 
 
 def resolve(walk: Walk, facts: Facts) -> tuple[LayerTag, ...]:
-    """Chooses the layers among the candidates of a walk and names them.
-
-    Args:
-        walk: What the analysis found; ``site.layer`` is set on the chosen sites.
-        facts: What is known beside.
-
-    Returns:
-        One tag for every layer, in order of their first parameter.
-    """
+    """Chooses the layers among the candidates of a walk and names them."""
     reasons: dict[int, str] = {}
     groups = tie(group_sites(walk, facts, reasons), walk)
     groups = consistent(groups, walk, facts.shapes, reasons)
@@ -59,14 +51,6 @@ def group_sites(walk: Walk, facts: Facts, reasons: dict[int, str]) -> list[Group
 
     A bias that only some sites of its layer add is a block of its own. Scales and
     shifts without an example axis are dropped.
-
-    Args:
-        walk: The walk; sites may be added to it.
-        facts: What is known beside.
-        reasons: Why a leaf falls back, filled in here.
-
-    Returns:
-        The groups.
     """
     groups: dict[tuple[Any, ...], Group] = {}
     waiting = batched_sites(walk, facts)
@@ -101,9 +85,6 @@ def batched_sites(walk: Walk, facts: Facts) -> list[Site]:
     A weight may meet single vectors beside its layer, such as the singular vectors of
     spectral normalisation: fewer rows than the batch has examples. And of a sampled
     Fisher, what no marked output depends on has no rows.
-
-    Returns:
-        The sites that count.
     """
 
     def whole(site: Site) -> bool:
@@ -136,13 +117,6 @@ def ungrouped(walk: Walk, waiting: list[Site]) -> set[View]:
     """Scales and shifts with a use whose rows do not belong to examples.
 
     They fall back with all their uses: a block without one of them would be wrong.
-
-    Args:
-        walk: The walk.
-        waiting: The sites that count.
-
-    Returns:
-        Their views, and those of what shares a block with them.
     """
     sites = [s for s in walk.sites if s.kind == "scale_shift"]
     bad = [s for s in sites if s.positions is None or s not in waiting]
@@ -216,15 +190,6 @@ def consistent(
     """Drops claims until every claimed leaf is claimed entry by entry exactly once.
 
     A leaf of which only a part reaches the loss may be claimed in that part.
-
-    Args:
-        groups: The groups.
-        walk: The walk.
-        shapes: Shape of every leaf.
-        reasons: Why a leaf falls back, filled in here.
-
-    Returns:
-        The groups that are left.
     """
     while True:
         claims: dict[int, list[tuple[Group, str]]] = {}

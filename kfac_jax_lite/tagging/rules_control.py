@@ -124,9 +124,6 @@ def custom_rule(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
     The cotangents inside it are not those its rule computes, so nothing inside is
     tapped. Where its result *is* a layer's output (a matrix product with its own
     derivative), the tap stands behind the call; else its parameters fall back.
-
-    Returns:
-        The facts of the results.
     """
     facts = enterable(scope, eqn.invars, facts)
     if not any(isinstance(f, View | Scaled) for f in facts):
@@ -156,18 +153,7 @@ def by_entries(jaxpr: Jaxpr) -> bool:
 def stand_in(
     scope: Scope, index: int, atoms: list[Any], facts: list[Fact], jaxpr: Jaxpr
 ) -> Output | None:
-    """Treats an equation as the one layer that a jaxpr of its operands would be.
-
-    Args:
-        scope: Where the equation is.
-        index: Its number; its first output is tapped.
-        atoms: Operands that stand for the inputs of ``jaxpr``.
-        facts: Their facts.
-        jaxpr: What the equation computes; its last output is the layer's.
-
-    Returns:
-        The layer's output, or None if the jaxpr is not exactly one layer.
-    """
+    """Treats an equation as the one layer that a jaxpr of its operands would be."""
     trial = Walk(scope.walk.data_bit.bit_length() - 1, scope.walk.liveness)
     trial.scopes.update(scope.walk.scopes)
     deps = [scope.dependencies([a]) for a in atoms]
@@ -248,9 +234,6 @@ def shard_map(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
 
     Parameters must enter whole. The cotangents of what enters whole are summed over the
     devices, those of probes too: statistics of one device are parts of a sum.
-
-    Returns:
-        The facts of the results: none.
     """
     p, walk = eqn.params, scope.walk
     sizes = {axis: p["mesh"].shape[axis] for axis in manual_axes(eqn)}

@@ -88,9 +88,6 @@ def main_operand(facts: list[Fact]) -> int | None:
 
     If one of them is a function of a parameter, such as a gain that must be positive,
     and not clearly the larger one, it is the other.
-
-    Returns:
-        The operand's number, or None.
     """
     views = [f.view if isinstance(f, Scaled) else f for f in facts]
     whole = [isinstance(v, View) and v.dense for v in views]
@@ -209,17 +206,7 @@ def added(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
 def function(
     scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]
 ) -> list[Scaled] | None:
-    """A function of a parameter, entry by entry: its derivative is a factor.
-
-    Args:
-        scope: Where it is applied.
-        index: The number of the equation.
-        eqn: The equation; operands beside the parameter are whatever they are.
-        facts: Those of the operands.
-
-    Returns:
-        The parameter times ``∂ result / ∂ parameter``, or None.
-    """
+    """A function of a parameter, entry by entry: its derivative is a factor."""
     del index
     shape = shape_of(eqn.outvars[0])
     own = [f for f in facts if leaves_of(f)]
@@ -271,10 +258,6 @@ def select(scope: Scope, index: int, eqn: JaxprEqn, facts: list[Fact]):
 
     ``switch`` puts the parameter without its derivative where another branch is taken:
     its values are the parameter's, and those examples have no cotangent.
-
-    Returns:
-        The parameter's fact where the choice is made along axes that only repeat it,
-        else the parameter with 1 and 0 as its derivative.
     """
     which, *cases = eqn.invars
     owned = [f for f in facts[1:] if leaves_of(f)]
@@ -309,9 +292,6 @@ def takes(site: Site, role: str) -> bool:
 
     Lookups have no homogeneous coordinate; behind a weight whose columns are rescaled
     the bias has other cotangents than the weight.
-
-    Returns:
-        Whether it does.
     """
     scales = getattr(site.geometry, "scales", ())
     rescaled = any(scale.side in ("out", "both") for scale in scales)
@@ -355,9 +335,6 @@ def aligned(
     """The bias as ``[*blocks, 1, out]`` (or ``[units]``) if its axes are the outputs'.
 
     Every output axis must carry the bias and no row axis may.
-
-    Returns:
-        The bias's view, or None where it is not one.
     """
     pairs = [
         (label, axis)

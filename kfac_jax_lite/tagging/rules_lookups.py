@@ -41,14 +41,6 @@ def matrices_by_number(scope: Scope, eqn: JaxprEqn, fact: Fact) -> View | None:
     """The view of matrices that a gather picks by numbers known in advance.
 
     One in every turn of a loop, or some in a row; vectors are rows of a table.
-
-    Args:
-        scope: Where they are read.
-        eqn: The gather.
-        fact: That of its operand.
-
-    Returns:
-        The view; None where it is a lookup.
     """
     dims, sizes = eqn.params["dimension_numbers"], tuple(eqn.params["slice_sizes"])
     parts, out = shape_of(eqn.invars[1])[:-1], shape_of(eqn.outvars[0])

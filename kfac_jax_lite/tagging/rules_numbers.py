@@ -25,10 +25,6 @@ MOST = 1 << 16
 def values(scope: Scope, atom: Any) -> np.ndarray | None:
     """The numbers of a variable in every turn of the loops around it.
 
-    Args:
-        scope: Where the variable is.
-        atom: A variable or literal.
-
     Returns:
         ``[*loops, *shape]``, or None where they depend on more than counters.
     """
@@ -154,10 +150,7 @@ def sliced(
     layers; the loop is noted to consume it by slices.
 
     Args:
-        scope: Where it is read.
-        view: The parameter.
         starts: ``[*loops]`` for each of its axes, or ``[*loops, n]`` for ``n`` parts.
-        sizes: How much is read along each axis.
 
     Returns:
         The view of what is read, ``[*sizes]`` or ``[n, *sizes]``.

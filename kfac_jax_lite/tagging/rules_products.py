@@ -41,19 +41,7 @@ def weight_of(fact: Fact) -> tuple[View, tuple[Factor, ...]]:
 def scales_of(
     factors: tuple[Factor, ...], batch: Shape, ins: Shape, outs: Shape, shape: Shape
 ) -> tuple[Scale, ...]:
-    """How variables that multiply a weight act on rows and cotangents.
-
-    Args:
-        factors: Of the weight's rank with unit axes where they are constant, or
-            scalars.
-        batch: Batch axes of the weight.
-        ins: Contracted axes.
-        outs: Output axes.
-        shape: Shape of the weight.
-
-    Returns:
-        One scale each.
-    """
+    """How variables that multiply a weight act on rows and cotangents."""
     scales = []
     for factor in factors:
         varying = {i for i, d in enumerate(factor.shape) if d > 1}
@@ -221,10 +209,6 @@ def leading_block(fact: Fact, contracted: Shape, batch: Shape) -> int | None:
 
     A weight ``[experts, in, out]`` (or ``[experts, out, in]``) is one matrix for every
     index of its first axis; ``[in, heads, width]`` is one matrix.
-
-    Returns:
-        The axis of the operand that is the parameter's first, if that is an output axis
-        beside another one.
     """
     view, _ = weight_of(fact)
     outs = [i for i in range(len(view.shape)) if i not in contracted + batch]

@@ -126,9 +126,6 @@ def move_scaled(fact: Scaled, step: tuple[str, Any]) -> Scaled | None:
     """Applies a step to the view and to every factor beside it.
 
     A factor has the view's rank with unit axes where it is broadcast, or is a scalar.
-
-    Returns:
-        The moved fact, or None where it cannot be followed.
     """
     view = move_view(fact.view, step)
     source = axis_sources(fact.view.shape, step)

@@ -338,9 +338,6 @@ def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
 
     Told by ranks: what is scanned over or stacked up has an axis less inside. (JAX 0.12
     no longer writes the numbers into the equation as JAX 0.10 does.)
-
-    Returns:
-        The numbers; further operands are scanned over.
     """
     body = inside(eqn).jaxpr
 

@@ -6,14 +6,7 @@ from kfac_jax_lite.core.types import LayerTag, Shape
 
 
 def table(layers: Sequence[LayerTag]) -> str:
-    """Layer, kind, parameters, factor shapes, elements; coverage; what fell back.
-
-    Args:
-        layers: The layers.
-
-    Returns:
-        Plain text, one line per layer.
-    """
+    """Layer, kind, parameters, factor shapes, elements; coverage; what fell back."""
     head = ("layer", "kind", "parameters", "factor A", "factor G", "elements")
     rows: list[tuple[str, ...]] = [head]
     for layer in layers:
@@ -48,14 +41,7 @@ def table(layers: Sequence[LayerTag]) -> str:
 
 
 def fingerprint(layers: Sequence[LayerTag]) -> str:
-    """One line per layer, the same on every machine and for every batch size.
-
-    Args:
-        layers: The layers.
-
-    Returns:
-        ``kind name A-shape G-shape parameters`` on each line.
-    """
+    """One line per layer, the same on every machine and for every batch size."""
     lines = []
     for t in layers:
         shapes = shape_text(t.a_shape), shape_text(t.g_shape) if t.g_shape else "-"

@@ -108,9 +108,6 @@ def once_for_all(group: Group, facts: Facts) -> bool:
     """Whether a lookup or product has no rows of its own for every example.
 
     The rows of all members of an ensemble, or of all experts, count together.
-
-    Returns:
-        Whether it has none.
     """
 
     def few(site: Site) -> bool:

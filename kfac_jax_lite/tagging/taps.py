@@ -48,12 +48,6 @@ def tap(
     Args:
         estimators: For every probe its name and a function ``(inputs, cotangent) ->
             statistic``.
-        output: The layer's output.
-        inputs: What the estimators need from the forward pass.
-        due: Scalar bool, or None for always. Where it is false the backward pass
-            returns the probes themselves (zeros) and computes nothing: each estimator
-            runs inside its own ``lax.cond``.
-        probes: Zeros, shaped like the statistics.
     """
     del estimators, inputs, due, probes
     return output
@@ -102,9 +96,6 @@ def untouched(probe: Array) -> Array:
 
     Fresh zeros spare XLA a copy of the probe; under ``shard_map`` they would lack the
     probe's varying axes, which both branches of a ``cond`` must share.
-
-    Returns:
-        Zeros, shaped like the probe.
     """
     return probe if varying_axes(probe) else jnp.zeros_like(probe)
 

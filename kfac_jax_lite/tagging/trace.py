@@ -101,19 +101,6 @@ def trace(
 
     Args:
         loss_fn: Returns the mean loss, a scalar, or ``(loss, aux)``.
-        params: Parameters, arrays or ``ShapeDtypeStruct``.
-        args: Further arguments.
-        options: What else matters.
-
-    Returns:
-        What was found.
-
-    Raises:
-        TypeError: Integer or complex parameters; arguments that are no arrays; a loss
-            that is no real scalar.
-        ValueError: No parameters; ``N`` unknown, contradictory or zero; a parameter
-            inside a ``while`` loop; no marked output where one is needed.
-        NameError: The loss uses a mapped axis that is not bound here.
     """
     has_aux = options.has_aux
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
@@ -252,19 +239,7 @@ def check_while(
 def count_examples(
     walk: Walk, args: tuple[Any, ...], given: int | None
 ) -> tuple[int, tuple[int, ...]]:
-    """``N``: rows of the first marked output, else given, else the leading axis.
-
-    Args:
-        walk: What the walk over the loss has found.
-        args: The loss's arguments.
-        given: ``num_examples``.
-
-    Returns:
-        ``N``, and that of every marked output.
-
-    Raises:
-        ValueError: It cannot be told, is contradictory or zero.
-    """
+    """``N``: rows of the first marked output, else given, else the leading axis."""
     marked = tuple(
         math.prod(row_shape(mark.shape, mark.name)) * math.prod(mark.loops)
         for mark in walk.marks
@@ -288,12 +263,7 @@ def count_examples(
 
 
 def find_marks(walk: Walk, sampled: bool) -> None:
-    """Sets which marked outputs depend on every site, where it matters.
-
-    Args:
-        walk: What the walk over the loss has found.
-        sampled: Whether statistics are made of cotangents of the marked outputs alone.
-    """
+    """Sets which marked outputs depend on every site, where it matters."""
     numbers = [mark for mark in walk.marks if mark.name not in BESIDE]
     if walk.nested_marks or not numbers or not walk.of_marks:
         return

@@ -52,13 +52,7 @@ class Failure(Exception):
 
 
 def spread_sites(walk: Walk, found: Followed, known: dict[Place, Examples]) -> None:
-    """Finds the uses that can be tapped as if broadcast, and gives them rows.
-
-    Args:
-        walk: The walk over the loss.
-        found: Axes of every variable.
-        known: What is known of the examples at every site.
-    """
+    """Finds the uses that can be tapped as if broadcast, and gives them rows."""
     groups: dict[Index, set[Site]] = {}
     for site in walk.sites:
         terms = settled(known[place_of(site)].terms)
@@ -158,15 +152,7 @@ class Spreading:
         return sites
 
     def run(self, sites: set[Site], note: bool = True) -> None:
-        """Follows the copies of these sites' outputs from where they begin.
-
-        Args:
-            sites: The sites.
-            note: Whether to write the steps into the plans.
-
-        Raises:
-            Failure: They cannot be followed.
-        """
+        """Follows the copies of these sites' outputs from where they begin."""
         self.sites, self.origins, self.steps = sites, {}, {}
         scopes = self.walk.scopes
         inner = {c for plan in scopes for own in plan.children.values() for c in own}
@@ -292,14 +278,7 @@ def taken(
     """An equation on copies of some of its operands.
 
     Args:
-        step: What to do.
-        eqn: The equation.
-        operands: Its operands.
         copies: ``[N, …]``, those of which there are copies; else None.
-        bind: ``operands -> results`` of the equation.
-
-    Returns:
-        Copies of the results (``map``), or the results.
     """
     shape = shape_of(eqn.outvars[0])
     if step.name == "map":

@@ -93,10 +93,6 @@ def trust_region(
 ) -> Iterator[Finding]:
     """A trust region that decides the length of every step.
 
-    Args:
-        record: A record of the ``KFACState``.
-        history: Earlier ones.
-
     Yields:
         ``learning_rate_without_effect``, ``trust_region_saturated``.
     """
@@ -168,15 +164,7 @@ def inversions(record: dict[str, Any]) -> Iterator[Finding]:
 
 
 def is_idle(record: dict[str, Any], records: Sequence[dict[str, Any]]) -> bool:
-    """Whether a layer waits for a gradient: it is due, while others are refreshed.
-
-    Args:
-        record: The layer's record.
-        records: Those of all layers of the state.
-
-    Returns:
-        Whether no gradient has reached the layer since it became due.
-    """
+    """Whether a layer waits for a gradient: it is due, while others are refreshed."""
     ages = [r["since_refresh"] for r in records if r["since_refresh"] is not None]
     if not record["next_due"] or not ages:
         return False
@@ -208,12 +196,6 @@ def idle(record: dict[str, Any]) -> Iterator[Finding]:
 
 def refreshes(record: dict[str, Any], lag: float | None = None) -> Iterator[Finding]:
     """Layers without statistics, statistics that have changed, refreshes forgotten.
-
-    Args:
-        record: The layer's record.
-        lag: Distance of the average from the last fresh statistics, relative to these
-            (see ``lags``). Where batches differ by noise alone it is about ``1/√2`` of
-            the change between two of them; an average that falls behind is farther.
 
     Yields:
         ``never_refreshed``, ``stale_factors``, ``refresh_forgotten``.
@@ -261,15 +243,7 @@ def refreshes(record: dict[str, Any], lag: float | None = None) -> Iterator[Find
 
 
 def lags(state: Any) -> dict[str, float]:
-    """How far every average is from the last fresh statistics, relative to these.
-
-    Args:
-        state: A ``KFACState``.
-
-    Returns:
-        Layer name to the largest over its factors; layers whose rule keeps no
-        statistics, as that of ``kfac.intervals.every``, are left out.
-    """
+    """How far every average is from the last fresh statistics, relative to these."""
     found = {}
     for name, kept in jax.device_get(state.previous).items():
         if not kept:
@@ -288,10 +262,6 @@ def intervals(
 
     The longest interval is no part of the state; that it holds an interval is seen
     where changes far below one that has lengthened an interval lengthen none.
-
-    Args:
-        records: The records of one ``KFACState``, by layer.
-        history: Earlier ones, in any order.
 
     Yields:
         ``interval_at_longest``.
@@ -350,10 +320,6 @@ def adaptive_damping(
     was: the same number at several steps, or at the last one and in an inverse that was
     made before, has been held. So has one at a default bound.
 
-    Args:
-        records: The records of one ``KFACState``, by layer.
-        history: Earlier ones.
-
     Yields:
         ``damping_at_bound``.
     """
@@ -405,11 +371,6 @@ def judged_damping(
     any ``λ`` that is not held, and two changes are a multiple of ``T`` steps apart: a
     ``λ`` that has stayed for longer was there when the last ``ρ`` was taken, and was
     held. So is one at a default bound.
-
-    Args:
-        record: A record of the ``KFACState``.
-        history: Earlier ones.
-        last: What the rule did last.
 
     Yields:
         ``damping_at_bound``.

@@ -187,15 +187,7 @@ def of_parameters(
 
 
 def last_update(opt_state: Any, learning_rate: float | None) -> float | None:
-    """The norm of the last update, where the state knows it.
-
-    Args:
-        opt_state: Any optax state.
-        learning_rate: ``η``, or None: of ``optax.inject_hyperparams``, if it is there.
-
-    Returns:
-        The norm, or None.
-    """
+    """The norm of the last update, where the state knows it."""
     for name, field in (("AdaptedState", "step"), ("GuidedState", "velocity")):
         for state in find_states(opt_state, name):
             return float(optax.tree.norm(getattr(state, field)))

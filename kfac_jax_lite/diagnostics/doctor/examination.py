@@ -83,18 +83,7 @@ def gradient(tagged: TaggedLoss, params: Any, batch: Sequence[Any], key: Any) ->
 def doubled_loss(
     tagged: TaggedLoss, params: Any, batch: Sequence[Any], terms: int
 ) -> float | None:
-    """The loss of a batch that holds every example twice.
-
-    Args:
-        tagged: The tagged loss.
-        params: The parameters.
-        batch: Its arguments.
-        terms: ``N`` of this batch.
-
-    Returns:
-        The loss; None where it cannot be told which axis is that of the examples, or
-        where the loss does not take another batch size.
-    """
+    """The loss of a batch that holds every example twice."""
     leaves, tree = jax.tree.flatten(batch)
     flags = examples(terms, batch)
     if not any(flags):

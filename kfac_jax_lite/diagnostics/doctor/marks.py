@@ -68,12 +68,7 @@ class Seen(NamedTuple):
     given: np.ndarray | None
 
     def fit(self, likelihood: str) -> tuple[float, float]:
-        """``(w, error)`` of the multiple of a likelihood's ``Λ v`` nearest to ``bend``.
-
-        Returns:
-            The multiple, and the distance over the length of ``bend``; 1 where that or
-            ``Λ v`` vanishes.
-        """
+        """``(w, error)`` of the multiple of ``Λ v`` that is nearest to ``bend``."""
         assert self.bend is not None
         wanted, length = self.fisher[likelihood], np.linalg.norm(self.bend)
         size = float(np.sum(wanted**2))
@@ -91,18 +86,7 @@ class Seen(NamedTuple):
 def seen_outputs(
     tagged: TaggedLoss, traced: Trace, params: Any, batch: Sequence[Any]
 ) -> list[Seen]:
-    """Every marked output of a batch, with derivatives of the loss by it.
-
-    Args:
-        tagged: The tagged loss.
-        traced: Its trace on the batch.
-        params: The parameters.
-        batch: Its other arguments.
-
-    Returns:
-        A record per output; none where the curvature is that of another function than
-        the loss, or where marks are inside of a loop.
-    """
+    """Every marked output of a batch, with derivatives of the loss by it."""
     if tagged.curvature is not None or not traced.marks:
         return []
     jaxpr, consts = traced.closed.jaxpr, traced.closed.consts
@@ -176,9 +160,6 @@ def record(
 def marks(outputs: Sequence[Seen]) -> Iterator[Finding]:
     """Marks that the loss contradicts, and weights that they do not state.
 
-    Args:
-        outputs: The marked outputs.
-
     Yields:
         ``wrong_mark``, ``loss_is_a_sum``, ``loss_is_scaled``.
     """
@@ -232,9 +213,6 @@ def is_logarithm(seen: Seen) -> bool:
 
     A loss ``−z_y`` of ``z = log_softmax(…)`` is linear in ``z``, which is right: what
     its second derivative misses, the gradient of ``log_softmax`` would have removed.
-
-    Returns:
-        Whether the output is such.
     """
     if seen.likelihood != "categorical":
         return False
@@ -324,9 +302,6 @@ def of_rows(seen: Seen) -> bool:
 
     Not where rows are multiples of the mark's of either sign: a policy's advantages,
     for which the mark's matrix is the one that is wanted.
-
-    Returns:
-        Whether they are.
     """
     assert seen.bend is not None
     wanted, bend = seen.fisher[seen.likelihood], seen.bend
@@ -345,11 +320,6 @@ def labels(
     outputs: Sequence[Seen], batch: Sequence[Any], loss: float
 ) -> Iterator[Finding]:
     """Class labels that are no classes, where the loss is not finite.
-
-    Args:
-        outputs: The marked outputs.
-        batch: The loss's arguments.
-        loss: The loss.
 
     Yields:
         ``labels_out_of_range``.

@@ -134,11 +134,6 @@ def evaluation_mode(
 ) -> Iterator[Finding]:
     """What evaluation mode leaves behind in the program of a loss.
 
-    Args:
-        found: The loss, traced on the batch.
-        params: The parameters.
-        batch: Its arguments.
-
     Yields:
         ``stored_averages``, ``unused_key``.
     """
@@ -206,13 +201,6 @@ def examples(terms: int, batch: Sequence[Any]) -> list[bool]:
     Their number is the longest leading axis that divides the number of loss terms. As
     many channels would look alike: where all arrays of some argument have that many
     rows, only such arguments count.
-
-    Args:
-        terms: ``N``.
-        batch: The loss's arguments.
-
-    Returns:
-        A flag per leaf.
     """
     sizes = [size for size in leading_axes(tuple(batch)) if size and terms % size == 0]
     size = max(sizes, default=None)

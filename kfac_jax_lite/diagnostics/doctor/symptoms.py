@@ -100,17 +100,7 @@ def factors_of(
     records: dict[str, dict[str, Any]],
     rule: Rule | None,
 ) -> list[Factors]:
-    """The factors of the Kronecker layers that have been refreshed.
-
-    Args:
-        layers: ``tagged.layers``.
-        state: A ``KFACState``.
-        records: What ``kfac.report`` says, by layer name.
-        rule: What adapts the damping of this state, or None.
-
-    Returns:
-        A record per layer.
-    """
+    """The factors of the Kronecker layers that have been refreshed."""
     found, names = [], sorted(state.factors)
     clock, damping = jax.device_get((state.clock, state.damping))
     for layer, averaged, inverse in kronecker_layers(layers, state):
