@@ -22,7 +22,7 @@ PACKAGE = ROOT / "kfac_jax_lite"
 FORMULAS = HERE / "formulas.toml"
 # Everything a K-FAC step runs through, and what is said about it; the laboratory
 # (curvature, ntk), the posteriors (bayes) and the prose (doctor, logs) are left out.
-OUTSIDE = ("bayes", "curvature", "ntk", "doctor", "symptoms", "logs", "telemetry")
+OUTSIDE = ("bayes", "curvature", "ntk", "diagnostics")
 ARITHMETIC = {"Add", "Sub", "Mul", "Div", "FloorDiv", "Pow", "Mod"}
 BITS = {"BitOr", "BitAnd", "BitXor"}
 KINDS = (
@@ -64,7 +64,8 @@ class Mutant:
     @property
     def identity(self) -> str:
         """Twelve characters that tell it from every other one."""
-        text = "\0".join((self.module, self.name, *self.change))
+        where = definition_at(self.original, self.line)
+        text = "\0".join((where, self.name, *self.change))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
@@ -79,6 +80,36 @@ class Mutant:
     def change(self) -> list[str]:
         """Pairs of the lines that differ, one after the other."""
         return [text.strip() for _, *pair in self.differing for text in pair]
+
+
+def definitions(source: str) -> Iterator[tuple[str, int, int]]:
+    """Name, first and last line of functions and classes, outer ones first."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name, node.lineno, node.end_lineno or node.lineno
+
+
+def definition_at(source: str, line: int) -> str:
+    """The innermost definition around a line."""
+    around = [n for n, first, last in definitions(source) if first <= line <= last]
+    return around[-1] if around else ""
+
+
+def places(text: str, definition: str = "") -> list[tuple[Path, int]]:
+    """Where a text stands in the package: file and character.
+
+    Args:
+        text: What to look for.
+        definition: The function or class around it, where one place is not enough.
+    """
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        source, start = path.read_text(), -1
+        while (start := source.find(text, start + 1)) >= 0:
+            line = source.count("\n", 0, start) + 1
+            if definition in ("", definition_at(source, line)):
+                found.append((path, start))
+    return found
 
 
 def core() -> list[Path]:
@@ -179,16 +210,21 @@ def replayed(row: Mapping[str, Any]) -> Mutant | None:
     Returns:
         The mutant; None if its line is not there exactly once any more.
     """
-    original = (ROOT / row["module"]).read_text()
-    lines = original.splitlines()
     before, after = row["change"][:2]
-    places = [i for i, line in enumerate(lines) if line.strip() == before]
-    if len(places) != 1 or len(row["change"]) != 2:
+    found = [
+        (path, i)
+        for path in core()
+        for i, line in enumerate(path.read_text().splitlines())
+        if line.strip() == before
+    ]
+    if len(found) != 1 or len(row["change"]) != 2:
         return None
-    (place,) = places
+    ((path, place),) = found
+    original = path.read_text()
+    lines = original.splitlines()
     lines[place] = lines[place].replace(before, after)
-    source = "\n".join([*lines, ""])
-    return Mutant(row["module"], place + 1, row["name"], "drawn", source, original)
+    source, module = "\n".join([*lines, ""]), str(path.relative_to(ROOT))
+    return Mutant(module, place + 1, row["name"], "drawn", source, original)
 
 
 def compiles(source: str) -> bool:
@@ -211,17 +247,17 @@ def formulas() -> Iterator[Mutant]:
             not Python.
     """
     for entry in tomllib.loads(FORMULAS.read_text())["mutant"]:
-        module, old, new = entry["module"], entry["old"], entry["new"]
-        before = (ROOT / module).read_text()
-        if before.count(old) != 1:
-            raise ValueError(
-                f"{module} has {old!r} {before.count(old)} times, not once."
-            )
-        source = before.replace(old, new)
+        old, new = entry["old"], entry["new"]
+        found = places(old, entry.get("definition", ""))
+        if len(found) != 1:
+            raise ValueError(f"{old!r} stands in {len(found)} places, not in one.")
+        ((path, start),) = found
+        before = path.read_text()
+        source = before[:start] + new + before[start + len(old) :]
         if not compiles(source) or source == before:
-            raise ValueError(f"{module}: {new!r} instead of {old!r} is no mutant.")
-        head = before[: before.index(old)]
-        line = head.count("\n") + 1
+            raise ValueError(f"{path.name}: {new!r} instead of {old!r} is no mutant.")
+        line = before.count("\n", 0, start) + 1
+        module = str(path.relative_to(ROOT))
         yield Mutant(module, line, entry["name"], "formula", source, before)
 
 

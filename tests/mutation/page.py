@@ -25,7 +25,7 @@ transpose, the other normalisation, a swapped pair), and what
 or keyword, at positions drawn at random from all core modules.
 
 Core is every module of the package but `bayes`, `curvature`, `ntk` and those that print
-(`doctor`, `symptoms`, `logs`, `telemetry`). A mutant survives if it passes as many of
+(`diagnostics`). A mutant survives if it passes as many of
 the tests that run its line as take {budget:g} seconds unmutated; tests that would have
 been run after these might still have caught it. Hanging and crashing count as caught.
 The same was done with nothing changed {controls} times, and {passed} times all passed.
