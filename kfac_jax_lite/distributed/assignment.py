@@ -18,7 +18,7 @@ from kfac_jax_lite.core.parameter_views import Shape
 from kfac_jax_lite.core.types import LayerTag
 from kfac_jax_lite.distributed.reduction import Reduction
 from kfac_jax_lite.kronecker import factors as forms
-from kfac_jax_lite.kronecker.inverses import Method, initial_inverse, method_named
+from kfac_jax_lite.kronecker.inverses import Method, method_named
 from kfac_jax_lite.kronecker.packing import field_sizes, packed_size, symmetric_field
 
 INVERSES, GRADIENTS = "inverses", "gradients"
@@ -132,8 +132,9 @@ def shared(
 def larger_side(layer: LayerTag) -> str | None:
     """The larger factor, ``"a"`` or ``"g"``, if it is kept in full."""
     n_in, n_out = layer.sizes
-    side, form = ("a", layer.a_form) if n_in >= n_out else ("g", layer.g_form)
-    return side if form == forms.FULL else None
+    form_a, form_g = forms_of(layer)
+    side, form = ("a", form_a) if n_in >= n_out else ("g", form_g)
+    return side if form.whole else None
 
 
 def inverse_sizes(layer: LayerTag, packed: bool) -> dict[str, int]:
@@ -148,12 +149,8 @@ def inverse_sizes(layer: LayerTag, packed: bool) -> dict[str, int]:
 def inverse_cost(layer: LayerTag) -> int:
     """Multiplications of an inversion, ``a³ + g³`` for every block."""
 
-    def cubes(shape: Shape, form: str) -> int:
-        if form == forms.DIAGONAL:
-            return math.prod(shape)
-        return math.prod(shape) * shape[-1]
-
-    return cubes(layer.a_shape, layer.a_form) + cubes(layer.g_shape, layer.g_form)
+    triples = zip(forms_of(layer), (layer.a_shape, layer.g_shape), strict=True)
+    return sum(math.prod(s) * (s[-1] if form.matrix else 1) for form, s in triples)
 
 
 def balanced(layers: Sequence[LayerTag], devices: int) -> dict[str, int]:
@@ -213,7 +210,7 @@ def parcel_sizes(layer: LayerTag, plan: Plan, method: Method) -> tuple[int, int]
         blocks = math.prod(layer.stack + layer.blocks)
         rows = blocks * held_rows(layer, plan)[0] * max(layer.sizes)
         return -(-for_all // plan.devices), rows
-    cached = jax.eval_shape(lambda: initial_inverse(layer, method, jnp.float32))
+    cached = jax.eval_shape(lambda: method.initial(layer, jnp.float32))
     total = sum(
         packed_size(x.shape, inverse_symmetric(layer, k, x.shape, plan.packed))
         for k, x in cached_arrays(cached).items()

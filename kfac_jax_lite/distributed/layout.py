@@ -25,9 +25,8 @@ from kfac_jax_lite.distributed.slices import (
     unpacked,
     whole_statistics,
 )
-from kfac_jax_lite.kronecker import factors as forms
+from kfac_jax_lite.kronecker.factors import BLOCKS, forms_of
 from kfac_jax_lite.kronecker import masking as restrict
-from kfac_jax_lite.kronecker.inverses import input_width
 from kfac_jax_lite.kronecker.state import KFACState, Slices
 
 # What the clock knows of the layout: constants from `init` on.
@@ -216,9 +215,9 @@ def check_alike(state: Any, like: Any) -> None:
 
 def kept_layer(layer: LayerTag, inverse: Any) -> LayerTag:
     """The layer without the parameters that a mask hides, read off its inverse."""
-    if not layer.kronecker or len(layer.params) == 1 or layer.a_form == forms.BLOCKS:
+    if not layer.kronecker or len(layer.params) == 1 or BLOCKS in forms_of(layer)[:1]:
         return layer
-    width = input_width(inverse)
+    width = inverse.input_width
     if width >= layer.sizes[0]:
         return layer
     return restrict.part(layer, [layer.roles.index("bias" if width == 1 else "weight")])

@@ -274,7 +274,7 @@ def parcels_of_alike(
 
 def warm(method: Method, cached: Any) -> Any:
     """The cached inverse where the method starts from it."""
-    return () if method.name in ("cholesky", "eigh") else cached
+    return cached if method.warm else ()
 
 
 def spread(

@@ -18,7 +18,7 @@ from kfac_jax_lite.distributed.collectives import (
     split_in,
     varied,
 )
-from kfac_jax_lite.kronecker import factors as forms
+from kfac_jax_lite.kronecker.factors import forms_of, widened, widths
 from kfac_jax_lite.kronecker.inverses import FactorInverses
 from kfac_jax_lite.kronecker.packing import from_vector, symmetric_field, to_vector
 from kfac_jax_lite.kronecker.state import Packed, Slices
@@ -158,13 +158,12 @@ def precondition_rows(layer: LayerTag, inverse: FactorInverses, v: Array) -> Arr
     Returns:
         ``[*blocks, rows, n]``.
     """
+    (form_a, form_g), (wide_a, wide_g) = forms_of(layer), widths(layer)
     if isinstance(inverse.a, Slices):
-        wide = forms.widened(v, forms.width(layer.g_form, layer.g_shape))
-        return forms.times(inverse.a.values @ wide, inverse.g, layer.g_form)
-    v = jnp.swapaxes(v, -1, -2)
-    wide = forms.widened(v, forms.width(layer.a_form, layer.a_shape))
+        return form_g.times(inverse.a.values @ widened(v, wide_g), inverse.g)
     rows: Any = inverse.g
-    return forms.times(rows.values @ wide, inverse.a, layer.a_form)
+    wide = widened(jnp.swapaxes(v, -1, -2), wide_a)
+    return form_a.times(rows.values @ wide, inverse.a)
 
 
 def gather_rows(

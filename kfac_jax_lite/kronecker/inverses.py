@@ -1,20 +1,21 @@
 """What is cached between refreshes so that preconditioning costs matrix products only.
 
-One method per entry of ``METHODS``. Each has an initial value and ``refresh``, which
-returns the new cache; entries that are not finite mean that a factorisation failed.
+A ``Method`` makes the cache of a layer: ``initial`` and ``refresh``; entries that are
+not finite mean that a factorisation failed. A cache solves with the damped factors.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from kfac_jax_lite.core.parameter_views import Shape
 from kfac_jax_lite.core.types import Array, KroneckerStatistics, LayerTag
-from kfac_jax_lite.kronecker import factors as forms
 from kfac_jax_lite.kronecker import low_rank as eigenpairs
+from kfac_jax_lite.kronecker.factors import Basis, Form, forms_of
 from kfac_jax_lite.kronecker.low_rank import LowRankInverses
 
 # The default rank, a share of a factor's size, and the least rank of any share.
@@ -28,6 +29,19 @@ class FactorInverses(NamedTuple):
     a: Array
     g: Array
 
+    @property
+    def input_width(self) -> int:
+        """Entries of the vectors on which the input's inverse acts."""
+        return jax.tree.leaves(self.a)[0].shape[-1]  # it may be slices
+
+    def solve(self, layer: LayerTag, v: Array, moments: Any, damping: Array) -> Array:
+        """``A⁻¹ V G⁻¹`` of a block that is as wide as the factors."""
+        del moments, damping
+        form_a, form_g = forms_of(layer)
+        # In either order 2 a² g + 2 a g²: what lies between is as large as V, also for
+        # blocks and diagonals. Only low-rank factors have something to choose.
+        return form_g.times(form_a.columns(self.a, v), self.g)
+
 
 class Eigenbases(NamedTuple):
     """``A = Q_A diag(d_a) Q_Aᵀ``, ``G = Q_G diag(d_g) Q_Gᵀ``; damping comes later.
@@ -35,40 +49,246 @@ class Eigenbases(NamedTuple):
     The basis of a factor kept as its diagonal is empty: the identity.
     """
 
-    q_a: Array | tuple[()]
+    q_a: Basis
     d_a: Array
-    q_g: Array | tuple[()]
+    q_g: Basis
     d_g: Array
 
+    @property
+    def input_width(self) -> int:
+        """Entries of the vectors on which the input's basis acts."""
+        return self.d_a.shape[-1]
 
-class Method(NamedTuple):
+    def solve(self, layer: LayerTag, v: Array, moments: Any, damping: Array) -> Array:
+        """``Q_A ((Q_Aᵀ V Q_G) / (s + λ)) Q_Gᵀ``; without moments ``s = d_a d_gᵀ``."""
+        form_a, form_g = forms_of(layer)
+        q_a, d_a, q_g, d_g = self
+        s = d_a[..., :, None] * d_g[..., None, :] if moments is None else moments
+        turned = form_g.times(form_a.columns(q_a, v), q_g)
+        turned = turned / (s + damping.astype(v.dtype))
+        back_a, back_g = form_a.transposed(q_a), form_g.transposed(q_g)
+        return form_g.times(form_a.columns(back_a, turned), back_g)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
     """One way to invert Kronecker factors.
 
     Attributes:
         name: What the user calls it.
-        refresh: ``(layer, statistics, cached, damping, first) -> (cached,
-            statistics)``.
         damped: Whether the damping is inside the cache (a new damping needs a refresh).
         moments: Whether statistics carry second moments in the eigenbasis.
-        rank: Of ``low_rank``: how many eigenpairs are kept, see there.
+        warm: Whether a refresh starts from the cache.
     """
 
-    name: str
-    refresh: Callable[..., tuple[Any, KroneckerStatistics]]
-    damped: bool
-    moments: bool
+    name: ClassVar[str]
+    damped: ClassVar[bool] = False
+    moments: ClassVar[bool] = False
+    warm: ClassVar[bool] = False
+
+    def initial(self, layer: LayerTag, dtype: Any) -> Any:
+        """The cache of identities; nothing for kinds that are solved directly."""
+        return self.identities(layer, dtype) if layer.kronecker else ()
+
+    def identities(self, layer: LayerTag, dtype: Any) -> Any:
+        """The cache of a Kronecker layer whose factors are identities."""
+        raise NotImplementedError
+
+    def refresh(
+        self,
+        layer: LayerTag,
+        statistics: Any,
+        cached: Any,
+        damping: Array,
+        first: Array,
+    ) -> tuple[Any, Any]:
+        """The new cache, and the statistics with what it changes in them.
+
+        Args:
+            layer: A Kronecker layer.
+            statistics: Its averaged statistics.
+            cached: The cache before.
+            damping: ``λ``.
+            first: Whether the cache holds no statistics yet.
+        """
+        raise NotImplementedError
+
+    def ranks(self, layer: LayerTag) -> tuple[int, int]:
+        """How many eigenpairs of each factor of a layer are kept: all."""
+        return layer.a_shape[-1], layer.g_shape[-1]
+
+
+class Cholesky(Method):
+    """Explicit inverses of the damped factors, see ``linalg.spd_inverse``.
+
+    References:
+        Martens & Grosse, 2015, arXiv:1503.05671, Sec. 6.3.
+    """
+
+    name = "cholesky"
+    damped = True
+
+    def identities(self, layer: LayerTag, dtype: Any) -> FactorInverses:
+        a, g = forms_of(layer)
+        return FactorInverses(
+            a.identity(layer.a_shape, dtype), g.identity(layer.g_shape, dtype)
+        )
+
+    def refresh(
+        self,
+        layer: LayerTag,
+        statistics: Any,
+        cached: Any,
+        damping: Array,
+        first: Array,
+    ) -> tuple[FactorInverses, Any]:
+        del first
+        a, g = damped_factors(layer, statistics, damping)
+        form_a, form_g = forms_of(layer)
+        old_a, old_g = cached if self.warm else (None, None)
+        inverses = self.invert(form_a, a, old_a), self.invert(form_g, g, old_g)
+        return FactorInverses(*inverses), statistics
+
+    def invert(self, form: Form, factor: Array, start: Any) -> Array:
+        """``M⁻¹`` of a damped factor."""
+        del start
+        return form.inverse(factor)
+
+
+class NewtonSchulz(Cholesky):
+    """The same inverses by matrix products, warm-started from the cached ones.
+
+    References:
+        Schulz, 1933; Higham, 2008, "Functions of Matrices", Sec. 5.3.
+    """
+
+    name = "newton_schulz"
+    warm = True
+
+    def invert(self, form: Form, factor: Array, start: Any) -> Array:
+        return form.iterated_inverse(factor, start, tolerance_of(factor))
+
+
+class Fastest(Cholesky):
+    """The same inverses by the method that is fastest for the device and the size."""
+
+    name = "auto"
+    warm = True
+
+    def invert(self, form: Form, factor: Array, start: Any) -> Array:
+        return form.fastest_inverse(factor, start, tolerance_of(factor))
+
+
+class Eigh(Method):
+    """Eigendecompositions: any damping of ``A ⊗ G + λ I`` is then exact.
+
+    References:
+        Grosse & Martens, 2016, arXiv:1602.01407, App. B.
+    """
+
+    name = "eigh"
+
+    def identities(self, layer: LayerTag, dtype: Any) -> Eigenbases:
+        a, g = forms_of(layer)
+        bases = a.standard_basis(layer.a_shape, dtype)
+        return Eigenbases(*bases, *g.standard_basis(layer.g_shape, dtype))
+
+    def refresh(
+        self,
+        layer: LayerTag,
+        statistics: Any,
+        cached: Any,
+        damping: Array,
+        first: Array,
+    ) -> tuple[Eigenbases, Any]:
+        del cached, damping, first
+        a, g = forms_of(layer)
+        return Eigenbases(*a.eigh(statistics.a), *g.eigh(statistics.g)), statistics
+
+
+class Ekfac(Eigh):
+    """Eigenbases with re-estimated second moments.
+
+    The moments ``s`` are measured in the basis of the last refresh. A new basis takes
+    them along: the diagonal of ``Q diag(s) Qᵀ`` in the new basis is
+    ``(P_A ∘ P_A)ᵀ s (P_G ∘ P_G)`` with ``P = Q_oldᵀ Q_new``. The first basis starts
+    from the products of the factors' eigenvalues.
+
+    References:
+        George et al., 2018, arXiv:1806.03884, Sec. 3 (EKFAC-ra).
+    """
+
+    name = "ekfac"
+    moments = True
+    warm = True
+
+    def refresh(
+        self,
+        layer: LayerTag,
+        statistics: Any,
+        cached: Any,
+        damping: Array,
+        first: Array,
+    ) -> tuple[Eigenbases, Any]:
+        bases, _ = super().refresh(layer, statistics, cached, damping, first)
+        form_a, form_g = forms_of(layer)
+        product = bases.d_a[..., :, None] * bases.d_g[..., None, :]
+        turned = form_a.columns(turn(cached.q_a, bases.q_a), statistics.s)
+        turned = form_g.times(turned, turn(cached.q_g, bases.q_g))
+        return bases, statistics._replace(s=jnp.where(first, product, turned))
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank(Method):
+    """The factors' leading eigenpairs and tails, from the last ones.
+
+    Attributes:
+        rank: How many eigenpairs are kept, see ``low_rank``.
+
+    References:
+        See ``kfac_jax_lite.kronecker.low_rank``.
+    """
+
+    name = "low_rank"
+    warm = True
     rank: int | float | tuple[Any, ...] = SHARE
 
     def ranks(self, layer: LayerTag) -> tuple[int, int]:
         """How many eigenpairs of each factor of a layer are kept; its size if all."""
-        sizes = layer.a_shape[-1], layer.g_shape[-1]
         wanted = self.rank
         if isinstance(wanted, tuple):
             wanted = dict(wanted).get(layer.name, SHARE)
-        if not isinstance(wanted, tuple):
-            wanted = (wanted, wanted)
-        a, g = (kept_pairs(w, size) for w, size in zip(wanted, sizes, strict=True))
+        pair = wanted if isinstance(wanted, tuple) else (wanted, wanted)
+        a, g = map(kept_pairs, pair, super().ranks(layer))
         return a, g
+
+    def identities(self, layer: LayerTag, dtype: Any) -> LowRankInverses:
+        (form_a, form_g), (rank_a, rank_g) = forms_of(layer), self.ranks(layer)
+
+        def side(form: Form, shape: Shape, rank: int) -> Any:
+            if not form.matrix:
+                return (), jnp.ones(shape, dtype), ()
+            return eigenpairs.initial(shape[:-2], shape[-1], rank, dtype)
+
+        a = side(form_a, layer.a_shape, rank_a)
+        return LowRankInverses(*a, *side(form_g, layer.g_shape, rank_g))
+
+    def refresh(
+        self,
+        layer: LayerTag,
+        statistics: Any,
+        cached: Any,
+        damping: Array,
+        first: Array,
+    ) -> tuple[LowRankInverses, Any]:
+        del damping
+        form_a, form_g = forms_of(layer)
+
+        def side(form: Form, factor: Array, u: Any) -> Any:
+            return eigenpairs.refreshed(factor, u, first) if form.matrix else ((), factor, ())
+
+        a = side(form_a, statistics.a, cached.u_a)
+        return LowRankInverses(*a, *side(form_g, statistics.g, cached.u_g)), statistics
 
 
 def kept_pairs(rank: int | float, size: int) -> int:
@@ -105,161 +325,17 @@ def damped_factors(
     layer: LayerTag, statistics: KroneckerStatistics, damping: Array
 ) -> tuple[Array, Array]:
     """``A + π√λ I`` and ``G + √λ/π I``."""
-    a, g, _ = statistics
-    size_a, size_g = layer.sizes
-    mean_a = forms.mean_diagonal(a, layer.a_form, size_a)
-    mean_g = forms.mean_diagonal(g, layer.g_form, size_g)
+    (a, g, _), (size_a, size_g), (form_a, form_g) = (
+        statistics, layer.sizes, forms_of(layer)
+    )  # fmt: skip
+    mean_a, mean_g = form_a.mean_diagonal(a, size_a), form_g.mean_diagonal(g, size_g)
     for_a, for_g = split_damping(mean_a, mean_g, damping)
-    return forms.damped(a, layer.a_form, for_a), forms.damped(g, layer.g_form, for_g)
+    return form_a.damped(a, for_a), form_g.damped(g, for_g)
 
 
-def cholesky(
-    layer: LayerTag,
-    statistics: KroneckerStatistics,
-    cached: Any,
-    damping: Array,
-    first: Array,
-) -> tuple[FactorInverses, KroneckerStatistics]:
-    """Explicit inverses of the damped factors, see ``linalg.spd_inverse``.
-
-    Returns:
-        ``(inverses, statistics)``.
-
-    References:
-        Martens & Grosse, 2015, arXiv:1503.05671, Sec. 6.3.
-    """
-    del cached, first
-    a, g = damped_factors(layer, statistics, damping)
-    inverses = forms.inverse(a, layer.a_form), forms.inverse(g, layer.g_form)
-    return FactorInverses(*inverses), statistics
-
-
-def newton_schulz(
-    layer: LayerTag,
-    statistics: KroneckerStatistics,
-    cached: Any,
-    damping: Array,
-    first: Array,
-) -> tuple[FactorInverses, KroneckerStatistics]:
-    """The same inverses by matrix products, warm-started from the cached ones.
-
-    Returns:
-        ``(inverses, statistics)``.
-
-    References:
-        Schulz, 1933; Higham, 2008, "Functions of Matrices", Sec. 5.3.
-    """
-    del first
-    record = layer, statistics, cached, damping
-    return warm_started(forms.iterated_inverse, *record), statistics
-
-
-def auto(
-    layer: LayerTag,
-    statistics: KroneckerStatistics,
-    cached: Any,
-    damping: Array,
-    first: Array,
-) -> tuple[FactorInverses, KroneckerStatistics]:
-    """The same inverses by the method that is fastest for the device and the size.
-
-    Returns:
-        ``(inverses, statistics)``.
-    """
-    del first
-    record = layer, statistics, cached, damping
-    return warm_started(forms.fastest_inverse, *record), statistics
-
-
-def warm_started(
-    invert: Callable[..., Array],
-    layer: LayerTag,
-    statistics: Any,
-    cached: Any,
-    damping: Array,
-) -> FactorInverses:
-    """Explicit inverses of the damped factors, from the cached ones."""
-    a, g = damped_factors(layer, statistics, damping)
-    tolerance = 1e-10 if a.dtype == jnp.float64 else 1e-5
-    return FactorInverses(
-        invert(a, layer.a_form, cached.a, tolerance),
-        invert(g, layer.g_form, cached.g, tolerance),
-    )
-
-
-def eigh(
-    layer: LayerTag,
-    statistics: KroneckerStatistics,
-    cached: Any,
-    damping: Array,
-    first: Array,
-) -> tuple[Eigenbases, KroneckerStatistics]:
-    """Eigendecompositions: any damping of ``A ⊗ G + λ I`` is then exact.
-
-    Returns:
-        ``(bases, statistics)``.
-
-    References:
-        Grosse & Martens, 2016, arXiv:1602.01407, App. B.
-    """
-    del cached, damping, first
-    a = forms.eigh(statistics.a, layer.a_form)
-    g = forms.eigh(statistics.g, layer.g_form)
-    return Eigenbases(*a, *g), statistics
-
-
-def ekfac(
-    layer: LayerTag,
-    statistics: Any,
-    cached: Any,
-    damping: Array,
-    first: Array,
-) -> tuple[Eigenbases, KroneckerStatistics]:
-    """Eigenbases with re-estimated second moments.
-
-    The moments ``s`` are measured in the basis of the last refresh. A new basis takes
-    them along: the diagonal of ``Q diag(s) Qᵀ`` in the new basis is
-    ``(P_A ∘ P_A)ᵀ s (P_G ∘ P_G)`` with ``P = Q_oldᵀ Q_new``. The first basis starts
-    from the products of the factors' eigenvalues.
-
-    Returns:
-        ``(bases, statistics)``, the moments turned.
-
-    References:
-        George et al., 2018, arXiv:1806.03884, Sec. 3 (EKFAC-ra).
-    """
-    bases, _ = eigh(layer, statistics, cached, damping, first)
-    product = bases.d_a[..., :, None] * bases.d_g[..., None, :]
-    turned = forms.columns(turn(cached.q_a, bases.q_a), statistics.s, layer.a_form)
-    turned = forms.times(turned, turn(cached.q_g, bases.q_g), layer.g_form)
-    return bases, statistics._replace(s=jnp.where(first, product, turned))
-
-
-def low_rank_refresh(
-    layer: LayerTag,
-    statistics: KroneckerStatistics,
-    cached: Any,
-    damping: Array,
-    first: Array,
-) -> tuple[LowRankInverses, KroneckerStatistics]:
-    """The factors' leading eigenpairs and tails, from the last ones.
-
-    Returns:
-        ``(inverses, statistics)``.
-
-    References:
-        See ``kfac_jax_lite.kronecker.low_rank``.
-    """
-    del damping
-
-    def side(factor: Array, form: str, u: Any) -> Any:
-        if form == forms.DIAGONAL:
-            return (), factor, ()
-        return eigenpairs.refreshed(factor, u, first)
-
-    a = side(statistics.a, layer.a_form, cached.u_a)
-    g = side(statistics.g, layer.g_form, cached.u_g)
-    return LowRankInverses(*a, *g), statistics
+def tolerance_of(factor: Array) -> float:
+    """How small the residual of an iterated inverse must be."""
+    return 1e-10 if factor.dtype == jnp.float64 else 1e-5
 
 
 def low_rank(rank: Rank = SHARE) -> Method:
@@ -290,13 +366,13 @@ def low_rank(rank: Rank = SHARE) -> Method:
                     f"layer {name} wants two ranks, whole numbers >= 1, got {pair!r}."
                 )
         pairs = sorted((k, (int(a), int(g))) for k, (a, g) in rank.items())
-        return METHODS["low_rank"]._replace(rank=tuple(pairs))
+        return LowRank(tuple(pairs))
     if isinstance(rank, float):
         if not 0 < rank < 1:
             raise ValueError(f"a share of the size must be in (0, 1), got {rank!r}.")
     elif not whole_rank(rank):
         raise ValueError(f"rank must be a whole number >= 1, got {rank!r}.")
-    return METHODS["low_rank"]._replace(rank=rank)
+    return LowRank(rank)
 
 
 def whole_rank(value: Any) -> bool:
@@ -311,16 +387,9 @@ def turn(old: Array | tuple[()], new: Array | tuple[()]) -> Array | tuple[()]:
     return jnp.square(jnp.swapaxes(old, -1, -2) @ new)
 
 
-METHODS = {
+METHODS: dict[str, Method] = {
     method.name: method
-    for method in (
-        Method("cholesky", cholesky, damped=True, moments=False),
-        Method("newton_schulz", newton_schulz, damped=True, moments=False),
-        Method("auto", auto, damped=True, moments=False),
-        Method("eigh", eigh, damped=False, moments=False),
-        Method("ekfac", ekfac, damped=False, moments=True),
-        Method("low_rank", low_rank_refresh, damped=False, moments=False),
-    )
+    for method in (Cholesky(), NewtonSchulz(), Fastest(), Eigh(), Ekfac(), LowRank())
 }
 
 
@@ -331,43 +400,3 @@ def method_named(name: str | Method) -> Method:
     if name not in METHODS:
         raise ValueError(f"inverse must be one of {tuple(METHODS)}, got {name!r}.")
     return METHODS[name]
-
-
-def input_width(inverse: Any) -> int:
-    """Entries of the vectors on which a cached inverse of the input factor acts."""
-    if isinstance(inverse, FactorInverses):
-        return jax.tree.leaves(inverse.a)[0].shape[-1]  # it may be slices
-    if isinstance(inverse, Eigenbases):
-        return inverse.d_a.shape[-1]
-    diagonal = isinstance(inverse.u_a, tuple)
-    return inverse.e_a.shape[-1] if diagonal else inverse.u_a.shape[-2]
-
-
-def initial_inverse(layer: LayerTag, method: Method, dtype: Any) -> Any:
-    """Identity inverses or bases; nothing for kinds that are solved directly."""
-    if not layer.kronecker:
-        return ()
-
-    def eye(shape: Shape, form: str):
-        if form == forms.DIAGONAL:
-            return jnp.ones(shape, dtype)
-        return jnp.array(jnp.broadcast_to(jnp.eye(shape[-1], dtype=dtype), shape))
-
-    def basis(shape: Shape, form: str):
-        entries = forms.width(form, shape)
-        tail = {forms.FULL: 2, forms.BLOCKS: 3, forms.DIAGONAL: 1}[form]
-        ones = jnp.ones((*shape[: len(shape) - tail], entries), dtype)
-        return () if form == forms.DIAGONAL else eye(shape, form), ones
-
-    def pairs(rank: int, shape: Shape, form: str) -> Any:
-        if form == forms.DIAGONAL:
-            return (), jnp.ones(shape, dtype), ()
-        return eigenpairs.initial(shape[:-2], shape[-1], rank, dtype)
-
-    a, g = (layer.a_shape, layer.a_form), (layer.g_shape, layer.g_form)
-    if method.name == "low_rank":
-        of_a, of_g = method.ranks(layer)
-        return LowRankInverses(*pairs(of_a, *a), *pairs(of_g, *g))
-    if method.damped:
-        return FactorInverses(eye(*a), eye(*g))
-    return Eigenbases(*basis(*a), *basis(*g))

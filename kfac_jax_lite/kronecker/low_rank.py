@@ -30,8 +30,8 @@ from jax import lax
 
 from kfac_jax_lite.core.linalg import eigh, one_by_one
 from kfac_jax_lite.core.pytree import vary, varying_axes
-from kfac_jax_lite.core.types import Array
-from kfac_jax_lite.kronecker import factors as forms
+from kfac_jax_lite.core.types import Array, LayerTag
+from kfac_jax_lite.kronecker.factors import BLOCKS, Basis, Form, forms_of
 
 # Iterations of the first refresh, whose start knows nothing of the matrix.
 FIRST_ITERATIONS = 4
@@ -40,12 +40,32 @@ FIRST_ITERATIONS = 4
 class LowRankInverses(NamedTuple):
     """Both factors' leading eigenpairs and tails; damping comes later."""
 
-    u_a: Array | tuple[()]
+    u_a: Basis
     e_a: Array
-    tau_a: Array | tuple[()]
-    u_g: Array | tuple[()]
+    tau_a: Basis
+    u_g: Basis
     e_g: Array
-    tau_g: Array | tuple[()]
+    tau_g: Basis
+
+    @property
+    def input_width(self) -> int:
+        """Entries of the vectors on which the input's factor acts."""
+        of_diagonal = isinstance(self.u_a, tuple)
+        return self.e_a.shape[-1] if of_diagonal else self.u_a.shape[-2]
+
+    def solve(self, layer: LayerTag, v: Array, moments: Any, damping: Array) -> Array:
+        """``(Â ⊗ Ĝ + λ I)⁻¹ v`` of a block that is as wide as its factors."""
+        del moments
+        form_a, form_g = forms_of(layer)
+        a, g = sides(self, form_a, form_g)
+        if BLOCKS not in (form_a, form_g):
+            return solve(a, g, v, damping)
+        # Every block of a factor has its own tail: each pair of blocks is solved alone.
+        k_a, k_g = form_a.count(layer.a_shape), form_g.count(layer.g_shape)
+        *blocks, rows, columns = v.shape
+        pairs = v.reshape(*blocks, k_a, rows // k_a, k_g, columns // k_g)
+        u = solve(a, g, jnp.swapaxes(pairs, -3, -2), damping)
+        return jnp.swapaxes(u, -3, -2).reshape(v.shape)
 
 
 class Side(NamedTuple):
@@ -186,19 +206,19 @@ def transposed(x: Array) -> Array:
     return jnp.swapaxes(x, -1, -2)
 
 
-def sides(inverses: LowRankInverses, form_a: str, form_g: str) -> tuple[Side, Side]:
+def sides(inverses: LowRankInverses, form_a: Form, form_g: Form) -> tuple[Side, Side]:
     """Both factors; with blocks, with axes for each pair of blocks."""
     u_a, e_a, tau_a, u_g, e_g, tau_g = inverses
     a, g = side(u_a, e_a, tau_a), side(u_g, e_g, tau_g)
-    if forms.BLOCKS not in (form_a, form_g):
+    if BLOCKS not in (form_a, form_g):
         return a, g
 
-    def spread(one: Any, form: str, of_a: bool):
+    def spread(one: Any, form: Form, of_a: bool):
         # [*blocks, pairs, d, ..]: the axis of the own blocks, and one for the other's.
         def put(x: Array | None, tail: int) -> Any:
             if x is None:
                 return None
-            if form != forms.BLOCKS:
+            if form is not BLOCKS:
                 x = jnp.expand_dims(x, x.ndim - tail)
             return jnp.expand_dims(x, x.ndim - tail if of_a else x.ndim - tail - 1)
 

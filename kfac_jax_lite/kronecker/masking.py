@@ -17,7 +17,7 @@ import optax
 
 from kfac_jax_lite.core.pytree import path_key
 from kfac_jax_lite.core.types import KroneckerStatistics, LayerTag, ScaleShiftStatistics
-from kfac_jax_lite.kronecker import factors as forms
+from kfac_jax_lite.kronecker.factors import BLOCKS, FULL, forms_of
 
 
 def present_layers(
@@ -123,26 +123,25 @@ def part(layer: LayerTag, keep: list[int]) -> LayerTag:
     """The layer with only some of its parameters."""
     views = tuple(layer.views[i] for i in keep)
     roles = tuple(layer.roles[i] for i in keep)
-    a_shape, a_form = layer.a_shape, layer.a_form
-    if layer.kronecker and roles == ("bias",):
-        if a_form == forms.BLOCKS:
-            raise ValueError(
-                f"layer {layer.name}: its weight is masked out and its bias is not; "
-                "with a block-diagonal input factor both must be masked together."
-            )
-        a_shape, a_form = layer.stack + layer.blocks + (1, 1), forms.FULL
-    elif layer.kronecker and a_form != forms.BLOCKS:
-        d = a_shape[-1] - 1
-        a_shape = layer.stack + layer.blocks + (d,) * (1 + (a_form == forms.FULL))
-    elif layer.kind == "scale_shift":
-        a_shape = a_shape[:-2] + (len(roles),) * 2
+    a_shape, form = layer.a_shape, forms_of(layer)[0]
+    if not layer.kronecker:
+        a_shape = a_shape[:-2] + (len(roles),) * 2  # of scales and shifts
+    elif roles != ("bias",):
+        a_shape = form.without_bias(a_shape)
+    elif form is BLOCKS:
+        raise ValueError(
+            f"layer {layer.name}: its weight is masked out and its bias is not; "
+            "with a block-diagonal input factor both must be masked together."
+        )
+    else:
+        a_shape, form = layer.stack + layer.blocks + (1, 1), FULL
     return dataclasses.replace(
         layer,
         params=tuple(layer.params[i] for i in keep),
         views=views,
         roles=roles,
         a_shape=a_shape,
-        a_form=a_form,
+        a_form=form.name,
         elements=sum(math.prod(v.stack + v.core) for v in views),
     )
 
@@ -161,16 +160,7 @@ def part_of_statistics(layer: LayerTag, statistics: Any) -> Any:
 
 def part_of_input_factor(layer: LayerTag, a: jax.Array) -> jax.Array:
     """The part of ``A`` (in homogeneous coordinates, bias last) of what is kept."""
-    if a.shape == layer.a_shape and layer.a_form != forms.BLOCKS:
-        return a
-    size, _ = layer.sizes
-    if layer.roles == ("bias",):
-        lead = len(layer.stack + layer.blocks)
-        return a[..., -1:, None] if a.ndim - lead == 1 else a[..., -1:, -1:]
-    if layer.a_form == forms.DIAGONAL:
-        return a[..., :size]
-    if layer.a_form == forms.FULL:
-        return a[..., :size, :size]
-    s = a.shape[-1]
-    keep = (jnp.arange(a.shape[-3] * s) < size).reshape(-1, s)
-    return jnp.where(keep[:, :, None] & keep[:, None, :], a, 0)
+    if layer.roles != ("bias",):
+        return forms_of(layer)[0].leading(a, layer.sizes[0])
+    lead = len(layer.stack + layer.blocks)
+    return a[..., -1:, None] if a.ndim - lead == 1 else a[..., -1:, -1:]

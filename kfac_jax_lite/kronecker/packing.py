@@ -12,7 +12,7 @@ import numpy as np
 
 from kfac_jax_lite.core.parameter_views import Shape
 from kfac_jax_lite.core.types import Array, LayerTag
-from kfac_jax_lite.kronecker import factors as forms
+from kfac_jax_lite.kronecker.factors import FULL, Form, forms_of, widths
 
 
 def pack(matrix: Array) -> Array:
@@ -69,11 +69,11 @@ def weights(packed: Array, size: int) -> Array:
     return jnp.broadcast_to(row, packed.shape)
 
 
-def field_form(layer: LayerTag, field: str) -> str:
+def field_form(layer: LayerTag, field: str) -> Form:
     """The form of a statistic: ``a`` and ``g_out`` are of the input side."""
-    if field == "blocks":
-        return forms.FULL
-    return layer.a_form if field in ("a", "g_out") else layer.g_form
+    form_a, form_g = forms_of(layer)
+    of = {"blocks": FULL, "a": form_a, "g_out": form_a, "g": form_g, "a_out": form_g}
+    return of[field]
 
 
 def symmetric_field(layer: LayerTag, field: str, shape: Shape, packed: bool) -> bool:
@@ -81,7 +81,7 @@ def symmetric_field(layer: LayerTag, field: str, shape: Shape, packed: bool) -> 
     matrices = ("a", "g", "a_out", "g_out", "blocks")
     if not packed or field not in matrices or shape[-1] == 1:
         return False
-    return field_form(layer, field) != forms.DIAGONAL
+    return field_form(layer, field).matrix
 
 
 def field_shapes(layer: LayerTag, moments: bool) -> dict[str, Shape]:
@@ -92,7 +92,7 @@ def field_shapes(layer: LayerTag, moments: bool) -> dict[str, Shape]:
     if layer.tied:
         shapes |= {"a_out": layer.g_shape, "g_out": layer.a_shape}
     if moments:
-        shapes["s"] = (*layer.stack, *layer.blocks, *forms.widths(layer))
+        shapes["s"] = (*layer.stack, *layer.blocks, *widths(layer))
     return shapes
 
 

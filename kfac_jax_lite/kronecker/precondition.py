@@ -13,39 +13,126 @@ from typing import Any
 import jax.numpy as jnp
 
 from kfac_jax_lite.core.pytree import leaves_by_path, replace_leaves
-from kfac_jax_lite.core.types import Array, GradientRows, LayerTag, Statistics
-from kfac_jax_lite.kronecker import factors as forms
+from kfac_jax_lite.core.types import (
+    Array,
+    DiagonalStatistics,
+    GradientRows,
+    KroneckerStatistics,
+    LayerTag,
+    ScaleShiftStatistics,
+    Statistics,
+    accumulation_dtype,
+)
+from kfac_jax_lite.kronecker.factors import widened, widths
 from kfac_jax_lite.kronecker.inverses import FactorInverses
-from kfac_jax_lite.kronecker.low_rank import LowRankInverses, sides, solve
+
+
+class KroneckerBlock:
+    """A layer whose block of the curvature is ``A ⊗ G``: how its entries are laid out,
+    what is kept of its curvature and how that is solved with."""
+
+    def gather(self, layer: LayerTag, parts: list[Array]) -> Array:
+        """Views of parameter-shaped leaves as the block ``[*blocks, in(+1), out]``."""
+        del layer
+        return jnp.concatenate(parts, -2)
+
+    def scatter(self, layer: LayerTag, block: Array) -> list[Array]:
+        """Adjoint of ``gather``."""
+        if len(layer.views) == 1:
+            return [block]
+        return [block[..., :-1, :], block[..., -1:, :]]
+
+    def zeros(self, layer: LayerTag, dtype: Any, moments: bool) -> Statistics:
+        """Averages before the first refresh; ``moments`` adds EKFAC's ``s``."""
+        shape = (*layer.stack, *layer.blocks, *widths(layer))
+        s = jnp.zeros(shape, dtype) if moments else None
+        a, g = jnp.zeros(layer.a_shape, dtype), jnp.zeros(layer.g_shape, dtype)
+        return KroneckerStatistics(a, g, s)
+
+    def solve(
+        self, layer: LayerTag, v: Array, factors: Any, inverse: Any, damping: Array
+    ) -> Array:
+        """``(F + λ I)⁻¹ v`` with a layer's damped curvature."""
+        (n_in, n_out), (rows, columns) = v.shape[-2:], widths(layer)
+        v = jnp.swapaxes(widened(v, columns), -1, -2)
+        v = jnp.swapaxes(widened(v, rows), -1, -2)
+        u = inverse.solve(layer, v, getattr(factors, "s", None), damping)
+        return u[..., :n_in, :n_out]
+
+
+class UnitBlocks(KroneckerBlock):
+    """Scales and shifts: a block ``[units, k]`` for every unit."""
+
+    def gather(self, layer: LayerTag, parts: list[Array]) -> Array:
+        # Scalars and parameters with further unit axes are units like any other.
+        return jnp.stack([x.reshape(layer.a_shape[:-2]) for x in parts], -1)
+
+    def scatter(self, layer: LayerTag, block: Array) -> list[Array]:
+        return [
+            block[..., i].reshape(*view.stack, *view.core)
+            for i, view in enumerate(layer.views)
+        ]
+
+    def zeros(self, layer: LayerTag, dtype: Any, moments: bool) -> Statistics:
+        del moments
+        return ScaleShiftStatistics(jnp.zeros(layer.a_shape, dtype))
+
+    def solve(
+        self, layer: LayerTag, v: Array, factors: Any, inverse: Any, damping: Array
+    ) -> Array:
+        del layer, inverse
+        return solve_units(factors.blocks, v, damping)
+
+
+class DiagonalBlock(KroneckerBlock):
+    """A parameter that no rule recognises: one entry at a time."""
+
+    def gather(self, layer: LayerTag, parts: list[Array]) -> Array:
+        del layer
+        return parts[0]
+
+    def zeros(self, layer: LayerTag, dtype: Any, moments: bool) -> Statistics:
+        del moments
+        gradient = jnp.zeros(layer.a_shape, dtype)
+        return DiagonalStatistics(gradient, jnp.zeros((), jnp.float32))
+
+    def solve(
+        self, layer: LayerTag, v: Array, factors: Any, inverse: Any, damping: Array
+    ) -> Array:
+        del layer, inverse
+        return v / (factors.gradient + damping.astype(v.dtype))
+
+
+KRONECKER = KroneckerBlock()
+BLOCKS = {"scale_shift": UnitBlocks(), "diagonal": DiagonalBlock()}
+
+
+def block_of(layer: LayerTag) -> KroneckerBlock:
+    """How a layer's block is laid out and solved with, by its kind."""
+    return BLOCKS.get(layer.kind, KRONECKER)
 
 
 def gather(layer: LayerTag, leaves: dict[str, Array]) -> Array:
-    """A layer's entries of a parameter-shaped tree, as its block.
+    """A layer's entries of a parameter-shaped tree, given by path, as its block.
 
     Returns:
         ``V [*blocks, in(+1), out]``, ``[units, k]``, or the leaf.
     """
     pairs = zip(layer.views, layer.params, strict=True)
     parts = [view.read(leaves[path]) for view, path in pairs]
-    if layer.kind == "scale_shift":
-        # Scalars and parameters with further unit axes are units like any other.
-        return jnp.stack([x.reshape(layer.a_shape[:-2]) for x in parts], -1)
-    return jnp.concatenate(parts, -2) if layer.kronecker else parts[0]
+    return block_of(layer).gather(layer, parts)
 
 
 def scatter(layer: LayerTag, block: Array, leaves: dict[str, Any]) -> dict[str, Array]:
     """Adjoint of ``gather``: the block as parameter-shaped arrays, by path."""
-    if layer.kind == "scale_shift":
-        parts = [
-            block[..., i].reshape(*view.stack, *view.core)
-            for i, view in enumerate(layer.views)
-        ]
-    elif layer.kronecker and len(layer.views) == 2:
-        parts = [block[..., :-1, :], block[..., -1:, :]]
-    else:
-        parts = [block]
+    parts = block_of(layer).scatter(layer, block)
     triples = zip(layer.views, layer.params, parts, strict=True)
     return {path: view.write(part, leaves[path]) for view, path, part in triples}
+
+
+def zero_statistics(layer: LayerTag, dtype: Any, moments: bool = False) -> Statistics:
+    """Zeros in the shape of a layer's curvature; ``moments`` adds EKFAC's ``s``."""
+    return block_of(layer).zeros(layer, accumulation_dtype(dtype), moments)
 
 
 def assemble(layers: Sequence[LayerTag], blocks: dict[str, Array], tree: Any) -> Any:
@@ -60,47 +147,14 @@ def assemble(layers: Sequence[LayerTag], blocks: dict[str, Array], tree: Any) ->
 
 
 def precondition(
-    layer: LayerTag, v: Array, factors: Statistics, inverse: Any, damping: Array
-) -> Array:
-    """Solves with a layer's damped curvature.
-
-    Args:
-        damping: ``λ``.
-
-    Returns:
-        ``(F + λ I)⁻¹ v``, shaped like ``v``.
-    """
-    if layer.kind == "diagonal":
-        return v / (factors.gradient + damping.astype(v.dtype))  # type: ignore
-    if layer.kind == "scale_shift":
-        return solve_units(factors.blocks, v, damping)  # type: ignore
-    return precondition_kronecker(layer, v, factors, inverse, damping)
-
-
-def precondition_kronecker(
     layer: LayerTag, v: Array, factors: Any, inverse: Any, damping: Array
 ) -> Array:
-    """``A⁻¹ V G⁻¹``, or the same in the eigenbasis with the damping added there."""
-    (n_in, n_out), form_a, form_g = v.shape[-2:], layer.a_form, layer.g_form
-    rows = forms.width(form_a, layer.a_shape)
-    v = forms.widened(v, forms.width(form_g, layer.g_shape))
-    v = jnp.swapaxes(forms.widened(jnp.swapaxes(v, -1, -2), rows), -1, -2)
-    if isinstance(inverse, FactorInverses):
-        # In either order 2 a² g + 2 a g²: what lies between is as large as V, also for
-        # blocks and diagonals. Only low-rank factors have something to choose.
-        u = forms.times(forms.columns(inverse.a, v, form_a), inverse.g, form_g)
-        return u[..., :n_in, :n_out]
-    if isinstance(inverse, LowRankInverses):
-        return solve_low_rank(layer, v, inverse, damping)[..., :n_in, :n_out]
-    q_a, d_a, q_g, d_g = inverse
-    s = getattr(factors, "s", None)
-    if s is None:
-        s = d_a[..., :, None] * d_g[..., None, :]
-    turned = forms.times(forms.columns(q_a, v, form_a), q_g, form_g)
-    turned = turned / (s + damping.astype(v.dtype))
-    back_a, back_g = forms.transposed(q_a, form_a), forms.transposed(q_g, form_g)
-    u = forms.times(forms.columns(back_a, turned, form_a), back_g, form_g)
-    return u[..., :n_in, :n_out]
+    """``(F + λ I)⁻¹ v`` with a layer's damped curvature.
+
+    Args:
+        v: Its block of the gradient, as ``gather`` returns it ``[*blocks, …]``.
+    """
+    return block_of(layer).solve(layer, v, factors, inverse, damping)
 
 
 def precondition_thin(
@@ -129,23 +183,6 @@ def rows_of(
     own = [leaves[path] for path in layer.params]
     same = len(own) == len(rows.leaves) and all(map(operator.is_, own, rows.leaves))
     return rows if same else None
-
-
-def solve_low_rank(
-    layer: LayerTag, v: Array, inverse: LowRankInverses, damping: Array
-) -> Array:
-    """``(Â ⊗ Ĝ + λ I)⁻¹ v`` of a block that is as wide as its factors."""
-    form_a, form_g = layer.a_form, layer.g_form
-    a, g = sides(inverse, form_a, form_g)
-    if forms.BLOCKS not in (form_a, form_g):
-        return solve(a, g, v, damping)
-    # Every block of a factor has its own tail: each pair of blocks is solved alone.
-    k_a = layer.a_shape[-3] if form_a == forms.BLOCKS else 1
-    k_g = layer.g_shape[-3] if form_g == forms.BLOCKS else 1
-    *blocks, rows, columns = v.shape
-    pairs = v.reshape(*blocks, k_a, rows // k_a, k_g, columns // k_g)
-    u = solve(a, g, jnp.swapaxes(pairs, -3, -2), damping)
-    return jnp.swapaxes(u, -3, -2).reshape(v.shape)
 
 
 def solve_units(blocks: Array, v: Array, damping: Array) -> Array:

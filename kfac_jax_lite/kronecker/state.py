@@ -18,7 +18,7 @@ from kfac_jax_lite.core.types import (
     TiedStatistics,
     accumulation_dtype,
 )
-from kfac_jax_lite.kronecker import factors as forms
+from kfac_jax_lite.kronecker.factors import forms_of
 
 
 class Slices(NamedTuple):
@@ -117,20 +117,6 @@ class KFACState(NamedTuple):
     inverses: dict[str, Any]
 
 
-def zero_statistics(layer: LayerTag, dtype: Any, moments: bool = False) -> Statistics:
-    """Zeros in the shape of a layer's curvature; ``moments`` adds EKFAC's ``s``."""
-    dtype = accumulation_dtype(dtype)
-    if layer.kind == "diagonal":
-        zero = jnp.zeros((), jnp.float32)
-        return DiagonalStatistics(jnp.zeros(layer.a_shape, dtype), zero)
-    a = jnp.zeros(layer.a_shape, dtype)
-    if layer.kind == "scale_shift":
-        return ScaleShiftStatistics(a)
-    shape = (*layer.stack, *layer.blocks, *forms.widths(layer))
-    s = jnp.zeros(shape, dtype) if moments else None
-    return KroneckerStatistics(a, jnp.zeros(layer.g_shape, dtype), s)
-
-
 def curvature(layer: LayerTag, statistics: Any) -> Any:
     """What is averaged: of diagonals ``N · gradient²``, of tied weights one product.
 
@@ -156,8 +142,9 @@ def merged(layer: LayerTag, statistics: TiedStatistics) -> KroneckerStatistics:
     """
     a, g, h, b, s = statistics
     size_a, size_g = layer.sizes
-    of_a, of_b = (forms.mean_diagonal(x, layer.a_form, size_a) for x in (a, b))
-    of_g, of_h = (forms.mean_diagonal(x, layer.g_form, size_g) for x in (g, h))
+    form_a, form_g = forms_of(layer)
+    of_a, of_b = (form_a.mean_diagonal(x, size_a) for x in (a, b))
+    of_g, of_h = (form_g.mean_diagonal(x, size_g) for x in (g, h))
     proper = (of_a * of_h > 0) & (of_b * of_g > 0)
     pi = jnp.sqrt(jnp.where(proper, of_a * of_h, 1) / jnp.where(proper, of_b * of_g, 1))
     return KroneckerStatistics(

@@ -34,7 +34,7 @@ from kfac_jax_lite.distributed.slices import (
 )
 from kfac_jax_lite.distributed.traffic import INVERSION, REFRESH, STEP, traffic
 from kfac_jax_lite.kronecker.checks import check_nothing_due, check_state
-from kfac_jax_lite.kronecker.inverses import Method, initial_inverse, method_named
+from kfac_jax_lite.kronecker.inverses import Method, method_named
 from kfac_jax_lite.kronecker.masking import present_layers
 from kfac_jax_lite.kronecker.precondition import (
     assemble,
@@ -42,8 +42,9 @@ from kfac_jax_lite.kronecker.precondition import (
     precondition,
     precondition_thin,
     rows_of,
+    zero_statistics,
 )
-from kfac_jax_lite.kronecker.state import Clock, KFACState, words, zero_statistics
+from kfac_jax_lite.kronecker.state import Clock, KFACState, words
 from kfac_jax_lite.optimizer import damping as damping_lib
 from kfac_jax_lite.optimizer.adapted import adapted
 from kfac_jax_lite.optimizer.intervals import Interval, every
@@ -197,7 +198,7 @@ def init_state(options: Options, params: Any) -> KFACState:
         dtype = accumulation_dtype(dtypes.get(layer.params[0], jnp.float32))
         kinds[layer.name] = dtype
         zeros[layer.name] = zero_statistics(layer, dtype, moments)
-        inverses[layer.name] = initial_inverse(layer, options.method, dtype)
+        inverses[layer.name] = options.method.initial(layer, dtype)
         if layer.name in plan.owners:
             zeros[layer.name] = sliced_statistics(layer, zeros[layer.name], plan)
         elif options.packed and layer.kronecker:

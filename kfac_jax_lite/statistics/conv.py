@@ -33,7 +33,7 @@ from jax import lax
 from kfac_jax_lite.core.parameter_views import Shape
 from kfac_jax_lite.core.pytree import vary, varying_axes
 from kfac_jax_lite.core.types import Array, accumulation_dtype
-from kfac_jax_lite.kronecker.factors import FULL, symmetric_product_flops
+from kfac_jax_lite.kronecker.factors import forms_of, symmetric_product_flops
 from kfac_jax_lite.statistics import dense
 from kfac_jax_lite.statistics.estimators import Recipe
 from kfac_jax_lite.statistics.subsample import Lattice
@@ -114,7 +114,7 @@ def shift_axis(geometry: ConvGeometry) -> int | None:
 def chosen_axis(geometry: ConvGeometry, recipe: Recipe) -> int | None:
     """``shift_axis`` where every row of a full factor counts by itself, else None."""
     all_rows = not recipe.masked and recipe.positions == 1
-    full = recipe.layer.a_form == FULL
+    full = forms_of(recipe.layer)[0].whole
     return shift_axis(geometry) if all_rows and full else None
 
 
@@ -264,7 +264,7 @@ def patch_factor(
 ) -> Array:
     """``A`` from all patches of the input ``[batch, *space, channel]``."""
     batch, *space = geometry.rows
-    form = recipe.layer.a_form, recipe.layer.site_shapes[0]
+    form = forms_of(recipe.layer)[0], recipe.layer.site_shapes[0]
 
     def factor(chunk: Any):
         x, live = chunk

@@ -23,11 +23,11 @@ from jax import lax
 
 from kfac_jax_lite.core.parameter_views import Shape
 from kfac_jax_lite.core.types import Array, accumulation_dtype
-from kfac_jax_lite.kronecker import factors as forms
+from kfac_jax_lite.kronecker.factors import Form
 from kfac_jax_lite.statistics.estimators import Recipe
 from kfac_jax_lite.tagging.sites import ConvGeometry, DenseGeometry, moved
 
-Form = tuple[str, Shape]
+Kept = tuple[Form, Shape]
 
 
 def input_rows(geometry: DenseGeometry, inputs: list[Array]) -> Array:
@@ -161,14 +161,16 @@ def summed(c: Array, recipe: Recipe) -> Array:
     return c
 
 
-def input_factor(x: Array, recipe: Recipe, form: Form) -> Array:
+def input_factor(x: Array, recipe: Recipe, kept: Kept) -> Array:
     """``A = (1/N) Σ_r ā āᵀ`` of homogeneous rows."""
-    return forms.second_moment(x, *form) / recipe.num_examples
+    form, shape = kept
+    return form.second_moment(x, shape) / recipe.num_examples
 
 
-def output_factor(c: Array, recipe: Recipe, form: Form, num_rows: int) -> Array:
+def output_factor(c: Array, recipe: Recipe, kept: Kept, num_rows: int) -> Array:
     """``G = (N²/R) Σ_r c cᵀ`` of summed rows."""
-    return forms.second_moment(c, *form) * (recipe.num_examples**2 / num_rows)
+    form, shape = kept
+    return form.second_moment(c, shape) * (recipe.num_examples**2 / num_rows)
 
 
 def example_sums(x: Array, recipe: Recipe) -> Array:

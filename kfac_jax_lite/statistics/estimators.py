@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from kfac_jax_lite.core.linalg import expanded
 from kfac_jax_lite.core.types import Array, LayerTag, accumulation_dtype
-from kfac_jax_lite.kronecker import factors as forms
+from kfac_jax_lite.kronecker.factors import forms_of, turned, widths
 from kfac_jax_lite.statistics.subsample import Lattice, Subsample, lattice_of
 from kfac_jax_lite.tagging.sites import RaggedGeometry, Site
 
@@ -218,7 +218,7 @@ def zero_probes(recipe: Recipe, dtype: Any, moments: bool) -> dict[str, Array]:
                 shapes |= {"a_out": g, "g_out": a}
                 counts |= {"rows_out": blocks}
             if moments:
-                shapes["s"] = (*blocks, *forms.widths(layer))
+                shapes["s"] = (*blocks, *widths(layer))
         shapes |= counts if recipe.counted else {}
     dtype = accumulation_dtype(dtype)
     return {name: jnp.zeros(shape, dtype) for name, shape in shapes.items()}
@@ -256,6 +256,7 @@ def from_examples(
 ) -> dict[str, Any]:
     """Factors of ``x̄_n`` (mean over positions) and ``c_n`` (sum over positions)."""
     layer, n, parts = recipe.layer, recipe.num_examples, recipe.parts
+    form_a, form_g = forms_of(layer)
     c = raw["c_sum"]
     if recipe.counted:
         count = jnp.repeat(jnp.maximum(raw["count"], 1), parts, -1)
@@ -264,15 +265,15 @@ def from_examples(
         x = raw["x_sum"] * (n * parts / recipe.num_rows)
 
     def a():
-        return forms.second_moment(x, layer.a_form, layer.a_shape) / terms
+        return form_a.second_moment(x, layer.a_shape) / terms
 
     def g():
-        return forms.second_moment(c, layer.g_form, layer.g_shape) * (terms / parts)
+        return form_g.second_moment(c, layer.g_shape) * (terms / parts)
 
     def s():
-        (q_a, q_g), (wide_a, wide_g) = basis, forms.widths(layer)
-        inputs = forms.turned(x, q_a, layer.a_form, wide_a)
-        cotangents = forms.turned(c, q_g, layer.g_form, wide_g)
+        (q_a, q_g), (wide_a, wide_g) = basis, widths(layer)
+        inputs = turned(x, q_a, form_a, wide_a)
+        cotangents = turned(c, q_g, form_g, wide_g)
         return terms * jnp.einsum("...ni,...nj->...ij", inputs, cotangents)
 
     return {"a": a, "g": g} | ({"s": s} if basis else {})

@@ -20,7 +20,7 @@ from jax import lax
 
 from kfac_jax_lite.core.parameter_views import Shape
 from kfac_jax_lite.core.types import Array, accumulation_dtype
-from kfac_jax_lite.kronecker import factors as forms
+from kfac_jax_lite.kronecker.factors import BLOCKS, FULL, Form, forms_of, widened
 from kfac_jax_lite.statistics import dense
 from kfac_jax_lite.statistics.estimators import Recipe
 from kfac_jax_lite.tagging.sites import RaggedGeometry, Site
@@ -58,32 +58,31 @@ class Groups:
             x, y, self.sizes, BY_GROUP, preferred_element_type=dtype
         )
 
-    def second_moment(self, x: Array, form: str, shape: Shape) -> Array:
+    def second_moment(self, x: Array, form: Form, shape: Shape) -> Array:
         """``Σ_r x_r x_rᵀ`` over the rows of each group, in some form."""
-        if form == forms.DIAGONAL:
+        if not form.matrix:
             square = jnp.square(x.astype(accumulation_dtype(x.dtype)))
             return jax.ops.segment_sum(square, self.group, self.sizes.shape[0])
-        if form == forms.FULL:
+        if form is FULL:
             return self.products(x, x)
         parts = split(x, form, shape)
         return jnp.stack([self.products(part, part) for part in parts], 1)
 
-    def turned(self, x: Array, basis: Any, form: str, shape: Shape) -> Array:
+    def turned(self, x: Array, basis: Any, form: Form, shape: Shape) -> Array:
         """``(Qᵀ x)²`` with the eigenbasis of each row's own group, widened."""
-        x = forms.widened(x, forms.width(form, shape))
+        x = widened(x, form.width(shape))
         if not isinstance(basis, tuple):
             x = x.astype(basis.dtype)
-            bases = jnp.moveaxis(basis, 1, 0) if form == forms.BLOCKS else basis[None]
+            bases = jnp.moveaxis(basis, 1, 0) if form is BLOCKS else basis[None]
             pairs = zip(split(x, form, shape), bases, strict=True)
             parts = [lax.ragged_dot(part, q, self.sizes) for part, q in pairs]
             x = jnp.concatenate(parts, -1)
         return self.live(jnp.square(x))
 
 
-def split(x: Array, form: str, shape: Shape) -> list[Array]:
+def split(x: Array, form: Form, shape: Shape) -> list[Array]:
     """Rows cut into the parts that the blocks of a factor act on."""
-    parts = shape[-3] if form == forms.BLOCKS else 1
-    return jnp.split(forms.widened(x, forms.width(form, shape)), parts, -1)
+    return jnp.split(widened(x, form.width(shape)), form.count(shape), -1)
 
 
 def groups_of(geometry: RaggedGeometry, sizes: Array) -> Groups:
@@ -121,7 +120,7 @@ def estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
     """The taps of one site (see ``sites.estimators``)."""
     layer, n = recipe.layer, recipe.num_examples
     shape_a, shape_g = layer.site_shapes
-    form_a, form_g = (layer.a_form, shape_a), (layer.g_form, shape_g)
+    form_a, form_g = forms_of(layer)
     a, g, rows, num_rows = "a", "g", "rows", recipe.num_rows
     if site.reverse:
         a, g, rows, num_rows = "a_out", "g_out", "rows_out", recipe.rows_out
@@ -133,11 +132,11 @@ def estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
 
     def input_factor(inputs: Any, c: Array):
         x, _, groups = rows_of(recipe, site, inputs[0], c)
-        return groups.second_moment(x, *form_a) / n
+        return groups.second_moment(x, form_a, shape_a) / n
 
     def output_factor(inputs: Any, c: Array):
         _, c, groups = rows_of(recipe, site, inputs[0], c)
-        return groups.second_moment(c, *form_g) * (n**2 / num_rows)
+        return groups.second_moment(c, form_g, shape_g) * (n**2 / num_rows)
 
     def count(inputs: Any, c: Array):
         return rows_of(recipe, site, inputs[0], c)[-1].counts
@@ -145,8 +144,8 @@ def estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
     def moment(inputs: Any, c: Array):
         x, c, groups = pair(inputs, c)
         q_a, q_g = inputs[1]
-        x = groups.turned(x, q_a, layer.a_form, shape_a)
-        return n * groups.products(x, groups.turned(c, q_g, layer.g_form, shape_g))
+        x = groups.turned(x, q_a, form_a, shape_a)
+        return n * groups.products(x, groups.turned(c, q_g, form_g, shape_g))
 
     def squares(inputs: Any, c: Array):
         x, c, groups = pair(inputs, c)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kfac_jax_lite.core.types import Array, GradientRows, LayerTag
-from kfac_jax_lite.kronecker import factors as forms
+from kfac_jax_lite.kronecker.factors import forms_of
 from kfac_jax_lite.statistics import dense
 from kfac_jax_lite.tagging.interpreter import in_line
 from kfac_jax_lite.tagging.sites import DenseGeometry, Site
@@ -52,7 +52,7 @@ def is_thin(layer: LayerTag, site: Site) -> bool:
     plain = not (layer.note or layer.stack or layer.blocks or geometry.scales)
     once = site.repeat == 1 and not (site.branch or site.by_hand or site.reverse)
     once = once and not (site.complex or site.spread)
-    full = layer.a_form == layer.g_form == forms.FULL
+    full = all(form.whole for form in forms_of(layer))
     rows = math.prod(geometry.rows)
     return plain and once and full and few(rows, *layer.sizes)
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from kfac_jax_lite.core.types import Array
-from kfac_jax_lite.kronecker import factors as forms
+from kfac_jax_lite.kronecker.factors import forms_of, turned, widths
 from kfac_jax_lite.statistics import (
     conv,
     dense,
@@ -110,7 +110,7 @@ def estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
         return example_estimators(recipe, site)
     a, g, rows, num_rows = "a", "g", "rows", recipe.num_rows
     shape_a, shape_g = layer.site_shapes
-    form_a, form_g = (layer.a_form, shape_a), (layer.g_form, shape_g)
+    form_a, form_g = zip(forms_of(layer), (shape_a, shape_g), strict=True)
     if site.reverse:
         a, g, rows, num_rows = "a_out", "g_out", "rows_out", recipe.rows_out
         form_a, form_g = form_g, form_a
@@ -222,11 +222,11 @@ def square_estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
 def eigenbasis_moment(recipe: Recipe, site: Site, inputs: Any, c: Array) -> Array:
     """EKFAC's second moments at one site, ``[*blocks, in(+1), out]``."""
     geometry, layer = site.geometry, recipe.layer
-    wide_a, wide_g = forms.widths(layer)
+    (wide_a, wide_g), (form_a, form_g) = widths(layer), forms_of(layer)
     q_a, q_g = inputs[1]
     rows = summed_rows(recipe, site, inputs, c)
     if isinstance(geometry, EmbeddingGeometry):
-        rows = forms.turned(rows, q_g, layer.g_form, wide_g)
+        rows = turned(rows, q_g, form_g, wide_g)
         live = live_of(recipe, site)(inputs, c)
         k = recipe.at(site).positions
         if k > 1:
@@ -242,8 +242,8 @@ def eigenbasis_moment(recipe: Recipe, site: Site, inputs: Any, c: Array) -> Arra
     x = real_rows(site, input_rows(recipe, site, inputs, c))
     if site.reverse:
         x, rows = rows, x
-    x = forms.turned(x, q_a, layer.a_form, wide_a)
-    rows = forms.turned(rows, q_g, layer.g_form, wide_g)
+    x = turned(x, q_a, form_a, wide_a)
+    rows = turned(rows, q_g, form_g, wide_g)
     return dense.eigenbasis_moment(x, rows, recipe)
 
 
