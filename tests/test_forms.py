@@ -19,9 +19,9 @@ from tests.helpers import INVERSES, cases, close, first_pass, kfac_state, leaves
 def restricted(matrix, form, shape):
     """The dense matrix that a factor of that form and shape keeps."""
     size = len(matrix)
-    if form == "diagonal":
+    if form.name == "diagonal":
         return np.diag(np.diag(matrix))
-    if form == "full":
+    if form.name == "full":
         return matrix
     block = np.arange(size) // shape[-1]
     return np.where(block[:, None] == block, matrix, 0)
@@ -29,9 +29,9 @@ def restricted(matrix, form, shape):
 
 def stored(matrix, form, shape):
     """A dense matrix as the library stores it."""
-    if form == "diagonal":
+    if form.name == "diagonal":
         return np.diag(matrix)
-    if form == "full":
+    if form.name == "full":
         return matrix
     k, s, _ = shape
     wide = np.zeros((k * s, k * s))
@@ -45,11 +45,11 @@ CASES = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(0, 99))
 @given(CASES)
 def test_the_form_fits(case):
     size, limit, _ = case
-    form = forms.form_of(size, limit)
-    shape = forms.factor_shape(form, (2,), size, limit)
-    assert (form == "full") == (size <= limit)
-    assert (form == "diagonal") == (size > 4 * limit)
-    if form == "block_diagonal":
+    form = forms.form_for(size, limit)
+    shape = form.shape((2,), size, limit)
+    assert (form.name == "full") == (size <= limit)
+    assert (form.name == "diagonal") == (size > 4 * limit)
+    if form.name == "block_diagonal":
         _, k, s, _ = shape
         assert s <= limit and (k - 1) * s < size <= k * s
 
@@ -57,12 +57,12 @@ def test_the_form_fits(case):
 @given(CASES)
 def test_second_moment(case):
     size, limit, seed = case
-    form = forms.form_of(size, limit)
-    shape = forms.factor_shape(form, (), size, limit)
+    form = forms.form_for(size, limit)
+    shape = form.shape((), size, limit)
     x = np.random.default_rng(seed).normal(size=(4, size))
-    seen = forms.second_moment(jnp.asarray(x), form, shape)
+    seen = form.second_moment(jnp.asarray(x), shape)
     close(seen, stored(x.T @ x, form, shape))
-    mean = forms.mean_diagonal(seen, form, size)
+    mean = form.mean_diagonal(seen, size)
     close(mean, np.trace(x.T @ x) / size)
 
 
@@ -70,31 +70,31 @@ def test_second_moment(case):
 def test_products_and_inverses(case):
     size, limit, seed = case
     rng = np.random.default_rng(seed)
-    form = forms.form_of(size, limit)
-    shape = forms.factor_shape(form, (), size, limit)
+    form = forms.form_for(size, limit)
+    shape = form.shape((), size, limit)
     whole = spd(rng, size)
     factor, dense = stored(whole, form, shape), restricted(whole, form, shape)
-    factor, wide = jnp.asarray(factor), forms.width(form, shape)
+    factor, wide = jnp.asarray(factor), form.width(shape)
     x = rng.normal(size=(3, size))
     rows = forms.widened(jnp.asarray(x), wide)
-    close(forms.times(rows, factor, form)[:, :size], x @ dense)
-    close(forms.columns(factor, rows.T, form)[:size], dense @ x.T)
-    damped = forms.damped(factor, form, jnp.asarray(0.3))
-    inverse = forms.inverse(damped, form)
+    close(form.times(rows, factor)[:, :size], x @ dense)
+    close(form.columns(factor, rows.T)[:size], dense @ x.T)
+    damped = form.damped(factor, jnp.asarray(0.3))
+    inverse = form.inverse(damped)
     wanted = np.linalg.inv(dense + 0.3 * np.eye(size))
-    close(forms.times(rows, inverse, form)[:, :size], x @ wanted)
-    q, d = forms.eigh(factor, form)
-    back = forms.transposed(q, form)
-    again = forms.times(forms.times(rows, q, form) * d, back, form)
+    close(form.times(rows, inverse)[:, :size], x @ wanted)
+    q, d = form.eigh(factor)
+    back = form.transposed(q)
+    again = form.times(form.times(rows, q) * d, back)
     close(again[:, :size], x @ dense)
 
 
 def dense_factor(matrix, form, shape):
     """A stored factor as one dense matrix."""
     matrix = np.asarray(matrix)
-    if form == "diagonal":
+    if form.name == "diagonal":
         return np.diag(matrix)
-    if form == "full":
+    if form.name == "full":
         return matrix
     k, s, _ = shape
     wide = np.zeros((k * s, k * s))
@@ -121,7 +121,8 @@ def test_layers_with_a_bound_on_their_factors(limit, inverse):
     whole = first_pass(name)[-1]
     for layer in tagged.layers:
         assert layer.note and layer.a_form != "full"
-        kinds = (layer.a_form, layer.a_shape), (layer.g_form, layer.g_shape)
+        shapes = layer.a_shape, layer.g_shape
+        kinds = list(zip(forms.forms_of(layer), shapes, strict=True))
         kept = []
         for seen, full, kind in zip(
             statistics[layer.name][:2], whole[layer.name][:2], kinds, strict=True
@@ -179,5 +180,5 @@ def test_operations_of_a_symmetric_product(d):
 
 
 def test_a_diagonal_that_is_not_positive_has_no_inverse():
-    found = forms.inverse(jnp.array([2.0, 0.0, -1.0]), forms.DIAGONAL)
+    found = forms.DIAGONAL.inverse(jnp.array([2.0, 0.0, -1.0]))
     np.testing.assert_array_equal(found, [0.5, np.nan, np.nan])

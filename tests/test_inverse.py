@@ -10,7 +10,7 @@ import pytest
 import kfac_jax_lite as kfac
 from kfac_jax_lite.core.types import KroneckerStatistics
 from kfac_jax_lite.kronecker import factors as forms
-from kfac_jax_lite.kronecker.inverses import METHODS, initial_inverse
+from kfac_jax_lite.kronecker.inverses import METHODS
 from tests import oracles
 from tests.helpers import (
     INVERSES,
@@ -88,7 +88,7 @@ def test_auto_takes_products_where_it_takes_them_to_be_faster():
 
     def program(size, platform):
         x = jax.ShapeDtypeStruct((size, size), jnp.float32)
-        invert = lambda m, s: forms.fastest_inverse(m, "full", s, 1e-5)  # noqa: E731
+        invert = lambda m, s: forms.FULL.fastest_inverse(m, s, 1e-5)  # noqa: E731
         traced = jax.jit(invert).trace(x, x)
         return traced.lower(lowering_platforms=(platform,)).as_text()
 
@@ -211,7 +211,7 @@ def test_moments_turn_with_the_basis(rng):
         moments = rng.uniform(0.1, 1, (n_a, n_g))
         arrays = map(jnp.asarray, (spd(rng, n_a), spd(rng, n_g), moments))
         statistics.append(KroneckerStatistics(*arrays))
-    start = initial_inverse(layer, method, jnp.float64)
+    start = method.initial(layer, jnp.float64)
     old, first = method.refresh(layer, statistics[0], start, damping, jnp.asarray(True))
     np.testing.assert_allclose(first.s, np.outer(old.d_a, old.d_g))
     new, found = method.refresh(layer, statistics[1], old, damping, jnp.asarray(False))

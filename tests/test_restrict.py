@@ -17,7 +17,7 @@ def layer(form=forms.FULL):
     found = first_pass("mlp")[0].layers[0]
     d = found.a_shape[-1]
     shape = {forms.FULL: (d, d), forms.DIAGONAL: (d,), forms.BLOCKS: (2, 3, 3)}[form]
-    return dataclasses.replace(found, a_form=form, a_shape=shape)
+    return dataclasses.replace(found, a_form=form.name, a_shape=shape)
 
 
 def statistics(a):

@@ -143,7 +143,7 @@ def test_operations_of_layers_without_a_product():
 
 def test_diagonals_are_inverted_and_counted_as_such():
     values = jnp.array([4.0, -1.0])
-    found = forms.iterated_inverse(values, forms.DIAGONAL, jnp.ones(2), 0.1)
+    found = forms.DIAGONAL.iterated_inverse(values, jnp.ones(2), 0.1)
     np.testing.assert_allclose(found, [0.25, np.nan])
     assert accuracy.enough(np.array([3.0, 1.0]), forms.DIAGONAL, 1.0) == 1
     assert accuracy.enough(np.array([3.0, 1.0]), forms.FULL, 1.0) == 2

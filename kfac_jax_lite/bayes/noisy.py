@@ -27,7 +27,6 @@ from kfac_jax_lite.distributed.reduction import Reduction
 from kfac_jax_lite.kronecker.inverses import (
     FactorInverses,
     Method,
-    initial_inverse,
     method_named,
 )
 from kfac_jax_lite.kronecker.masking import present_layers
@@ -242,7 +241,7 @@ def initial_roots(
     """Identities where the method keeps explicit inverses."""
     factors: dict[str, Any] = state.factors
     return {
-        layer.name: initial_inverse(layer, method, factors[layer.name].a.dtype)
+        layer.name: method.initial(layer, factors[layer.name].a.dtype)
         for layer in layers
         if layer.kronecker and method.damped and layer.name in factors
     }

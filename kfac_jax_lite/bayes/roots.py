@@ -28,12 +28,12 @@ from kfac_jax_lite.core.types import (
 )
 from kfac_jax_lite.kronecker import factors as forms
 from kfac_jax_lite.kronecker.inverses import Eigenbases, FactorInverses, damped_factors
-from kfac_jax_lite.kronecker.precondition import precondition_kronecker
+from kfac_jax_lite.kronecker.precondition import precondition
 
 
-def inverse_root(matrix: Array, form: str) -> Array:
+def inverse_root(matrix: Array, form: forms.Form) -> Array:
     """``Lᵀ`` with ``L Lᵀ = M⁻¹``: the inverse of ``M``'s Cholesky factor."""
-    if form == forms.DIAGONAL:
+    if not form.matrix:
         return jnp.where(matrix > 0, lax.rsqrt(matrix), jnp.nan)
     return one_by_one(inverse_half, matrix, lead=matrix.ndim - 2)
 
@@ -43,7 +43,9 @@ def factor_roots(
 ) -> FactorInverses:
     """``L_Aᵀ`` and ``L_Gᵀ`` of a layer's damped factors."""
     a, g = damped_factors(layer, factors, jnp.asarray(damping, jnp.float32))
-    return FactorInverses(inverse_root(a, layer.a_form), inverse_root(g, layer.g_form))
+    form_a, form_g = forms.forms_of(layer)
+    form_a, form_g = forms.forms_of(layer)
+    return FactorInverses(inverse_root(a, form_a), inverse_root(g, form_g))
 
 
 def root_times(
@@ -60,7 +62,7 @@ def root_times(
         if s is None:
             s = inverse.d_a[..., :, None] * inverse.d_g[..., None, :]
         factors = factors._replace(s=jnp.sqrt(s + jnp.asarray(damping, s.dtype)))
-    return precondition_kronecker(layer, e, factors, inverse, zero)
+    return precondition(layer, e, factors, inverse, zero)
 
 
 def unit_root_times(blocks: Array, e: Array, damping: Any) -> Array:

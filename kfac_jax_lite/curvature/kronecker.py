@@ -74,8 +74,8 @@ def estimated_parts(stream: Stream, layout: Layout, moments: bool) -> list[Part]
         state: Any = scale_by_kfac(tagged.layers, inverse="ekfac").init(stream.params)
         bases = {
             layer.name: Eigenbases(
-                *forms.eigh(found[layer.name].a, layer.a_form),
-                *forms.eigh(found[layer.name].g, layer.g_form),
+                *forms.forms_of(layer)[0].eigh(found[layer.name].a),
+                *forms.forms_of(layer)[1].eigh(found[layer.name].g),
             )
             for layer in tagged.layers
             if layer.kronecker
@@ -115,13 +115,13 @@ def factored(
     """One layer's block from its statistics."""
     (size_a, size_g), place = layer.sizes, jnp.asarray(index)
     if basis is None:
-        a = plain(found.a, layer.a_form, layer.a_shape, size_a)
-        g = plain(found.g, layer.g_form, layer.g_shape, size_g)
+        a = plain(found.a, forms.forms_of(layer)[0], layer.a_shape, size_a)
+        g = plain(found.g, forms.forms_of(layer)[1], layer.g_shape, size_g)
         return KroneckerPart(place, a, g)
     n = len(index)
     s = found.s.reshape(n, *found.s.shape[-2:])
-    q_a = rotation(basis.q_a, layer.a_form, layer.a_shape, n, s.shape[1])
-    q_g = rotation(basis.q_g, layer.g_form, layer.g_shape, n, s.shape[2])
+    q_a = rotation(basis.q_a, forms.forms_of(layer)[0], layer.a_shape, n, s.shape[1])
+    q_g = rotation(basis.q_g, forms.forms_of(layer)[1], layer.g_shape, n, s.shape[2])
     if s.shape[1:] == (size_a, size_g):
         return EigenPart(place, q_a, q_g, s)
     # A last block that is filled up: the basis turns entries that there are not.
@@ -133,20 +133,20 @@ def factored(
     return DensePart(place.reshape(n, flat), block.reshape(n, flat, flat))
 
 
-def plain(factor: Array, form: str, shape: Shape, size: int) -> Array:
+def plain(factor: Array, form: forms.Form, shape: Shape, size: int) -> Array:
     """A factor as ``[n, d, d]``, or ``[n, d]`` if it is diagonal."""
-    if form == forms.DIAGONAL:
+    if not form.matrix:
         return factor.reshape(-1, size)
-    if form == forms.FULL:
+    if form.whole:
         return factor.reshape(-1, size, size)
     return joined(factor.reshape(-1, *shape[-3:]))[:, :size, :size]
 
 
-def rotation(basis: Any, form: str, shape: Shape, n: int, width: int) -> Array:
+def rotation(basis: Any, form: forms.Form, shape: Shape, n: int, width: int) -> Array:
     """An eigenbasis as ``[n, width, width]``."""
-    if form == forms.DIAGONAL:
+    if not form.matrix:
         return jnp.broadcast_to(jnp.eye(width), (n, width, width))
-    if form == forms.FULL:
+    if form.whole:
         return basis.reshape(n, width, width)
     return joined(basis.reshape(-1, *shape[-3:]))
 

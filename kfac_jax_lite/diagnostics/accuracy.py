@@ -18,7 +18,7 @@ from kfac_jax_lite.distributed.slices import undivided, unpacked, whole_statisti
 from kfac_jax_lite.kronecker import factors as forms
 from kfac_jax_lite.kronecker.inverses import FactorInverses
 from kfac_jax_lite.kronecker.low_rank import LowRankInverses, retained_trace
-from kfac_jax_lite.kronecker.precondition import precondition_kronecker
+from kfac_jax_lite.kronecker.precondition import precondition
 
 # Random gradients on which the error of an inverse is measured.
 PROBES = 4
@@ -50,15 +50,15 @@ def choose_ranks(
         raise ValueError(f"retained_trace must be in (0, 1], got {retained_trace!r}.")
     chosen = {}
     for layer, statistics, _ in kronecker_layers(layers, the_state(opt_state)):
-        sides = (statistics.a, layer.a_form), (statistics.g, layer.g_form)
+        sides = zip(statistics[:2], forms.forms_of(layer), strict=True)
         a, g = (enough(eigen(x, form)[1], form, retained_trace) for x, form in sides)
         chosen[layer.name] = (a, g)
     return chosen
 
 
-def enough(values: np.ndarray, form: str, share: float) -> int:
+def enough(values: np.ndarray, form: forms.Form, share: float) -> int:
     """How many of the largest eigenvalues ``[.., d]`` make up that share of the sum."""
-    if form == forms.DIAGONAL:
+    if not form.matrix:
         return 1
     values = np.sort(values.reshape(-1, values.shape[-1]), -1)[:, ::-1]
     wanted = share * (1 - 1e-12) * values.sum(-1, keepdims=True)
@@ -116,7 +116,7 @@ def inverse_error(layers: Sequence[LayerTag], opt_state: Any) -> list[dict[str, 
 class Exact:
     """The damped inverse of a layer's factors, in float64, by eigendecomposition."""
 
-    forms: tuple[str, str]
+    forms: tuple[Any, Any]
     sizes: tuple[int, int]
     q_a: np.ndarray | None
     q_g: np.ndarray | None
@@ -131,10 +131,10 @@ class Exact:
         Args:
             damping: ``λ``.
         """
-        self.forms, self.sizes = (layer.a_form, layer.g_form), layer.sizes
-        self.q_a, d_a = eigen(statistics.a, layer.a_form)
-        self.q_g, d_g = eigen(statistics.g, layer.g_form)
-        self.d_a, self.d_g = flat(d_a, layer.a_form), flat(d_g, layer.g_form)
+        self.forms, self.sizes = forms.forms_of(layer), layer.sizes
+        self.q_a, d_a = eigen(statistics.a, self.forms[0])
+        self.q_g, d_g = eigen(statistics.g, self.forms[1])
+        self.d_a, self.d_g = map(flat, (d_a, d_g), self.forms)
         self.shape = (*self.d_a.shape[:-1], *layer.sizes)
         d_a, d_g = self.d_a[..., :, None], self.d_g[..., None, :]
         self.scales = d_a * d_g + damping
@@ -168,18 +168,18 @@ class Exact:
         return v[..., : self.sizes[0], : self.sizes[1]]
 
 
-def eigen(factor: Any, form: str) -> tuple[np.ndarray | None, np.ndarray]:
+def eigen(factor: Any, form: forms.Form) -> tuple[np.ndarray | None, np.ndarray]:
     """``(Q, d)`` in float64, ``d`` not below 0; None for the identity."""
     factor = np.asarray(factor, np.float64)
-    if form == forms.DIAGONAL:
+    if not form.matrix:
         return None, np.maximum(factor, 0)
     d, q = np.linalg.eigh(factor)
     return q, np.maximum(d, 0)
 
 
-def flat(d: np.ndarray, form: str) -> np.ndarray:
+def flat(d: np.ndarray, form: forms.Form) -> np.ndarray:
     """Eigenvalues of all blocks of a factor in one row."""
-    return d.reshape(*d.shape[:-2], -1) if form == forms.BLOCKS else d
+    return d.reshape(*d.shape[:-2], -1) if form is forms.BLOCKS else d
 
 
 def back(q: np.ndarray | None) -> np.ndarray | None:
@@ -187,11 +187,11 @@ def back(q: np.ndarray | None) -> np.ndarray | None:
     return None if q is None else q.mT
 
 
-def rows(x: np.ndarray, q: np.ndarray | None, form: str) -> np.ndarray:
+def rows(x: np.ndarray, q: np.ndarray | None, form: forms.Form) -> np.ndarray:
     """``x Q`` for rows, block by block."""
     if q is None:
         return x
-    if form == forms.FULL:
+    if form.whole:
         return x @ q
     parts = x.reshape(*x.shape[:-1], *q.shape[-3:-1])
     return np.einsum("...rki,...kij->...rkj", parts, q).reshape(x.shape)
@@ -202,7 +202,7 @@ def applied(
 ) -> np.ndarray:
     """What the optimiser makes of a gradient, in the precision of the state."""
     dtype = jax.tree.leaves(inverse)[0].dtype
-    u = precondition_kronecker(
+    u = precondition(
         layer, jnp.asarray(v, dtype), statistics, inverse, jnp.asarray(damping, dtype)
     )
     return np.asarray(u, np.float64)

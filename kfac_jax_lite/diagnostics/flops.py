@@ -146,8 +146,8 @@ def statistics_flops(layer: LayerTag, rows: Rows, moments: bool = False) -> int:
         return 0
     if layer.kind == "scale_shift":
         return 2 * r * math.prod(layer.a_shape)
-    a = entries(layer.a_shape, layer.a_form)
-    g = entries(layer.g_shape, layer.g_form)
+    a = entries(layer.a_shape, forms.forms_of(layer)[0])
+    g = entries(layer.g_shape, forms.forms_of(layer)[1])
     of_a, of_g = (functools.partial(outer_flops, *pair) for pair in factors_of(layer))
     total = (0 if layer.kind == "embedding" else of_a(r)) + of_g(r)
     total += of_a(rows.reverse) + of_g(rows.reverse) - rows.saved
@@ -182,7 +182,7 @@ def inversion_flops(layer: LayerTag, method: Method) -> int:
         return 0
     total = 0.0
     for (shape, form), rank in zip(factors_of(layer), method.ranks(layer), strict=True):
-        if form == forms.DIAGONAL:
+        if not form.matrix:
             continue
         d, cube = shape[-1], shape[-1] ** 3
         if method.moments:
@@ -226,7 +226,7 @@ def low_rank_flops(layer: LayerTag, method: Method) -> int:
     sizes = layer.a_shape[-1], layer.g_shape[-1]
     width_a, width_g = forms.widths(layer)
     ranks = [
-        0 if form == forms.DIAGONAL else rank
+        0 if not form.matrix else rank
         for (_, form), rank in zip(factors_of(layer), method.ranks(layer), strict=True)
     ]
     inner = 0
@@ -240,8 +240,8 @@ def low_rank_flops(layer: LayerTag, method: Method) -> int:
 def apply_flops(layer: LayerTag) -> int:
     """``2 a² g + 2 a g²``: both factors times a block of the gradient."""
     width_a, width_g = forms.widths(layer)
-    a = entries(layer.a_shape, layer.a_form) * width_g
-    return 2 * (a + entries(layer.g_shape, layer.g_form) * width_a)
+    a = entries(layer.a_shape, forms.forms_of(layer)[0]) * width_g
+    return 2 * (a + entries(layer.g_shape, forms.forms_of(layer)[1]) * width_a)
 
 
 def moments_size(layer: LayerTag) -> int:
@@ -254,21 +254,22 @@ def full_norm(layer: LayerTag) -> bool:
     return layer.kind == "scale_shift" and layer.a_shape[-1] > 2
 
 
-def factors_of(layer: LayerTag) -> tuple[tuple[Shape, str], ...]:
+def factors_of(layer: LayerTag) -> tuple[tuple[Shape, forms.Form], ...]:
     """Shape and form of the factors of a Kronecker layer."""
-    return (layer.a_shape, layer.a_form), (layer.g_shape, layer.g_form)
+    a, g = forms.forms_of(layer)
+    return (layer.a_shape, a), (layer.g_shape, g)
 
 
-def outer_flops(shape: Shape, form: str, rows: int) -> int:
+def outer_flops(shape: Shape, form: forms.Form, rows: int) -> int:
     """Operations of ``Σ x xᵀ`` over rows; 0 if the diagonal is kept."""
-    if form == forms.FULL:
+    if form.whole:
         return matrices(shape) * forms.symmetric_product_flops(rows, shape[-1])
     return 2 * rows * entries(shape, form)
 
 
-def entries(shape: Shape, form: str) -> int:
+def entries(shape: Shape, form: forms.Form) -> int:
     """Entries of a factor's matrices; 0 if it is kept as its diagonal."""
-    return 0 if form == forms.DIAGONAL else math.prod(shape)
+    return 0 if not form.matrix else math.prod(shape)
 
 
 def matrices(shape: Shape) -> int:

@@ -15,8 +15,8 @@ from kfac_jax_lite.distributed.assignment import (
     larger_side,
     slice_sizes,
 )
-from kfac_jax_lite.kronecker.inverses import Method, initial_inverse
-from kfac_jax_lite.kronecker.state import zero_statistics
+from kfac_jax_lite.kronecker.inverses import Method
+from kfac_jax_lite.kronecker.precondition import zero_statistics
 
 
 class Memory(NamedTuple):
@@ -63,7 +63,7 @@ def state_shapes(layer: LayerTag, method: Method) -> tuple[Any, Any]:
 
     def state():
         zeros = zero_statistics(layer, jnp.float32, method.moments)
-        return zeros, initial_inverse(layer, method, jnp.float32)
+        return zeros, method.initial(layer, jnp.float32)
 
     return jax.eval_shape(state)
 

@@ -175,7 +175,7 @@ def factor_records(
     clock, damping = jax.device_get((state.clock, state.damping))
     names = sorted(state.factors)
     for layer, statistics, inverse in kronecker_layers(layers, state):
-        sides = list(zip(statistics[:2], (layer.a_form, layer.g_form), strict=True))
+        sides = list(zip(statistics[:2], forms.forms_of(layer), strict=True))
         record = found[layer.name]
         ones = (effective_rank(np.asarray(x, np.float64), form) for x, form in sides)
         record |= dict(zip(ranks, ones, strict=True))
@@ -194,7 +194,7 @@ def factor_records(
     return found
 
 
-def effective_rank(factor: np.ndarray, form: str) -> float:
+def effective_rank(factor: np.ndarray, form: forms.Form) -> float:
     """``(tr M)² / ‖M‖_F²``: how many equal eigenvalues would have these moments.
 
     Between 1 and the rank; no eigenvalues are needed.
@@ -202,18 +202,18 @@ def effective_rank(factor: np.ndarray, form: str) -> float:
     References:
         Bartlett, Long, Lugosi & Tsigler, 2020, arXiv:1906.11300, Def. 3 (``R_0``).
     """
-    if form == forms.DIAGONAL:
+    if not form.matrix:
         trace, square = factor.sum(-1), np.square(factor).sum(-1)
     else:
         trace = np.trace(factor, axis1=-2, axis2=-1)
         square = np.square(factor).sum((-2, -1))
-        if form == forms.BLOCKS:
+        if form is forms.BLOCKS:
             trace, square = trace.sum(-1), square.sum(-1)
     some = square > 0
     return float(np.min(np.where(some, trace**2 / np.where(some, square, 1), 0.0)))
 
 
-def eigenvalues(factor: Any, form: str, size: int) -> np.ndarray:
+def eigenvalues(factor: Any, form: forms.Form, size: int) -> np.ndarray:
     """Ascending, not below 0, ``[*blocks, size]`` in float64.
 
     Blocks are filled up with rows of zeros; their eigenvalues are left out.

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from kfac_jax_lite.core.parameter_views import Shape
 from kfac_jax_lite.core.types import LayerTag
 from kfac_jax_lite.distributed.reduction import Reduction
-from kfac_jax_lite.kronecker import factors as forms
+from kfac_jax_lite.kronecker.factors import forms_of
 from kfac_jax_lite.kronecker.inverses import Method, method_named
 from kfac_jax_lite.kronecker.packing import field_sizes, packed_size, symmetric_field
 
@@ -148,7 +148,6 @@ def inverse_sizes(layer: LayerTag, packed: bool) -> dict[str, int]:
 
 def inverse_cost(layer: LayerTag) -> int:
     """Multiplications of an inversion, ``a³ + g³`` for every block."""
-
     triples = zip(forms_of(layer), (layer.a_shape, layer.g_shape), strict=True)
     return sum(math.prod(s) * (s[-1] if form.matrix else 1) for form, s in triples)
 
@@ -186,8 +185,8 @@ def grouped(
 
 def shape_class(layer: LayerTag) -> tuple[Any, ...]:
     """Layers that agree in this are inverted in one call."""
-    forms_of = (layer.a_form, layer.g_form)
-    return layer.a_shape, layer.g_shape, *forms_of, layer.sizes, layer.stack
+    sides = layer.a_shape, layer.g_shape, *forms_of(layer)
+    return *sides, layer.sizes, layer.stack
 
 
 def slice_sizes(layer: LayerTag, plan: Plan) -> tuple[int, int]:

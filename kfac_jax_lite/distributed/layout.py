@@ -25,8 +25,8 @@ from kfac_jax_lite.distributed.slices import (
     unpacked,
     whole_statistics,
 )
-from kfac_jax_lite.kronecker.factors import BLOCKS, forms_of
 from kfac_jax_lite.kronecker import masking as restrict
+from kfac_jax_lite.kronecker.factors import BLOCKS, forms_of
 from kfac_jax_lite.kronecker.state import KFACState, Slices
 
 # What the clock knows of the layout: constants from `init` on.

@@ -51,6 +51,10 @@ class Full:
     matrix = True
     whole = True
 
+    def __repr__(self) -> str:
+        """The name."""
+        return self.name
+
     def shape(self, blocks: Shape, size: int, limit: int) -> Shape:
         """The shape of a factor of that size."""
         del limit

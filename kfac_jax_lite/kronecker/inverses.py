@@ -285,7 +285,11 @@ class LowRank(Method):
         form_a, form_g = forms_of(layer)
 
         def side(form: Form, factor: Array, u: Any) -> Any:
-            return eigenpairs.refreshed(factor, u, first) if form.matrix else ((), factor, ())
+            return (
+                eigenpairs.refreshed(factor, u, first)
+                if form.matrix
+                else ((), factor, ())
+            )
 
         a = side(form_a, statistics.a, cached.u_a)
         return LowRankInverses(*a, *side(form_g, statistics.g, cached.u_g)), statistics

@@ -50,8 +50,8 @@ class LowRankInverses(NamedTuple):
     @property
     def input_width(self) -> int:
         """Entries of the vectors on which the input's factor acts."""
-        of_diagonal = isinstance(self.u_a, tuple)
-        return self.e_a.shape[-1] if of_diagonal else self.u_a.shape[-2]
+        u = self.u_a
+        return self.e_a.shape[-1] if isinstance(u, tuple) else u.shape[-2]
 
     def solve(self, layer: LayerTag, v: Array, moments: Any, damping: Array) -> Array:
         """``(Â ⊗ Ĝ + λ I)⁻¹ v`` of a block that is as wide as its factors."""

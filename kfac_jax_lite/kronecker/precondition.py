@@ -28,8 +28,10 @@ from kfac_jax_lite.kronecker.inverses import FactorInverses
 
 
 class KroneckerBlock:
-    """A layer whose block of the curvature is ``A ⊗ G``: how its entries are laid out,
-    what is kept of its curvature and how that is solved with."""
+    """A layer whose block of the curvature is ``A ⊗ G``.
+
+    It knows how the entries are laid out, what is kept and how that is solved with.
+    """
 
     def gather(self, layer: LayerTag, parts: list[Array]) -> Array:
         """Views of parameter-shaped leaves as the block ``[*blocks, in(+1), out]``."""

@@ -13,10 +13,8 @@ from kfac_jax_lite.core.types import (
     DiagonalStatistics,
     KroneckerStatistics,
     LayerTag,
-    ScaleShiftStatistics,
     Statistics,
     TiedStatistics,
-    accumulation_dtype,
 )
 from kfac_jax_lite.kronecker.factors import forms_of
 

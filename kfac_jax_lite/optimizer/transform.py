@@ -103,8 +103,8 @@ def scale_by_kfac(
         reduction: How statistics travel between devices, and who inverts.
         stagger: Spread refreshes and inversions of layers over steps, so that no step
             takes long: those that have waited longest are served first (see
-            ``optimizer.stagger``). A sampled Fisher's second backward pass is then taken
-            in more steps. Intervals count from a layer's own last refresh.
+            ``optimizer.stagger``). A sampled Fisher's second pass is then taken in
+            more steps. Intervals count from a layer's own last refresh.
         packed: Keep factors as triangles: half of their bytes between steps, for some
             copying at refreshes and inversions.
 

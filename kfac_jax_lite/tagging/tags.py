@@ -9,7 +9,7 @@ import jax
 
 from kfac_jax_lite.core.parameter_views import Shape, View
 from kfac_jax_lite.core.types import UNREACHED, LayerTag
-from kfac_jax_lite.kronecker import factors as forms
+from kfac_jax_lite.kronecker.factors import DIAGONAL, FULL, form_for
 from kfac_jax_lite.tagging.analysis import Walk
 from kfac_jax_lite.tagging.examples import terms_of
 from kfac_jax_lite.tagging.sites import ScaleShiftGeometry, Site
@@ -61,7 +61,7 @@ def layer_tag(group: Group, name: str, facts: Facts, walk: Walk) -> LayerTag:
     views = tuple(group.views[r] for r in roles)
     geometry = group.sites[0].geometry
     notes = []
-    form_a = form_g = forms.FULL
+    form_a = form_g = FULL
     if isinstance(geometry, ScaleShiftGeometry):
         a_shape = (*views[0].stack, geometry.units, len(roles), len(roles))
         g_shape: Shape = ()
@@ -69,14 +69,14 @@ def layer_tag(group: Group, name: str, facts: Facts, walk: Walk) -> LayerTag:
         blocks, limit = views[0].stack + geometry.blocks, facts.max_factor_dim
         n_in, n_out = geometry.n_in + ("bias" in roles), geometry.n_out
         one_hot = group.kind == "embedding"
-        form_a = forms.DIAGONAL if one_hot else forms.form_of(n_in, limit)
-        form_g = forms.form_of(n_out, limit)
-        a_shape = forms.factor_shape(form_a, blocks, n_in, limit)
-        g_shape = forms.factor_shape(form_g, blocks, n_out, limit)
+        form_a = DIAGONAL if one_hot else form_for(n_in, limit)
+        form_g = form_for(n_out, limit)
+        a_shape = form_a.shape(blocks, n_in, limit)
+        g_shape = form_g.shape(blocks, n_out, limit)
         for side, form, size in (("A", form_a, n_in), ("G", form_g, n_out)):
-            if form != forms.FULL and not (one_hot and side == "A"):
-                form = form.replace("_", "-")
-                notes.append(f"factor {side} is {form} ({size:,} > {limit:,})")
+            if not form.whole and not (one_hot and side == "A"):
+                kept = form.name.replace("_", "-")
+                notes.append(f"factor {side} is {kept} ({size:,} > {limit:,})")
     elements = sum(math.prod(v.stack + v.core) for v in views)
     scales = [s for site in group.sites for s in getattr(site.geometry, "scales", ())]
     if any(scale.side == "both" for scale in scales):
@@ -98,8 +98,8 @@ def layer_tag(group: Group, name: str, facts: Facts, walk: Walk) -> LayerTag:
         roles=roles,
         elements=elements,
         note="; ".join(notes),
-        a_form=form_a,
-        g_form=form_g,
+        a_form=form_a.name,
+        g_form=form_g.name,
         tied=group.tied,
     )
 

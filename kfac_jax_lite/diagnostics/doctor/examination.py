@@ -125,8 +125,8 @@ def sampled_share(
 
 def traces(layer: LayerTag, whole: Any) -> tuple[np.ndarray, np.ndarray]:
     """Mean diagonals of both factors of a Kronecker layer, ``[*blocks]``."""
-    a = forms.mean_diagonal(whole.a, layer.a_form, layer.sizes[0])
-    g = forms.mean_diagonal(whole.g, layer.g_form, layer.sizes[1])
+    a = forms.forms_of(layer)[0].mean_diagonal(whole.a, layer.sizes[0])
+    g = forms.forms_of(layer)[1].mean_diagonal(whole.g, layer.sizes[1])
     return np.asarray(a, np.float64), np.asarray(g, np.float64)
 
 
@@ -191,15 +191,15 @@ def too_few_rows(
 ) -> Iterator[Finding]:
     """A factor that the rows seen cannot fill."""
     layer, rows = one.layer, seen.rows[one.layer.name]
-    sides = [("A", layer.a_form, layer.a_shape)]
+    sides = [("A", forms.forms_of(layer)[0], layer.a_shape)]
     if tagged.fisher != "exact":  # which has a row for every output
-        sides.append(("G", layer.g_form, layer.g_shape))
+        sides.append(("G", forms.forms_of(layer)[1], layer.g_shape))
     # An average that is still filling up is taken for what it is going to be.
     early = record["steps"] < START
     memory = one.memory if early else record["memory"] or 1.0
     held = rows * memory
     for side, form, shape in sides:
-        if form != forms.DIAGONAL and held < shape[-1]:
+        if form.matrix and held < shape[-1]:
             yield Finding(
                 NOTICE,
                 "too_few_rows",

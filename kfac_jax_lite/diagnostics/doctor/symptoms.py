@@ -111,8 +111,8 @@ def factors_of(
         index = names.index(layer.name)
         held = clock.inverse_damping[index]
         shift = float(held if split else damping)
-        a = eigenvalues(averaged.a, layer.a_form, layer.sizes[0])
-        g = eigenvalues(averaged.g, layer.g_form, layer.sizes[1])
+        a = eigenvalues(averaged.a, forms.forms_of(layer)[0], layer.sizes[0])
+        g = eigenvalues(averaged.g, forms.forms_of(layer)[1], layer.sizes[1])
         damped = damped_extremes(a, g, shift, split) if shift > 0 else None
         eps = float(np.finfo(averaged.a.dtype).eps)
         rest = max(1 - float(clock.weight[index]), eps)
@@ -201,7 +201,7 @@ def degenerate(factors: Factors) -> Iterator[Finding]:
             "with constant inputs or in evaluation mode.",
             {"effective_rank": float(ranks.min()), "size": layer.sizes[0]},
         )
-    of_g = diagonal(numbers.g, layer.g_form, layer.sizes[1])
+    of_g = diagonal(numbers.g, forms.forms_of(layer)[1], layer.sizes[1])
     if not np.all(of_g.max(-1) > 0):
         yield Finding(
             WARNING,
@@ -217,9 +217,9 @@ def degenerate(factors: Factors) -> Iterator[Finding]:
     if factors.refreshes < SEEN:
         return
     yield from dead(layer, "dead_units", of_g, "units have never had a gradient")
-    if layer.a_form != forms.DIAGONAL:
+    if forms.forms_of(layer)[0].matrix:
         size = layer.sizes[0] - layer.bias
-        of_a = diagonal(numbers.a, layer.a_form, layer.sizes[0])[..., :size]
+        of_a = diagonal(numbers.a, forms.forms_of(layer)[0], layer.sizes[0])[..., :size]
         yield from dead(layer, "dead_inputs", of_a, "inputs have always been zero")
 
 
@@ -242,12 +242,12 @@ def dead(
         )
 
 
-def diagonal(factor: Any, form: str, size: int) -> np.ndarray:
+def diagonal(factor: Any, form: forms.Form, size: int) -> np.ndarray:
     """A factor's diagonal, ``[*blocks, size]``."""
     factor = np.asarray(factor, np.float64)
-    if form != forms.DIAGONAL:
+    if form.matrix:
         factor = np.diagonal(factor, axis1=-2, axis2=-1)
-        if form == forms.BLOCKS:
+        if form is forms.BLOCKS:
             factor = factor.reshape(*factor.shape[:-2], -1)
     return factor[..., :size]
 
