@@ -29,12 +29,11 @@ from kfac_jax_lite.distributed.traffic import Collective, traffic
 from kfac_jax_lite.kronecker.inverses import low_rank
 from kfac_jax_lite.kronecker.state import Clock, KFACState
 from kfac_jax_lite.optimizer import damping, intervals
-from kfac_jax_lite.optimizer.adapted import AdaptedState
-from kfac_jax_lite.optimizer.guided import GuidedState
 from kfac_jax_lite.optimizer.kfac import KFACChainState, kfac
 from kfac_jax_lite.optimizer.rescaling import rescale_weights
+from kfac_jax_lite.optimizer.steps import AdaptedState, GuidedState
 from kfac_jax_lite.optimizer.transform import scale_by_kfac
-from kfac_jax_lite.statistics.quadratic import QuadraticModel, quadratic_model
+from kfac_jax_lite.statistics.outputs import QuadraticModel, quadratic_model
 from kfac_jax_lite.statistics.subsample import Subsample
 from kfac_jax_lite.statistics.tagged_loss import TaggedLoss, tag
 from kfac_jax_lite.tagging.manual import register_rule, tag_as, tag_conv, tag_dense

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite.statistics.canonical import canonical
+from kfac_jax_lite.statistics.fisher_passes import canonical
 from tests.helpers import close
 from tests.test_hlo import computations
 

@@ -14,11 +14,11 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite.distributed.slices import unpacked, whole_statistics
+from kfac_jax_lite.distributed.layout import unpacked, whole_statistics
 from kfac_jax_lite.kronecker.inverses import method_named
 from kfac_jax_lite.kronecker.state import Slices
 from kfac_jax_lite.optimizer.options import Options
-from kfac_jax_lite.optimizer.refresh import refreshes_due
+from kfac_jax_lite.optimizer.schedule import refreshes_due
 from tests.helpers import leaves
 from tests.parallel import AXIS, mesh_of
 

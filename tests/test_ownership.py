@@ -11,7 +11,7 @@ import pytest
 
 import kfac_jax_lite as kfac
 from kfac_jax_lite.distributed.assignment import balanced, inverse_cost, make_plan
-from kfac_jax_lite.distributed.slices import (
+from kfac_jax_lite.distributed.layout import (
     divided,
     sliced_statistics,
     undivided,

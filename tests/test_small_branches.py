@@ -16,7 +16,7 @@ from kfac_jax_lite.diagnostics.cost import limit_of
 from kfac_jax_lite.diagnostics.flops import statistics_flops
 from kfac_jax_lite.distributed.traffic import Collective
 from kfac_jax_lite.kronecker import factors as forms
-from kfac_jax_lite.optimizer.guided import Guide
+from kfac_jax_lite.optimizer.steps import Guide
 from kfac_jax_lite.tagging.interpreter import in_line
 from tests.helpers import close, first_pass
 from tests.models import BY_NAME

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import kfac_jax_lite as kfac
 from kfac_jax_lite.distributed.assignment import make_plan
-from kfac_jax_lite.optimizer import stagger
+from kfac_jax_lite.optimizer import schedule as stagger
 from tests import models
 from tests.helpers import kfac_state
 
@@ -176,7 +176,7 @@ def test_owners_have_queues_of_their_own():
     groups = stagger.owners(layers, plan)
     assert set(groups.tolist()) == {0, 1, 2, 3}
     n = len(layers)
-    gates = stagger.inversions(
+    gates = stagger.staggered_inversions(
         layers,
         plan,
         jnp.ones(n, bool),

@@ -18,7 +18,7 @@ from kfac_jax_lite.core.pytree import leaves_by_path
 from kfac_jax_lite.kronecker import precondition
 from kfac_jax_lite.kronecker.precondition import gather
 from kfac_jax_lite.optimizer import transform
-from kfac_jax_lite.statistics import thin
+from kfac_jax_lite.statistics import deferred as thin
 from tests import zoo
 from tests.helpers import cases, close, kfac_state
 from tests.test_masks import MASK, masked_loss

@@ -13,8 +13,13 @@ import numpy as np
 
 from kfac_jax_lite.core.pytree import find_states
 from kfac_jax_lite.core.types import LayerTag
-from kfac_jax_lite.distributed.layout import kept_layer, plan_of
-from kfac_jax_lite.distributed.slices import undivided, unpacked, whole_statistics
+from kfac_jax_lite.distributed.layout import (
+    kept_layer,
+    plan_of,
+    undivided,
+    unpacked,
+    whole_statistics,
+)
 from kfac_jax_lite.kronecker import factors as forms
 from kfac_jax_lite.kronecker.inverses import FactorInverses
 from kfac_jax_lite.kronecker.low_rank import LowRankInverses, retained_trace

@@ -20,9 +20,9 @@ from kfac_jax_lite.core.types import LayerTag
 from kfac_jax_lite.kronecker import factors as forms
 from kfac_jax_lite.kronecker.inverses import Method
 from kfac_jax_lite.statistics.conv import chosen_axis, sampled_geometry, shifted_flops
+from kfac_jax_lite.statistics.deferred import thin_layers
 from kfac_jax_lite.statistics.estimators import Recipe, count_rows, make_recipe
 from kfac_jax_lite.statistics.tagged_loss import TaggedLoss
-from kfac_jax_lite.statistics.thin import thin_layers
 from kfac_jax_lite.tagging.sites import ConvGeometry, RaggedGeometry, Site
 
 # Iterations of a warm-started Newton-Schulz inverse; an assumption, it depends on data.

@@ -17,9 +17,13 @@ import jax.numpy as jnp
 from kfac_jax_lite.core.parameter_views import Shape
 from kfac_jax_lite.core.types import LayerTag
 from kfac_jax_lite.distributed.reduction import Reduction
-from kfac_jax_lite.kronecker.factors import forms_of
+from kfac_jax_lite.kronecker.factors import (
+    field_sizes,
+    forms_of,
+    packed_size,
+    symmetric_field,
+)
 from kfac_jax_lite.kronecker.inverses import Method, method_named
-from kfac_jax_lite.kronecker.packing import field_sizes, packed_size, symmetric_field
 
 INVERSES, GRADIENTS = "inverses", "gradients"
 

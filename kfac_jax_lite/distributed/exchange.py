@@ -12,10 +12,9 @@ from kfac_jax_lite.core.types import Array, LayerTag
 from kfac_jax_lite.distributed.assignment import is_small
 from kfac_jax_lite.distributed.collectives import checked_axes, varied
 from kfac_jax_lite.distributed.context import Context
+from kfac_jax_lite.distributed.layout import own_slices, scattered
 from kfac_jax_lite.distributed.reduction import reduce_statistics
-from kfac_jax_lite.distributed.slices import own_slices, scattered
-from kfac_jax_lite.kronecker.checks import checked_statistics
-from kfac_jax_lite.kronecker.state import output_parts
+from kfac_jax_lite.kronecker.state import checked_statistics, output_parts
 
 
 def exchanged(context: Context, due: Array, statistics: Any) -> dict[str, Any]:

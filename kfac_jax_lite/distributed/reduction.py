@@ -20,7 +20,7 @@ from jax import lax
 from kfac_jax_lite.core.pytree import varying_axes
 from kfac_jax_lite.core.types import Array, DiagonalStatistics, LayerTag, Statistics
 from kfac_jax_lite.distributed.collectives import checked_axes, mean, split_in
-from kfac_jax_lite.kronecker.packing import (
+from kfac_jax_lite.kronecker.factors import (
     from_vector,
     packed_size,
     symmetric_field,

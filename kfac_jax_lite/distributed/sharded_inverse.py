@@ -38,14 +38,14 @@ from kfac_jax_lite.distributed.collectives import (
     varied,
 )
 from kfac_jax_lite.distributed.context import Context
-from kfac_jax_lite.distributed.slices import joined_rows, sent_rows, whole_statistics
-from kfac_jax_lite.kronecker.inverses import Method
-from kfac_jax_lite.kronecker.packing import (
+from kfac_jax_lite.distributed.layout import joined_rows, sent_rows, whole_statistics
+from kfac_jax_lite.kronecker.factors import (
     field_shapes,
     from_vector,
     packed_size,
     to_vector,
 )
+from kfac_jax_lite.kronecker.inverses import Method
 from kfac_jax_lite.kronecker.state import Slices
 
 

@@ -22,8 +22,8 @@ from kfac_jax_lite.distributed.assignment import (
 )
 from kfac_jax_lite.distributed.collectives import permuted
 from kfac_jax_lite.distributed.reduction import Reduction
+from kfac_jax_lite.kronecker.factors import field_shapes, field_sizes
 from kfac_jax_lite.kronecker.inverses import Method, method_named
-from kfac_jax_lite.kronecker.packing import field_shapes, field_sizes
 
 REFRESH, INVERSION, STEP = "refresh", "inversion", "step"
 AGREEMENTS = (STEP, REFRESH)

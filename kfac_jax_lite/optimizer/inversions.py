@@ -17,13 +17,13 @@ from kfac_jax_lite.core.pytree import choose
 from kfac_jax_lite.core.types import Array, LayerTag
 from kfac_jax_lite.distributed.assignment import grouped
 from kfac_jax_lite.distributed.context import Context
+from kfac_jax_lite.distributed.layout import unpacked
 from kfac_jax_lite.distributed.sharded_inverse import (
     Inverted,
     Wanted,
     not_inverted,
     owned_inversions,
 )
-from kfac_jax_lite.distributed.slices import unpacked
 
 
 def inversions(

@@ -14,15 +14,14 @@ from kfac_jax_lite.core.types import Array, LayerTag, accumulation_dtype
 from kfac_jax_lite.distributed.reduction import Reduction
 from kfac_jax_lite.kronecker.inverses import Method
 from kfac_jax_lite.kronecker.state import KFACState
-from kfac_jax_lite.optimizer.adapted import adapted
 from kfac_jax_lite.optimizer.damping import (
     Adaptive,
     Damping,
     LevenbergMarquardt,
     value_at,
 )
-from kfac_jax_lite.optimizer.guided import Guide, guided
 from kfac_jax_lite.optimizer.intervals import Interval
+from kfac_jax_lite.optimizer.steps import Guide, adapted, guided
 from kfac_jax_lite.optimizer.transform import (
     ALL_REDUCE,
     EVERY_STEP,

@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from kfac_jax_lite.core.control import gated
-from kfac_jax_lite.core.linalg import LARGEST, relative_change
-from kfac_jax_lite.core.pytree import choose
+from kfac_jax_lite.core.linalg import relative_change
 from kfac_jax_lite.core.types import Array, LayerTag, computed
 from kfac_jax_lite.distributed.exchange import agreed, exchanged
-from kfac_jax_lite.distributed.slices import is_packed, packed_statistics, sliced_change
+from kfac_jax_lite.distributed.layout import is_packed, packed_statistics, sliced_change
 from kfac_jax_lite.kronecker.state import (
     Clock,
     Slices,
@@ -22,8 +21,8 @@ from kfac_jax_lite.kronecker.state import (
     moving_average,
     taking_part,
 )
-from kfac_jax_lite.optimizer import stagger
 from kfac_jax_lite.optimizer.options import StepContext
+from kfac_jax_lite.optimizer.schedule import clock_after_refresh
 
 
 def absorbed(
@@ -123,87 +122,3 @@ def largest_change(new: Any, old: Any, axis_name: Any) -> Array:
         pairs.append((new.g, old.g))
     changes = [relative_change(*jax.tree.leaves(pair)) for pair in pairs]
     return jnp.max(jnp.stack(changes))
-
-
-def clock_after_refresh(
-    context: StepContext, clock: Clock, gates: Array, changes: Array, weight: Array
-) -> Clock:
-    """The clock with refreshes counted and intervals chosen.
-
-    Args:
-        gates: Which layers were refreshed, ``[layers]``.
-        changes: Relative changes, ``[layers, memory]``.
-    """
-    memory = context.interval.memory
-    known = [
-        jnp.where(clock.refreshes > k, changes[:, k], LARGEST) for k in range(memory)
-    ]
-    interval = context.interval.next_interval(
-        clock.interval, clock.previous_interval, tuple(known)
-    )
-    new = clock._replace(
-        interval=interval.astype(jnp.int32),
-        previous_interval=clock.interval,
-        last_refresh=jnp.full_like(clock.last_refresh, context.step),
-        refreshes=clock.refreshes + 1,
-        weight=weight,
-        diff=known[0] if known else clock.diff,
-    )
-    return choose(gates, new, clock)
-
-
-def refreshes_due(context: StepContext, clock: Clock) -> Array:
-    """Which layers' statistics are wanted at the next step.
-
-    Returns:
-        Flags ``[layers]``: those idle, and those that the rule names. For the rule,
-        which may serve layers together or in turns, the idle ones have been served.
-    """
-    step = context.step + 1
-    last = jnp.where(clock.due, context.step, clock.last_refresh)
-    if not context.stagger:
-        return clock.due | context.interval.is_due(step, clock.interval, last)
-    times, interval = clock.refreshes, clock.interval
-    return clock.due | stagger.refreshes(context.layers, step, last, times, interval)
-
-
-def inversion_gates(context: StepContext, clock: Clock, accepted: Array) -> Array:
-    """Which layers are inverted now: it is time and something has changed."""
-    last, step, every = clock.last_inverse, context.step, context.inverse_interval
-    stale = (clock.last_refresh > last) | (last == 0)
-    if context.method.damped:
-        stale |= clock.inverse_damping != context.shift.astype(jnp.float32)
-    if context.stagger:
-        busy = jnp.any(clock.last_refresh == step)
-        ready = stagger.inversions(
-            context.layers, context.plan, stale, step, last, clock.inversions,
-            every, busy,
-        )  # fmt: skip
-    else:
-        ready = stale & (step - last >= every)
-    kronecker = jnp.array([layer.kronecker for layer in context.layers])
-    return accepted & kronecker & stale & (ready | never_inverted(clock, step))
-
-
-def never_inverted(clock: Clock, step: Any) -> Array:
-    """Whose inverses hold no statistics: new layers, and those that were idle so far.
-
-    Returns:
-        Flags ``[layers]``.
-    """
-    woken = (clock.refreshes == 1) & (clock.last_refresh == step)
-    return (clock.last_inverse == 0) | woken
-
-
-def clock_after_inversion(
-    context: StepContext, clock: Clock, gates: Array, good: Array
-) -> Clock:
-    """The clock with inversions and failures counted."""
-    done, failed = gates & good, gates & ~good
-    shift = context.shift.astype(jnp.float32)
-    return clock._replace(
-        last_inverse=jnp.where(done, context.step, clock.last_inverse),
-        inversions=clock.inversions + done,
-        failures=clock.failures + failed,
-        inverse_damping=jnp.where(done, shift, clock.inverse_damping),
-    )

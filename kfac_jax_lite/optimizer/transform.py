@@ -23,17 +23,17 @@ from kfac_jax_lite.core.types import (
 )
 from kfac_jax_lite.distributed.context import Context
 from kfac_jax_lite.distributed.exchange import everywhere
-from kfac_jax_lite.distributed.layout import own_part, state_specs
-from kfac_jax_lite.distributed.reduction import Reduction
-from kfac_jax_lite.distributed.slices import (
+from kfac_jax_lite.distributed.layout import (
     divided,
     gather_rows,
+    own_part,
     packed_statistics,
     precondition_rows,
     sliced_statistics,
+    state_specs,
 )
+from kfac_jax_lite.distributed.reduction import Reduction
 from kfac_jax_lite.distributed.traffic import INVERSION, REFRESH, STEP, traffic
-from kfac_jax_lite.kronecker.checks import check_nothing_due, check_state
 from kfac_jax_lite.kronecker.inverses import Method, method_named
 from kfac_jax_lite.kronecker.masking import present_layers
 from kfac_jax_lite.kronecker.precondition import (
@@ -44,20 +44,26 @@ from kfac_jax_lite.kronecker.precondition import (
     rows_of,
     zero_statistics,
 )
-from kfac_jax_lite.kronecker.state import Clock, KFACState, words
+from kfac_jax_lite.kronecker.state import (
+    Clock,
+    KFACState,
+    check_nothing_due,
+    check_state,
+    words,
+)
 from kfac_jax_lite.optimizer import damping as damping_lib
-from kfac_jax_lite.optimizer.adapted import adapted
 from kfac_jax_lite.optimizer.intervals import Interval, every
 from kfac_jax_lite.optimizer.inversions import inversions
 from kfac_jax_lite.optimizer.line_search import keep_from_searches
 from kfac_jax_lite.optimizer.options import Options
-from kfac_jax_lite.optimizer.refresh import (
-    absorbed,
+from kfac_jax_lite.optimizer.refresh import absorbed
+from kfac_jax_lite.optimizer.schedule import (
     clock_after_inversion,
     inversion_gates,
     never_inverted,
     refreshes_due,
 )
+from kfac_jax_lite.optimizer.steps import adapted
 from kfac_jax_lite.statistics.tagged_loss import TaggedLoss
 
 EVERY_STEP = every(1)
@@ -103,7 +109,7 @@ def scale_by_kfac(
         reduction: How statistics travel between devices, and who inverts.
         stagger: Spread refreshes and inversions of layers over steps, so that no step
             takes long: those that have waited longest are served first (see
-            ``optimizer.stagger``). A sampled Fisher's second pass is then taken in
+            ``optimizer.schedule``). A sampled Fisher's second pass is then taken in
             more steps. Intervals count from a layer's own last refresh.
         packed: Keep factors as triangles: half of their bytes between steps, for some
             copying at refreshes and inversions.
