@@ -19,9 +19,6 @@ AXIS = "batch"
 SPLIT, WHOLE = PartitionSpec(AXIS), PartitionSpec()
 
 OWNER = functools.partial(kfac.Reduction, "owner", devices=DEVICES, bucket=0)
-GRID = functools.partial(
-    kfac.Reduction, "grid", devices=DEVICES, bucket=0, share="gradients"
-)
 REDUCTIONS = {
     "all": kfac.Reduction(),
     "alone": kfac.Reduction(bucket=0),
@@ -31,7 +28,6 @@ REDUCTIONS = {
     "inverses": OWNER(share="inverses"),
     "gradients": OWNER(share="gradients", pack=False),
     "owner_bfloat16": OWNER(dtype=jnp.bfloat16),
-    "grid": GRID(fraction=0.25),
 }
 MODES = ("pmap", "shard_map", "checked", "auto", "explicit")
 

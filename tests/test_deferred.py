@@ -248,7 +248,7 @@ OVER_DEVICES = [
     ("checked", "all", "exact", pytest.mark.slow),
     ("checked", "inverses", "empirical", ()),
     ("auto", "all", "mc", pytest.mark.slow),
-    ("auto", "grid", "empirical", pytest.mark.slow),
+    ("auto", "gradients", "empirical", pytest.mark.slow),
     ("explicit", "all", "empirical", ()),
     ("explicit", "gradients", "exact", pytest.mark.slow),
 ]

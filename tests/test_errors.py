@@ -72,10 +72,7 @@ REDUCTIONS = [
     ({"share": "half"}, "share must be one of"),
     ({"dtype": jnp.int8}, "must be floating"),
     ({"bucket": -1}, "must not be negative"),
-    ({"fraction": 0.5}, "goes with mode="),
-    ({"mode": "grid", "devices": 2}, "goes with mode="),
     ({"mode": "owner"}, "wants devices="),
-    ({"mode": "grid", "devices": 8, "fraction": 0.3}, "must be 1/k"),
 ]
 
 

@@ -15,7 +15,6 @@ from tests.helpers import batches_of, cases, close, identical, kfac_state
 from tests.parallel import (
     DEVICES,
     EXAMPLES,
-    GRID,
     OWNER,
     prepare,
     run,
@@ -30,12 +29,12 @@ PLACES = {
     "fsdp": {"w1": P("data"), "b1": P("data"), "w2": P("data"), "b2": P("data")},
     "tensor": {"w1": P(None, "model"), "b1": P("model"), "w2": P("model"), "b2": P()},
 }
-# Mode, axes over which layers are dealt out, share, fraction.
+# Axes over which layers are dealt out, share.
 SPREAD = {
     "all": None,
-    "owner": ("owner", "data", "auto", None),
-    "both_axes": ("owner", ("data", "model"), "gradients", None),
-    "grid": ("grid", "data", "gradients", 0.5),
+    "owner": ("data", "auto"),
+    "both_axes": (("data", "model"), "gradients"),
+    "rows": ("data", "gradients"),
 }
 
 pytestmark = [
@@ -98,10 +97,10 @@ def train(loss, params, batches, put, options):
 
 
 KINDS = (AxisType.Auto, AxisType.Explicit)
-# Tensor parallelism and divided parameters; owners and a grid.
+# Tensor parallelism and divided parameters; owners and divided rows.
 FAST = [
     (AxisType.Auto, "tensor", "both_axes"),
-    (AxisType.Explicit, "fsdp", "grid"),
+    (AxisType.Explicit, "fsdp", "rows"),
 ]
 
 
@@ -117,10 +116,8 @@ def test_a_mesh_of_data_and_model(kind, place, spread):
     wanted_state = kfac_state(state)
     options = {}
     if SPREAD[spread]:
-        mode, names, share, fraction = SPREAD[spread]
-        reduction = kfac.Reduction(
-            mode, mesh=mesh, bucket=0, share=share, fraction=fraction
-        )
+        names, share = SPREAD[spread]
+        reduction = kfac.Reduction("owner", mesh=mesh, bucket=0, share=share)
         options = {"axis_name": names, "reduction": reduction}
 
     def put(x, spec):
@@ -144,20 +141,15 @@ def test_a_mesh_of_data_and_model(kind, place, spread):
 NET = models.mlp("layouts", (4, 5, 3))
 
 
-@pytest.mark.parametrize(
-    ("make", "devices"),
-    cases(itertools.product((OWNER, GRID), (1, 2, 4)), [(GRID, 4)]),
-)
-def test_a_state_of_eight_devices_goes_on_on_fewer(make, devices):
+@pytest.mark.parametrize("devices", cases((1, 2, 4), [4]))
+def test_a_state_of_eight_devices_goes_on_on_fewer(devices):
     """Six steps on eight devices, then six on fewer: twelve on one."""
-    fraction = {} if make is OWNER else {"fraction": 0.25}
-    fewer = {} if make is OWNER else {"fraction": 1 / devices}
     batches = batches_of(NET, 12, EXAMPLES)
-    step, state, place, _ = prepare(NET, "pmap", make(**fraction))
+    step, state, place, _ = prepare(NET, "pmap", OWNER(share="gradients"))
     params = NET.params()
     for batch in batches[:6]:
         params, state, _ = step(params, state, *place(batch))
-    reduction = make(devices=devices, share="gradients", **fewer)
+    reduction = OWNER(devices=devices, share="gradients")
     step, like, place, _ = prepare(NET, "pmap", reduction, devices=devices)
     state = kfac.relayout(state, like, NET.tag(EXAMPLES).layers)
     params = jax.device_get(params)

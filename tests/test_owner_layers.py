@@ -264,12 +264,6 @@ def without_statistics(tx, tagged, tree, mesh=None):
     return seen
 
 
-@pytest.mark.parametrize("fraction", [0.4, 0.3, 2.0, 0.0, 1 / 3, 1 / 16])
-def test_fractions_that_are_not(fraction):
-    with pytest.raises(ValueError, match=r"8 devices allow k of \[1, 2, 4, 8\]"):
-        kfac.Reduction("grid", devices=DEVICES, fraction=fraction)
-
-
 def test_another_number_of_devices():
     """The state is made for as many devices as ``Reduction`` says."""
     tree, halved = params(), batch(examples=2)

@@ -14,7 +14,7 @@ STEPS = 20
 FAST = [
     ("pmap", "all"),
     ("shard_map", "bfloat16"),
-    ("checked", "grid"),
+    ("checked", "gradients"),
     ("auto", "gradients"),
     ("explicit", "inverses"),
 ]

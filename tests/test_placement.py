@@ -27,7 +27,7 @@ def test_a_device_sees_its_own_slices():
     )
     owned = [t.name for t in layers if slices(state.factors[t.name].a)]
     assert owned and len(owned) < len(layers)
-    found = own_part(layers, seen, Plan(2, 2, dict.fromkeys(owned, 0), {}, True))
+    found = own_part(layers, seen, Plan(2, dict.fromkeys(owned, 0), {}, True))
     for t in layers:
         whole, part = numbered.factors[t.name], found.factors[t.name]
         if t.name in owned:

@@ -19,7 +19,7 @@ from kfac_jax_lite.distributed.traffic import Collective
 from tests.helpers import first_pass
 from tests.models import BY_NAME
 
-MODES = ["all", "owner", "grid"]
+MODES = ["all", "owner"]
 POSITIVE = st.floats(1e-3, 1e3)
 
 
@@ -29,10 +29,7 @@ def cost_of(mode, devices):
     tagged = first_pass("mlp")[0]
     model = BY_NAME["mlp"]
     rows = kfac.layer_rows(tagged, model.params(), *model.batch(4))
-    fraction = 0.5 if mode == "grid" else None
-    reduction = kfac.Reduction(
-        mode, fraction=fraction, devices=devices, bucket=0, share="gradients"
-    )
+    reduction = kfac.Reduction(mode, devices=devices, bucket=0, share="gradients")
     return kfac.cost_model(tagged.layers, reduction, devices, rows=rows)
 
 

@@ -265,5 +265,5 @@ def kronecker_layers(
         if plan is not None:
             statistics = whole_statistics(layer, statistics)
             if plan.sliced(layer.name):
-                inverse = undivided(layer, inverse, plan)
+                inverse = undivided(layer, inverse)
         yield layer, statistics, inverse

@@ -312,7 +312,7 @@ def layer_cost(
     """The record of one layer; ``alone``: one device has all rows of the gradient."""
     part = 1.0
     if plan.sliced(layer.name):
-        part = held_rows(layer, plan)[1] / max(layer.sizes)
+        part = held_rows(layer, plan) / max(layer.sizes)
     return LayerCost(
         layer,
         rows,

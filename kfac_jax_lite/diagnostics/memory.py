@@ -52,7 +52,7 @@ def memory_of(layer: LayerTag, method: Method, plan: Plan, memory: int) -> Memor
         factors = 4 * sum(slice_sizes(layer, plan)) + size(getattr(zeros, "s", None))
     if plan.sliced(layer.name):
         larger = inverse.a if larger_side(layer) == "a" else inverse.g
-        kept = held_rows(layer, plan)[1] / larger.shape[-1]
+        kept = held_rows(layer, plan) / larger.shape[-1]
         inverses += round((kept - 1) * size(larger))
     return Memory(factors, memory * factors, inverses)
 

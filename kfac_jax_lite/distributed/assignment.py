@@ -34,14 +34,12 @@ class Plan:
 
     Attributes:
         devices: ``D``.
-        slices: Among how many devices the rows of an inverse are divided.
         owners: Layer name to the device that inverts it.
         share: Layer name to what follows an inversion.
         packed: Whether inverses travel as triangles; slices of factors always do.
     """
 
     devices: int
-    slices: int
     owners: dict[str, int]
     share: dict[str, str]
     packed: bool
@@ -50,19 +48,8 @@ class Plan:
         """Whether rows of the larger inverse stay on different devices."""
         return self.share.get(name) == GRADIENTS
 
-    def groups(self) -> list[list[int]] | None:
-        """Neighbours that gather from each other; None: all devices."""
-        k = self.slices
-        if k == self.devices:
-            return None
-        return [list(range(i, i + k)) for i in range(0, self.devices, k)]
 
-    def columns(self) -> list[list[int]]:
-        """Devices that hold the same rows."""
-        return [list(range(j, self.devices, self.slices)) for j in range(self.slices)]
-
-
-NOBODY = Plan(1, 1, {}, {}, True)
+NOBODY = Plan(1, {}, {}, True)
 
 
 def make_plan(
@@ -86,7 +73,6 @@ def make_plan(
     share = {t.name: shared(t, reduction, devices, method, period) for t in owned}
     return Plan(
         devices,
-        reduction.slices(devices),
         balanced(owned, devices),
         share,
         reduction.pack,
@@ -199,10 +185,9 @@ def slice_sizes(layer: LayerTag, plan: Plan) -> tuple[int, int]:
     return -(-a // plan.devices), -(-g // plan.devices)
 
 
-def held_rows(layer: LayerTag, plan: Plan) -> tuple[int, int]:
-    """Rows of the larger inverse: those that the owner sends to a device, and holds."""
-    sent = -(-max(layer.sizes) // plan.devices)
-    return sent, sent * (plan.devices // plan.slices)
+def held_rows(layer: LayerTag, plan: Plan) -> int:
+    """How many rows of the larger inverse a device holds."""
+    return -(-max(layer.sizes) // plan.devices)
 
 
 def parcel_sizes(layer: LayerTag, plan: Plan, method: Method) -> tuple[int, int]:
@@ -211,7 +196,7 @@ def parcel_sizes(layer: LayerTag, plan: Plan, method: Method) -> tuple[int, int]
         small = "g" if larger_side(layer) == "a" else "a"
         for_all = inverse_sizes(layer, plan.packed)[small]
         blocks = math.prod(layer.stack + layer.blocks)
-        rows = blocks * held_rows(layer, plan)[0] * max(layer.sizes)
+        rows = blocks * held_rows(layer, plan) * max(layer.sizes)
         return -(-for_all // plan.devices), rows
     cached = jax.eval_shape(lambda: method.initial(layer, jnp.float32))
     total = sum(

@@ -71,11 +71,9 @@ def as_bits(x: Array) -> Array:
     return lax.bitcast_convert_type(x, BITS[x.dtype.itemsize])
 
 
-def gathered(part: Array, axis_name: Any, groups: Any = None) -> Array:
-    """Rows ``[devices, *part.shape]`` of all devices, or of those of one's group."""
-    if groups is None:
-        return lax.all_gather(part, axis_name, to="invarying")
-    return lax.all_gather(part, axis_name, axis_index_groups=groups)
+def gathered(part: Array, axis_name: Any) -> Array:
+    """Rows ``[devices, *part.shape]`` of all devices."""
+    return lax.all_gather(part, axis_name, to="invarying")
 
 
 def tree_pairs(devices: int, root: int) -> list[list[tuple[int, int]]]:

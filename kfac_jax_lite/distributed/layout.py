@@ -19,7 +19,6 @@ from kfac_jax_lite.distributed.assignment import (
     slice_sizes,
 )
 from kfac_jax_lite.distributed.collectives import (
-    checked_axes,
     gathered,
     mean,
     scattered_mean,
@@ -104,7 +103,7 @@ def own_part(layers: Sequence[LayerTag], state: KFACState, plan: Plan) -> KFACSt
         previous[name] = tuple(map(local, previous[name]))
         if plan.sliced(name):
             side = larger_side(layer) or ""
-            rows, size = held_rows(layer, plan)[1], max(layer.sizes)
+            rows, size = held_rows(layer, plan), max(layer.sizes)
             shape = (*layer.stack, *layer.blocks, rows, size)
             part = reshaped(name, getattr(inverses[name], side), shape)
             inverses[name] = inverses[name]._replace(**{side: part})
@@ -192,7 +191,7 @@ def moved(state: KFACState, like: KFACState, tags: dict[str, LayerTag]) -> KFACS
         previous[name] = tuple(map(turn, state.previous[name]))
         inverse = state.inverses[name]
         if old_plan is not None and old_plan.sliced(name):
-            inverse = undivided(layer, inverse, old_plan)
+            inverse = undivided(layer, inverse)
         if new_plan is not None and new_plan.sliced(name):
             inverse = divided(layer, inverse, new_plan)
         inverses[name] = inverse
@@ -249,12 +248,8 @@ def plan_of(layer: LayerTag, statistics: Any, inverse: Any) -> Plan | None:
     if not is_slices(getattr(statistics, "a", None)):
         return None
     devices = statistics.a.values.shape[0]
-    parts = [x for x in inverse if is_slices(x)]
-    if not parts:
-        return Plan(devices, devices, {layer.name: 0}, {}, True)
-    sent, held = -(-parts[0].values.shape[-1] // devices), parts[0].values.shape[-2]
-    slices = devices * sent // held
-    return Plan(devices, slices, {layer.name: 0}, {layer.name: GRADIENTS}, True)
+    share = {layer.name: GRADIENTS} if any(map(is_slices, inverse)) else {}
+    return Plan(devices, {layer.name: 0}, share, True)
 
 
 def sliced_statistics(layer: LayerTag, statistics: Any, plan: Plan) -> Any:
@@ -336,17 +331,13 @@ def sliced_change(new: Any, old: Any, axis_name: Any) -> Array:
 
 
 def row_parts(matrix: Array, plan: Plan) -> Array:
-    """Rows of ``[*blocks, d, d]`` as ``[slices, copies, *blocks, rows, d]``.
-
-    A slice is what a device holds; each of the ``copies`` devices that hold it gets one
-    part of it from the owner.
-    """
-    d, copies = matrix.shape[-1], plan.devices // plan.slices
+    """``[*blocks, d, d]`` by device, padded: ``[devices, *blocks, rows, d]``."""
+    d = matrix.shape[-1]
     rows = -(-d // plan.devices)
     missing = plan.devices * rows - d
     padded = jnp.pad(matrix, [(0, 0)] * (matrix.ndim - 2) + [(0, missing), (0, 0)])
-    split = padded.reshape(*matrix.shape[:-2], plan.slices, copies, rows, d)
-    return jnp.moveaxis(split, (-4, -3), (0, 1))
+    split = padded.reshape(*matrix.shape[:-2], plan.devices, rows, d)
+    return jnp.moveaxis(split, -3, 0)
 
 
 def joined_rows(parts: Array) -> Array:
@@ -355,28 +346,18 @@ def joined_rows(parts: Array) -> Array:
     return moved.reshape(*moved.shape[:-3], -1, moved.shape[-1])
 
 
-def sent_rows(matrix: Array, plan: Plan) -> Array:
-    """What the owner sends to each device: ``[devices, *blocks, rows, d]``."""
-    parts = jnp.swapaxes(row_parts(matrix, plan), 0, 1)
-    return parts.reshape(plan.devices, *parts.shape[2:])
-
-
 def divided(layer: LayerTag, inverse: FactorInverses, plan: Plan) -> FactorInverses:
     """Explicit inverses with the larger one as the slices that devices hold."""
     side = larger_side(layer)
     assert side is not None
-    parts = row_parts(getattr(inverse, side), plan)
-    held = jax.vmap(joined_rows)(parts)
-    copies = plan.devices // plan.slices
-    held = jnp.tile(held, (copies,) + (1,) * (held.ndim - 1))
-    return inverse._replace(**{side: Slices(held)})
+    return inverse._replace(**{side: Slices(row_parts(getattr(inverse, side), plan))})
 
 
-def undivided(layer: LayerTag, inverse: Any, plan: Plan) -> FactorInverses:
+def undivided(layer: LayerTag, inverse: Any) -> FactorInverses:
     """The whole inverses that were ``divided``."""
     side = larger_side(layer)
     assert side is not None
-    whole = joined_rows(getattr(inverse, side).values[: plan.slices])
+    whole = joined_rows(getattr(inverse, side).values)
     return inverse._replace(**{side: whole[..., : whole.shape[-1], :]})
 
 
@@ -401,41 +382,19 @@ def precondition_rows(layer: LayerTag, inverse: FactorInverses, v: Array) -> Arr
 
 def gather_rows(
     layers: Sequence[LayerTag],
-    plan: Plan,
     axis_name: Any,
     rows: dict[str, Array],
     shapes: dict[str, tuple[Any, ...]],
 ) -> dict[str, Array]:
     """Preconditioned gradients of all divided layers, in one all-gather."""
-    groups, count = plan.groups(), plan.slices
-    copies = plan.devices // plan.slices
-    typed = groups is not None and bool(checked_axes(axis_name))
-    if typed:
-        # A group's gather has no type that says it is equal everywhere: all devices
-        # gather, each a part of its rows.
-        number, groups, count = (
-            lax.axis_index(axis_name) // plan.slices,
-            None,
-            plan.devices,
-        )
-        rows = {k: part_of_rows(x, number, copies) for k, x in rows.items()}
     flat = jnp.concatenate([rows[t.name].ravel() for t in layers])
-    parts, start, found = gathered(flat, axis_name, groups), 0, {}
+    parts, start, found = gathered(flat, axis_name), 0, {}
     for layer in layers:
         own, shape = rows[layer.name], shapes[layer.name]
-        mine = parts[:, start : start + own.size].reshape(count, *own.shape)
+        mine = parts[:, start : start + own.size].reshape(-1, *own.shape)
         start += own.size
-        if typed:
-            mine = mine.reshape(copies, plan.slices, *own.shape)
-            mine = jnp.swapaxes(mine, 0, 1).reshape(count, *own.shape)
         whole = joined_rows(mine)
         if larger_side(layer) == "g":
             whole = jnp.swapaxes(whole, -1, -2)
         found[layer.name] = whole[..., : shape[-2], : shape[-1]]
     return found
-
-
-def part_of_rows(rows: Array, number: Array, copies: int) -> Array:
-    """One of ``copies`` equal parts of a device's rows."""
-    size = rows.shape[-2] // copies
-    return lax.dynamic_slice_in_dim(rows, number * size, size, rows.ndim - 2)

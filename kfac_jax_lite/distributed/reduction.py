@@ -27,7 +27,7 @@ from kfac_jax_lite.kronecker.factors import (
     to_vector,
 )
 
-MODES = ("all", "owner", "grid")
+MODES = ("all", "owner")
 SHARES = ("auto", "inverses", "gradients")
 
 
@@ -44,15 +44,11 @@ class Reduction:
     of the larger one, preconditions these rows, and the preconditioned gradients are
     gathered at every step; whichever moves fewer bytes.
 
-    ``"grid"``: rows are divided among ``1/fraction`` devices only: gathers stay inside
-    groups of neighbours, for ``D · fraction`` times the memory.
-
-    ``"owner"`` and ``"grid"`` keep parts of the state on different devices: see
-    ``kfac.state_specs``. Layers that are small, tied, or not Kronecker-factored are
-    treated as in ``"all"``.
+    ``"owner"`` keeps parts of the state on different devices: see ``kfac.state_specs``.
+    Layers that are small, tied, or not Kronecker-factored are treated as in ``"all"``.
 
     Attributes:
-        mode: ``"all"``, ``"owner"`` or ``"grid"``.
+        mode: ``"all"`` or ``"owner"``.
         pack: Send only the upper triangle of symmetric matrices; slices always are.
         dtype: Precision of statistics on the wire, or None for their own. Sums are
             taken in the statistics' precision.
@@ -60,9 +56,7 @@ class Reduction:
             travel in one collective where all of them are due, and alone otherwise.
         share: What follows an inversion by the owner: ``"inverses"``, ``"gradients"``
             (rows of inverses, for ``inverse="cholesky"``) or ``"auto"``.
-        fraction: Which part of the rows of a larger inverse every device keeps, ``1/k``
-            with ``k`` a divisor of the number of devices; for ``"grid"``.
-        devices: Number of devices; wanted by ``"owner"`` and ``"grid"``.
+        devices: Number of devices; wanted by ``"owner"``.
         mesh: Under ``jit``: the mesh over whose axes ``axis_name`` the inversions are
             spread. XLA reduces the statistics itself, so ``dtype`` plays no part.
 
@@ -76,7 +70,6 @@ class Reduction:
     dtype: Any = None
     bucket: int = 2**14
     share: str = "auto"
-    fraction: float | None = None
     devices: int | None = None
     mesh: Any = None
 
@@ -92,30 +85,11 @@ class Reduction:
             raise ValueError(f"Reduction.dtype must be floating, got {self.dtype}.")
         if self.bucket < 0:
             raise ValueError(f"Reduction.bucket must not be negative: {self.bucket}.")
-        if (self.fraction is None) == (self.mode == "grid"):
-            raise ValueError(
-                'Reduction.fraction goes with mode="grid", and only there.'
-            )
         if self.mode != "all" and self.mesh is None and self.devices is None:
             raise ValueError(
                 f'Reduction(mode="{self.mode}") wants devices=…, the size of the '
                 "mapped axis, or under jit mesh=…."
             )
-        if self.mode == "grid" and self.devices is not None:
-            self.slices(self.devices)
-
-    def slices(self, devices: int) -> int:
-        """Among how many devices the rows of an inverse are divided."""
-        if self.fraction is None:
-            return devices
-        slices = round(1 / self.fraction) if self.fraction > 0 else 0
-        known = [k for k in range(1, devices + 1) if devices % k == 0]
-        if slices not in known or abs(slices * self.fraction - 1) > 0.01:
-            raise ValueError(
-                f"Reduction.fraction={self.fraction} must be 1/k with k devices, "
-                f"neighbours, that hold all rows; {devices} devices allow k of {known}."
-            )
-        return slices
 
     def num_devices(self, axis_name: Any) -> int:
         """``D`` where it must be known before the program runs."""

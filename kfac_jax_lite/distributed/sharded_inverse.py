@@ -38,7 +38,7 @@ from kfac_jax_lite.distributed.collectives import (
     varied,
 )
 from kfac_jax_lite.distributed.context import Context
-from kfac_jax_lite.distributed.layout import joined_rows, sent_rows, whole_statistics
+from kfac_jax_lite.distributed.layout import row_parts, whole_statistics
 from kfac_jax_lite.kronecker.factors import (
     field_shapes,
     from_vector,
@@ -58,7 +58,7 @@ def parcels(
         large = larger_side(layer) or ""
         small = "g" if large == "a" else "a"
         sent = {small: getattr(cached, small)}
-        rows = [sent_rows(getattr(cached, large), plan).reshape(plan.devices, -1)]
+        rows = [row_parts(getattr(cached, large), plan).reshape(plan.devices, -1)]
     else:
         sent, rows = cached_arrays(cached), []
     if moments is not None:
@@ -88,7 +88,7 @@ def opened(
     good, new, start = all_finite(vector), {}, 0
     for name, x in cached_arrays(cached).items():
         if isinstance(x, Slices):
-            new[name] = Slices(own_rows(own[size:], x.values, plan, axis_name))
+            new[name] = Slices(own[size:].reshape(x.values.shape))
             continue
         symmetric = inverse_symmetric(layer, name, x.shape, plan.packed)
         new[name] = from_vector(vector[start:], x.shape, symmetric)
@@ -98,16 +98,6 @@ def opened(
         return cached, (), good
     shape = field_shapes(layer, True)["s"]
     return cached, from_vector(vector[start:], shape, False), good
-
-
-def own_rows(part: Array, like: Array, plan: Plan, axis_name: Any) -> Array:
-    """The slice that a device holds, of the parts sent to those that share it."""
-    if plan.devices == plan.slices:
-        return part.reshape(like.shape)
-    parts = gathered(part, axis_name, plan.columns())
-    copies = plan.devices // plan.slices
-    shape = (copies, *like.shape[:-2], like.shape[-2] // copies, like.shape[-1])
-    return joined_rows(parts.reshape(shape))
 
 
 class Wanted(NamedTuple):

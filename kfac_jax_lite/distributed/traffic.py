@@ -144,18 +144,13 @@ class Wire:
         for_all, rows = parcel_sizes(layer, plan, self.method)
         yield from self.tree(name, for_all + rows)
         yield self.of(name, INVERSION, "all_gather", self.devices * for_all)
-        copies = self.devices // plan.slices
-        if rows and copies > 1:
-            total = copies * rows
-            yield self.of(name, INVERSION, "all_gather", total, devices=copies)
 
     def step(self, layer: LayerTag) -> Iterator[Collective]:
         """Preconditioned rows, gathered at every step."""
         if self.plan.sliced(layer.name):
-            slices = self.plan.slices
-            rows = held_rows(layer, self.plan)[1] * slices
+            rows = held_rows(layer, self.plan) * self.devices
             total = math.prod(layer.stack + layer.blocks) * rows * min(layer.sizes)
-            yield self.of(layer.name, STEP, "all_gather", total, devices=slices)
+            yield self.of(layer.name, STEP, "all_gather", total)
 
 
 def traffic(

@@ -422,5 +422,5 @@ def directions(
     divided = [layer for layer in layers if layer.name in rows]
     if divided:
         shapes = {name: blocks[name].shape for name in rows}
-        blocks |= gather_rows(divided, plan, context.axis_name, rows, shapes)
+        blocks |= gather_rows(divided, context.axis_name, rows, shapes)
     return assemble(layers, blocks, grads)
