@@ -63,7 +63,7 @@ def low_rank(values, rank):
     q, _ = np.linalg.qr(rng.normal(size=(2, size, size)))
     a, g = jnp.asarray((q * np.asarray(values)) @ q.mT)
     tx = kfac.scale_by_kfac(
-        tagged.layers, DAMPING, inverse=kfac.low_rank(rank), factor_decay=0.0
+        tagged.layers, damping=DAMPING, inverse=kfac.low_rank(rank), factor_decay=0.0
     )
     update = jax.jit(lambda s, f: tx.update(params, s, params, statistics=f)[1])
     state = tx.init(params)

@@ -147,7 +147,13 @@ def check_random(method, sizes, limit, bias, numbers, patch):
     model = models.mlp("random", sizes, bias=bias)
     params, tagged = model.params(), model.tag(3, max_factor_dim=limit)
     tx = kfac.bayes.noisy_kfac(
-        tagged.layers, 256, 0.1, precision, temperature, augmentation, inverse=method
+        tagged.layers,
+        256,
+        0.1,
+        prior_precision=precision,
+        temperature=temperature,
+        augmentation=augmentation,
+        inverse=method,
     )
     state = tx.init(params)
     shapes = tagged.value_and_grad, params, *model.batch(3)
@@ -230,7 +236,15 @@ def fed(method):
     a, g = anisotropic(rng, 4), anisotropic(rng, 3)
     model = models.mlp("linear", (3, 3))
     params, tagged = model.params(), model.tag(2)
-    tx = kfac.bayes.noisy_kfac(tagged.layers, 64, 0.1, 16.0, 0.25, 4.0, inverse=method)
+    tx = kfac.bayes.noisy_kfac(
+        tagged.layers,
+        64,
+        0.1,
+        prior_precision=16.0,
+        temperature=0.25,
+        augmentation=4.0,
+        inverse=method,
+    )
     moments = None
     if method == "ekfac":
         moments = jnp.asarray(rng.uniform(0.05, 5, (4, 3)))
@@ -289,11 +303,15 @@ def diagonal_state(method):
     """A state with curvatures ``[0.1, 1, 10]`` and 0.5."""
     curvature = {"w": jnp.asarray([0.1, 1.0, 10.0]), "b": jnp.asarray([0.5])}
     if method == "ivon":
-        state = kfac.bayes.ivon(64, 0.1, 16.0, 0.25, 4.0).init(VECTOR)
+        state = kfac.bayes.ivon(
+            64, 0.1, prior_precision=16.0, temperature=0.25, augmentation=4.0
+        ).init(VECTOR)
         return state._replace(hessian=curvature)
     x = jnp.ones((2, 3))
     tagged = kfac.tag(quadratic, VECTOR, x, statistics="squares", strict=True)
-    tx = kfac.bayes.vogn(tagged.layers, 64, 0.1, 16.0, 0.25, 4.0)
+    tx = kfac.bayes.vogn(
+        tagged.layers, 64, 0.1, prior_precision=16.0, temperature=0.25, augmentation=4.0
+    )
     block = jnp.concatenate([curvature["w"], curvature["b"]])[:, None]
     fed = {layer.name: SquareStatistics(block) for layer in tagged.layers}
     zeros = jax.tree.map(jnp.zeros_like, VECTOR)

@@ -86,7 +86,7 @@ def test_noisy_kfac_is_the_exact_posterior_of_a_linear_model(outputs, inverse):
     params, batch = regression(outputs)
     tagged = kfac.tag(squared_error, params, *batch, fisher="exact", strict=True)
     tx = kfac.bayes.noisy_kfac(
-        tagged.layers, len(batch[0]), decaying(), PRIOR, damping=1e-12,
+        tagged.layers, len(batch[0]), decaying(), prior_precision=PRIOR, damping=1e-12,
         momentum=None, kl_clip=None, factor_decay=0.0, inverse=inverse,
     )  # fmt: skip
     found, state = trained(tagged, tx, params, batch, 400)
@@ -114,7 +114,12 @@ def test_vogn_is_the_mean_field_optimum_of_a_linear_model(outputs):
     tagged = kfac.tag(squared_error, params, *batch, **options)
     schedule = optax.exponential_decay(0.1, 10, 0.98, end_value=2e-4)
     tx = kfac.bayes.vogn(
-        tagged.layers, len(batch[0]), schedule, PRIOR, damping=0.0, decay=0.0
+        tagged.layers,
+        len(batch[0]),
+        schedule,
+        prior_precision=PRIOR,
+        damping=0.0,
+        decay=0.0,
     )
     found, state = trained(tagged, tx, params, batch, 3000)
     precision, mean = exact_regression(outputs)
@@ -133,7 +138,7 @@ def test_ivon_estimates_the_mean_field_optimum_of_a_linear_model():
     params, batch = regression(1)
     schedule = optax.exponential_decay(0.1, 10, 0.98, end_value=5e-4)
     tx = kfac.bayes.ivon(
-        len(batch[0]), schedule, PRIOR, initial=2.0, decay=1 - 1 / 3000
+        len(batch[0]), schedule, prior_precision=PRIOR, initial=2.0, decay=1 - 1 / 3000
     )
     found, state = trained(squared_error, tx, params, batch, 12_000, num_samples=4)
     precision, mean = exact_regression(1)
@@ -196,7 +201,7 @@ def test_noisy_kfac_on_logistic_regression(inverse, tolerance):
     batch, (mean, covariance) = classification(), grid_posterior(101)
     tagged = kfac.tag(cross_entropy, START, *batch, fisher="exact", strict=True)
     tx = kfac.bayes.noisy_kfac(
-        tagged.layers, len(batch[0]), decaying(), PRIOR, damping=1e-9,
+        tagged.layers, len(batch[0]), decaying(), prior_precision=PRIOR, damping=1e-9,
         momentum=None, kl_clip=None, factor_decay=0.98, inverse=inverse,
     )  # fmt: skip
     found, state = trained(tagged, tx, START, batch, 1500)
@@ -221,12 +226,19 @@ def test_diagonal_methods_on_logistic_regression(method):
         options = {"fisher": "exact", "statistics": "squares"}
         tagged = kfac.tag(cross_entropy, START, *batch, **options)
         tx = kfac.bayes.vogn(
-            tagged.layers, len(batch[0]), schedule, PRIOR, damping=0.0, decay=0.98
+            tagged.layers,
+            len(batch[0]),
+            schedule,
+            prior_precision=PRIOR,
+            damping=0.0,
+            decay=0.98,
         )
         found, state = trained(tagged, tx, START, batch, 3000)
         variances = state.variance / (state.squares["w"] + state.damping)
     else:
-        tx = kfac.bayes.ivon(len(batch[0]), schedule, PRIOR, decay=0.9997)
+        tx = kfac.bayes.ivon(
+            len(batch[0]), schedule, prior_precision=PRIOR, decay=0.9997
+        )
         found, state = trained(cross_entropy, tx, START, batch, 12_000, num_samples=4)
         variances = state.variances["w"]
     deviation = np.sqrt(np.diag(covariance))

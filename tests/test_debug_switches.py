@@ -69,20 +69,22 @@ def injected(layers, **options):
 
 linear, adaptive = optax.linear_schedule(0.1, 0.05, 3), kfac.intervals.adaptive
 RULES = {
-    "fixed": lambda t, **o: kfac.kfac(t, 0.05, 0.1, **o),
+    "fixed": lambda t, **o: kfac.kfac(t, 0.05, damping=0.1, **o),
     "schedules": lambda t, **o: kfac.kfac(
-        t, linear, linear, linear, kl_clip=linear, interval=adaptive(0.3), **o
+        t, linear, damping=linear, momentum=linear, kl_clip=linear,
+        interval=adaptive(0.3), **o,
     ),
     "adaptive": lambda t, **o: kfac.kfac(
-        t, 5.0, kfac.damping.adaptive(0.1), interval=kfac.intervals.staleness(), **o
+        t, 5.0, damping=kfac.damping.adaptive(0.1),
+        interval=kfac.intervals.staleness(), **o,
     ),
     "levenberg_marquardt": lambda t, **o: kfac.kfac(
-        t, 0.05, kfac.damping.levenberg_marquardt(interval=1), **o
+        t, 0.05, damping=kfac.damping.levenberg_marquardt(interval=1), **o
     ),
-    "auto": lambda t, **o: kfac.kfac(t, "auto", 0.1, **o),
+    "auto": lambda t, **o: kfac.kfac(t, "auto", damping=0.1, **o),
     "inject": injected,
     "scale_by_kfac": lambda t, **o: kfac.scale_by_kfac(
-        t, kfac.damping.adaptive(), **o
+        t, damping=kfac.damping.adaptive(), **o
     ),
 }  # fmt: skip
 METHODS = ("cholesky", "newton_schulz", "auto", "eigh", "ekfac", "low_rank")

@@ -77,8 +77,9 @@ def updater(method, packed=False, period=1):
 
     def make(inverse_interval):
         return kfac.scale_by_kfac(
-            tagged()[0].layers, 0.1, DECAY, kfac.intervals.every(period), method,
-            inverse_interval, packed=packed,
+            tagged()[0].layers, damping=0.1, factor_decay=DECAY,
+            interval=kfac.intervals.every(period), inverse=method,
+            inverse_interval=inverse_interval, packed=packed,
         )  # fmt: skip
 
     @jax.jit
@@ -249,7 +250,7 @@ def test_slices_of_an_idle_layer_on_two_devices():
     """Devices agree: a layer is idle where the slices of all of them are zero."""
     layers, params = tagged()[0].layers, tagged()[1]
     tx = kfac.scale_by_kfac(
-        layers, 0.1, DECAY, axis_name=AXIS,
+        layers, damping=0.1, factor_decay=DECAY, axis_name=AXIS,
         reduction=kfac.Reduction("owner", devices=2, bucket=0),
     )  # fmt: skip
     state = tx.init(params)

@@ -240,7 +240,7 @@ def test_a_weight_of_zero_width(inverse, shape):
     found = []
     for params in (whole, {"w": whole["w"]}):
         tagged = kfac.tag(loss, params, x)
-        tx = kfac.scale_by_kfac(tagged.layers, DAMPING, inverse=inverse)
+        tx = kfac.scale_by_kfac(tagged.layers, damping=DAMPING, inverse=inverse)
         state = tx.init(params)
         for _ in range(2):
             _, grads, statistics = jax.jit(tagged.value_and_grad)(

@@ -319,7 +319,7 @@ def test_a_failure_keeps_the_last_good_eigenpairs(rng):
     model, tagged = net("mlp")
     params = model.params()
     tx = kfac.scale_by_kfac(
-        tagged.layers, DAMPING, factor_decay=0.0, inverse=kfac.low_rank(2)
+        tagged.layers, damping=DAMPING, factor_decay=0.0, inverse=kfac.low_rank(2)
     )
     _, grads, statistics = tagged.value_and_grad(params, *model.batch(4))
     good = tx.update(grads, tx.init(params), params, statistics=statistics)[1]

@@ -277,6 +277,12 @@ def test_positional_and_keyword_only():
     tag = inspect.signature(kfac.tag).parameters
     assert tag["args"].kind is inspect.Parameter.VAR_POSITIONAL
     assert tag["fisher"].kind is inspect.Parameter.KEYWORD_ONLY
+    for make in (kfac.kfac, kfac.bayes.noisy_kfac, kfac.bayes.vogn, kfac.bayes.ivon):
+        parameters = list(inspect.signature(make).parameters.values())
+        after = [p.name for p in parameters].index("learning_rate") + 1
+        assert all(p.kind is p.KEYWORD_ONLY for p in parameters[after:]), make
+    damping = inspect.signature(kfac.scale_by_kfac).parameters["damping"]
+    assert damping.kind is damping.KEYWORD_ONLY
 
 
 def test_names():

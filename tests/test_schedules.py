@@ -64,7 +64,7 @@ def compiled(tx, calls):
 def test_heavy_ball(rng, bad):
     """Python counts the accepted batches and keeps its own velocity."""
     layers, params = first_pass("mlp")[0].layers, MODEL.params()
-    tx = kfac.kfac(layers, shrinking, DAMPING, momentum=falling, kl_clip=None)
+    tx = kfac.kfac(layers, shrinking, damping=DAMPING, momentum=falling, kl_clip=None)
     plain = kfac.scale_by_kfac(layers, damping=DAMPING)
     state, plain_state, calls = tx.init(params), plain.init(params), {"traced": 0}
     update, accepted = compiled(tx, calls), 0
@@ -89,7 +89,7 @@ def test_heavy_ball(rng, bad):
 @pytest.mark.parametrize("bad", [(), (0, 3)], ids=["clean", "rejected"])
 def test_trust_region(rng, bad):
     layers, params = first_pass("mlp")[0].layers, MODEL.params()
-    tx = kfac.kfac(layers, shrinking, DAMPING, momentum=None, kl_clip=growing)
+    tx = kfac.kfac(layers, shrinking, damping=DAMPING, momentum=None, kl_clip=growing)
     plain = kfac.scale_by_kfac(layers, damping=DAMPING)
     state, plain_state, calls = tx.init(params), plain.init(params), {"traced": 0}
     update, factors = compiled(tx, calls), []
@@ -116,7 +116,7 @@ def test_heavy_ball_beside_an_adaptive_damping(bad):
     """``d = −η u + m d_prev``: the velocity is the last step."""
     tagged, params = first_pass("mlp")[0], MODEL.params()
     rule = kfac.damping.levenberg_marquardt(0.5, factor=0.9, interval=2)
-    tx = kfac.kfac(tagged.layers, shrinking, rule, momentum=falling)
+    tx = kfac.kfac(tagged.layers, shrinking, damping=rule, momentum=falling)
     plain = kfac.scale_by_kfac(tagged.layers)
     state, plain_state, accepted = tx.init(params), plain.init(params), 0
     calls = collections.Counter()

@@ -223,7 +223,7 @@ def test_masked_weight_decay_beside_the_quadratic_model(mask, rate, damping):
     tagged, params, batches, _ = made()
 
     def first(**options):
-        tx = kfac.kfac(tagged.layers, rate, damping, **options)
+        tx = kfac.kfac(tagged.layers, rate, damping=damping, **options)
         state = tx.init(params)
         _, grads, statistics = tagged.value_and_grad(params, *batches[0])
         model = kfac.quadratic_model(tagged, params, *batches[0])

@@ -68,7 +68,7 @@ def optimisers(problem: Problem) -> dict[str, tuple[Any, Any]]:
     layers, bayes = tagged.layers, kfac.bayes
     return {
         BASELINE: (problem.plain_loss(), optax.adam(RATE)),
-        "K-FAC": (tagged, kfac.kfac(layers, RATE, DAMPING, **every)),
+        "K-FAC": (tagged, kfac.kfac(layers, RATE, damping=DAMPING, **every)),
         "noisy K-FAC": (
             tagged,
             bayes.noisy_kfac(layers, NUM_DATA, RATE, damping=DAMPING, **every),

@@ -122,7 +122,7 @@ def make_transform(
     """
     if optimizer == "kfac":
         return kfac.kfac(
-            tagged.layers, rate, damping, momentum=MOMENTUM, weight_decay=decay
+            tagged.layers, rate, damping=damping, momentum=MOMENTUM, weight_decay=decay
         )
     if optimizer == "adam":
         scale = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(decay))

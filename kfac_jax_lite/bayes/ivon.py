@@ -84,6 +84,7 @@ class IVONState(NamedTuple):
 def ivon(
     num_data: Number,
     learning_rate: optax.ScalarOrSchedule,
+    *,
     prior_precision: Number = 1.0,
     temperature: Number = 1.0,
     augmentation: Number = 1.0,

@@ -107,6 +107,7 @@ def noisy_kfac(
     layers: Sequence[LayerTag],
     num_data: Number,
     learning_rate: optax.ScalarOrSchedule,
+    *,
     prior_precision: Number = 1.0,
     temperature: Number = 1.0,
     augmentation: Number = 1.0,
@@ -178,7 +179,7 @@ def noisy_kfac(
     tx = kfac(
         layers,
         learning_rate,
-        total_damping(damping, scale.damping),
+        damping=total_damping(damping, scale.damping),
         momentum=momentum,
         kl_clip=kl_clip,
         factor_decay=factor_decay,

@@ -65,6 +65,7 @@ def vogn(
     layers: Sequence[LayerTag],
     num_data: Number,
     learning_rate: optax.ScalarOrSchedule,
+    *,
     prior_precision: Number = 1.0,
     temperature: Number = 1.0,
     augmentation: Number = 1.0,

@@ -48,6 +48,7 @@ class KFACChainState(NamedTuple):
 def kfac(
     layers: Sequence[LayerTag] | TaggedLoss,
     learning_rate: optax.ScalarOrSchedule | str,
+    *,
     damping: Damping | Adaptive | LevenbergMarquardt = 1e-3,
     momentum: optax.ScalarOrSchedule | None = 0.9,
     weight_decay: float | Array = 0.0,

@@ -72,6 +72,7 @@ ALL_REDUCE = Reduction()
 
 def scale_by_kfac(
     layers: Sequence[LayerTag] | TaggedLoss,
+    *,
     damping: damping_lib.Damping | damping_lib.Adaptive = 1e-3,
     factor_decay: float | Array = 0.95,
     interval: Interval = EVERY_STEP,

@@ -84,7 +84,7 @@ def train(part: Regression, noisy: bool) -> tuple[Any, Any, Any]:
     curved: Any = {"damping": part.damping, "inverse_interval": EVERY}
     if noisy:
         n, prior = part.examples, part.prior_precision
-        tx = bayes.noisy_kfac(tagged.layers, n, rate, prior, **curved)
+        tx = bayes.noisy_kfac(tagged.layers, n, rate, prior_precision=prior, **curved)
     else:
         tx = kfac.kfac(tagged.layers, rate, **curved)
     state = tx.init(params)

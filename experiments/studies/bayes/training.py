@@ -134,7 +134,7 @@ def make_tx(
     decay = values["weight_decay"]
     if method == KFAC:
         damping = settings.damping
-        return kfac.kfac(layers, rate, damping, weight_decay=decay, **curved)
+        return kfac.kfac(layers, rate, damping=damping, weight_decay=decay, **curved)
     if method == ADAM:
         tx = optax.adamw(rate, b1=momentum, b2=BETA2, weight_decay=decay)
     else:
