@@ -78,6 +78,21 @@ class LayerTag:
         return self.kind in ("dense", "conv", "embedding")
 
     @property
+    def unitwise(self) -> bool:
+        """Whether it has a small block for every unit, as scales and shifts have."""
+        return self.kind == "scale_shift"
+
+    @property
+    def fallback(self) -> bool:
+        """Whether only the squares of its gradient are kept."""
+        return self.kind == "diagonal"
+
+    @property
+    def one_hot(self) -> bool:
+        """Whether its inputs are rows of the identity, whose ``A`` is diagonal."""
+        return self.kind == "embedding"
+
+    @property
     def reached(self) -> bool:
         """Whether a gradient can reach it at all."""
         return self.note != UNREACHED

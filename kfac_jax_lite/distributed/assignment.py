@@ -93,7 +93,7 @@ def is_small(layer: LayerTag, reduction: Reduction, moments: bool = False) -> bo
 
 def wire_size(layer: LayerTag, reduction: Reduction, moments: bool) -> int:
     """Entries of one refresh on the wire, before any padding."""
-    if layer.kind == "diagonal":
+    if layer.fallback:
         return math.prod(layer.a_shape)
     return sum(field_sizes(layer, reduction.pack, moments).values())
 

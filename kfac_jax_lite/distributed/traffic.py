@@ -112,10 +112,10 @@ class Wire:
         owned = name in self.plan.owners
         if not self.mapped:
             # XLA reduces whole matrices where the batch is sharded.
-            shapes = {} if layer.kind == "diagonal" else field_shapes(layer, moments)
+            shapes = {} if layer.fallback else field_shapes(layer, moments)
             for shape in shapes.values():
                 yield self.of(name, REFRESH, "all_reduce", math.prod(shape))
-        elif layer.kind == "diagonal":
+        elif layer.fallback:
             yield from self.mean(name, math.prod(layer.a_shape))
             yield self.of(name, REFRESH, "all_reduce", 1, itemsize=4)
         elif not owned:

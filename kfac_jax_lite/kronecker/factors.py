@@ -375,7 +375,7 @@ def symmetric_field(layer: LayerTag, field: str, shape: Shape, packed: bool) -> 
 
 def field_shapes(layer: LayerTag, moments: bool) -> dict[str, Shape]:
     """Shapes of the statistics of a layer that is not ``diagonal``, by field."""
-    if layer.kind == "scale_shift":
+    if layer.unitwise:
         return {"blocks": layer.a_shape}
     shapes = {"a": layer.a_shape, "g": layer.g_shape}
     if layer.tied:

@@ -111,12 +111,12 @@ def make_recipe(
     several = len(sites) > 1 or any(s.repeat > 1 for s in sites)
     ragged = any(isinstance(s.geometry, RaggedGeometry) for s in sites)
     routed = ragged or any(s.places for s in sites)
-    branched = any(s.branch for s in sites) and layer.kind != "scale_shift"
-    if layer.kind == "scale_shift" or ragged:
+    branched = any(s.branch for s in sites) and not layer.unitwise
+    if layer.unitwise or ragged:
         subsample = Subsample()
     parts = 2 if any(s.complex for s in sites) else 1
     marks, examples = sites[0].marks, num_examples
-    if layer.kind == "scale_shift":
+    if layer.unitwise:
         groups = {s.examples for s in sites}
         by_example, examples = several and len(groups) == 1, max(groups)
     elif squares:
@@ -196,7 +196,7 @@ def zero_probes(recipe: Recipe, dtype: Any, moments: bool) -> dict[str, Array]:
     """Zeros in the shapes of what the taps of a layer return, by name."""
     layer = recipe.layer
     a, g = layer.a_shape, layer.g_shape
-    if layer.kind == "scale_shift":
+    if layer.unitwise:
         sums = (*a[:-3], recipe.examples, *a[-3:-1])
         shapes = {"s_sum": sums} if recipe.by_example else {"blocks": a}
     else:

@@ -152,7 +152,7 @@ def tag(
     found = tagged.trace(params, args, sampled)
     tagged = dataclasses.replace(tagged, layers=found.layers)
     tagged.check_subsample(found)
-    fallen = [t for t in found.layers if t.kind == "diagonal"]
+    fallen = [t for t in found.layers if t.fallback]
     if strict and fallen:
         lines = "\n".join(f"  {', '.join(t.params)}: {t.note}" for t in fallen)
         raise ValueError(f"no layer rule covers these parameters:\n{lines}")
@@ -322,7 +322,7 @@ class TaggedLoss:
         terms = count_terms(outputs)
         finisher = Finisher(watched.recipes, watched.slots, outputs, sampled)
         n = found.num_examples if terms is None else terms
-        own = [t.views[0].leaf for t in found.layers if t.kind == "diagonal"]
+        own = [t.views[0].leaf for t in found.layers if t.fallback]
         diagonals = {i: flat_grads[i] for i in own}
 
         def compute(gated: bool):
@@ -465,14 +465,14 @@ def pack_statistics(
     """Statistics by layer; those of diagonals are made from the gradient."""
     statistics: dict[str, Statistics] = {}
     for layer in found.layers:
-        if layer.kind == "diagonal":
+        if layer.fallback:
             gradient = diagonals[layer.views[0].leaf]
             gradient = gradient.astype(accumulation_dtype(gradient.dtype))
             n = jnp.asarray(terms, jnp.float32)
             statistics[layer.name] = DiagonalStatistics(gradient, n)
         elif layer.name not in by_field:
             continue
-        elif layer.kind == "scale_shift":
+        elif layer.unitwise:
             statistics[layer.name] = ScaleShiftStatistics(**by_field[layer.name])
         elif "squares" in by_field[layer.name]:
             statistics[layer.name] = SquareStatistics(**by_field[layer.name])
