@@ -254,5 +254,14 @@ def test_a_tagged_loss_can_be_called():
     value, grads = jax.value_and_grad(tagged)(params, *batches[0])
     wanted = tagged.value_and_grad(params, *batches[0])
     close((value, grads), wanted[:2], 1e-12)
-    with pytest.raises(TypeError, match=r"Pass tagged\.layers"):
-        optax.inject_hyperparams(kfac.kfac)(tagged, learning_rate=0.1).init(params)
+
+
+def test_numbers_in_the_state_beside_a_tagged_loss():
+    """``inject_hyperparams`` calls whatever can be called, as a schedule."""
+    tagged, params, batches, _ = made()
+    inject = optax.inject_hyperparams(kfac.kfac)
+    pair = [
+        train(tagged, inject(x, learning_rate=0.1), params, batches[:2])
+        for x in (tagged, tagged.layers)
+    ]
+    close(pair[0][0], pair[1][0], 0)
