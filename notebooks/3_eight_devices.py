@@ -28,9 +28,27 @@
 # and must give the same numbers. Then the notebook counts what travels.
 
 # %%
+# On a hosted machine: installs the library, from the checkout around this notebook or
+# else from the package index. Does nothing where it is installed already.
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+if importlib.util.find_spec("kfac_jax_lite") is None:
+    source = ".." if pathlib.Path("../setup.cfg").exists() else "kfac_jax_lite"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", f"{source}[notebooks]"]
+    subprocess.check_call(pip)
+
+# %%
 import functools
 
 import jax
+
+DEVICES = 8
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", DEVICES)  # before the library is imported
+
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
@@ -40,8 +58,6 @@ from sklearn.datasets import load_digits
 
 import kfac_jax_lite as kfac
 
-DEVICES = 8
-jax.config.update("jax_num_cpu_devices", DEVICES)  # before anything is computed
 plt.rcParams.update({"figure.dpi": 72, "axes.grid": True, "grid.alpha": 0.3})
 print(jax.devices())
 

@@ -26,6 +26,19 @@
 # The data are digits of scikit-learn, averaged to 4 × 4 pixels. Numbers are float64.
 
 # %%
+# On a hosted machine: installs the library, from the checkout around this notebook or
+# else from the package index. Does nothing where it is installed already.
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+if importlib.util.find_spec("kfac_jax_lite") is None:
+    source = ".." if pathlib.Path("../setup.cfg").exists() else "kfac_jax_lite"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", f"{source}[notebooks]"]
+    subprocess.check_call(pip)
+
+# %%
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt

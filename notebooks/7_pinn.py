@@ -29,6 +29,19 @@
 # Numbers are float64: the last digits are what it is about.
 
 # %%
+# On a hosted machine: installs the library, from the checkout around this notebook or
+# else from the package index. Does nothing where it is installed already.
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+if importlib.util.find_spec("kfac_jax_lite") is None:
+    source = ".." if pathlib.Path("../setup.cfg").exists() else "kfac_jax_lite"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", f"{source}[notebooks]"]
+    subprocess.check_call(pip)
+
+# %%
 import time
 
 import jax

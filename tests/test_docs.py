@@ -74,19 +74,59 @@ def test_every_page_is_in_the_navigation():
     assert listed == {str(page.relative_to(DOCS)) for page in PAGES}
 
 
-def test_introduction_is_that_of_the_readme():
-    start = [
-        (path / name).read_text().split("## Install")[0]
-        for path, name in ((ROOT, "README.md"), (DOCS, "index.md"))
-    ]
-    assert start[0] == start[1]
-
-
-def test_marked_parts_of_the_readme_exist():
+def load_hooks():
+    """The module ``docs/hooks.py``."""
     spec = importlib.util.spec_from_file_location("hooks", DOCS / "hooks.py")
     assert spec and spec.loader
     hooks = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hooks)
+    return hooks
+
+
+def test_the_readme_fits_on_two_screens():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 200
+    headings = re.findall(r"^## (.*)$", text, re.M)
+    assert headings[0] == "Quickstart"
+
+
+def test_the_first_page_says_what_the_readme_says():
+    """The points of the introduction are the same; the rest comes in by marks."""
+    points = [
+        re.findall(
+            r"^- .*\n(?:  .*\n)*", path.read_text().split("## Quickstart")[0], re.M
+        )
+        for path in (ROOT / "README.md", DOCS / "index.md")
+    ]
+    assert len(points[0]) == 4 and points[0] == points[1]
+
+
+TEXTS = [
+    ROOT / "README.md",
+    *PAGES,
+    ROOT / "experiments" / "README.md",
+    ROOT / "notebooks" / "README.md",
+]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_to_files_lead_to_files(path):
+    """On the repository's own pages too, where MkDocs does not look."""
+    text = re.sub(r"^```.*?^```$|`[^`\n]+`", "", path.read_text(), flags=re.M | re.S)
+    for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text):
+        assert (path.parent / link).exists(), link
+
+
+def test_no_environment_variable_is_asked_for():
+    for path in TEXTS:
+        text = path.read_text()
+        assert not re.search(r"MALLOC_|OPENBLAS_NUM_THREADS=", text), path.name
+    readme = (ROOT / "README.md").read_text()
+    assert not re.search(r"\b[A-Z_]{4,}=|\bexport\b|XLA_FLAGS|NPROC", readme)
+
+
+def test_marked_parts_of_the_readme_exist():
+    hooks = load_hooks()
     for page in PAGES:
         text = hooks.MARK.sub(hooks.included, page.read_text())
         assert not hooks.MARK.search(text)
@@ -95,6 +135,22 @@ def test_marked_parts_of_the_readme_exist():
     assert hooks.section(text, "D") == "3"
     with pytest.raises(KeyError, match="no heading 'E'"):
         hooks.section(text, "E")
+
+
+def test_links_of_the_repository_are_those_of_the_site():
+    figure = "experiments/benchmarks/results/scale.png"
+    linked = load_hooks().linked
+    assert (
+        linked("[a](docs/b.md#c) [d](https://e.f)", "")
+        == "[a](b.md#c) [d](https://e.f)"
+    )
+    assert linked("[a](LICENSE) b [c](setup.cfg)", "") == "[a](LICENSE) b c"
+    assert linked("[a](../docs/b.md)", "experiments") == "[a](b.md)"
+    assert linked("[a](experiments/README.md#b)", "") == "[a](experiments.md#b)"
+    assert linked(f"![a](../{figure})", "docs") == f"![a]({figure})"
+    assert linked("a ![b](../none.png)", "docs") == "a "
+    assert linked(f"[![a](../{figure})](b.md)", "docs") == f"[![a]({figure})](b.md)"
+    assert linked("layers[i](x)", "docs") == "layers[i](x)"
 
 
 # -------------------------------------------------------------------- the reference
@@ -174,6 +230,10 @@ def test_python_blocks_are_code_files_or_fragments():
             ), f"{page.name}: {info}"
 
 
+# Pages whose sections stand by themselves: tests/experiments/test_readme.py runs them.
+BY_SECTION = ("devices", "recipes")
+
+
 @pytest.fixture(scope="module")
 def names():
     """What the README's quickstart leaves behind; the pages go on from it."""
@@ -184,7 +244,7 @@ def names():
 
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if any(blocks(page, "python"))],
+    [p for p in PAGES if p.stem not in BY_SECTION and any(blocks(p, "python"))],
     ids=lambda page: page.stem,
 )
 def test_code_runs(names, page):
@@ -305,3 +365,61 @@ def test_figures_of_time_per_step(file, model, title):
 def test_figures_beside_adam(page):
     record = json.loads((RESULTS / "pages.json").read_text())[page]
     assert pages.table(record) in (DOCS / f"{page}.md").read_text()
+
+
+def test_figures_of_the_readme():
+    """Those of its table and its options, in the order in which they stand there."""
+    readme = (ROOT / "README.md").read_text()
+
+    def result(name):
+        return json.loads((RESULTS / name).read_text())
+
+    def of(name, task, optimiser="ours"):
+        return tasks[task]["optimisers"][optimiser][name]
+
+    target, pinn = result("time_to_target.json"), result("pages.json")["pinn"]
+    tasks, relative = target["tasks"], target["relative"]
+    steps = result("step_time_rows.json")["models"]["mlp"]["rows"]
+    autoencoder = result("autoencoder.json")["targets"]
+    studies = RESULTS.parents[1] / "studies" / "results"
+    cells = json.loads((studies / "batch_size" / "summary.json").read_text())["cells"]
+    right = {
+        c["optimizer"]: 100 * c["test_accuracy"]
+        for c in cells
+        if c["batch_size"] == 2048
+    }
+    cells = json.loads((studies / "damping" / "summary.json").read_text())["cells"]
+    thirds = [cells[name]["best_third"] for name in ("adaptive", "fixed_1e-03")]
+    wide = result("scale.json")["axes"]["width"]["points"][-1]
+    names = ("ours cholesky", "ours low_rank", "AdamW")
+    wide_ms = [wide["rows"][name]["ms"]["amortised"] for name in names]
+    last = {n: o["final"] for n, o in pinn["optimisers"].items()}
+    compiling = [of("compile_seconds", task) for task in tasks]
+    reached = [autoencoder[n]["adam_final"] for n in ("ours", "adam")]
+    for text in (
+        f"after {reached[0]['step']} steps and {reached[0]['seconds']:.1f} s",
+        f"after {reached[1]['step']} steps and {reached[1]['seconds']:.1f} s",
+        f"{min(last['K-FAC']):.4f} to {max(last['K-FAC']):.3f}, "
+        f"Adam's {min(last['Adam']):.3f} to {max(last['Adam']):.3f}",
+        f"AdamW = 1: {relative['steps']['ours']['geometric_mean']:.2f}",
+        f"{of('cpu_seconds', 'lenet')[1]:.1f} processor seconds, AdamW "
+        f"{of('cpu_seconds', 'lenet', 'adamw')[1]:.1f}, SGD "
+        f"{of('cpu_seconds', 'lenet', 'sgd')[1]:.1f} "
+        f"({of('compile_seconds', 'lenet'):.1f} s of compiling not included)",
+        f"takes {min(compiling):.0f} to {max(compiling):.0f} s",
+        f"{relative['with_compiling']['ours']['geometric_mean']:.2f} times AdamW's",
+        f"{of('cpu_seconds', 'mlp')[1]:.1f} processor seconds, AdamW "
+        f"{of('cpu_seconds', 'mlp', 'adamw')[1]:.1f}",
+        f"{of('cpu_seconds', 'transformer')[1]:.1f} processor seconds, AdamW "
+        f"{of('cpu_seconds', 'transformer', 'adamw')[1]:.1f}, Muon "
+        f"{of('cpu_seconds', 'transformer', 'muon')[1]:.1f}",
+        f"{right['kfac']:.1f} % correct, Muon {right['muon']:.1f}, AdamW "
+        f"{right['adamw']:.1f}, SGD {right['sgd']:.1f}",
+        f"at width {wide['width']:,}: {wide_ms[0]:.0f} ms, low rank {wide_ms[1]:.0f}, "
+        f"AdamW {wide_ms[2]:.0f}",
+        f"{thirds[0]:.3f} with `damping.adaptive()`, {thirds[1]:.3f} with the default",
+        f"{steps['ours mc (10, 100)']['ratio_to_sgd']:.2f} times SGD's instead of "
+        f"{steps['ours mc (1, 5)']['ratio_to_sgd']:.2f}",
+        f"{steps['ours mc low_rank (10, 100)']['ratio_to_sgd']:.2f} times SGD's with",
+    ):
+        assert text in readme.replace("\n", " "), text

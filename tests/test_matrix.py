@@ -13,7 +13,7 @@ from packaging.version import Version  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from tests.matrix import cell as cells  # noqa: E402
-from tests.matrix import command, sources  # noqa: E402
+from tests.matrix import command, page, sources  # noqa: E402
 
 WHEEL = Path("dist/kfac.whl")
 REPORT = """<?xml version="1.0"?><testsuites><testsuite name="pytest" errors="1"
@@ -48,6 +48,8 @@ def test_what_is_installed():
     assert newest == oldest[:-7] and newest[0] == str(WHEEL)
     full = cells.to_install(with_values(packages="newest", suite="full"), WHEEL)
     assert full == [f"{WHEEL}[dev]"]
+    one = cells.to_install(with_values(packages="0.11"), WHEEL)
+    assert one == [*newest, "jax==0.11.*", "jaxlib==0.11.*"]
 
 
 def config():
@@ -173,6 +175,13 @@ def test_missing_interpreter_is_named(matrix):
     assert "python3.99 was not found: give its path with --python" in text
 
 
+def test_unknown_packages_are_named(matrix):
+    code, ran, text = matrix[0]("--packages", "0.9")
+    assert code == 1 and not ran
+    assert "--packages 0.9: wanted one of oldest, newest, 0.10" in text
+    assert matrix[0]("--packages", "0.11")[:2] == (0, [("0.11", "smoke")])
+
+
 # ------------------------------------------------------------------------ what was run
 
 
@@ -192,3 +201,33 @@ def test_bounds_are_those_that_were_run():
         for name in cells.PINNED:
             bound = Version(sources.lower_bound(known[name]))
             assert Version(result["versions"][name]) == bound, result["python"]
+
+
+def test_the_page_is_what_the_command_writes():
+    text = page.PAGE.read_text()
+    assert page.START + "\n" + page.table(results()) + "\n" + page.END in text
+
+
+def test_table_of_versions(tmp_path, monkeypatch):
+    names = ("flax", "optax", "numpy")
+    versions = dict.fromkeys(names, "1") | {"jax": "0.10.1"}
+    rows = [row(versions=versions, failed=2, errors=1)]
+    rows.append(row(versions=versions | {"jax": "0.9.3"}, python="3.11.7"))
+    lines = page.table(rows).splitlines()[2:]
+    assert lines == [
+        "| 0.9 | 0.9.3 | 3.11.7 | 1 | 1 | 1 | smoke | 5 | 0 |",
+        "| 0.10 | 0.10.1 | 3.12.1 | 1 | 1 | 1 | smoke | 5 | **3** |",
+        "| 0.11 | not run | | | | | | | |",
+        "| 0.12 | not run | | | | | | | |",
+    ]
+    monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
+    page.PAGE.write_text(f"before\n{page.START}old\n{page.END}\nafter\n")
+    page.write(rows)
+    page.write(rows)
+    wanted = f"before\n{page.START}\n{page.table(rows)}\n{page.END}\nafter\n"
+    assert page.PAGE.read_text() == wanted
+
+
+def test_minor_versions_begin_at_the_bound():
+    bound = sources.lower_bound(sources.requirements()["jax"])
+    assert page.MINORS[0] == page.minor(bound)

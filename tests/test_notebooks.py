@@ -1,8 +1,11 @@
 """The notebooks: a script and its outputs are of one mind, and they run anywhere."""
 
+import importlib.util
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jupytext
@@ -87,6 +90,24 @@ def test_outputs_are_there_and_clean(path):
 
 
 @each
+@pytest.mark.parametrize("case", ["installed", "checkout", "alone"])
+def test_first_cell_installs_what_is_missing(path, case, tmp_path, monkeypatch):
+    calls = []
+    found = object() if case == "installed" else None
+    monkeypatch.setattr(importlib.util, "find_spec", {"kfac_jax_lite": found}.get)
+    monkeypatch.setattr(subprocess, "check_call", calls.append)
+    here = tmp_path / "notebooks"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    if case == "checkout":
+        (tmp_path / "setup.cfg").touch()
+    exec(code_cells(read(path))[0].source, {})
+    source = {"checkout": "..", "alone": "kfac_jax_lite"}.get(case)
+    command = [sys.executable, "-m", "pip", "install", "--quiet"]
+    assert calls == ([] if source is None else [[*command, f"{source}[notebooks]"]])
+
+
+@each
 def test_no_machine_shows(path):
     for cell in read(path).cells:
         for text in [cell.source, *(texts(cell) if cell.cell_type == "code" else ())]:
@@ -114,8 +135,9 @@ def test_it_runs_in_an_empty_folder(path, tmp_path, monkeypatch):
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
     committed = read(path)
     notebook = jupytext.read(path.with_suffix(".py"))
-    # The tests' own flags make slow kernels and eight devices.
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    # The tests' own flags make slow kernels and eight devices, and threads for them.
+    own = ("XLA_FLAGS", "NPROC", "OPENBLAS_NUM_THREADS")
+    environment = {k: v for k, v in os.environ.items() if k not in own}
     environment |= {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path / "ipython")}
     environment["TF_CPP_MIN_LOG_LEVEL"] = "3"  # on a busy machine XLA says it is slow
     here = tmp_path / "empty"

@@ -354,8 +354,8 @@ def test_query(folder, runs):
 
 
 def test_queries_of_the_readme(folder):
-    readme = Path(__file__).parents[2] / "README.md"
-    section = readme.read_text("utf-8").split("### Survey of curvature")[1]
+    readme = Path(__file__).parents[2] / "experiments" / "README.md"
+    section = readme.read_text("utf-8").split("## Survey of curvature")[1]
     queries = section.split("```sql\n")[1].split("```")[0].split(";\n")
     found = [ask(folder, query) for query in queries if query.strip()]
     assert len(found) == 3 and all(found)

@@ -82,6 +82,8 @@ def to_install(cell: Cell, wheel: Path) -> list[str]:
         arguments = [str(wheel), *(str(known[name]) for name in NEEDED)]
     if cell.packages == "oldest":
         arguments += [f"{name}=={lower_bound(known[name])}" for name in PINNED]
+    elif cell.packages != "newest":
+        arguments += [f"{name}=={cell.packages}.*" for name in ("jax", "jaxlib")]
     return arguments
 
 

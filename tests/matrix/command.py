@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tyro
 from rich.console import Console
@@ -20,10 +20,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from tests.matrix import page
 from tests.matrix.cell import COUNTS, PINNED, Cell, run_cell, succeeded
 from tests.matrix.sources import ROOT, MatrixError, build, copy, digest, tracked
-
-Packages = Literal["oldest", "newest"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +31,8 @@ class Matrix:
 
     python: tuple[str, ...] = ("python3.11", "python3.12", "python3.13")
     """Interpreters: names on the PATH, or paths."""
-    packages: tuple[Packages, ...] = ("oldest", "newest")
-    """Sets of packages."""
+    packages: tuple[str, ...] = ("oldest", "newest")
+    """Sets of packages; "0.11" is the newest of all with jax 0.11."""
     full: bool = False
     """The whole fast suite over the checkout's sources, not a part over the wheel."""
     out: Path = ROOT / "tests" / "results" / "matrix.jsonl"
@@ -68,7 +67,14 @@ def cells(config: Matrix, sources: str) -> tuple[list[Cell], list[str]]:
 
     Returns:
         The cells, and the interpreters that were not found.
+
+    Raises:
+        MatrixError: if there is no such set of packages.
     """
+    for packages in config.packages:
+        if packages not in ("oldest", "newest", *page.MINORS):
+            known = ", ".join(("oldest", "newest", *page.MINORS))
+            raise MatrixError(f"--packages {packages}: wanted one of {known}.")
     found, missing = [], []
     for name in config.python:
         version = full_version(name)
@@ -133,13 +139,19 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
     files = tracked()
     config = dataclasses.replace(config, folder=config.folder.resolve())
     config.folder.mkdir(parents=True, exist_ok=True)
-    wanted, missing = cells(config, digest(files))
+    try:
+        wanted, missing = cells(config, digest(files))
+    except MatrixError as error:
+        console.print(str(error))
+        return 1
     for name in missing:
         console.print(f"{name} was not found: give its path with --python.")
     done = rows(config.out)
     left = [c for c in wanted if not any(c.is_that_of(row) for row in done)]
     failed = run_cells(left, config, files, console) if left else []
     console.print(table(rows(config.out)))
+    if config.out == Matrix.out:
+        page.write(rows(config.out))
     return int(bool(failed or missing))
 
 
