@@ -1,7 +1,5 @@
 """Small matrix functions, batched over leading axes."""
 
-import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +13,8 @@ from kfac_jax_lite.core.types import Array, accumulation_dtype
 # Stands for "infinite" and "none" in states, which hold no NaN and no Inf: JAX's debug
 # switches (jax_debug_nans, jax_debug_infs) have nothing to report.
 LARGEST = float(jnp.finfo(jnp.float32).max)
-# ``spd_inverse`` takes small blocks, inside blocks whose inverses are written out,
-# inside panels of at most so many of these.
-SMALLEST, BLOCK, PANEL = 8, 64, 4
+# Greatest width of the blocks that ``spd_inverse`` eliminates.
+BLOCK = 64
 
 
 def add_diagonal(matrix: Array, value: Array) -> Array:
@@ -36,117 +33,101 @@ def expanded(value: Array, rank: int) -> Array:
     return value.reshape(value.shape + (1,) * (rank - value.ndim))
 
 
-def block_sizes(size: int, block: int = BLOCK) -> tuple[int, ...]:
-    """Widths of the blocks inside blocks that ``spd_inverse`` eliminates.
-
-    The first is the size to which a matrix is filled up, the last 1; each is a multiple
-    of the next. Few sizes occur, as equal kernels are compiled once in a program.
-    """
-    smallest = min(SMALLEST, block)
-    if size <= 2 * block:
-        width = smallest << (-(-size // smallest) - 1).bit_length()
-        sizes = (width, smallest, 1)
-    else:
-        panels = -(-size // (block * PANEL))
-        panel = -(-size // panels)
-        turns = -(-panel // block)
-        width = -(-panel // (turns * smallest)) * smallest
-        sizes = (panels * turns * width, turns * width, width, smallest, 1)
-    return tuple(dict.fromkeys(sizes))
-
-
-def written_out(sizes: tuple[int, ...]) -> int:
-    """Which of ``block_sizes`` are written out: all, or the blocks of panels."""
-    return sizes[2] if len(sizes) == 5 else sizes[0]
+def block_size(size: int, block: int = BLOCK) -> tuple[int, int]:
+    """``(b, n)``: width and number of the blocks that ``spd_inverse`` eliminates."""
+    count = max(1, -(-size // block))
+    return -(-size // count), count
 
 
 def spd_inverse(matrix: Array, block: int = BLOCK) -> Array:
     """Inverse of positive definite matrices; NaN where a pivot is not positive.
 
-    Gauss-Jordan elimination by blocks, in its symmetric form (the sweep operator), in
-    loops: the program of a large matrix is as small as that of a small one, and nearly
-    all of its work is matrix products. Panels of several blocks make these products
-    large, while no inverse larger than a block is multiplied with, which would cost
-    digits. On a CPU it makes no LAPACK call, whose threads XLA knows nothing of; a GPU
-    factorises its blocks.
+    Gauss-Jordan elimination by blocks, in a loop: the program of a large matrix is as
+    small as that of a small one, and nearly all of its work is matrix products. No
+    inverse larger than a block is multiplied with, which would cost digits. On a CPU it
+    makes no LAPACK call, whose threads XLA knows nothing of; a GPU factorises its
+    blocks.
 
     Args:
         matrix: ``[*blocks, d, d]``, symmetric.
+        block: Greatest width of a block.
 
     Returns:
         ``[*blocks, d, d]``.
 
     References:
-        Goodnight, 1979, "A Tutorial on the SWEEP Operator"; Higham, 2002, "Accuracy and
-        Stability of Numerical Algorithms", Sec. 14.4 (stable without pivoting for
-        these matrices).
+        Higham, 2002, "Accuracy and Stability of Numerical Algorithms", Sec. 14.4
+        (stable without pivoting for these matrices).
     """
     d = matrix.shape[-1]
     if not d:  # of a weight of zero width
         return matrix
-    sizes = block_sizes(d, block)
-    if sizes[0] > d:
-        more = [(0, 0)] * (matrix.ndim - 2) + [(0, sizes[0] - d)] * 2
-        ones = (jnp.arange(sizes[0]) >= d).astype(matrix.dtype)
-        matrix = jnp.pad(matrix, more)
-        matrix += jnp.broadcast_to(jnp.diag(ones), matrix.shape)
-    leaf, eliminate = written_out(sizes), pivoted
-    for inside, width in itertools.pairwise(reversed(sizes)):
-        eliminate = functools.partial(swept, width=inside, eliminate=eliminate)
-        if width == leaf:
-            invert = functools.partial(leaf_inverse, eliminate=eliminate)
-            eliminate = functools.partial(explicit, invert=invert)
-    return -eliminate(matrix)[..., :d, :d]
+    b, count = block_size(d, block)
+    if count == 1:
+        return block_inverse(matrix)
+    matrix = filled_up(matrix, b * count)
+    eye = jnp.broadcast_to(jnp.eye(b, dtype=matrix.dtype), (*matrix.shape[:-2], b, b))
+
+    # With the rows [A, B] of a block, in whose columns the identity takes the place of
+    # A, the block's rows become V = A⁻¹ [I, B] and the others lose Bᵀ V, zeros in the
+    # place of their Bᵀ. It is read off the rows (of what was eliminated before, with
+    # another sign): what rounding makes unsymmetric would grow.
+    def turn(k: Array, m: Array) -> Array:
+        at = k * b
+        rows = lax.dynamic_slice_in_dim(m, at, b, -2)
+        own = lax.dynamic_slice_in_dim(rows, at, b, -1)
+        others = lax.dynamic_update_slice_in_dim(rows, jnp.zeros_like(eye), at, -1)
+        left = jnp.swapaxes(mirrored(others, at), -1, -2)
+        wanted = lax.dynamic_update_slice_in_dim(rows, eye, at, -1)
+        inverse = block_inverse(own)
+        v = inverse @ wanted
+        v += inverse @ (wanted - own @ v)  # the digits that an explicit inverse costs
+        rest = lax.dynamic_update_slice_in_dim(m, jnp.zeros_like(left), at, -1)
+        return lax.dynamic_update_slice_in_dim(rest - left @ v, v, at, -2)
+
+    return lax.fori_loop(0, count, turn, matrix)[..., :d, :d]
 
 
-def swept(rows: Array, width: int, eliminate: Callable[[Array], Array]) -> Array:
-    """``[−M⁻¹, M⁻¹ R]`` of rows ``[M, R]``, by blocks of that width."""
-    # A turn takes the first rows [A, B], for which eliminate returns the same,
-    # [−A⁻¹, V], subtracts Bᵀ V from all others and puts the block's rows and columns
-    # last in M, which is positive definite exactly if all these A are. Bᵀ is not read
-    # from below A: what rounding makes unsymmetric would grow.
-    size = rows.shape[-2]
-    times = jnp.matmul if width > 1 else jnp.multiply
-
-    def turn(_: Any, m: Array) -> Array:
-        done = eliminate(m[..., :width, :])
-        inverse, v = done[..., :width], done[..., width:]
-        left = jnp.swapaxes(m[..., :width, width:size], -1, -2)
-        rest = m[..., width:, width:] - times(left, v)
-        inner, outer = jnp.split(rest, [size - width], -1)
-        v, right = jnp.split(v, [size - width], -1)
-        above = jnp.concatenate([inner, jnp.swapaxes(v, -1, -2), outer], -1)
-        return jnp.concatenate([above, jnp.concatenate([v, inverse, right], -1)], -2)
-
-    return lax.fori_loop(0, size // width, turn, rows)
+def mirrored(rows: Array, done: Any) -> Array:
+    """Rows ``[*blocks, b, d]`` with another sign in the first ``done`` columns."""
+    return jnp.where(jnp.arange(rows.shape[-1]) < done, -rows, rows)
 
 
-def pivoted(row: Array) -> Array:
-    """``[−1 / p, r / p]`` of a row ``[p, r]``; NaN where ``p`` is not positive."""
-    pivot = row[..., :1]
-    pivot = jnp.where((pivot > 0) & (pivot < jnp.inf), pivot, jnp.nan)
-    return jnp.concatenate([-1 / pivot, row[..., 1:] / pivot], -1)
+def filled_up(matrix: Array, size: int) -> Array:
+    """Matrices ``[*blocks, d, d]`` of that size, the identity at their end."""
+    d = matrix.shape[-1]
+    if d == size:
+        return matrix
+    padded = jnp.pad(matrix, [(0, 0)] * (matrix.ndim - 2) + [(0, size - d)] * 2)
+    return padded + jnp.diag((jnp.arange(size) >= d).astype(matrix.dtype))
 
 
-def explicit(rows: Array, invert: Callable[[Array], Array]) -> Array:
-    """``[−M⁻¹, M⁻¹ R]`` of rows ``[M, R]``, from ``−M⁻¹``."""
-    size = rows.shape[-2]
-    inverse = invert(rows[..., :size])
-    if rows.shape[-1] == size:
-        return inverse
-    return jnp.concatenate([inverse, -inverse @ rows[..., size:]], -1)
-
-
-def leaf_inverse(matrix: Array, eliminate: Callable[[Array], Array]) -> Array:
-    """``−M⁻¹`` of a block: a GPU would take too many kernels for its small loops."""
+def block_inverse(matrix: Array) -> Array:
+    """``M⁻¹`` of one block; a GPU would take too many kernels for the small loop."""
 
     def factorised(matrix: Array) -> Array:
         half = inverse_half(matrix)
-        return -jnp.swapaxes(half, -1, -2) @ half
+        return jnp.swapaxes(half, -1, -2) @ half
 
     return lax.platform_dependent(
-        matrix, cuda=factorised, rocm=factorised, default=eliminate
+        matrix, cuda=factorised, rocm=factorised, default=eliminated
     )
+
+
+def eliminated(matrix: Array) -> Array:
+    """``M⁻¹`` by Gauss-Jordan elimination, a row at a time; see ``spd_inverse``."""
+    index = jnp.arange(matrix.shape[-1])
+
+    def turn(k: Array, m: Array) -> Array:
+        own = index == k
+        row = lax.dynamic_slice_in_dim(m, k, 1, -2)
+        left = jnp.swapaxes(mirrored(row, k), -1, -2)
+        pivot = lax.dynamic_slice_in_dim(row, k, 1, -1)
+        pivot = jnp.where((pivot > 0) & (pivot < jnp.inf), pivot, jnp.nan)
+        v = jnp.where(own, 1, row) / pivot
+        return jnp.where(own[:, None], v, jnp.where(own, 0, m) - left * v)
+
+    return lax.fori_loop(0, index.size, turn, matrix)
 
 
 def inverse_half(matrix: Array) -> Array:
@@ -157,26 +138,10 @@ def inverse_half(matrix: Array) -> Array:
 
 
 def spd_inverse_flops(size: int, block: int = BLOCK) -> int:
-    """Operations of the products of ``spd_inverse``, of the matrix filled up.
-
-    Of ``n`` columns and blocks of ``w`` in panels of ``k`` rows: ``2 w² (n − w)`` for
-    the rows of a block, ``2 w (k − w) (n − w)`` for those of its panel, and
-    ``2 k (n − k)²`` for all others; ``2 n³`` at most.
-    """
-    sizes = block_sizes(size, block)
-    leaf = written_out(sizes)
-
-    def flops(level: int, columns: int) -> int:
-        rows = sizes[level]
-        if rows == 1:
-            return 0
-        if rows == leaf and columns > rows:
-            return flops(level, rows) + 2 * rows * rows * (columns - rows)
-        width = sizes[level + 1]
-        others = 2 * width * (rows - width) * (columns - width) if width > 1 else 0
-        return rows // width * (flops(level + 1, columns) + others)
-
-    return flops(0, sizes[0])
+    """Operations of the products of ``spd_inverse``: ``2 n³ + 6 n² b``, filled up."""
+    b, count = block_size(size, block)
+    n = b * count
+    return 2 * n * n * (n + 3 * b) if count > 1 else 0
 
 
 def newton_schulz_inverse(

@@ -1,18 +1,21 @@
 """Which inverses are made anew in a step, here or on their owners.
 
-Everything happens inside one gate. Layers of equal shape share one program, so that a
-deep network compiles as fast as a shallow one.
+Everything happens inside one gate. Layers of equal shape share one program, and so do
+explicit inverses of about equal size, so that a deep network compiles as fast as a
+shallow one.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from kfac_jax_lite.core.control import gated
-from kfac_jax_lite.core.linalg import all_finite
+from kfac_jax_lite.core.linalg import BLOCK, all_finite, filled_up, spd_inverse
 from kfac_jax_lite.core.pytree import choose
 from kfac_jax_lite.core.types import Array, LayerTag
 from kfac_jax_lite.distributed.assignment import grouped
@@ -24,6 +27,14 @@ from kfac_jax_lite.distributed.sharded_inverse import (
     not_inverted,
     owned_inversions,
 )
+from kfac_jax_lite.kronecker.factors import Form, forms_of
+from kfac_jax_lite.kronecker.inverses import FactorInverses, damped_factors
+
+# Matrices are filled up to one size if none grows by more than this factor: 1.5 times
+# the operations.
+FILLED_UP = 1.145
+# Up to this size all matrices of a program are inverted at once.
+SMALL = 2 * BLOCK
 
 
 def inversions(
@@ -36,6 +47,9 @@ def inversions(
     """Inverts the layers whose gates are true.
 
     Args:
+        context: What is fixed in this update.
+        factors: Averaged statistics by layer name.
+        inverses: What preconditioning reads, by layer name.
         gates: Which layers to invert, ``[layers]``.
         first: Which were never inverted before, ``[layers]``.
 
@@ -74,51 +88,66 @@ def inverted_here(
         return tuple((x.shape, x.dtype) for x in leaves), structure
 
     def invert(carry: dict[str, Inverted]):
-        for alike in grouped(layers, kind):
-            names = [layer.name for layer in alike]
-            whole = [wanted[name] for name in names]
-            parts = [carry[name] for name in names]
-            new = inverted_alike(context, alike[0], whole, parts)
-            carry |= zip(names, new, strict=True)
+        classes, stacks = grouped(layers, kind), []
+        for alike in classes:
+            names = [t.name for t in alike]
+            pairs = [(wanted[name], carry[name]) for name in names]
+            stacks.append(
+                Stack(alike[0], *jax.tree.map(lambda *x: jnp.stack(x), *pairs))
+            )
+        by_size = context.method.damped and not context.method.warm
+        run = inverted_by_size if by_size else inverted_by_class
+        for alike, new in zip(classes, run(context, stacks), strict=True):
+            for i, layer in enumerate(alike):
+                carry[layer.name] = jax.tree.map(lambda x, i=i: x[i], new)
         return carry
 
     anyone = jnp.any(jnp.stack([wanted[t.name].gate for t in layers]))
     return gated(anyone, invert, start)
 
 
-def inverted_alike(
-    context: Context, layer: LayerTag, wanted: list[Wanted], before: list[Inverted]
-) -> list[Inverted]:
-    """Inverts layers of equal shape, of which ``layer`` is one.
+class Stack(NamedTuple):
+    """Layers of equal shape, of which ``layer`` is one; arrays have one more axis."""
+
+    layer: LayerTag
+    wanted: Wanted
+    before: Inverted
+
+
+def inverted_by_class(context: Context, stacks: list[Stack]) -> list[Inverted]:
+    """One program for the layers of a shape.
 
     On a CPU one after another, in a loop: what is not due costs nothing. Elsewhere in
     one batched call: small factorisations leave an accelerator idle.
     """
-    inverse_of = functools.partial(inverted, context, layer)
-    if len(wanted) == 1:
-        return [gated(wanted[0].gate, lambda b: inverse_of(wanted[0], b), before[0])]
-
-    def loop(wanted: Wanted, before: Inverted) -> Inverted:
-        def turn(i: Any, parts: Inverted):
-            one = jax.tree.map(lambda x: x[i], wanted)
-
-            def put(parts: Inverted):
-                new = inverse_of(one, jax.tree.map(lambda x: x[i], parts))
-                return jax.tree.map(lambda x, y: x.at[i].set(y), parts, new)
-
-            return gated(one.gate, put, parts)
-
-        return lax.fori_loop(0, wanted.gate.size, turn, before)
-
-    def batch(wanted: Wanted, before: Inverted) -> Inverted:
-        new = jax.vmap(inverse_of)(wanted, before)
-        return jax.vmap(choose)(wanted.gate, new, before)
-
-    stacked = [
-        jax.tree.map(lambda *x: jnp.stack(x), *all_) for all_ in (wanted, before)
+    return [
+        one_by_one_or_at_once(
+            functools.partial(inverted, context, layer), wanted.gate, wanted, before
+        )
+        for layer, wanted, before in stacks
     ]
-    new = lax.platform_dependent(*stacked, cpu=loop, default=batch)
-    return [jax.tree.map(lambda x, i=i: x[i], new) for i in range(len(before))]
+
+
+def one_by_one_or_at_once(
+    function: Callable[[Any, Any], Any], gates: Array, operands: Any, before: Any
+) -> Any:
+    """``function(operand, before)`` of every slice whose gate is true."""
+
+    def loop(gates: Array, operands: Any, before: Any) -> Any:
+        def turn(i: Any, parts: Any):
+            def put(parts: Any):
+                own = jax.tree.map(lambda x: x[i], (operands, parts))
+                return jax.tree.map(lambda x, y: x.at[i].set(y), parts, function(*own))
+
+            return gated(gates[i], put, parts)
+
+        return lax.fori_loop(0, gates.size, turn, before)
+
+    def batch(gates: Array, operands: Any, before: Any) -> Any:
+        new = jax.vmap(function)(operands, before)
+        return jax.vmap(choose)(gates, new, before)
+
+    return lax.platform_dependent(gates, operands, before, cpu=loop, default=batch)
 
 
 def inverted(
@@ -134,3 +163,75 @@ def inverted(
     good = all_finite(new)
     moments = choose(good, factors.s, before.moments) if turns else ()
     return Inverted(moments, choose(good, new, before.cached), good)
+
+
+def inverted_by_size(context: Context, stacks: list[Stack]) -> list[Inverted]:
+    """One program for the explicit inverses of about equal size, of whatever layer."""
+    places: list[Place] = []
+    for i, (layer, wanted, _) in enumerate(stacks):
+
+        def damped(statistics: Any, layer: LayerTag = layer):
+            return damped_factors(layer, unpacked(layer, statistics), context.shift)
+
+        pair = jax.vmap(damped)(wanted.statistics)
+        triples = zip((0, 1), forms_of(layer), pair, strict=True)
+        places += [Place(i, *triple, wanted.gate) for triple in triples]
+    found: dict[tuple[int, int], Array] = {}
+    for group in alike_in_size([p for p in places if p.form.matrix]):
+        found |= inverted_together(group)
+    for p in places:
+        if not p.form.matrix:
+            found[p.stack, p.side] = p.form.inverse(p.factor)
+    return [
+        finished(stack, FactorInverses(found[i, 0], found[i, 1]))
+        for i, stack in enumerate(stacks)
+    ]
+
+
+class Place(NamedTuple):
+    """A damped factor of a stack of layers, ``[layers, *blocks, d, d]``."""
+
+    stack: int
+    side: int
+    form: Form
+    factor: Array
+    gate: Array
+
+
+def finished(stack: Stack, new: FactorInverses) -> Inverted:
+    """The explicit inverses of a stack of layers, where they are wanted and finite."""
+    good = jax.vmap(all_finite)(new) & stack.wanted.gate
+    return Inverted((), jax.vmap(choose)(good, new, stack.before.cached), good)
+
+
+def alike_in_size(places: Sequence[Place]) -> list[list[Place]]:
+    """Matrices by the size that they are filled up to, that of a group's first."""
+    groups: list[list[Place]] = []
+    for place in sorted(places, key=lambda p: -p.factor.shape[-1]):
+        largest = groups[-1][0].factor.shape[-1] if groups else 0
+        if BLOCK >= largest > 0 or 0 < largest <= place.factor.shape[-1] * FILLED_UP:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups
+
+
+def inverted_together(group: list[Place]) -> dict[tuple[int, int], Array]:
+    """Inverses of factors of several sizes by one program, by stack and side."""
+    size = group[0].factor.shape[-1]
+    flat = [p.factor.reshape(-1, *p.factor.shape[-2:]) for p in group]
+    stacked = jnp.concatenate([filled_up(x, size) for x in flat])
+    counts = [len(x) for x in flat]
+    if size <= SMALL:
+        new = spd_inverse(stacked)
+    else:
+        pairs = zip(group, counts, strict=True)
+        gates = [jnp.repeat(p.gate, count // p.gate.size) for p, count in pairs]
+        new = one_by_one_or_at_once(
+            lambda x, _: spd_inverse(x), jnp.concatenate(gates), stacked, stacked
+        )
+    parts = jnp.split(new, np.cumsum(counts)[:-1])
+    return {
+        (p.stack, p.side): x[:, : y.shape[-1], : y.shape[-1]].reshape(p.factor.shape)
+        for p, x, y in zip(group, parts, flat, strict=True)
+    }
