@@ -53,14 +53,7 @@ class ReportConfig:
 def parse(
     arguments: Sequence[str],
 ) -> TrainConfig | ReportConfig | CostConfig | TuneConfig | Command | SurveyCommand:
-    """Parses the command line.
-
-    Args:
-        arguments: the arguments after the program's name.
-
-    Returns:
-        The configuration of the chosen command.
-    """
+    """Parses the command line."""
     commands = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Trains networks with K-FAC, SGD, Adam and AdamW side by side.",
@@ -87,15 +80,7 @@ def parse(
 
 
 def names_in(arguments: Sequence[str]) -> tuple[str, str]:
-    """Reads the data set and the model, which decide the other options' defaults.
-
-    Args:
-        arguments: the arguments of ``train`` or ``tune``.
-
-    Returns:
-        The names; those without any argument if one is wrong, which the real parser
-        then tells with all it knows.
-    """
+    """Reads the data set and the model, which decide the other options' defaults."""
     first = argparse.ArgumentParser(
         add_help=False, allow_abbrev=False, exit_on_error=False
     )
@@ -109,13 +94,7 @@ def names_in(arguments: Sequence[str]) -> tuple[str, str]:
 
 
 def report(folder: Path, baseline: str, console: Console) -> None:
-    """Prints the table and writes the plots.
-
-    Args:
-        folder: the run folder.
-        baseline: the optimiser the others are measured by.
-        console: where to print.
-    """
+    """Prints the table and writes the plots."""
     from experiments import reports  # JAX starts here, not for --help
 
     runs = reports.read_runs(folder)
@@ -125,15 +104,7 @@ def report(folder: Path, baseline: str, console: Console) -> None:
 
 
 def train_and_report(config: TrainConfig, console: Console) -> list[str]:
-    """Trains, alone or with other processes; the first one reports.
-
-    Args:
-        config: what to run.
-        console: where to report.
-
-    Returns:
-        What went wrong without stopping a run.
-    """
+    """Trains, alone or with other processes; the first one reports."""
     from experiments import processes
 
     with processes.together():
@@ -148,14 +119,7 @@ def train_and_report(config: TrainConfig, console: Console) -> list[str]:
 
 
 def continuation(config: Any) -> str:
-    """Says what the same command does after an interruption.
-
-    Args:
-        config: the configuration, or None before it was read.
-
-    Returns:
-        A sentence; empty for a command without checkpoints.
-    """
+    """Says what the same command does after an interruption."""
     again = "The same command continues from the last checkpoint."
     if isinstance(config, TrainConfig):
         from experiments import checkpoints
@@ -173,14 +137,7 @@ def continuation(config: Any) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line.
-
-    Args:
-        arguments: the arguments after the program's name; those of the process if None.
-
-    Returns:
-        The exit status: 0, or 1 if something could not be kept, or 2 after an error.
-    """
+    """Runs the command line."""
     console = open_console()
     errors, config = Console(stderr=True), None
     try:

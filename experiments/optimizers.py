@@ -38,16 +38,7 @@ class Optimizer:
 def make_schedule(
     value: float, config: ScheduleConfig, total_steps: int
 ) -> optax.Schedule:
-    """Returns the schedule of a hyper-parameter.
-
-    Args:
-        value: where the decay starts.
-        config: shape of the decay.
-        total_steps: steps of the whole run, warm-up included.
-
-    Returns:
-        An optax schedule.
-    """
+    """Returns the schedule of a hyper-parameter."""
     steps = max(1, total_steps - config.warmup_steps)
     end = value * config.final_scale
     match config.kind:
@@ -74,13 +65,6 @@ def make_momentum(config: KFACConfig | SGDConfig, total_steps: int) -> Any:
 
     ``m(t) = m₀ η(t) / η₀`` with ``η₀`` the learning rate before it decays.
 
-    Args:
-        config: hyper-parameters.
-        total_steps: steps of the whole run.
-
-    Returns:
-        A number, or an optax schedule if the momentum is tied to the learning rate.
-
     References:
         Osawa et al., 2020, arXiv:2002.06015.
     """
@@ -90,15 +74,7 @@ def make_momentum(config: KFACConfig | SGDConfig, total_steps: int) -> Any:
 
 
 def make_sgd(config: SGDConfig, total_steps: int) -> optax.GradientTransformation:
-    """Builds SGD with momentum.
-
-    Args:
-        config: hyper-parameters.
-        total_steps: steps of the whole run.
-
-    Returns:
-        The transformation.
-    """
+    """Builds SGD with momentum."""
     rate = make_schedule(config.learning_rate, config.schedule, total_steps)
     momentum = make_momentum(config, total_steps)
     make: Any = optax.sgd
@@ -111,18 +87,7 @@ def make_sgd(config: SGDConfig, total_steps: int) -> optax.GradientTransformatio
 def make_optimizer(
     name: str, config: TrainConfig, task: Task, example: tuple, total_steps: int
 ) -> Optimizer:
-    """Builds one of the compared optimisers.
-
-    Args:
-        name: one of `OPTIMIZERS`.
-        config: the configuration of the comparison.
-        task: the network and its loss.
-        example: the arguments of the loss, arrays or their shapes.
-        total_steps: steps of the whole run.
-
-    Returns:
-        The optimiser.
-    """
+    """Builds one of the compared optimisers."""
     check_choice("optimizers", name, OPTIMIZERS)
     if name == "kfac":
         return make_kfac(config.kfac, task, example, total_steps)
@@ -148,17 +113,7 @@ def make_optimizer(
 def make_kfac(
     config: KFACConfig, task: Task, example: tuple, total_steps: int
 ) -> Optimizer:
-    """Tags the loss and builds K-FAC for its layers.
-
-    Args:
-        config: hyper-parameters.
-        task: the network and its loss.
-        example: the arguments of the loss, arrays or their shapes.
-        total_steps: steps of the whole run.
-
-    Returns:
-        The optimiser with its tagged loss.
-    """
+    """Tags the loss and builds K-FAC for its layers."""
     tagged = kfac.tag(
         task.loss,
         *jax.eval_shape(lambda *args: args, *example),
@@ -182,14 +137,7 @@ def make_kfac(
 
 
 def make_interval(config: KFACConfig) -> Any:
-    """Returns the rule for the steps at which factors are refreshed.
-
-    Args:
-        config: hyper-parameters of K-FAC.
-
-    Returns:
-        An interval rule of `kfac_jax_lite.intervals`.
-    """
+    """Returns the rule for the steps at which factors are refreshed."""
     if config.interval == "every":
         return kfac.intervals.every(config.every)
     if config.interval == "adaptive":

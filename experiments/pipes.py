@@ -10,14 +10,7 @@ BROKEN_PIPE = 128 + 13
 
 
 def ended(main: Callable[[], Any]) -> Any:
-    """Runs a program; a pipe that was closed ends it without a traceback.
-
-    Args:
-        main: the program.
-
-    Returns:
-        Its exit status.
-    """
+    """Runs a program; a pipe that was closed ends it without a traceback."""
     try:
         try:
             return main()

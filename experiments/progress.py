@@ -29,14 +29,7 @@ class RunProgress:
     """A progress bar for one run; plain lines where there is no terminal."""
 
     def __init__(self, console: Console, title: str, total: int, start: int):
-        """Makes the bar.
-
-        Args:
-            console: where to draw.
-            title: name of the run.
-            total: steps of the whole run.
-            start: steps already taken.
-        """
+        """Makes the bar."""
         self.console = console
         self.title = title
         self.total = total
@@ -69,24 +62,13 @@ class RunProgress:
         self.progress.stop()
 
     def step(self, step: int, loss: float, steps_per_second: float) -> None:
-        """Shows the batch loss and the speed.
-
-        Args:
-            step: steps taken.
-            loss: mean batch loss of the last steps.
-            steps_per_second: speed of the last steps.
-        """
+        """Shows the batch loss and the speed."""
         self.texts["loss"] = f"loss {loss:.4g}"
         self.texts["speed"] = f"{steps_per_second:.3g} steps/s"
         self.draw(step)
 
     def evaluated(self, step: int, values: dict[str, Any]) -> None:
-        """Shows an evaluation; without a terminal, prints it.
-
-        Args:
-            step: steps taken.
-            values: the record of the evaluation.
-        """
+        """Shows an evaluation; without a terminal, prints it."""
         if values.get("test_accuracy") is not None:
             self.texts["score"] = f"test accuracy {values['test_accuracy']:.2%}"
         elif values.get("test_squared_error") is not None:

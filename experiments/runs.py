@@ -41,16 +41,7 @@ class State(train_state.TrainState):
     def apply_gradients(
         self, *, grads: Any, statistics: Any = None, **kwargs: Any
     ) -> Self:
-        """Returns the state after one update.
-
-        Args:
-            grads: gradient of the loss, like the parameters.
-            statistics: statistics of the layers, for K-FAC.
-            **kwargs: further fields to replace.
-
-        Returns:
-            The next state.
-        """
+        """Returns the state after one update."""
         tx = optax.with_extra_args_support(self.tx)
         updates, opt_state = tx.update(
             grads, self.opt_state, self.params, statistics=statistics
@@ -129,18 +120,7 @@ class Run:
 def make_run(
     config: TrainConfig, name: str, task: Task, data: Examples, placement: Placement
 ) -> Run:
-    """Builds the first state of a run.
-
-    Args:
-        config: the configuration of the comparison.
-        name: name of the optimiser.
-        task: the network and its loss.
-        data: the data set.
-        placement: the devices.
-
-    Returns:
-        The run before its first step.
-    """
+    """Builds the first state of a run."""
     params, model_state = jax.jit(task.init)(jax.random.key(config.seed))
     images, labels = (
         jax.ShapeDtypeStruct((config.batch_size, *array.shape[1:]), array.dtype)
@@ -170,17 +150,7 @@ def make_run(
 
 
 def resume(run: Run) -> int:
-    """Restores the newest checkpoint, if there is one, in every process.
-
-    Args:
-        run: the run before its first step; changed in place.
-
-    Returns:
-        The number of steps taken.
-
-    Raises:
-        CheckpointError: if this process does not see what the first one sees.
-    """
+    """Restores the newest checkpoint, if there is one, in every process."""
     folder = run.checkpoint_folder
     step = told_by_first(lambda: max(checkpoints.complete(folder), default=0))
     if not step:
@@ -212,16 +182,7 @@ def stopping_points(run: Run) -> list[int]:
 
 
 def identity(config: TrainConfig, name: str, data: Examples) -> dict[str, Any]:
-    """Returns what decides the curve of one optimiser's run.
-
-    Args:
-        config: the configuration of the comparison.
-        name: name of the optimiser.
-        data: the data set.
-
-    Returns:
-        Nested JSON values.
-    """
+    """Returns what decides the curve of one optimiser's run."""
     return {
         "config": config.run_dict(name),
         "data": {
@@ -233,15 +194,7 @@ def identity(config: TrainConfig, name: str, data: Examples) -> dict[str, Any]:
 
 
 def checksum(config: TrainConfig, data: Examples) -> int:
-    """Returns a checksum of what all processes have to agree on.
-
-    Args:
-        config: the configuration of the comparison.
-        data: the data set.
-
-    Returns:
-        A CRC-32 of the configuration and of the arrays.
-    """
+    """Returns a checksum of what all processes have to agree on."""
     values = [config.run_dict(name) for name in config.optimizers]
     total = zlib.crc32(json.dumps([values, config.fresh], sort_keys=True).encode())
     for array in (data.x_train, data.y_train, data.x_test, data.y_test):

@@ -102,19 +102,7 @@ def run_optimizer(
     placement: Placement,
     console: Console,
 ) -> list[str]:
-    """Starts, continues or skips one optimiser's run.
-
-    Args:
-        config: the configuration of the comparison.
-        name: name of the optimiser.
-        task: the network and its loss.
-        data: the data set.
-        placement: the devices.
-        console: where to report.
-
-    Returns:
-        What went wrong without stopping the run.
-    """
+    """Starts, continues or skips one optimiser's run."""
     if told_by_first(lambda: is_finished(config, name, data)):
         folder = config.folder() / name
         console.print(f"{TITLES[name]}: already finished in {folder}", soft_wrap=True)
@@ -145,15 +133,7 @@ def run_optimizer(
 
 
 def open_metrics(run: Run, start: int) -> metrics.MetricsFile:
-    """Opens the file of the metrics; what other processes than the first write is lost.
-
-    Args:
-        run: the run.
-        start: steps already taken; later records are dropped.
-
-    Returns:
-        The open file.
-    """
+    """Opens the metrics; only what the first process writes is kept."""
     if not is_first():
         return metrics.MetricsFile(Path(os.devnull))
     # Without a step in it, the file starts anew with the configuration.
@@ -162,14 +142,7 @@ def open_metrics(run: Run, start: int) -> metrics.MetricsFile:
 
 
 def make_step(run: Run) -> Callable[[State, Any, Any], tuple[State, jax.Array]]:
-    """Compiles the training step and records how long that took.
-
-    Args:
-        run: the run; its `compile_seconds` grow.
-
-    Returns:
-        A function of state (donated) and batch to the next state and the loss.
-    """
+    """Compiles the training step and records how long that took."""
     key, chance = (jax.random.key(run.config.seed + n) for n in (1, 2))
     optimizer, augment = run.optimizer, run.augmentation.apply
 
@@ -209,14 +182,7 @@ def make_step(run: Run) -> Callable[[State, Any, Any], tuple[State, jax.Array]]:
 def loop(
     run: Run, start: int, file: metrics.MetricsFile, progress: RunProgress
 ) -> None:
-    """Trains to the end of the run, or until the loss is no longer finite.
-
-    Args:
-        run: the run; changed in place.
-        start: steps already taken.
-        file: where records go.
-        progress: what the user sees.
-    """
+    """Trains to the end of the run, or until the loss is no longer finite."""
     evaluate = make_evaluations(run)
     step_fn = make_step(run)
     stops = stopping_points(run)
@@ -287,18 +253,7 @@ def record_evaluation(
     file: metrics.MetricsFile,
     progress: RunProgress,
 ) -> dict[str, Any]:
-    """Evaluates, records and shows the result.
-
-    Args:
-        run: the run.
-        step: steps taken.
-        evaluate: the evaluation.
-        file: where records go.
-        progress: what the user sees.
-
-    Returns:
-        What was recorded.
-    """
+    """Evaluates, records and shows the result."""
     values: dict[str, Any] = {"seconds": run.seconds} | evaluate()
     if run.optimizer.tagged is not None:
         layers = kfac.report(run.state.opt_state)

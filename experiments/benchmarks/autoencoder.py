@@ -232,10 +232,6 @@ def train_one(
         data: training and test images ``[n, 784]``.
         counter: counts compilations.
         file: where the evaluations go.
-
-    Returns:
-        By name (ours also as ``ours_averaged``), the evaluations and the seconds spent
-        outside the steps' arithmetic.
     """
     train, test = data
     params = initial(jax.random.key(0), widths(train.shape[1]))
@@ -294,14 +290,7 @@ def widths(pixels: int) -> tuple[int, ...]:
 
 
 def targets(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """When each run reaches Adam's final loss and the fixed target.
-
-    Args:
-        runs: results by optimiser.
-
-    Returns:
-        By optimiser, the evaluation that reached either, or None.
-    """
+    """When each run reaches Adam's final loss and the fixed target."""
     found: dict[str, dict[str, Any]] = {}
     adam = runs["adam"]["curve"][-1]["loss"] if "adam" in runs else None
     for name, run in runs.items():
@@ -347,14 +336,7 @@ def show(runs: dict[str, dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Trains with every optimiser asked for; writes records, summary and plot.
-
-    Args:
-        argv: the command line; that of the process by default.
-
-    Returns:
-        The result.
-    """
+    """Trains with every optimiser asked for; writes records, summary and plot."""
     args = arguments(argv)
     found = load(args.dataset, args.data_dir)
     data = tuple(

@@ -52,14 +52,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def optimisers(problem: Problem) -> dict[str, tuple[Any, Any]]:
-    """Loss and optimiser of every row.
-
-    Args:
-        problem: the network.
-
-    Returns:
-        By name, what the gradient is taken of and the optax transformation.
-    """
+    """Loss and optimiser of every row."""
     marked, first = problem.marked_loss(), problem.batches[0]
     tagged = kfac.tag(marked, problem.params, first, fisher="mc")
     squares = kfac.tag(marked, problem.params, first, statistics="squares")
@@ -83,17 +76,7 @@ def optimisers(problem: Problem) -> dict[str, tuple[Any, Any]]:
 
 
 def make_step(loss: Any, tx: Any, bayesian: bool, samples: int) -> Step:
-    """A compiled step.
-
-    Args:
-        loss: tagged, or a function.
-        tx: the optimiser.
-        bayesian: whether weights are drawn.
-        samples: draws per step.
-
-    Returns:
-        ``(params, state, batch, key) -> (params, state)``; it donates the first two.
-    """
+    """A compiled step."""
 
     def step(params, state, batch, key):
         statistics: dict[str, Any] = {}
@@ -119,15 +102,7 @@ class Row:
     """One optimiser in training."""
 
     def __init__(self, problem: Problem, name: str, loss: Any, tx: Any, samples: int):
-        """Compiles its step and takes it once.
-
-        Args:
-            problem: what it trains.
-            name: of the row.
-            loss: tagged, or a function.
-            tx: the optimiser.
-            samples: draws per step.
-        """
+        """Compiles its step and takes it once."""
         bayesian = name not in (BASELINE, "K-FAC")
         self.problem, self.taken = problem, 0
         self.step = make_step(loss, tx, bayesian, samples)
@@ -137,14 +112,7 @@ class Row:
         self.first_seconds = time.perf_counter() - start
 
     def run(self, steps: int) -> float:
-        """Goes on training.
-
-        Args:
-            steps: how many steps.
-
-        Returns:
-            Seconds per step.
-        """
+        """Goes on training."""
         batches, key = self.problem.batches, jax.random.key(0)
         start = time.perf_counter()
         for _ in range(steps):
@@ -157,15 +125,7 @@ class Row:
 
 
 def benchmark(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Measures one network.
-
-    Args:
-        name: its name.
-        args: the command line.
-
-    Returns:
-        The rows, as JSON values.
-    """
+    """Measures one network."""
     problem = make_problem(name)
     rows = {
         row: Row(problem, row, loss, tx, args.samples)
@@ -204,14 +164,7 @@ def line(name: str, row: dict[str, Any]) -> tuple:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Measures the networks asked for and writes ``bayes_steps.json``.
-
-    Args:
-        argv: the command line; that of the process by default.
-
-    Returns:
-        The result.
-    """
+    """Measures the networks asked for and writes ``bayes_steps.json``."""
     args = arguments(argv)
     result: dict[str, Any] = {"machine": machine(), "settings": settings(args)}
     result["models"] = {}

@@ -15,14 +15,6 @@ def commit(folder: Path = HERE, place: str = PLACE) -> str | None:
 
     Files that git does not track and those in folders called ``results``, which the
     measurements themselves write, do not count as modified.
-
-    Args:
-        folder: a folder of the checkout.
-        place: the folder's path in the repository, with a slash at its end.
-
-    Returns:
-        Such as ``1a2b3c4``, or ``1a2b3c4, modified`` if tracked files differ from it;
-        None outside a checkout, or without git.
     """
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         if git(folder, "rev-parse", "--show-prefix") != place:
@@ -35,15 +27,7 @@ def commit(folder: Path = HERE, place: str = PLACE) -> str | None:
 
 
 def git(folder: Path, *arguments: str) -> str:
-    """What git prints, without spaces around it.
-
-    Args:
-        folder: where it runs.
-        *arguments: of git.
-
-    Returns:
-        Its output.
-    """
+    """What git prints, without spaces around it."""
     command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, timeout=30

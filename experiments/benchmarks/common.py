@@ -85,15 +85,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def timed(function: Callable, *args: Any) -> tuple[float, Any]:
-    """Calls a function and waits for its arrays.
-
-    Args:
-        function: what to call.
-        *args: its arguments.
-
-    Returns:
-        The seconds it took, and its result.
-    """
+    """Calls a function and waits for its arrays."""
     start = time.perf_counter()
     result = jax.block_until_ready(function(*args))
     return time.perf_counter() - start, result
@@ -122,27 +114,13 @@ class CompileCounter:
         jax.monitoring.register_event_duration_secs_listener(self.listen)
 
     def listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
-        """Called by JAX.
-
-        Args:
-            event: what took the time.
-            duration_secs: how long.
-            **kwargs: whatever else JAX says.
-        """
+        """Called by JAX."""
         del duration_secs, kwargs
         self.count += event == COMPILE_EVENT
 
 
 def compile_seconds(seconds: Sequence[float], compiled: Sequence[bool]) -> float:
-    """Estimates the time spent compiling inside timed steps.
-
-    Args:
-        seconds: duration of every step.
-        compiled: whether something was compiled during the step.
-
-    Returns:
-        What the compiling steps took beyond the median of the others.
-    """
+    """Estimates the time spent compiling inside timed steps."""
     pairs = list(zip(seconds, compiled, strict=True))
     usual = [s for s, c in pairs if not c]
     typical = statistics.median(usual) if usual else 0.0
@@ -155,14 +133,7 @@ Samples = Sequence[tuple[str, float]]
 
 
 def kind_medians(samples: Samples) -> dict[str, float]:
-    """Median seconds of each kind of step.
-
-    Args:
-        samples: pairs of kind and seconds.
-
-    Returns:
-        Seconds by kind.
-    """
+    """Median seconds of each kind of step."""
     groups: dict[str, list[float]] = {}
     for kind, seconds in samples:
         groups.setdefault(kind, []).append(seconds)
@@ -170,19 +141,7 @@ def kind_medians(samples: Samples) -> dict[str, float]:
 
 
 def amortised(samples: Samples, cycle: Mapping[str, int] | None = None) -> float:
-    """Mean seconds of a step over one cycle of its kinds.
-
-    Args:
-        samples: pairs of kind and seconds.
-        cycle: how many steps of each kind a cycle has; None to take the kinds as often
-            as they were seen, for optimisers without a fixed cycle.
-
-    Returns:
-        ``Σ_k n_k median_k / Σ_k n_k``.
-
-    Raises:
-        ValueError: if a kind of the cycle was not measured.
-    """
+    """Mean seconds of a step over one cycle of its kinds."""
     medians = kind_medians(samples)
     if cycle is None:
         kinds = [kind for kind, _ in samples]
@@ -195,18 +154,7 @@ def amortised(samples: Samples, cycle: Mapping[str, int] | None = None) -> float
 
 
 def cycle_of(factor: int, inverse: int) -> dict[str, int]:
-    """Steps of each kind in one cycle of fixed intervals.
-
-    Args:
-        factor: steps between refreshes of the statistics.
-        inverse: steps between inversions, a multiple of `factor`.
-
-    Returns:
-        Numbers of steps by kind, without kinds that do not occur.
-
-    Raises:
-        ValueError: if `inverse` is not a multiple of `factor`.
-    """
+    """Steps of each kind in one cycle of fixed intervals."""
     if inverse % factor:
         raise ValueError(f"inverse interval {inverse} is no multiple of {factor}.")
     refreshes = inverse // factor
@@ -232,16 +180,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 def first_reach(
     evaluations: Sequence[Mapping[str, Any]], target: float, field: str = "loss"
 ) -> Mapping[str, Any] | None:
-    """The first evaluation that is at a target or below it.
-
-    Args:
-        evaluations: records in the order of the steps.
-        target: the value to reach.
-        field: name of the value in the records.
-
-    Returns:
-        The record, or None.
-    """
+    """The first evaluation that is at a target or below it."""
     for record in evaluations:
         if record[field] is not None and record[field] <= target:
             return record
@@ -252,11 +191,7 @@ def first_reach(
 
 
 def import_peer() -> tuple[ModuleType | None, str]:
-    """Imports kfac-jax, whatever the Python path has.
-
-    Returns:
-        The module and "", or None and why it is missing.
-    """
+    """Imports kfac-jax, whatever the Python path has."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -274,11 +209,7 @@ def without_paths(message: str) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Describes what a measurement was made with.
-
-    Returns:
-        JSON values: processor, cores, devices, versions, date, commit of the code.
-    """
+    """Describes what a measurement was made with."""
     peer, reason = import_peer()
     versions = {
         name: importlib.metadata.version(name)
@@ -313,12 +244,7 @@ def processor() -> str:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Writes a result, whole or not at all.
-
-    Args:
-        path: the file; its folder is made.
-        values: JSON values and numpy numbers, nested.
-    """
+    """Writes a result, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(to_json(values), indent=1, allow_nan=False) + "\n")
@@ -326,15 +252,7 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Lays out a table: the first column to the left, the others to the right.
-
-    Args:
-        header: column titles.
-        rows: cells; floats get three digits, None is a dash.
-
-    Returns:
-        Lines of text.
-    """
+    """Lays out a table: the first column to the left, the others to the right."""
     cells = [list(header)] + [[cell(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
@@ -361,14 +279,7 @@ def save_curves(
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
     loss: str = "training loss",
 ) -> None:
-    """Plots a loss against steps and against seconds.
-
-    Args:
-        path: the PNG file; its folder is made.
-        title: title of the figure.
-        curves: evaluations by optimiser, each with step, seconds and loss.
-        loss: what the loss is called.
-    """
+    """Plots a loss against steps and against seconds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(10, 4), layout="constrained", dpi=120)
     figure.suptitle(title)

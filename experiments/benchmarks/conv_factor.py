@@ -120,16 +120,7 @@ def ways(geometry: ConvGeometry) -> dict[str, Callable]:
 def measure(
     calls: dict[str, Callable], x: jax.Array, rounds: int
 ) -> dict[str, list[float]]:
-    """Times all ways in turn; each was called before.
-
-    Args:
-        calls: the ways.
-        x: the input.
-        rounds: how many calls of each.
-
-    Returns:
-        Seconds by way.
-    """
+    """Times all ways in turn; each was called before."""
     names, seconds = list(calls), {name: [] for name in calls}
     for number in range(rounds):
         shift = number % len(names)
@@ -141,18 +132,7 @@ def measure(
 
 
 def benchmark(name: str, rounds: int) -> dict[str, Any]:
-    """Measures one shape.
-
-    Args:
-        name: its name.
-        rounds: timed calls of each way.
-
-    Returns:
-        The rows by way, as JSON values.
-
-    Raises:
-        RuntimeError: the ways disagree.
-    """
+    """Measures one shape."""
     geometry = geometry_of(SHAPES[name])
     batch, side, channels, _, _ = SHAPES[name]
     shape = (batch, side, side, channels)
@@ -201,14 +181,7 @@ def show(result: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Measures the shapes asked for and writes ``conv_factor.json``.
-
-    Args:
-        argv: the command line; that of the process by default.
-
-    Returns:
-        The result.
-    """
+    """Measures the shapes asked for and writes ``conv_factor.json``."""
     args = arguments(argv)
     result: dict[str, Any] = {"machine": machine(), "settings": settings(args)}
     print(" ".join(f"{k}={v}" for k, v in result["machine"].items()))

@@ -61,15 +61,7 @@ def seconds(function: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def time_tagging(problem: Problem, runs: int) -> tuple[dict[str, float], Any]:
-    """Times the trace of a loss and what tagging takes beyond it.
-
-    Args:
-        problem: the loss and its shapes.
-        runs: how often.
-
-    Returns:
-        Median seconds, and the tagged loss.
-    """
+    """Times the trace of a loss and what tagging takes beyond it."""
     traces, tags, tagged = [], [], None
     for _ in range(runs):
         jax.clear_caches()
@@ -94,16 +86,7 @@ def tag(problem: Problem) -> kfac.TaggedLoss:
 
 
 def time_compiling(problem: Problem, runs: int) -> dict[str, Any]:
-    """Times lowering and compiling of the plain gradient and of the tagged loss.
-
-    Args:
-        problem: the loss and its shapes.
-        runs: how often each is compiled; they take turns.
-
-    Returns:
-        Median seconds, the median and the quartiles of the rounds' ratios; the same
-        ratio in seconds of processor time, which a busy machine disturbs less.
-    """
+    """Times lowering and compiling of the plain gradient and of the tagged loss."""
     tagged = tag(problem)
     plain = jax.value_and_grad(problem.loss, has_aux=problem.has_aux)
     functions = {"plain": plain, "tagged": tagged.value_and_grad}
@@ -129,15 +112,7 @@ def time_compiling(problem: Problem, runs: int) -> dict[str, Any]:
 
 
 def measure(name: str, config: Config) -> dict[str, Any]:
-    """Measures one architecture.
-
-    Args:
-        name: its name.
-        config: the command line.
-
-    Returns:
-        JSON values.
-    """
+    """Measures one architecture."""
     architecture = ARCHITECTURES[name]
     problem = architecture.make()
     times, tagged = time_tagging(problem, config.runs)
@@ -173,15 +148,7 @@ def show(rows: dict[str, dict[str, Any]]) -> Table:
 
 
 def benchmark(config: Config, console: Console) -> dict[str, Any]:
-    """Measures the architectures in turn and writes the result.
-
-    Args:
-        config: the command line.
-        console: where progress and the table go.
-
-    Returns:
-        What was written.
-    """
+    """Measures the architectures in turn and writes the result."""
     # Compilation must not come from a folder of earlier ones.
     jax.config.update("jax_enable_compilation_cache", False)
     rows = {}
@@ -204,14 +171,7 @@ def benchmark(config: Config, console: Console) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line.
-
-    Args:
-        arguments: the arguments after the program's name; those of the process if None.
-
-    Returns:
-        The exit status.
-    """
+    """Runs the command line."""
     console = open_console()
     doc = (__doc__ or "").split("\n")[0]
     benchmark(tyro.cli(Config, prog=PROGRAM, description=doc, args=arguments), console)

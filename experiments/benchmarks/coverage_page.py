@@ -173,14 +173,7 @@ def clients(result: dict[str, Any]) -> str:
 
 
 def page(results: Path) -> str:
-    """The whole page.
-
-    Args:
-        results: folder of the results.
-
-    Returns:
-        Markdown.
-    """
+    """The whole page."""
     parts = [INTRODUCTION]
     sections = {"coverage.json": architectures, "clients.json": clients}
     for name, section in sections.items():
@@ -190,14 +183,7 @@ def page(results: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line.
-
-    Args:
-        arguments: the arguments after the program's name; those of the process if None.
-
-    Returns:
-        The exit status.
-    """
+    """Runs the command line."""
     doc = (__doc__ or "").split("\n")[0]
     program = "python -m experiments.benchmarks.coverage_page"
     config = tyro.cli(Config, prog=program, description=doc, args=arguments)

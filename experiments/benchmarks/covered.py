@@ -15,9 +15,6 @@ FALLBACK = "diagonal"
 def coverage(layers: Sequence[LayerTag]) -> dict[str, Any]:
     """Counts the parameters under Kronecker, embedding and unit-wise blocks.
 
-    Args:
-        layers: of a tagged loss; every parameter is in exactly one.
-
     Returns:
         JSON values: ``share`` is the part of the parameters in blocks, ``kinds`` the
         layers and parameters of each kind, ``fallback`` the parameters in no block and
@@ -57,14 +54,7 @@ def record(layer: LayerTag) -> dict[str, Any]:
 
 
 def reasons(records: Sequence[dict[str, Any]]) -> list[str]:
-    """Sums up fallbacks by their reason, the greatest first.
-
-    Args:
-        records: from `coverage`.
-
-    Returns:
-        Lines such as ``no rule for gather: 786,432 in 1 (['embedding'])``.
-    """
+    """Sums up fallbacks by their reason, the greatest first."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for item in records:
         groups.setdefault(item["note"], []).append(item)

@@ -61,11 +61,6 @@ class Config:
 def matrices(size: int, batch: int, change: float) -> tuple[np.ndarray, np.ndarray]:
     """Damped factors with eigenvalues that fall like ``1 / i``, before and after.
 
-    Args:
-        size: their width.
-        batch: how many.
-        change: relative change.
-
     Returns:
         Two arrays ``[batch, size, size]``, float32.
     """
@@ -82,16 +77,7 @@ def matrices(size: int, batch: int, change: float) -> tuple[np.ndarray, np.ndarr
 
 
 def cases(size: int, batch: int, config: Config) -> dict[str, tuple[Callable, tuple]]:
-    """Functions to time and their arguments.
-
-    Args:
-        size: width of the matrices.
-        batch: how many.
-        config: what is measured.
-
-    Returns:
-        ``(function, arguments)`` by name.
-    """
+    """Functions to time and their arguments."""
     old, new = (jnp.asarray(m) for m in matrices(size, batch, config.change))
     start = jnp.linalg.inv(old)
     rank = kept_pairs(config.rank, size)
@@ -126,16 +112,7 @@ def cases(size: int, batch: int, config: Config) -> dict[str, tuple[Callable, tu
 
 
 def measure(size: int, batch: int, config: Config) -> dict[str, dict[str, Any]]:
-    """Times all methods in turn.
-
-    Args:
-        size: width of the matrices.
-        batch: how many.
-        config: what is measured.
-
-    Returns:
-        By method: ``ms`` (median) and ``ratio``, quartiles of its ratio to a product.
-    """
+    """Times all methods in turn."""
     found = {k: (jax.jit(f), x) for k, (f, x) in cases(size, batch, config).items()}
     for function, args in found.values():
         jax.block_until_ready(function(*args))
@@ -166,14 +143,7 @@ def show(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Measures every size and writes ``inverses.json``.
-
-    Args:
-        config: what is measured.
-
-    Returns:
-        The result.
-    """
+    """Measures every size and writes ``inverses.json``."""
     settings = {k: v for k, v in vars(config).items() if k != "out"}
     result: dict[str, Any] = {"machine": machine(), "settings": settings, "cases": []}
     for size in config.sizes:

@@ -66,16 +66,6 @@ def stepper(
 
     A step of the last kind goes before them, outside the clock: the jobs that ran in
     the meantime have emptied the caches.
-
-    Args:
-        step: ``(params, state, *rest) -> (params, state, …)``; may donate the first
-            two.
-        now: params and state.
-        kinds: what to do with the state so that a step is of that kind.
-        *rest: the step's other arguments; never donated.
-
-    Returns:
-        What a `Job` runs.
     """
     live = [copy_tree(now)]
 
@@ -98,16 +88,7 @@ def unchanged(state: Any) -> Any:
 
 
 def optax_job(name: str, tx: optax.GradientTransformation, problem: Problem) -> Job:
-    """A first-order optimiser.
-
-    Args:
-        name: the row's name.
-        tx: the optimiser.
-        problem: what it trains.
-
-    Returns:
-        The job.
-    """
+    """A first-order optimiser."""
     loss = problem.plain_loss()
 
     def step(params, state, batch):
@@ -124,14 +105,7 @@ def optax_job(name: str, tx: optax.GradientTransformation, problem: Problem) -> 
 
 
 def products_job(problem: Problem) -> Job:
-    """Gradient, the two products per layer, SGD: the least that K-FAC's step costs.
-
-    Args:
-        problem: what it trains.
-
-    Returns:
-        The job; its inverses are the identity.
-    """
+    """Gradient, the two products per layer, SGD: the least that K-FAC's step costs."""
     params, batch, loss = problem.params, problem.batches[0], problem.plain_loss()
     layers = kfac.tag(problem.marked_loss(), params, batch).layers
     inner: Any = kfac.scale_by_kfac(layers).init(params)
@@ -158,17 +132,7 @@ def products_job(problem: Problem) -> Job:
 
 
 def peer_job(problem: Problem, kfac_jax: Any, factor: int, inverse: int) -> Job:
-    """kfac-jax with fixed intervals; the step counter in its state selects the kind.
-
-    Args:
-        problem: what it trains.
-        kfac_jax: the module.
-        factor: steps between updates of the curvature.
-        inverse: steps between updates of the inverses.
-
-    Returns:
-        The job.
-    """
+    """kfac-jax with fixed intervals; the step counter in its state selects the kind."""
     optimizer = kfac_jax.Optimizer(
         jax.value_and_grad(problem.peer_loss(kfac_jax)),
         l2_reg=0.0,

@@ -123,15 +123,7 @@ class Study:
 
 
 def suggest(name: str, trial: Any) -> dict[str, Any]:
-    """Draws a trial's hyper-parameters.
-
-    Args:
-        name: the optimiser.
-        trial: the trial.
-
-    Returns:
-        Values by name.
-    """
+    """Draws a trial's hyper-parameters."""
 
     def log(field, low, high):
         return trial.suggest_float(field, low, high, log=True)
@@ -157,16 +149,7 @@ def cosine(rate: float, warmup: int, steps: int) -> optax.Schedule:
 
 
 def make_adamw(study: Study, params: Any, values: dict[str, Any]) -> tuple[Any, Any]:
-    """AdamW's state and step.
-
-    Args:
-        study: the task and its length.
-        params: initial parameters.
-        values: hyper-parameters.
-
-    Returns:
-        ``state, step`` with ``step(params, state, tokens, following, key)``.
-    """
+    """AdamW's state and step."""
     tx = optax.adamw(
         cosine(values["learning_rate"], values["warmup"], study.steps("adamw")),
         b2=values["beta2"],
@@ -218,16 +201,7 @@ MAKERS = {"adamw": make_adamw, "ours": make_ours}
 
 
 def run_trial(study: Study, name: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Trains once.
-
-    Args:
-        study: what all trials share.
-        name: the optimiser.
-        values: its hyper-parameters.
-
-    Returns:
-        The evaluations, the lowest loss among them, seconds.
-    """
+    """Trains once."""
     args, steps = study.args, study.steps(name)
     params, _ = jax.jit(study.task.init)(jax.random.key(args.seed))
     state, step = MAKERS[name](study, params, values)
@@ -261,13 +235,6 @@ def tune(study: Study, name: str) -> dict[str, Any]:
     The sampler starts anew, from the number of the trial, for every trial: what it
     draws depends on the results before alone, and a search that was stopped goes on as
     if it had not been.
-
-    Args:
-        study: what all trials share.
-        name: the optimiser.
-
-    Returns:
-        The best trial: its number, hyper-parameters and result.
     """
     args, trials = study.args, []
     search = optuna.create_study(direction="minimize")
@@ -314,18 +281,7 @@ def show(best: dict[str, dict[str, Any]], found: dict[str, Any]) -> str:
 def finished_trials(
     path: Path, facts: dict[str, Any]
 ) -> dict[tuple[str, int], dict[str, Any]]:
-    """Reads the trials of an earlier call.
-
-    Args:
-        path: file of the records.
-        facts: settings of this call.
-
-    Returns:
-        Records by optimiser and number.
-
-    Raises:
-        RunFolderError: if settings other than the number of trials differ.
-    """
+    """Reads the trials of an earlier call."""
     records = metrics.read_records(path)
     wanted = metrics.to_json(facts["settings"])
     if records and records[0]["settings"] | {"trials": wanted["trials"]} != wanted:
@@ -342,14 +298,7 @@ def finished_trials(
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Tunes both optimisers; writes records, summary and plot.
-
-    Args:
-        argv: the command line; that of the process by default.
-
-    Returns:
-        The result.
-    """
+    """Tunes both optimisers; writes records, summary and plot."""
     args = arguments(argv)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     lines = args.out / "lm_target.jsonl"

@@ -60,9 +60,6 @@ def batch_of(images: Any, labels: Any, spec: Spec) -> tuple[jax.Array, jax.Array
         images: ``[n, height, width, channels]``, from 0 to 1.
         labels: ``[n]``.
         spec: the network's.
-
-    Returns:
-        Inputs and targets.
     """
     x = jnp.asarray(images, jnp.float32)
     if len(spec.shape) == 2:
@@ -76,18 +73,7 @@ def batch_of(images: Any, labels: Any, spec: Spec) -> tuple[jax.Array, jax.Array
 def trained(
     problem: Problem, spec: Spec, data: Any, rank: float, config: Config
 ) -> tuple[list[dict[str, Any]], float]:
-    """Trains a network and compares its inverses.
-
-    Args:
-        problem: the network.
-        spec: how it was built.
-        data: the images.
-        rank: share of the eigenpairs.
-        config: what is trained.
-
-    Returns:
-        Records of ``kfac.inverse_error``, and the last loss.
-    """
+    """Trains a network and compares its inverses."""
     rng, size = np.random.default_rng(0), spec.shape[0]
 
     def draw() -> tuple[jax.Array, jax.Array]:
@@ -121,14 +107,7 @@ def trained(
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Trains every network with every rank and writes ``low_rank_error.json``.
-
-    Args:
-        config: what is trained.
-
-    Returns:
-        The result.
-    """
+    """Trains every network with every rank and writes ``low_rank_error.json``."""
     data = load(config.dataset, config.data_dir)
     settings = vars(config) | {"data_dir": None, "out": None}
     result: dict[str, Any] = {"machine": machine(), "settings": settings, "runs": []}

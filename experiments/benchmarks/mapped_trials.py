@@ -50,15 +50,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(program: Program, trials: list[dict[str, float]]) -> tuple[float, np.ndarray]:
-    """Trains some trials at once.
-
-    Args:
-        program: trains as many.
-        trials: their values.
-
-    Returns:
-        Seconds, and their held-out losses at the end.
-    """
+    """Trains some trials at once."""
     began, problem = time.perf_counter(), program.problem
     values = stacked(trials, program.count)
     carry, found = program.start(values, [0] * program.count), {}
@@ -69,16 +61,7 @@ def run(program: Program, trials: list[dict[str, float]]) -> tuple[float, np.nda
 
 
 def benchmark(args: argparse.Namespace, dataset: str, name: str) -> dict[str, Any]:
-    """Measures an optimiser on a data set.
-
-    Args:
-        args: the command line.
-        dataset: name of the data set.
-        name: of the optimiser.
-
-    Returns:
-        JSON values.
-    """
+    """Measures an optimiser on a data set."""
     config = dataclasses.replace(default_tuning(dataset, args.model), optimizer=name)
     if args.epochs is not None:
         config = dataclasses.replace(config, epochs=args.epochs)
@@ -112,14 +95,7 @@ def benchmark(args: argparse.Namespace, dataset: str, name: str) -> dict[str, An
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Measures what is asked for and writes ``mapped_trials.json``.
-
-    Args:
-        argv: the command line; that of the process by default.
-
-    Returns:
-        The result.
-    """
+    """Measures what is asked for and writes ``mapped_trials.json``."""
     args = arguments(argv)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     result: dict[str, Any] = {"machine": machine(), "settings": settings(args)}

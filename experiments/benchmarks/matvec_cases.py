@@ -93,17 +93,7 @@ class Problem:
 def make_problem(
     name: str, data: Dataset, batch_size: int, width: int = HIDDEN
 ) -> Problem:
-    """Builds a network at its initial weights.
-
-    Args:
-        name: one of `NETWORKS`.
-        data: the images.
-        batch_size: examples per batch; an incomplete last batch is kept.
-        width: of the MLP's hidden layers.
-
-    Returns:
-        The problem.
-    """
+    """Builds a network at its initial weights."""
     network = NETWORKS[name](width)
     images = data.x_train.astype(np.float32) / np.float32(data.maximum)
     starts = range(0, len(images), batch_size)
@@ -167,16 +157,7 @@ def with_labels(problem: Problem, labels: Sequence[np.ndarray]) -> Problem:
 
 
 def normal_vectors(problem: Problem, seed: int, several: int | None = None) -> Any:
-    """Standard normal vectors shaped like the parameters.
-
-    Args:
-        problem: the problem.
-        seed: of the entries.
-        several: length of a leading axis; None: a single vector without it.
-
-    Returns:
-        A tree.
-    """
+    """Standard normal vectors shaped like the parameters."""
     leaves, structure = jax.tree.flatten(problem.params)
     lead = () if several is None else (several,)
     keys = jax.random.split(jax.random.key(seed), len(leaves))

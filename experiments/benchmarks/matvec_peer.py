@@ -22,11 +22,7 @@ SEED = 5  # of the labels that its MC Fisher draws
 
 
 def import_torch() -> tuple[Any, Any, str]:
-    """Imports PyTorch and curvlinops.
-
-    Returns:
-        Both modules and "", or None twice and why not.
-    """
+    """Imports PyTorch and curvlinops."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -127,17 +123,7 @@ class Peer:
 
 
 def make_peer(torch: Any, curvlinops: Any, problem: Problem, width: int) -> Peer:
-    """Carries a problem over to PyTorch.
-
-    Args:
-        torch: the module.
-        curvlinops: the module.
-        problem: ours.
-        width: of the MLP's hidden layers.
-
-    Returns:
-        The same network with the same weights, and the same data.
-    """
+    """Carries a problem over to PyTorch."""
     network = NETWORKS[problem.name](torch.nn, width)
     weights = carried(problem.params, problem.network)
     with torch.no_grad():

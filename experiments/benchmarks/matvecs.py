@@ -148,16 +148,6 @@ def comparable(
 
     The two MC Fishers draw other labels; each is the other library's empirical Fisher
     with the labels that it drew.
-
-    Args:
-        matrix: its name.
-        ours: our operator.
-        theirs: their operator.
-        problem: our problem.
-        peer: their problem.
-
-    Returns:
-        Pairs of ours and theirs.
     """
     if matrix != MC:
         return [(ours, theirs)]
@@ -169,17 +159,7 @@ def comparable(
 def make_rows(
     matrix: str, problem: Problem, peer: Peer | None, vectors: int
 ) -> list[Row]:
-    """Makes the operators of a matrix, multiplies once, and compares.
-
-    Args:
-        matrix: its name.
-        problem: our problem.
-        peer: their problem.
-        vectors: how many are multiplied at once.
-
-    Returns:
-        Set-up, a product with one vector and one with several.
-    """
+    """Makes the operators of a matrix, multiplies once, and compares."""
     makers: dict[str, Callable[[], Any]] = {OURS: our_operators(problem)[matrix]}
     if peer is not None:
         makers[THEIRS] = peer.operators()[matrix]
@@ -208,17 +188,7 @@ def make_rows(
 
 
 def benchmark(name: str, config: Config, torch: Any, curvlinops: Any) -> dict[str, Any]:
-    """Measures one network.
-
-    Args:
-        name: of the network.
-        config: what is measured.
-        torch: the module, or None.
-        curvlinops: the module, or None.
-
-    Returns:
-        JSON values.
-    """
+    """Measures one network."""
     data = load(config.dataset, config.data_dir).first(config.examples)
     problem = make_problem(name, data, config.batch_size, config.width)
     peer = make_peer(torch, curvlinops, problem, config.width) if torch else None
@@ -243,17 +213,7 @@ def benchmark(name: str, config: Config, torch: Any, curvlinops: Any) -> dict[st
 
 
 def keep_to(threads: int | None) -> int:
-    """Keeps this process to some of its cores; before JAX and PyTorch make threads.
-
-    Args:
-        threads: how many cores; None: all.
-
-    Returns:
-        How many it has.
-
-    Raises:
-        SystemExit: if there are not so many.
-    """
+    """Keeps this process to some of its cores; before JAX and PyTorch make threads."""
     allowed = sorted(os.sched_getaffinity(0))
     if threads is None:
         return len(allowed)
@@ -286,14 +246,7 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures the networks and writes ``matvecs_threads_<n>.json``.
-
-    Args:
-        arguments: the arguments after the program's name; those of the process if None.
-
-    Returns:
-        The exit status: 1 if products differ.
-    """
+    """Measures the networks and writes ``matvecs_threads_<n>.json``."""
     config = tyro.cli(Config, prog=PROGRAM, args=arguments)
     threads = keep_to(config.threads)
     torch, curvlinops, reason = import_torch()

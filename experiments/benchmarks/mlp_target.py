@@ -116,15 +116,7 @@ class Study:
 
 
 def suggest(name: str, trial: optuna.Trial) -> dict[str, Any]:
-    """Draws a trial's hyper-parameters.
-
-    Args:
-        name: the optimiser.
-        trial: the trial.
-
-    Returns:
-        Values by name.
-    """
+    """Draws a trial's hyper-parameters."""
     if name == "adam":
         return {
             "learning_rate": trial.suggest_float("learning_rate", 1e-4, 3e-2, log=True),
@@ -138,16 +130,7 @@ def suggest(name: str, trial: optuna.Trial) -> dict[str, Any]:
 
 
 def make_adam(study: Study, params: Any, values: dict[str, Any]) -> tuple[Any, Any]:
-    """Adam's state and step.
-
-    Args:
-        study: the task and its length.
-        params: initial parameters.
-        values: hyper-parameters.
-
-    Returns:
-        ``state, step`` with ``step(params, state, images, labels, key)``.
-    """
+    """Adam's state and step."""
     rate = values["learning_rate"]
     if values["schedule"] == "cosine":
         rate = optax.cosine_decay_schedule(rate, study.steps("adam"))
@@ -194,32 +177,14 @@ MAKERS = {"adam": make_adam, "ours": make_ours}
 
 
 def evaluation_steps(per_epoch: int, epochs: int, halves: bool) -> set[int]:
-    """Steps after which the training loss is measured.
-
-    Args:
-        per_epoch: steps per epoch.
-        epochs: number of epochs.
-        halves: whether to measure in the middle of every epoch, too.
-
-    Returns:
-        The steps.
-    """
+    """Steps after which the training loss is measured."""
     ends = {per_epoch * (k + 1) for k in range(epochs)}
     middles = {per_epoch * k + per_epoch // 2 for k in range(epochs)} if halves else {0}
     return (ends | middles) - {0}
 
 
 def run_trial(study: Study, name: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Trains once.
-
-    Args:
-        study: what all trials share.
-        name: the optimiser.
-        values: its hyper-parameters.
-
-    Returns:
-        The evaluations, the lowest loss among them, seconds.
-    """
+    """Trains once."""
     args = study.args
     params, _ = study.task.init(jax.random.key(args.seed))
     state, step = MAKERS[name](study, params, values)
@@ -249,15 +214,7 @@ def run_trial(study: Study, name: str, values: dict[str, Any]) -> dict[str, Any]
 
 
 def tune(study: Study, name: str) -> dict[str, Any]:
-    """Searches for one optimiser's hyper-parameters.
-
-    Args:
-        study: what all trials share.
-        name: the optimiser.
-
-    Returns:
-        The best trial: its number, hyper-parameters and result.
-    """
+    """Searches for one optimiser's hyper-parameters."""
     args, trials = study.args, []
     sampler = optuna.samplers.TPESampler(seed=args.seed, n_startup_trials=3)
     search = optuna.create_study(direction="minimize", sampler=sampler)
@@ -315,14 +272,7 @@ def show(results: dict[str, dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Tunes both optimisers on every data set; writes records, summary and plots.
-
-    Args:
-        argv: the command line; that of the process by default.
-
-    Returns:
-        The result.
-    """
+    """Tunes both optimisers on every data set; writes records, summary and plots."""
     args = arguments(argv)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     lines = args.out / "mlp_target.jsonl"

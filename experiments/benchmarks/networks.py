@@ -71,14 +71,7 @@ class Problem:
     bernoulli: bool
 
     def loss(self, mark: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable:
-        """Returns the mean loss, as a function of parameters and batch.
-
-        Args:
-            mark: ``(logits, targets) -> logits``; how an optimiser is told the output.
-
-        Returns:
-            ``loss(params, batch)``.
-        """
+        """Returns the mean loss, as a function of parameters and batch."""
 
         def loss(params, batch):
             x, targets = batch
@@ -137,15 +130,7 @@ SPECS = {
 
 
 def make_problem(name: str, spec: Spec | None = None) -> Problem:
-    """Builds a problem with random images and labels.
-
-    Args:
-        name: its name.
-        spec: how to build it; by default the one of that name.
-
-    Returns:
-        The problem.
-    """
+    """Builds a problem with random images and labels."""
     spec = SPECS[name] if spec is None else spec
     module, rng = spec.module(), np.random.default_rng(0)
     batches = []

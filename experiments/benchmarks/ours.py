@@ -32,16 +32,6 @@ def flop_floor(
     ``(gradient + statistics / n + inversion / m + products) / gradient`` in operations,
     with refreshes every ``n`` and inversions every ``m`` steps. A sampled Fisher's
     second backward pass is a third of a gradient: derivatives by inputs only.
-
-    Args:
-        problem: what is trained.
-        tagged: its tagged loss.
-        factor: steps between refreshes.
-        inverse: steps between inversions.
-        method: how the factors are inverted.
-
-    Returns:
-        The ratio.
     """
     rows = kfac.layer_rows(tagged, problem.params, problem.batches[0])
     cost = kfac.cost_model(
@@ -56,13 +46,7 @@ class Ours:
     """A real run of this package's K-FAC, its steps classified by their effect."""
 
     def __init__(self, problem: Problem, fisher: str, **options: Any):
-        """Tags the loss and makes the state.
-
-        Args:
-            problem: what it trains.
-            fisher: how the statistics are made.
-            **options: of ``kfac.kfac``; another damping among them, if it is wanted.
-        """
+        """Tags the loss and makes the state."""
         self.problem, self.taken = problem, 0
         self.tagged = tagged = kfac.tag(
             problem.marked_loss(), problem.params, problem.batches[0], fisher=fisher
@@ -83,11 +67,7 @@ class Ours:
         self.now = copy_tree((problem.params, state))
 
     def advance(self) -> tuple[str, float]:
-        """Takes one real step, with the next batch.
-
-        Returns:
-            Which layers were refreshed and inverted, and the seconds.
-        """
+        """Takes one real step, with the next batch."""
         batch = self.problem.batches[self.taken % len(self.problem.batches)]
         before = counters(self.now[1])
         seconds, result = timed(self.step, *self.now, batch, self.key)
@@ -115,16 +95,7 @@ def counters(state: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def effect(before: tuple, after: tuple) -> str:
-    """What a step did, from the counters before and after it.
-
-    Args:
-        before: refreshes and inversions by layer.
-        after: the same.
-
-    Returns:
-        ``nothing``, ``refresh`` or ``refresh+invert`` where all layers fared alike,
-        else a digit per layer: 0 nothing, 1 refreshed, 2 inverted, 3 both.
-    """
+    """What a step did, from the counters before and after it."""
     refreshed, inverted = (a > b for a, b in zip(after, before, strict=True))
     codes = refreshed + 2 * inverted
     names = {0: "nothing", 1: "refresh", 2: "invert", 3: "refresh+invert"}
@@ -164,20 +135,6 @@ def ours_job(
 
     The run takes real steps until statistics are due for the second time. The clock
     before that step is kept twice: as it is, and with inverses old enough to be due.
-
-    Args:
-        problem: what it trains.
-        factor: steps between refreshes of the statistics.
-        inverse: steps between inversions.
-        fisher: how the statistics are made.
-        method: how the factors are inverted.
-        damping: a number, or a rule that adapts it.
-
-    Returns:
-        The job.
-
-    Raises:
-        RuntimeError: if a step does not do what its kind says.
     """
     run = Ours(
         problem,
@@ -224,20 +181,7 @@ def adaptive_job(
     threshold: float,
     together: float,
 ) -> Job:
-    """This package's K-FAC with adaptive intervals, inverting at every refresh.
-
-    Args:
-        problem: what it trains.
-        fisher: how the statistics are made.
-        method: how the factors are inverted.
-        warm_up: real steps before the first that is timed.
-        per_round: real steps per round.
-        threshold: relative change below which the interval grows.
-        together: share of its interval after which a layer joins another's refresh.
-
-    Returns:
-        The job.
-    """
+    """This package's K-FAC with adaptive intervals, inverting at every refresh."""
     rule = kfac.intervals.adaptive(threshold, rule="elapsed", together=together)
     run = Ours(problem, fisher, interval=rule, inverse=method, inverse_interval=1)
     kind, first = run.advance()
@@ -271,19 +215,7 @@ def adaptive_job(
 def staggered_job(
     problem: Problem, fisher: str, method: str, per_round: int, warm_up: int = 101
 ) -> Job:
-    """This package's K-FAC at (10, 100), refreshes and inversions spread over steps.
-
-    Args:
-        problem: what it trains.
-        fisher: how the statistics are made.
-        method: how the factors are inverted.
-        per_round: real steps per round.
-        warm_up: real steps before the first that is timed.
-
-    Returns:
-        The job; its notes have the slowest step's seconds over the median step's, the
-        slowest taken over kinds of step, each by its median.
-    """
+    """This package's K-FAC at (10, 100), refreshes and inversions spread over steps."""
     factor, inverse = 10, 100
     options = {"interval": kfac.intervals.every(factor), "inverse_interval": inverse}
     run = Ours(problem, fisher, inverse=method, stagger=True, **options)

@@ -82,31 +82,13 @@ AXES = ("width", "depth", "batch", "classes")
 
 
 def problem_at(width: int, depth: int, batch: int, classes: int) -> Problem:
-    """A network of dense layers with random data.
-
-    Args:
-        width: of the input and the hidden layers.
-        depth: number of dense layers.
-        batch: examples per step.
-        classes: width of the output.
-
-    Returns:
-        The problem.
-    """
+    """A network of dense layers with random data."""
     hidden = (width,) * (depth - 1)
     return make_problem("mlp", Spec(lambda: MLP(hidden, classes), (batch, width)))
 
 
 def job_makers(problem: Problem, config: Scale) -> dict[str, Callable[[], Job]]:
-    """The rows of a point.
-
-    Args:
-        problem: the network.
-        config: the command line.
-
-    Returns:
-        Functions that make the jobs, by name.
-    """
+    """The rows of a point."""
     adamw = optax.adamw(RATE)
     makers: dict[str, Callable[[], Job]] = {
         BASELINE: lambda: optax_job(BASELINE, adamw, problem)
@@ -125,15 +107,7 @@ def job_makers(problem: Problem, config: Scale) -> dict[str, Callable[[], Job]]:
 
 
 def measure_point(config: Scale, sizes: Sequence[int]) -> dict[str, Any]:
-    """Measures one network.
-
-    Args:
-        config: the command line.
-        sizes: width, depth, batch, classes.
-
-    Returns:
-        Milliseconds by row and kind of step, and seconds of compiling; what failed.
-    """
+    """Measures one network."""
     jobs, failed = make_jobs(job_makers(problem_at(*sizes), config))
     samples = measure(jobs, config.rounds)
     rows = {}
@@ -148,17 +122,7 @@ def measure_point(config: Scale, sizes: Sequence[int]) -> dict[str, Any]:
 
 
 def work(width: int, depth: int, batch: int, classes: int) -> float:
-    """Operations of K-FAC's longest step, to tell when a point would take too long.
-
-    Args:
-        width: of the input and the hidden layers.
-        depth: number of dense layers.
-        batch: examples per step.
-        classes: width of the output.
-
-    Returns:
-        ``Σ 10/3 (a³ + g³) + 2 B (a² + g²) + 6 B a g + 2 a g (a + g)`` over the layers.
-    """
+    """Operations of K-FAC's longest step, to tell when a point would take too long."""
     outputs = [width] * (depth - 1) + [classes]
     total = 0.0
     for g in outputs:
@@ -174,15 +138,7 @@ def slowest(point: dict[str, Any]) -> float:
 
 
 def measure_axis(config: Scale, axis: str) -> dict[str, Any]:
-    """Measures the points of an axis, as far as limits allow.
-
-    Args:
-        config: the command line.
-        axis: one of `AXES`.
-
-    Returns:
-        The points, why the axis ended early (or None), exponents by row and kind.
-    """
+    """Measures the points of an axis, as far as limits allow."""
     started, points, stopped = time.perf_counter(), [], None
     last: tuple[float, float] | None = None
     for value in getattr(config, axis):
@@ -205,15 +161,7 @@ def measure_axis(config: Scale, axis: str) -> dict[str, Any]:
 
 
 def exponents(axis: str, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Fits a power law to every row and kind of step that two points have.
-
-    Args:
-        axis: what varies.
-        points: as in the result.
-
-    Returns:
-        By row and kind, the exponent and its standard error (None for two points).
-    """
+    """Fits a power law to every row and kind of step that two points have."""
     found: dict[str, Any] = {}
     names = {(n, k) for p in points for n, row in p["rows"].items() for k in row["ms"]}
     for name, kind in sorted(names):
@@ -228,14 +176,7 @@ def exponents(axis: str, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def power_law(pairs: Sequence[tuple[float, float]]) -> dict[str, float | None]:
-    """Least squares of ``log y = c + p log x``.
-
-    Args:
-        pairs: positive ``x`` and ``y``, at least two different ``x``.
-
-    Returns:
-        The exponent ``p`` and its standard error, from the residuals; None for two.
-    """
+    """Least squares of ``log y = c + p log x``."""
     xs = [math.log(x) for x, _ in pairs]
     ys = [math.log(y) for _, y in pairs]
     mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
@@ -267,12 +208,7 @@ def fit_text(fit: dict[str, float | None]) -> str:
 
 
 def plot(path: Path, axes: dict[str, Any]) -> None:
-    """Draws milliseconds against size: amortised as lines, kinds of step thinner.
-
-    Args:
-        path: the PNG file.
-        axes: what `measure_axis` returned, by axis.
-    """
+    """Draws milliseconds against size: amortised as lines, kinds of step thinner."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(5 * len(axes), 4.5), layout="constrained", dpi=110)
     panels = figure.subplots(1, len(axes), squeeze=False)[0]
@@ -304,14 +240,7 @@ def plot(path: Path, axes: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures all axes; writes ``scale.json`` and ``scale.png``.
-
-    Args:
-        argv: the command line; that of the process by default.
-
-    Returns:
-        The result.
-    """
+    """Measures all axes; writes ``scale.json`` and ``scale.png``."""
     config = tyro.cli(Scale, args=argv, prog="scale")
     values = dataclasses.asdict(config)
     del values["out"]

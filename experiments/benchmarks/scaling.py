@@ -167,16 +167,7 @@ def sent_megabytes(runner: Runner, reduction: Any, devices: int) -> dict[str, fl
 
 
 def measure(problem: Problem, devices: int, rounds: int) -> dict[str, Any]:
-    """Measures all rows on some devices.
-
-    Args:
-        problem: the network and its batches.
-        devices: number of devices.
-        rounds: how many rounds count; one more goes first.
-
-    Returns:
-        Rows by name: milliseconds by kind with quartiles, ratios to SGD, megabytes.
-    """
+    """Measures all rows on some devices."""
     modes: dict[str, Any] = {"SGD": None} | reductions(devices)
     runners = [Runner(name, problem, devices, r) for name, r in modes.items()]
     samples: dict[str, list[tuple[str, float]]] = {name: [] for name in modes}
@@ -223,17 +214,7 @@ def show(devices: int, rows: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Measures and writes ``scaling.json``.
-
-    Args:
-        argv: the command line; that of the process by default.
-
-    Returns:
-        The result.
-
-    Raises:
-        SystemExit: if there are fewer devices, or they do not divide the batch.
-    """
+    """Measures and writes ``scaling.json``."""
     args = arguments(argv)
     too_many = [n for n in args.devices if n > jax.device_count() or args.batch % n]
     if too_many:

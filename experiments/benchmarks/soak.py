@@ -98,15 +98,7 @@ def start(rng: np.random.Generator) -> Any:
 
 
 def draw(rng: np.random.Generator, event: str) -> tuple[tuple, np.ndarray]:
-    """A batch and what is added to a gradient and to a statistic.
-
-    Args:
-        rng: where numbers come from.
-        event: what is to happen.
-
-    Returns:
-        ``((x, y), spoil)``.
-    """
+    """A batch and what is added to a gradient and to a statistic."""
     x = rng.normal(size=(EXAMPLES, SIZES[0])).astype(np.float32)
     y = x[:, : SIZES[-1]].argmax(-1).astype(np.int32)
     factor = {"zeros": 0.0, "large": 1e3, "overflow": 1e25}.get(event, 1.0)
@@ -146,13 +138,7 @@ class Soak:
         self.done = 0
 
     def turn(self, player: Player, length: int, folder: Path | None) -> None:
-        """An optimiser's turn: a checkpoint, then steps.
-
-        Args:
-            player: the optimiser.
-            length: number of steps.
-            folder: where orbax writes; None for flax.
-        """
+        """An optimiser's turn: a checkpoint, then steps."""
         rng = self.rng
         rate = 0.0 if rng.random() < 0.1 else 10 ** rng.uniform(-3, -0.5)
         player.set(
@@ -222,14 +208,7 @@ class Soak:
                 self.sample()
 
     def result(self, seconds: float) -> dict[str, Any]:
-        """What came out, as JSON values.
-
-        Args:
-            seconds: of the whole run.
-
-        Returns:
-            The result.
-        """
+        """What came out, as JSON values."""
         records = {
             p.name: {
                 "steps": p.steps,
@@ -256,14 +235,7 @@ class Soak:
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """Runs the soak.
-
-    Args:
-        config: its settings.
-
-    Returns:
-        The result.
-    """
+    """Runs the soak."""
     begin = time.perf_counter()
     soak = Soak(config)
     soak.run()
@@ -271,14 +243,7 @@ def measure(config: Config) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and writes ``soak.json``.
-
-    Args:
-        arguments: the arguments after the program's name; those of the process if None.
-
-    Returns:
-        The exit status: 1 if a verdict is bad.
-    """
+    """Runs the command line and writes ``soak.json``."""
     config = tyro.cli(Config, prog=PROGRAM, args=arguments)
     result = measure(config)
     write_json(config.out / "soak.json", result)

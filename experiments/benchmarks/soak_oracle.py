@@ -25,15 +25,7 @@ class Oracle:
     def __init__(
         self, names: Sequence[str], inverse: str, decay: float, start: int, rule: Any
     ) -> None:
-        """Starts with nothing seen.
-
-        Args:
-            names: names of the layers, sorted.
-            inverse: the inversion method.
-            decay: weight of the old statistics.
-            start: the step count to begin with.
-            rule: the interval rule, whose ``period`` or chosen intervals apply.
-        """
+        """Starts with nothing seen."""
         self.names, self.inverse, self.decay, self.rule = names, inverse, decay, rule
         self.count, self.skipped = start, 0
         n = len(names)
@@ -47,16 +39,7 @@ class Oracle:
         self.wrong: list[str] = []
 
     def follow(self, step: Step, damping: float, inverse_interval: int) -> bool:
-        """Takes the step that the optimiser took, and compares the clocks.
-
-        Args:
-            step: what went in, and the optimiser's clocks after it.
-            damping: damping in force.
-            inverse_interval: least number of steps between inversions.
-
-        Returns:
-            Whether the batch must have been accepted.
-        """
+        """Takes the step that the optimiser took, and compares the clocks."""
         given = [s for s, due in zip(step.statistics, self.due, strict=True) if due]
         sound = [step.squares, *(matrix for pair in given for matrix in pair)]
         accepted = all(np.isfinite(array).all() for array in sound)
@@ -123,12 +106,6 @@ class Oracle:
 
         A fixed period is the oracle's own; an adaptive interval is the one that the
         optimiser chose.
-
-        Args:
-            step: the step taken, with the intervals in force after it.
-
-        Returns:
-            A flag per layer.
         """
         following = self.count + 1
         found = []
@@ -152,16 +129,7 @@ def relative(seen: Any, wanted: Any) -> float:
 
 
 def factor_errors(seen: Any, wanted: np.ndarray) -> dict[str, float]:
-    """How far a moving average is from the oracle's, from symmetry and from positive.
-
-    Args:
-        seen: the optimiser's factor.
-        wanted: the oracle's.
-
-    Returns:
-        The largest difference and asymmetry relative to the largest entry, and how far
-        the least eigenvalue is below zero relative to the largest.
-    """
+    """Distances of a moving average from the oracle, symmetry and positivity."""
     matrix = np.float64(seen)
     eigenvalues = np.linalg.eigvalsh((matrix + matrix.T) / 2)
     top = max(eigenvalues[-1], np.finfo(np.float64).tiny)
@@ -179,13 +147,6 @@ def inverse_errors(cached: Any, inverted: tuple) -> dict[str, float]:
     2002, Sec. 14.1); eigenbases: ``Q diag(d) Qᵀ`` against the factor; low-rank ones:
     trace, and Ritz values, which may not exceed the eigenvalues. Of the bases also
     ``max |UᵀU − I|``.
-
-    Args:
-        cached: the optimiser's cached inverse of a layer.
-        inverted: factors ``A`` and ``G``, and the damping, of the inversion.
-
-    Returns:
-        Errors by name, 0 for exact arithmetic.
     """
     a, g, damping = inverted
     if hasattr(cached, "u_a"):

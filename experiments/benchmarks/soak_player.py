@@ -110,17 +110,7 @@ class Player:
     def take(
         self, params: Any, batch: Any, spoil: Any, watch: bool
     ) -> tuple[Any, Step]:
-        """One step, followed by the oracle.
-
-        Args:
-            params: parameters, donated.
-            batch: the batch.
-            spoil: what is added to gradient and statistics.
-            watch: whether to compare what a refused batch must leave as it was.
-
-        Returns:
-            Parameters after, and the step's record.
-        """
+        """One step, followed by the oracle."""
         held = self.state.hyperparams
         damping = float(held["damping"]), int(held["inverse_interval"])
         before = self.kept(params) if watch else None
@@ -169,15 +159,7 @@ class Player:
         self.errors = soak_oracle.largest([self.errors, *found])
 
     def restore(self, params: Any, folder: Path | None) -> Any:
-        """Saves parameters and state and goes on from what was restored.
-
-        Args:
-            params: the parameters.
-            folder: where orbax writes; None for flax's bytes.
-
-        Returns:
-            The parameters restored.
-        """
+        """Saves parameters and state and goes on from what was restored."""
         saved = params, self.state
         if folder is None:
             data = flax.serialization.to_bytes(saved)

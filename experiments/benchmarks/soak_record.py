@@ -52,18 +52,7 @@ def kfac_state(state: Any) -> Any:
 
 
 def packed(value: Any, grads: Any, statistics: Any, params: Any, state: Any) -> tuple:
-    """A step's arrays as one float and one integer vector; traced.
-
-    Args:
-        value: the loss.
-        grads: gradients as ``update`` was given them.
-        statistics: statistics as ``update`` was given them.
-        params: parameters after the step.
-        state: optimiser's state after the step.
-
-    Returns:
-        ``(floats, integers)``.
-    """
+    """A step's arrays as one float and one integer vector; traced."""
     held = kfac_state(state)
     pairs = [(statistics[name].a, statistics[name].g) for name in sorted(statistics)]
     squares = [jnp.vdot(g, g) for g in jax.tree.leaves(grads)]
@@ -84,17 +73,7 @@ def unpacked(
     due: np.ndarray,
     failures: np.ndarray,
 ) -> Step:
-    """A step's arrays on the host.
-
-    Args:
-        record: what ``packed`` returned.
-        shapes: shapes of ``A`` and ``G`` by layer.
-        due: what was due before the step.
-        failures: numbers of failures before the step.
-
-    Returns:
-        The step.
-    """
+    """A step's arrays on the host."""
     floats, integers = (np.asarray(array) for array in record)
     end = len(floats)
     statistics = []

@@ -44,15 +44,7 @@ def resident_bytes() -> int:
 
 
 def slope(samples: Sequence[Mapping[str, Any]], field: str) -> float:
-    """Growth of a field over the second half of the samples, by least squares.
-
-    Args:
-        samples: the samples in order.
-        field: which one.
-
-    Returns:
-        Slope times the steps of that half; 0 with fewer than three samples.
-    """
+    """Growth of a field over the second half of the samples, by least squares."""
     half = samples[len(samples) // 2 :]
     if len(half) < 3:
         return 0.0
@@ -68,13 +60,6 @@ def verdicts(
 
     Of speed, the fastest sample's first decile of step times in either quarter: other
     work on the machine makes steps slower, never faster.
-
-    Args:
-        samples: the samples in order, all after every program was compiled.
-        records: by optimiser, with ``wrong``.
-
-    Returns:
-        By question: whether it is good, the numbers, and the bound.
     """
     first, last = (
         samples[: len(samples) // 4 or 1],

@@ -79,15 +79,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def job_makers(problem: Problem, args: argparse.Namespace) -> dict[str, Callable]:
-    """Lists the rows of a network.
-
-    Args:
-        problem: the network.
-        args: the command line.
-
-    Returns:
-        Functions that make the jobs, by name.
-    """
+    """Lists the rows of a network."""
     sgd, adam = optax.sgd(RATE, MOMENTUM), optax.adam(RATE)
     makers: dict[str, Callable[[], Job]] = {
         BASELINE: lambda: optax_job(BASELINE, sgd, problem),
@@ -137,14 +129,7 @@ def job_makers(problem: Problem, args: argparse.Namespace) -> dict[str, Callable
 def make_jobs(
     makers: dict[str, Callable[[], Job]],
 ) -> tuple[list[Job], dict[str, str]]:
-    """Makes and compiles the jobs.
-
-    Args:
-        makers: from `job_makers`.
-
-    Returns:
-        The jobs, and what went wrong with those that failed, by name.
-    """
+    """Makes and compiles the jobs."""
     jobs, failed = [], {}
     for name, make in makers.items():
         start = time.perf_counter()
@@ -162,15 +147,7 @@ def make_jobs(
 
 
 def measure(jobs: list[Job], rounds: int) -> dict[str, list[list[tuple[str, float]]]]:
-    """Runs all jobs in turn, once per round.
-
-    Args:
-        jobs: the jobs, compiled.
-        rounds: how many rounds count; one more goes first.
-
-    Returns:
-        By job, the samples of each round.
-    """
+    """Runs all jobs in turn, once per round."""
     samples: dict[str, list] = {job.name: [] for job in jobs}
     for number in range(rounds + 1):
         shift = number % len(jobs)
@@ -182,15 +159,7 @@ def measure(jobs: list[Job], rounds: int) -> dict[str, list[list[tuple[str, floa
 
 
 def summarise(jobs: list[Job], samples: dict[str, list]) -> dict[str, dict[str, Any]]:
-    """Turns samples into the rows of the result.
-
-    Args:
-        jobs: the jobs.
-        samples: from `measure`.
-
-    Returns:
-        Rows by name.
-    """
+    """Turns samples into the rows of the result."""
     flat = {name: sum(rounds, []) for name, rounds in samples.items()}
     base = amortised(flat[BASELINE])
     bases = [amortised(one) for one in samples[BASELINE]]
@@ -263,15 +232,7 @@ def show(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def benchmark(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Measures one network.
-
-    Args:
-        name: its name.
-        args: the command line.
-
-    Returns:
-        The rows and the failures, as JSON values.
-    """
+    """Measures one network."""
     start, problem = time.perf_counter(), make_problem(name)
     jobs, failed = make_jobs(job_makers(problem, args))
     rows = summarise(jobs, measure(jobs, args.rounds))
@@ -294,14 +255,7 @@ def benchmark(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Measures the networks asked for and writes ``step_time.json``.
-
-    Args:
-        argv: the command line; that of the process by default.
-
-    Returns:
-        The result.
-    """
+    """Measures the networks asked for and writes ``step_time.json``."""
     args = arguments(argv)
     result: dict[str, Any] = {"machine": machine(), "settings": settings(args)}
     print(" ".join(f"{k}={v}" for k, v in result["machine"].items()))

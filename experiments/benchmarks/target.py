@@ -6,16 +6,7 @@ from experiments.benchmarks.common import first_reach
 
 
 def compare_with(baseline: str, best: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Compares the best trials.
-
-    Args:
-        baseline: name of the baseline.
-        best: best trial of the baseline and of ``ours``.
-
-    Returns:
-        The target, when either reaches it, and ours over the baseline's in steps and
-        seconds (None where it is not reached).
-    """
+    """Compares the best trials."""
     target = best[baseline]["best_loss"]
     when = {name: first_reach(best[name]["curve"], target) for name in best}
     theirs, ours = when[baseline], when["ours"]

@@ -16,19 +16,7 @@ def check_number(
     below: float | None = None,
     at_most: float | None = None,
 ) -> None:
-    """Raises unless `value` is a finite number within the given bounds.
-
-    Args:
-        name: the option as the user knows it.
-        value: what was given.
-        above: exclusive lower bound.
-        at_least: inclusive lower bound.
-        below: exclusive upper bound.
-        at_most: inclusive upper bound.
-
-    Raises:
-        ConfigError: naming the option, the value and the bounds.
-    """
+    """Raises unless `value` is a finite number within the given bounds."""
     bounds = [
         (f"> {above}", above is None or value > above),
         (f">= {at_least}", at_least is None or value >= at_least),
@@ -41,30 +29,12 @@ def check_number(
 
 
 def check_integer(name: str, value: Any, *, at_least: int) -> None:
-    """Raises unless `value` is an integer of at least `at_least`.
-
-    Args:
-        name: the option as the user knows it.
-        value: what was given.
-        at_least: inclusive lower bound.
-
-    Raises:
-        ConfigError: naming the option, the value and the bound.
-    """
+    """Raises unless `value` is an integer of at least `at_least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
         raise ConfigError(f"{name} is {value!r}; wanted an integer >= {at_least}.")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Raises unless `value` is one of `choices`.
-
-    Args:
-        name: the option as the user knows it.
-        value: what was given.
-        choices: what is allowed.
-
-    Raises:
-        ConfigError: naming the option, the value and the choices.
-    """
+    """Raises unless `value` is one of `choices`."""
     if value not in choices:
         raise ConfigError(f"{name} is {value!r}; wanted one of {', '.join(choices)}.")

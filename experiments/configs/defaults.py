@@ -84,15 +84,7 @@ OPTIMISERS["mlp_nnx"] = OPTIMISERS["mlp"]
 
 
 def default_config(dataset: str = "mnist5k", model: str = "mlp") -> TrainConfig:
-    """Returns the default configuration of a data set and a model.
-
-    Args:
-        dataset: one of `DATASETS`.
-        model: one of `MODELS`.
-
-    Returns:
-        A configuration whose every field may be replaced.
-    """
+    """Returns the default configuration of a data set and a model."""
     check_choice("dataset", dataset, DATASETS)
     check_choice("model", model, MODELS)
     config = TrainConfig(

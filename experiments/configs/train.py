@@ -173,14 +173,7 @@ class TrainConfig:
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
     def run_dict(self, optimizer: str) -> dict[str, Any]:
-        """Returns what decides the curve of one optimiser's run, as JSON values.
-
-        Args:
-            optimizer: the optimiser; the others' hyper-parameters are left out.
-
-        Returns:
-            Nested dict of JSON values.
-        """
+        """Returns what decides the curve of one optimiser's run, as JSON values."""
         values = self.to_dict()
         for name in (*NOT_IN_FINGERPRINT, *OPTIMIZERS):
             values.pop(name)

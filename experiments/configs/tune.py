@@ -139,11 +139,7 @@ class TuneConfig:
     """Ranges of Muon."""
 
     def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-            ConfigError: if a value is out of range.
-        """
+        """Checks the values."""
         check_choice("optimizer", self.optimizer, TUNED)
         check_choice("dataset", self.dataset, DATASETS)
         check_choice("model", self.model, MODELS)
@@ -188,15 +184,7 @@ class TuneConfig:
 
 
 def default_tuning(dataset: str = "mnist5k", model: str = "mlp") -> TuneConfig:
-    """The default search on a data set with a model.
-
-    Args:
-        dataset: one of `DATASETS`.
-        model: one of `MODELS`.
-
-    Returns:
-        A configuration whose every field may be replaced.
-    """
+    """The default search on a data set with a model."""
     train = default_config(dataset, model)
     return TuneConfig(
         dataset=train.dataset,

@@ -15,15 +15,7 @@ __all__ = ["run"]
 
 
 def run(config: CostConfig, console: Console) -> None:
-    """Counts, prints, and writes the files that are wanted.
-
-    Args:
-        config: the command line.
-        console: where to print.
-
-    Raises:
-        ConfigError: if the trace is of another network.
-    """
+    """Counts, prints, and writes the files that are wanted."""
     net, trace = figures.network(config), figures.read_trace(config)
     costs = net.cost(config)
     try:

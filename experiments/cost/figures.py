@@ -29,15 +29,7 @@ class Network:
     batch: int
 
     def cost(self, config: CostConfig, **changes: Any) -> CostModel:
-        """The costs under a configuration.
-
-        Args:
-            config: the command line.
-            **changes: fields of it to replace.
-
-        Returns:
-            The model.
-        """
+        """The costs under a configuration."""
         config = dataclasses.replace(config, **changes)
         reduction = kfac.Reduction(
             config.mode,
@@ -59,14 +51,7 @@ class Network:
 
 
 def network(config: CostConfig) -> Network:
-    """Tags the network of a configuration; nothing is executed.
-
-    Args:
-        config: the command line.
-
-    Returns:
-        The network.
-    """
+    """Tags the network of a configuration; nothing is executed."""
     entry = MODELS[config.model]
     if config.batch is not None:
         entry = dataclasses.replace(entry, shape=(config.batch, *entry.shape[1:]))
@@ -78,17 +63,7 @@ def network(config: CostConfig) -> Network:
 
 
 def read_trace(config: CostConfig) -> Any:
-    """The rate, or the last records of K-FAC in a metrics file.
-
-    Args:
-        config: the command line.
-
-    Returns:
-        What ``CostModel.rates`` takes.
-
-    Raises:
-        MetricsError: if the file has no records of K-FAC.
-    """
+    """The rate, or the last records of K-FAC in a metrics file."""
     if config.trace is None:
         return config.rate
     if not config.trace.exists():
@@ -103,16 +78,7 @@ def read_trace(config: CostConfig) -> Any:
 
 
 def variants(net: Network, config: CostConfig, trace: Any) -> list[dict[str, Any]]:
-    """Bytes of statistics that a device sends, each row with one saving more.
-
-    Args:
-        net: the network.
-        config: the command line.
-        trace: how often layers are refreshed.
-
-    Returns:
-        Rows of the table, the first with full blocks of batch norm and all-reduce.
-    """
+    """Bytes of statistics that a device sends, each row with one saving more."""
     rows: list[dict[str, Any]] = []
     changes: dict[str, Any] = {"batch_norm": "full", "mode": "all", "dtype": "float32"}
     steps = (
@@ -138,16 +104,7 @@ def variants(net: Network, config: CostConfig, trace: Any) -> list[dict[str, Any
 
 
 def modes(net: Network, config: CostConfig, trace: Any) -> list[dict[str, Any]]:
-    """What each mode costs a device on the configured number of devices.
-
-    Args:
-        net: the network.
-        config: the command line.
-        trace: how often layers are refreshed.
-
-    Returns:
-        Rows of the table.
-    """
+    """What each mode costs a device on the configured number of devices."""
     rows = []
     for mode in MODES:
         if mode == "grid" and config.devices % config.slices:
@@ -189,15 +146,7 @@ def as_json(curves: dict[str, dict[int, StepTime]]) -> dict[str, dict[str, Any]]
 
 
 def curves(net: Network, config: CostConfig) -> dict[str, dict[int, StepTime]]:
-    """Step times of every mode with and without adaptive intervals.
-
-    Args:
-        net: the network.
-        config: the command line.
-
-    Returns:
-        ``"mode rate"`` to number of devices to step time.
-    """
+    """Step times of every mode with and without adaptive intervals."""
     found = {}
     for mode in MODES:
         devices = [d for d in DEVICES if mode != "grid" or d % config.slices == 0]

@@ -43,16 +43,7 @@ PUBLISHED = {
 def save(
     curves: dict[str, dict[int, StepTime]], net: Network, config: CostConfig
 ) -> None:
-    """Writes the plot.
-
-    Args:
-        curves: step times by number of devices, by mode and rate.
-        net: the network.
-        config: the command line.
-
-    Raises:
-        MetricsError: if the file cannot be written.
-    """
+    """Writes the plot."""
     path = config.plot
     assert path is not None
     try:
@@ -65,16 +56,7 @@ def save(
 def draw(
     curves: dict[str, dict[int, StepTime]], net: Network, config: CostConfig
 ) -> Figure:
-    """Draws seconds per step and share of the factors side by side.
-
-    Args:
-        curves: step times by number of devices, by mode and rate.
-        net: the network.
-        config: the command line.
-
-    Returns:
-        The figure.
-    """
+    """Draws seconds per step and share of the factors side by side."""
     figure = Figure(figsize=(11, 4.6), layout="constrained", dpi=120)
     title = f"Simulated: {net.title}, {net.batch} examples per device"
     figure.suptitle(f"{title}, {config.machine.name}")

@@ -35,17 +35,7 @@ class Examples:
     y_test: np.ndarray
 
     def first(self, train: int | None) -> Self:
-        """Returns the data set with only its first `train` training examples.
-
-        Args:
-            train: how many to keep; None keeps all.
-
-        Returns:
-            The smaller data set.
-
-        Raises:
-            ConfigError: if there are not so many.
-        """
+        """Returns the data set with only its first `train` training examples."""
         if train is None:
             return self
         if train > len(self.x_train):
@@ -94,12 +84,6 @@ def make_dataset(
         train: images ``[n, h, w]`` or ``[n, h, w, c]``, and labels ``[n]``.
         test: the same for testing.
         maximum: the value of the brightest pixel.
-
-    Returns:
-        The data set.
-
-    Raises:
-        DataError: if the two splits do not fit together.
     """
     x_train, y_train = check_split(f"{source}, training set", *train, maximum)
     x_test, y_test = check_split(f"{source}, test set", *test, maximum)
@@ -124,9 +108,6 @@ def check_split(
 
     Returns:
         Images ``[n, h, w, c]`` and int32 labels.
-
-    Raises:
-        DataError: saying what was seen and what was wanted.
     """
     x, y = np.asarray(x), np.asarray(y)
     x = x[..., None] if x.ndim == 3 else x
@@ -158,16 +139,6 @@ def batches(
 
     Each epoch has its own permutation, made from the seed and the number of the epoch
     alone, so that a run continued at any step sees the batches it would have seen.
-
-    Args:
-        data: the data set.
-        batch_size: examples per batch; an incomplete last batch is left out.
-        seed: seed of the permutations.
-        start: number of steps already taken.
-        stop: number of steps after the last batch.
-
-    Yields:
-        Inputs and what is to be predicted, such as images and labels.
     """
     per_epoch = len(data.x_train) // batch_size
     epoch, order = -1, np.arange(0)

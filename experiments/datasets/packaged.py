@@ -35,18 +35,7 @@ def load_mnist5k() -> Dataset:
 
 
 def import_package(module: str, package: str):
-    """Imports an optional module.
-
-    Args:
-        module: the module's name.
-        package: the name to install it by.
-
-    Returns:
-        The module.
-
-    Raises:
-        DataError: if the package is not installed.
-    """
+    """Imports an optional module."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -64,9 +53,6 @@ def split(
         x: images ``[n, ...]``.
         y: labels ``[n]``.
         num_test: size of the test set.
-
-    Returns:
-        The training and the test set, each images and labels.
     """
     order = np.random.default_rng(SPLIT_SEED).permutation(len(x))
     # Rank of each example among those of its label, as a share: sorting by it deals

@@ -36,22 +36,7 @@ class TextDataset(Examples):
 def make_text(
     name: str, title: str, source: str, text: str, context: int
 ) -> TextDataset:
-    """Numbers the characters of a text, splits it by position and cuts windows.
-
-    Args:
-        name: name on the command line.
-        title: name in tables and plots.
-        source: where the text comes from; every error names it.
-        text: the text.
-        context: characters of a window.
-
-    Returns:
-        The data set.
-
-    Raises:
-        DataError: if the text is of one character only, or empty.
-        ConfigError: if a part is too short for a window.
-    """
+    """Numbers the characters of a text, splits it by position and cuts windows."""
     vocabulary = "".join(sorted(set(text)))
     if len(vocabulary) < 2:
         raise DataError(f"{source}: {len(vocabulary)} different characters.")
@@ -75,9 +60,6 @@ def windows(tokens: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
     Args:
         tokens: numbers of the characters, ``[n]``.
         context: characters of a window.
-
-    Returns:
-        The windows, and the same moved by one character.
     """
     count = (len(tokens) - 1) // context
     shape = count, context

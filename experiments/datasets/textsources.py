@@ -21,19 +21,7 @@ Found = tuple[str, str]
 def load_text(
     name: str, data_dir: Path | str | None = None, context: int = 64
 ) -> TextDataset:
-    """Loads a text from the first source that has it.
-
-    Args:
-        name: one of `TEXTS`.
-        data_dir: folder to look in first; KFAC_DATA_DIR if None.
-        context: characters of a window.
-
-    Returns:
-        The text in windows; its `source` says where it was found.
-
-    Raises:
-        DataError: listing the places that were looked at, if none has it.
-    """
+    """Loads a text from the first source that has it."""
     check_choice("dataset", name, TEXTS)
     if name == "pydoc":
         text, source = python_reference()
@@ -107,12 +95,5 @@ def find_download(
 
 
 def read_tfds(path: Path) -> Found:
-    """Reads a directory prepared by TFDS.
-
-    Args:
-        path: the directory of the text, with its versions inside.
-
-    Returns:
-        The text and its source.
-    """
+    """Reads a directory prepared by TFDS."""
     return prepared.read_text(path.name, path.parent), f"TFDS directory {path}"

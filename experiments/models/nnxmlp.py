@@ -14,12 +14,7 @@ class MLP(nnx.Module):
     """Fully connected network with rectified linear units."""
 
     def __init__(self, widths: Sequence[int], rngs: nnx.Rngs):
-        """Makes the layers.
-
-        Args:
-            widths: widths from the input to the output.
-            rngs: random streams for the initial parameters.
-        """
+        """Makes the layers."""
         pairs = zip(widths[:-1], widths[1:], strict=True)
         self.layers = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in pairs])
 
@@ -36,13 +31,6 @@ def nnx_task(hidden: Sequence[int], data: Dataset) -> Task:
 
     The module is split once into its graph and its parameters, an `nnx.State`, which is
     a pytree like any other.
-
-    Args:
-        hidden: widths of the hidden layers.
-        data: the data set.
-
-    Returns:
-        The task.
     """
     height, width, channels = data.image_shape
     widths = (height * width * channels, *hidden, data.num_classes)

@@ -19,19 +19,7 @@ LENET_SMALLEST = 12
 
 
 def make_task(model: str, net: NetConfig, data: Dataset | TextDataset) -> Task:
-    """Builds the task of a model on a data set.
-
-    Args:
-        model: one of `MODELS`.
-        net: sizes of the networks.
-        data: the data set.
-
-    Returns:
-        The task.
-
-    Raises:
-        ConfigError: if the model cannot take this data.
-    """
+    """Builds the task of a model on a data set."""
     check_choice("model", model, MODELS)
     if isinstance(data, TextDataset):
         if model != "lm":
@@ -83,15 +71,7 @@ def transformer(net: NetConfig, data: TextDataset) -> Transformer:
 
 
 def linen_functions(module: nn.Module):
-    """Returns the pure functions `init` and `apply` of a Linen module.
-
-    Args:
-        module: takes inputs and ``train``; may keep batch statistics.
-
-    Returns:
-        ``init(key, inputs) -> (params, model_state)`` and
-        ``apply(params, model_state, inputs, train) -> (outputs, new model_state)``.
-    """
+    """Returns the pure functions `init` and `apply` of a Linen module."""
 
     def init(key: jax.Array, inputs: jax.Array) -> tuple[Any, Any]:
         variables = dict(module.init(key, inputs))

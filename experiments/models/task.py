@@ -42,11 +42,6 @@ class Task:
 def make_preprocess(data: Dataset, standardise: bool) -> Callable:
     """Returns the map from stored images to the network's input.
 
-    Args:
-        data: the data set; channel means and deviations are those of its training set.
-        standardise: subtract the mean and divide by the standard deviation; otherwise
-            pixels are from 0 to 1.
-
     Returns:
         A function of images ``[batch, h, w, c]``.
     """
@@ -67,14 +62,6 @@ def classifier(
     """Builds a classification task with the softmax cross-entropy.
 
     Training labels are integers ``[batch]`` or probabilities ``[batch, classes]``.
-
-    Args:
-        init: ``(key, inputs) -> (params, model_state)``.
-        apply: ``(params, model_state, inputs, train) -> (logits, new model_state)``.
-        data: the data set.
-
-    Returns:
-        The task.
     """
     preprocess = make_preprocess(data, standardise=True)
     sample = np.zeros((1, *data.image_shape), data.x_train.dtype)
@@ -108,9 +95,6 @@ def reconstruction(
         init: ``(key, inputs) -> (params, model_state)``; inputs are ``[1, pixels]``.
         apply: ``(params, model_state, inputs, train) -> (logits, new model_state)``.
         data: the data set.
-
-    Returns:
-        The task.
     """
     preprocess = make_preprocess(data, standardise=False)
     sample = np.zeros((1, *data.image_shape), data.x_train.dtype)
@@ -149,9 +133,6 @@ def language_model(
         apply: ``(params, model_state, tokens, train) -> (logits, new model_state)``
             with logits ``[batch, time, vocabulary]``.
         data: the data set.
-
-    Returns:
-        The task; it evaluates nats and bits per token, means over a window.
     """
     sample = np.zeros((1, data.context), data.x_train.dtype)
 

@@ -36,16 +36,7 @@ class Attention(nn.Module):
 
 
 def residual_output(width: int, scale: float, name: str) -> nn.Dense:
-    """A dense layer whose output is added to the residual stream.
-
-    Args:
-        width: number of outputs.
-        scale: factor on the standard deviation of the usual initial weights.
-        name: name of the layer.
-
-    Returns:
-        The layer.
-    """
+    """A dense layer whose output is added to the residual stream."""
     initial = nn.initializers.variance_scaling(scale**2, "fan_in", "truncated_normal")
     return nn.Dense(width, kernel_init=initial, name=name)
 

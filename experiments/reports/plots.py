@@ -20,18 +20,7 @@ AXES = {"steps": ("step", "steps"), "seconds": ("seconds", "seconds of training"
 
 
 def save_plots(runs: Sequence[RunRecords], folder: Path) -> list[Path]:
-    """Writes ``loss_vs_steps.png`` and ``loss_vs_seconds.png``.
-
-    Args:
-        runs: the runs.
-        folder: where the files go.
-
-    Returns:
-        The files.
-
-    Raises:
-        MetricsError: if a file cannot be written.
-    """
+    """Writes ``loss_vs_steps.png`` and ``loss_vs_seconds.png``."""
     paths = []
     for name, (field, label) in AXES.items():
         figure = draw(runs, field, label)
@@ -45,16 +34,7 @@ def save_plots(runs: Sequence[RunRecords], folder: Path) -> list[Path]:
 
 
 def draw(runs: Sequence[RunRecords], field: str, label: str) -> Figure:
-    """Draws training and test loss side by side.
-
-    Args:
-        runs: the runs.
-        field: which field of the records is on the horizontal axis.
-        label: how to call it.
-
-    Returns:
-        The figure.
-    """
+    """Draws training and test loss side by side."""
     figure = Figure(figsize=(10, 4), layout="constrained", dpi=120)
     first = runs[0].config
     figure.suptitle(f"{first['data']['title']}, {first['config']['model']}")

@@ -80,17 +80,7 @@ class RunRecords:
 
 
 def read_runs(folder: Path) -> list[RunRecords]:
-    """Reads every run of a run folder.
-
-    Args:
-        folder: the run folder, with one folder per optimiser.
-
-    Returns:
-        The runs, in the order in which the configuration lists their optimisers.
-
-    Raises:
-        MetricsError: if there is none, or a file cannot be read.
-    """
+    """Reads every run of a run folder."""
     runs = []
     for path in sorted(folder.glob(f"*/{FILE_NAME}")):
         records = read_records(path)
@@ -119,15 +109,7 @@ def read_runs(folder: Path) -> list[RunRecords]:
 
 
 def check_records(path: Path, records: list[dict[str, Any]]) -> None:
-    """Raises if a record lacks a field that a table or a plot reads, or has another.
-
-    Args:
-        path: the file.
-        records: its records, one a line.
-
-    Raises:
-        MetricsError: names the file, the line and the field.
-    """
+    """Raises if a record lacks a field that a table or a plot reads, or has another."""
     for line, record in enumerate(records, start=1):
         kind = record["kind"]
         for name, (wanted, right) in FIELDS.get(kind, {}).items():

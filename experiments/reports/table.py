@@ -16,16 +16,7 @@ SCORES = ("accuracy", "squared_error", "bits_per_character")
 
 
 def make_table(runs: Sequence[RunRecords], baseline: str = "adam") -> Table:
-    """Builds the table of a comparison.
-
-    Args:
-        runs: the runs.
-        baseline: name of the optimiser whose best training loss the others are
-            measured by; the first run if it is not among them.
-
-    Returns:
-        A table with a row per optimiser.
-    """
+    """Builds the table of a comparison."""
     reference = next((run for run in runs if run.optimizer == baseline), runs[0])
     goal = reference.best_train_loss()
     first = runs[0].config

@@ -31,25 +31,11 @@ class Cells:
     """The files of the finished runs, one for each cell."""
 
     def __init__(self, config: Study):
-        """Remembers the folder.
-
-        Args:
-            config: the study.
-        """
+        """Remembers the folder."""
         self.config, self.machine = config, machine()
 
     def read(self, name: str) -> list[Record]:
-        """What a cell has finished.
-
-        Args:
-            name: of the cell.
-
-        Returns:
-            Its records.
-
-        Raises:
-            MetricsError: if they are of another configuration.
-        """
+        """What a cell has finished."""
         path = self.path(name)
         found = metrics.read_records(path)
         for record in found:
@@ -66,17 +52,7 @@ class Cells:
         return self.config.out / f"{name}.jsonl"
 
     def append(self, name: str, kind: str, step: int, **values: Any) -> Record:
-        """Writes a finished run.
-
-        Args:
-            name: of the cell.
-            kind: of the run.
-            step: steps that it took.
-            **values: what it found.
-
-        Returns:
-            The record as it can be read again.
-        """
+        """Writes a finished run."""
         shared = {"fingerprint": self.config.fingerprint()}
         shared |= {"config": self.config.shared(), "machine": self.machine}
         path = self.path(name)

@@ -58,15 +58,7 @@ SAVERS: dict[type, str] = {
 
 
 def parse_study(arguments: Sequence[str], prog: str) -> Command:
-    """Parses what follows ``study``.
-
-    Args:
-        arguments: name of the study, then its options.
-        prog: the program's name in the help.
-
-    Returns:
-        The configuration.
-    """
+    """Parses what follows ``study``."""
     names = argparse.ArgumentParser(
         prog=prog,
         description="Runs a study, or makes the table and the plots of one again.",
@@ -89,15 +81,7 @@ def parse_study(arguments: Sequence[str], prog: str) -> Command:
 
 
 def described(commands: Mapping[str, str], last: str) -> str:
-    """A line for each command, for the help.
-
-    Args:
-        commands: what each does, by name.
-        last: what comes after them.
-
-    Returns:
-        The lines.
-    """
+    """A line for each command, for the help."""
     width = max(map(len, commands))
     lines = [f"  {name:<{width}}  {text}" for name, text in commands.items()]
     return "\n".join([*lines, "", last])
@@ -109,16 +93,7 @@ def summary(config: Any) -> str:
 
 
 def of_size(arguments: Sequence[str], known: Mapping[str, Any]) -> Any:
-    """The configuration that ``--size`` chooses, whose values are the other defaults.
-
-    Args:
-        arguments: the options of a command.
-        known: configurations by size, ``small`` among them.
-
-    Returns:
-        The configuration; the small one for a wrong name, which is left to the real
-        parser, which knows how to tell it.
-    """
+    """The configuration that ``--size`` chooses: the defaults of the rest."""
     sizes = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     sizes.add_argument("--size", default="small")
     return known.get(sizes.parse_known_args(arguments)[0].size, known["small"])
@@ -131,15 +106,7 @@ def function(path: str) -> Callable[..., Any]:
 
 
 def run_study(config: Command, console: Console) -> int:
-    """Runs a study, or reports one.
-
-    Args:
-        config: from `parse_study`.
-        console: where to print.
-
-    Returns:
-        The exit status.
-    """
+    """Runs a study, or reports one."""
     if isinstance(config, IntervalStudy):
         set_host_devices(config.host_devices)
         function("intervals.run_intervals")(config, console)
@@ -152,11 +119,7 @@ def run_study(config: Command, console: Console) -> int:
 
 
 def set_host_devices(count: int | None) -> None:
-    """Splits the CPU into devices; JAX reads this when it is first used.
-
-    Args:
-        count: how many; None leaves everything as it is.
-    """
+    """Splits the CPU into devices; JAX reads this when it is first used."""
     flags = os.environ.get("XLA_FLAGS", "")
     if count is not None and HOST_DEVICES not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {HOST_DEVICES}={count}".strip()

@@ -18,14 +18,7 @@ EVALUATIONS = """
 
 
 def accuracies(file: Path) -> Table:
-    """The test accuracy during training, a mean over the seeds.
-
-    Args:
-        file: the JSON lines.
-
-    Returns:
-        A row per rule and threshold, a column per evaluation.
-    """
+    """The test accuracy during training, a mean over the seeds."""
     found: dict[tuple, dict[int, float]] = {}
     for row in query(file, EVALUATIONS, rules=[EVERY, *RULES]):
         of_cell = found.setdefault((row["rule"], row["threshold"]), {})
@@ -43,18 +36,7 @@ def accuracies(file: Path) -> Table:
 def save_interval_page(
     file: Path, facts: dict[str, Any], table: Table, plots: Sequence[Plot], folder: Path
 ) -> list[Path]:
-    """Writes the page of an interval study and its runs as Parquet.
-
-    Args:
-        file: the JSON lines.
-        facts: the data's title as ``data``, and ``config``.
-        table: a row per rule and threshold.
-        plots: in `folder`.
-        folder: where to write.
-
-    Returns:
-        The HTML file, the Markdown file and the Parquet file.
-    """
+    """Writes the page of an interval study and its runs as Parquet."""
     config = facts["config"]
     setting = (
         f"Factor traffic and accuracy of refresh intervals per layer: "

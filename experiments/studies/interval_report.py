@@ -39,17 +39,7 @@ HEADER = (
 
 
 def read_lines(path: Path) -> list[Line]:
-    """Reads the finished cells of a study.
-
-    Args:
-        path: the JSON lines.
-
-    Returns:
-        One record per cell.
-
-    Raises:
-        MetricsError: if there is none, no baseline, or two configurations in the file.
-    """
+    """Reads the finished cells of a study."""
     written = path.is_file() and path.stat().st_size
     lines = query(path, "FROM runs") if written else []
     if not lines:
@@ -68,12 +58,6 @@ def summarise(lines: Sequence[Line]) -> list[dict[str, Any]]:
     ``within_spread`` says whether the mean accuracy is not below the lowest accuracy of
     the every-step runs; ``paired`` is the mean difference to the every-step run of the
     same seed.
-
-    Args:
-        lines: the cells.
-
-    Returns:
-        One row per rule and threshold, the every-step rule first.
     """
     baseline = {
         line["cell"]["seed"]: line["accuracy"]
@@ -91,15 +75,7 @@ def summarise(lines: Sequence[Line]) -> list[dict[str, Any]]:
 
 
 def means(group: Sequence[Line], baseline: dict[int, float]) -> dict[str, Any]:
-    """Means over the seeds of one rule and threshold.
-
-    Args:
-        group: its cells.
-        baseline: accuracies of the every-step runs, by seed.
-
-    Returns:
-        The rest of a row of `summarise`.
-    """
+    """Means over the seeds of one rule and threshold."""
 
     def mean(of: Callable[[Line], float]) -> float:
         return statistics.mean(map(of, group))
@@ -150,12 +126,6 @@ def unlike(line: Line) -> float:
 
     The interval starts at 1 and each other refresh adds 1, except for the first, which
     has nothing to be compared with.
-
-    Args:
-        line: a cell of the rules ``multiple`` or ``elapsed``.
-
-    Returns:
-        Mean over the layers.
     """
     last = line["records"][-1]
     pairs = zip(last["refreshes"], last["interval"], strict=True)
@@ -191,15 +161,7 @@ def table_cells(rows: Sequence[dict[str, Any]]) -> list[tuple]:
 
 
 def depth(name: str) -> tuple:
-    """Sorts layers from the input to the output by their names.
-
-    Args:
-        name: such as ``ResidualBlock_1/Conv_0``; what is not in a block is the stem,
-            unless it is the dense layer at the end.
-
-    Returns:
-        A sort key.
-    """
+    """Sorts layers from the input to the output by their names."""
     last = "dense" in name.lower() or "head" in name.lower()
     place = 1 if "/" in name else 2 if last else 0
     numbers = [int(number) for number in re.findall(r"\d+", name)]
@@ -208,9 +170,6 @@ def depth(name: str) -> tuple:
 
 def windows(line: Line) -> tuple[np.ndarray, np.ndarray, list[str], np.ndarray]:
     """Intervals and refreshes of a run, window by window.
-
-    Args:
-        line: the cell.
 
     Returns:
         Intervals in force at the end of each window ``[layers, windows]``; steps per
@@ -240,9 +199,6 @@ def draw_heat(axis: Axes, values: np.ndarray, names: list[str], steps: Any, top:
         names: of the layers, input first.
         steps: ends of the windows, with the start in front.
         top: value of the brightest colour.
-
-    Returns:
-        The image, for the colour bar.
     """
     edges = np.arange(len(names) + 1) - 0.5
     image = axis.pcolormesh(steps, edges, values, norm=LogNorm(1, top), cmap="viridis")
@@ -254,16 +210,7 @@ def draw_heat(axis: Axes, values: np.ndarray, names: list[str], steps: Any, top:
 
 
 def save_heat_maps(lines: Sequence[Line], threshold: float, path: Path) -> bool:
-    """Draws intervals and steps per refresh of each rule at one threshold.
-
-    Args:
-        lines: the cells.
-        threshold: ``λ``.
-        path: the PNG file.
-
-    Returns:
-        Whether there was a run with this threshold.
-    """
+    """Draws intervals and steps per refresh of each rule at one threshold."""
     chosen: dict[str, Line] = {}
     for line in lines:
         cell = line["cell"]
@@ -305,13 +252,7 @@ def save_heat_maps(lines: Sequence[Line], threshold: float, path: Path) -> bool:
 def save_trade_off(
     lines: Sequence[Line], rows: Sequence[dict[str, Any]], path: Path
 ) -> None:
-    """Draws accuracy against traffic, every run and the means.
-
-    Args:
-        lines: the cells.
-        rows: from `summarise`.
-        path: the PNG file.
-    """
+    """Draws accuracy against traffic, every run and the means."""
     figure = Figure(figsize=(8, 4.5), layout="constrained", dpi=120)
     axis = figure.subplots()
     thresholds = sorted({row["threshold"] for row in rows} - {None})
@@ -358,15 +299,7 @@ def save_trade_off(
 
 
 def save_report(config: IntervalReport, console: Console) -> list[Path]:
-    """Writes summary, plots and page beside the results, and prints the table.
-
-    Args:
-        config: which results, and where to write.
-        console: where to print.
-
-    Returns:
-        The files.
-    """
+    """Writes summary, plots and page beside the results, and prints the table."""
     lines = read_lines(config.file)
     rows = summarise(lines)
     console.print(show(rows), highlight=False, soft_wrap=True)

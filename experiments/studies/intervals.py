@@ -88,18 +88,7 @@ def make_interval(cell: Cell) -> kfac.intervals.Interval:
 
 
 def make_mesh(config: IntervalStudy) -> Mesh:
-    """All devices in a row.
-
-    Args:
-        config: the study.
-
-    Returns:
-        A mesh with the axis ``batch``.
-
-    Raises:
-        ConfigError: if there are not as many devices as wanted, or the batch cannot be
-            split among them.
-    """
+    """All devices in a row."""
     count = jax.device_count()
     if config.host_devices not in (None, count):
         raise ConfigError(
@@ -128,18 +117,7 @@ def tag_share(
 def make_program(
     config: IntervalStudy, cell: Cell, task: Task, data: Dataset, mesh: Mesh
 ) -> Program:
-    """Builds the step of a rule.
-
-    Args:
-        config: the study.
-        cell: its rule and threshold are used.
-        task: the network and its loss.
-        data: the data set.
-        mesh: the devices.
-
-    Returns:
-        The functions of a run.
-    """
+    """Builds the step of a rule."""
     tagged = tag_share(config, task, data, mesh.size)
     tx = kfac.kfac(
         tagged.layers,
@@ -184,19 +162,7 @@ def run_cell(
     evaluate: Callable[[Any, Any], dict[str, float]],
     tell: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Trains one cell.
-
-    Args:
-        config: the study.
-        cell: the cell.
-        program: the functions of its rule.
-        data: the data set.
-        evaluate: parameters and model state to means over the test set.
-        tell: is given the number of steps taken.
-
-    Returns:
-        Curves and the final report, as JSON values.
-    """
+    """Trains one cell."""
     began, losses = time.perf_counter(), []
     carry = program.start(cell.seed)
     records, evaluations = [], []
@@ -232,16 +198,7 @@ def run_cell(
 
 
 def record(step: int, opt_state: Any, losses: list[jax.Array]) -> dict[str, Any]:
-    """The state of every layer's interval, layers as in `kfac.report`.
-
-    Args:
-        step: steps taken.
-        opt_state: the optimiser's state.
-        losses: losses of the batches since the last record.
-
-    Returns:
-        JSON values; ``change`` is the relative change at the last refresh.
-    """
+    """The state of every layer's interval, layers as in `kfac.report`."""
     layers = kfac.report(on_first(opt_state))
     changes = [row["diff"] for row in layers]
     return {
@@ -265,18 +222,7 @@ def on_first(tree: Any) -> Any:
 
 
 def finished_cells(path: Path, config: IntervalStudy) -> set[Cell]:
-    """Reads which cells are there already.
-
-    Args:
-        path: the results.
-        config: the study.
-
-    Returns:
-        The cells.
-
-    Raises:
-        MetricsError: if the file holds cells of another configuration.
-    """
+    """Reads which cells are there already."""
     done = set()
     for line in metrics.read_records(path):
         if line["fingerprint"] != config.fingerprint():
@@ -292,15 +238,7 @@ def finished_cells(path: Path, config: IntervalStudy) -> set[Cell]:
 
 
 def run_intervals(config: IntervalStudy, console: Console) -> Path:
-    """Runs the cells that are missing.
-
-    Args:
-        config: the study.
-        console: where to report.
-
-    Returns:
-        The file of the results.
-    """
+    """Runs the cells that are missing."""
     done, cells = finished_cells(config.out, config), config.cells()
     missing = [cell for cell in cells if cell not in done]
     console.print(

@@ -67,11 +67,7 @@ class Table:
     caption: str = ""
 
     def __post_init__(self) -> None:
-        """Checks the rows.
-
-        Raises:
-            ValueError: if a row is longer or shorter than the header.
-        """
+        """Checks the rows."""
         for number, row in enumerate(self.rows, start=1):
             if len(row) != len(self.header):
                 raise ValueError(
@@ -134,16 +130,7 @@ class Page:
 
 
 def save_page(page: Page, folder: Path, name: str = "page") -> tuple[Path, Path]:
-    """Writes a page twice.
-
-    Args:
-        page: what it says.
-        folder: where; made if it does not exist.
-        name: of the files, without suffix.
-
-    Returns:
-        The HTML file, which holds its plots, and the Markdown file, which links them.
-    """
+    """Writes a page twice."""
     folder.mkdir(parents=True, exist_ok=True)
     sections = (*page.sections, how_it_was_made(page))
     for section in sections:
@@ -167,16 +154,7 @@ def publish(
     folder: Path,
     console: Console,
 ) -> None:
-    """Writes a study's page, and its runs as ``runs.parquet``; tells where they are.
-
-    Args:
-        title: of the page.
-        sections: what it says.
-        config: what the runs share.
-        source: folder of the records.
-        folder: where to write.
-        console: where to tell.
-    """
+    """Writes a study's page, and its runs as ``runs.parquet``; tells where they are."""
     parquet = folder / "runs.parquet"
     save_parquet(source, parquet)
     made_with = machines(source), commits(source)
@@ -186,15 +164,7 @@ def publish(
 
 
 def check_plot(plot: Plot, folder: Path) -> None:
-    """Checks that a plot can be shown.
-
-    Args:
-        plot: the plot.
-        folder: of the page.
-
-    Raises:
-        MetricsError: if it is missing, not in the page's folder or not a PNG.
-    """
+    """Checks that a plot can be shown."""
     if not plot.path.is_file():
         raise MetricsError(f"The plot {plot.path} of the page does not exist.")
     if plot.path.resolve().parent != folder.resolve():
@@ -208,14 +178,7 @@ def check_plot(plot: Plot, folder: Path) -> None:
 
 
 def how_it_was_made(page: Page) -> Section:
-    """The section at the end.
-
-    Args:
-        page: the page.
-
-    Returns:
-        Configuration, device and versions as tables; commits and date.
-    """
+    """The section at the end."""
     machine = {k: v for k, v in page.machine.items() if k not in ("date", "commit")}
     versions = {name: machine.pop(name) for name in VERSIONS if name in machine}
     commits = page.commits or (NOT_RECORDED,)
@@ -239,14 +202,7 @@ def two_columns(title: str, values: dict[str, Any], caption: str) -> Table:
 
 
 def show(value: Any) -> str:
-    """A JSON value as the text of a cell.
-
-    Args:
-        value: the value.
-
-    Returns:
-        A dash for None, items with commas between them, short numbers.
-    """
+    """A JSON value as the text of a cell."""
     if value is None:
         return NOTHING
     if isinstance(value, bool):

@@ -38,17 +38,7 @@ NOT_RECORDED = "not recorded"
 
 
 def files_of(source: Source) -> list[Path]:
-    """The files with records, by name.
-
-    Args:
-        source: a folder with ``*.jsonl``, a file, or several files.
-
-    Returns:
-        The files that are not empty.
-
-    Raises:
-        MetricsError: if there is none.
-    """
+    """The files with records, by name."""
     if isinstance(source, Path):
         found = sorted(source.glob("*.jsonl")) if source.is_dir() else [source]
     else:
@@ -61,15 +51,7 @@ def files_of(source: Source) -> list[Path]:
 
 
 def whole_lines(path: Path, scratch: Path) -> Path:
-    """A file without a last line that has no end (a killed run).
-
-    Args:
-        path: the file.
-        scratch: folder for a shortened copy.
-
-    Returns:
-        The file itself, or the copy of the same name.
-    """
+    """A file without a last line that has no end (a killed run)."""
     content = path.read_bytes()
     if content.endswith(b"\n"):
         return path
@@ -81,17 +63,7 @@ def whole_lines(path: Path, scratch: Path) -> Path:
 
 @contextlib.contextmanager
 def connect(source: Source) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A database in memory with the records in the table ``runs``.
-
-    Args:
-        source: a folder with ``*.jsonl``, a file, or several files; or a Parquet file.
-
-    Yields:
-        The connection; rows are in the order of the files and their lines.
-
-    Raises:
-        MetricsError: if there are no records, or a line is not one.
-    """
+    """A database in memory with the records in the table ``runs``."""
     with duckdb.connect(config=SETTINGS) as base:
         if isinstance(source, Path) and source.suffix == ".parquet":
             read_parquet(base, source)
@@ -101,15 +73,7 @@ def connect(source: Source) -> Iterator[duckdb.DuckDBPyConnection]:
 
 
 def read_parquet(base: duckdb.DuckDBPyConnection, path: Path) -> None:
-    """Makes ``runs`` of the rows of a Parquet file.
-
-    Args:
-        base: the database.
-        path: the file.
-
-    Raises:
-        MetricsError: if it cannot be read.
-    """
+    """Makes ``runs`` of the rows of a Parquet file."""
     name = {"file": glob.escape(str(path))}
     try:
         base.execute("CREATE TABLE runs AS FROM read_parquet($file)", name)
@@ -118,15 +82,7 @@ def read_parquet(base: duckdb.DuckDBPyConnection, path: Path) -> None:
 
 
 def read_lines(base: duckdb.DuckDBPyConnection, files: list[Path]) -> None:
-    """Makes ``runs`` of JSON lines.
-
-    Args:
-        base: the database.
-        files: with the lines.
-
-    Raises:
-        MetricsError: if a line is not a record.
-    """
+    """Makes ``runs`` of JSON lines."""
     shown = ", ".join(map(str, files))
     with tempfile.TemporaryDirectory() as scratch:
         whole = [whole_lines(p, Path(scratch, str(i))) for i, p in enumerate(files)]
@@ -144,17 +100,7 @@ def read_lines(base: duckdb.DuckDBPyConnection, files: list[Path]) -> None:
 
 
 def query(source: Source, sql: str, **parameters: Any) -> list[dict[str, Any]]:
-    """Asks the records.
-
-    Args:
-        source: a folder with ``*.jsonl``, a file, or several files.
-        sql: DuckDB's SQL over ``runs``: the records, with the stem of their file as
-            ``cell`` unless they have a field of that name.
-        **parameters: values of ``$name`` in the query.
-
-    Returns:
-        The rows as JSON values: nested columns are dicts and lists.
-    """
+    """Asks the records."""
     with connect(source) as base:
         return ask(base, sql, **parameters)
 
@@ -162,16 +108,7 @@ def query(source: Source, sql: str, **parameters: Any) -> list[dict[str, Any]]:
 def ask(
     base: duckdb.DuckDBPyConnection, sql: str, **parameters: Any
 ) -> list[dict[str, Any]]:
-    """Asks an open database.
-
-    Args:
-        base: from `connect`.
-        sql: DuckDB's SQL.
-        **parameters: values of ``$name`` in the query.
-
-    Returns:
-        The rows as JSON values: nested columns are dicts and lists.
-    """
+    """Asks an open database."""
     rows = base.execute(
         f"SELECT to_json(answer) FROM ({sql}) AS answer", parameters or None
     ).fetchall()
@@ -179,14 +116,7 @@ def ask(
 
 
 def without_nulls(value: Any) -> Any:
-    """Drops the null fields of objects, as of records that lack what others have.
-
-    Args:
-        value: JSON value of a query.
-
-    Returns:
-        The same without the fields; nulls in lists stay.
-    """
+    """Drops the null fields of objects, as of records that lack what others have."""
     if isinstance(value, dict):
         return {k: without_nulls(v) for k, v in value.items() if v is not None}
     if isinstance(value, list):
@@ -195,16 +125,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def flat_columns(name: str, kind: Any, path: str = "") -> list[tuple[str, str]]:
-    """Columns for Parquet: structs are unfolded, numbers and lists of them are kept.
-
-    Args:
-        name: of the column, such as ``values``.
-        kind: its type.
-        path: what selects the struct that it is in, with a dot.
-
-    Returns:
-        Pairs of an expression and a dotted name; none for what is nested in lists.
-    """
+    """Columns for Parquet: structs are unfolded, numbers and lists of them are kept."""
     expression = path + '"' + name.replace('"', '""') + '"'
     if kind.id == "struct":
         return [
@@ -219,13 +140,7 @@ def flat_columns(name: str, kind: Any, path: str = "") -> list[tuple[str, str]]:
 
 
 def save_parquet(source: Source, path: Path) -> None:
-    """Writes the flat columns of the records, for any program that reads Parquet.
-
-    Args:
-        source: a folder with ``*.jsonl``, a file, or several files.
-        path: the file; its folder is made. The columns of an object have dotted names
-            such as ``values.rate``; lists of lists or objects are left out.
-    """
+    """Writes the flat columns of the records, for any program that reads Parquet."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with connect(source) as base:
         runs = base.table("runs")
@@ -247,15 +162,7 @@ def all_machines(source: Source) -> list[dict[str, Any]]:
 
 
 def machines(source: Source) -> dict[str, Any]:
-    """What all runs were made with.
-
-    Args:
-        source: a folder with ``*.jsonl``, a file, or several files.
-
-    Returns:
-        The fields of ``machine``, without the commit; a field that differs between runs
-        is the list of its values, or says the range if there are more than three.
-    """
+    """What all runs were made with."""
     found = all_machines(source)
     merged = {}
     for name in found[0] if found else ():
@@ -280,13 +187,6 @@ def text_of(value: Any) -> str:
 
 
 def commits(source: Source) -> tuple[str, ...]:
-    """The commits of the code that made the runs.
-
-    Args:
-        source: a folder with ``*.jsonl``, a file, or several files.
-
-    Returns:
-        Each once, sorted; runs that do not know theirs count as "not recorded".
-    """
+    """The commits of the code that made the runs."""
     found = {machine.get("commit") or NOT_RECORDED for machine in all_machines(source)}
     return tuple(sorted(found))

@@ -99,11 +99,7 @@ class IntervalStudy:
     """Where finished cells are appended, one per line."""
 
     def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-            ConfigError: if a value is out of range, or values do not fit together.
-        """
+        """Checks the values."""
         check_choice("dataset", self.dataset, DATASETS)
         check_choice("model", self.model, MODELS)
         for rule in self.rules:

@@ -37,12 +37,6 @@ ERRORS = f"""
 def squares(base: Base, field: str, when: str, dataset: str) -> dict[str, np.ndarray]:
     """Means of the agreement of all pairs of full matrices.
 
-    Args:
-        base: from `open_survey`.
-        field: ``cosines`` or ``subspace_overlaps``.
-        when: which checkpoint, a condition.
-        dataset: a column or a text, what to group by.
-
     Returns:
         Arrays ``[4, 4]`` by group, NaN for what is missing.
     """
@@ -60,15 +54,7 @@ def pair_title(pair: tuple[int, int]) -> str:
 
 
 def agreement(base: Base, out: Path) -> Section:
-    """How much the four full matrices are alike.
-
-    Args:
-        base: from `open_survey`.
-        out: folder of the plots.
-
-    Returns:
-        The section.
-    """
+    """How much the four full matrices are alike."""
     fields = {"cosine": "cosines", "top-ten overlap": "subspace_overlaps"}
     whole = {
         (title, name): squares(base, field, when, "'all'").get("all")
@@ -161,15 +147,7 @@ def entry(value: float) -> str:
 
 
 def errors(base: Base, out: Path) -> Section:
-    """How far the approximations are from the full matrices.
-
-    Args:
-        base: from `open_survey`.
-        out: folder of the plot.
-
-    Returns:
-        The section.
-    """
+    """How far the approximations are from the full matrices."""
     title = "Approximations against the full matrices"
     last = sorted_rows(ask(base, ERRORS.format(group="", when=LAST)))
     last = [row for row in last if row["runs"]]

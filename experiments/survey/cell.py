@@ -39,17 +39,7 @@ def missing(config: SurveyConfig, cells: Cells, name: str) -> list[Setting]:
 def run_one(
     config: SurveyConfig, problem: Problem, program: Program, setting: Setting
 ) -> Record:
-    """Trains and measures.
-
-    Args:
-        config: the survey.
-        problem: the cell.
-        program: of the setting's optimiser.
-        setting: the hyper-parameters.
-
-    Returns:
-        What the run found, without the names of its cell.
-    """
+    """Trains and measures."""
     start, rows, size = time.perf_counter(), [], 0
     data = problem.data
     key = jax.random.key(setting.seed)
@@ -78,14 +68,7 @@ def run_one(
 
 
 def run_cell(config: SurveyConfig, dataset: str, model: str, tell: Tell) -> None:
-    """Runs what is missing of a cell; a run that fails does not stop the others.
-
-    Args:
-        config: the survey.
-        dataset: name of the data set.
-        model: name of the network.
-        tell: is told of every run.
-    """
+    """Runs what is missing of a cell; a run that fails does not stop the others."""
     name, cells = cell_name(dataset, model), Cells(config)
     try:
         wanted = missing(config, cells, name)

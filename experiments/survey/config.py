@@ -150,11 +150,7 @@ class SurveyConfig:
     """Folder of the finished runs, a file for each cell."""
 
     def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-            ConfigError: if a value is out of range.
-        """
+        """Checks the values."""
         for name in INTEGERS:
             check_integer(name.replace("_", "-"), getattr(self, name), at_least=1)
         for name in ("train_examples", "test_examples"):

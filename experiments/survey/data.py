@@ -111,12 +111,6 @@ def averaged(images: np.ndarray, side: int) -> np.ndarray:
 def batch_rows(num_train: int, batch_size: int, steps: int, seed: int) -> np.ndarray:
     """Numbers of every step's examples: epochs, each shuffled, one after the other.
 
-    Args:
-        num_train: training examples.
-        batch_size: examples of a step.
-        steps: how many steps.
-        seed: of the permutations.
-
     Returns:
         ``[steps, batch_size]`` int32.
     """

@@ -52,9 +52,6 @@ class Spectrum:
         Args:
             numerator: ``C [P, P]``.
             damping: ``λ``.
-
-        Returns:
-            The trace; only the blocks of ``C`` enter.
         """
         if self.places is None:
             shares = np.diag(numerator) / (np.maximum(self.values[0], 0) + damping)
@@ -75,9 +72,6 @@ def decompose(matrix: np.ndarray, places: Places | None) -> Spectrum:
     Args:
         matrix: ``[P, P]``, symmetric but for rounding.
         places: positions of the blocks; None: of single entries.
-
-    Returns:
-        The matrix with zeros outside of its blocks, and its spectrum.
     """
     size = len(matrix)
     count = min(TOP, size)
@@ -112,15 +106,7 @@ def empty() -> dict[str, Any]:
 
 
 def figures(values: np.ndarray, damping: float) -> dict:
-    """The measures of one matrix.
-
-    Args:
-        values: all eigenvalues, descending.
-        damping: ``λ``.
-
-    Returns:
-        The columns from ``eigenvalues`` to ``log_det``.
-    """
+    """The measures of one matrix."""
     squares, positive = values**2, np.maximum(values, 0)
     square, largest = squares.sum(), squares.max()
     return {
@@ -135,15 +121,7 @@ def figures(values: np.ndarray, damping: float) -> dict:
 
 
 def differences(approximation: Spectrum, full: Spectrum) -> dict:
-    """How far an approximation is from its matrix.
-
-    Args:
-        approximation: ``A``.
-        full: ``M``.
-
-    Returns:
-        The columns ``error``, ``spectral_error``, ``cosine`` and ``overlap``.
-    """
+    """How far an approximation is from its matrix."""
     if approximation is full:
         whole = 1.0 if np.any(full.matrix) else np.nan
         return {
@@ -191,16 +169,7 @@ def overlap(left: np.ndarray, right: np.ndarray) -> float:
 def rows_of(
     spectra: dict[str, dict[str, Spectrum]], num_train: int, damping: float
 ) -> list[dict]:
-    """The rows of a checkpoint.
-
-    Args:
-        spectra: by approximation (``full`` among them) and matrix.
-        num_train: training examples.
-        damping: ``λ``.
-
-    Returns:
-        A row for each approximation and matrix, numbers not rounded.
-    """
+    """The rows of a checkpoint."""
     covariance = spectra["full"]["gradient_covariance"].matrix
     rows = []
     for approximation, matrices in spectra.items():

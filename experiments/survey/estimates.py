@@ -50,16 +50,7 @@ class Known:
 def operators(
     problem: Problem, params: Any, key: jax.Array
 ) -> Callable[[str, str], Operator | None]:
-    """The library's operators on the training set.
-
-    Args:
-        problem: the cell.
-        params: the point.
-        key: of the sampled labels, and of the diagonals' estimates.
-
-    Returns:
-        ``(matrix, approximation) -> operator``, None if it cannot be had.
-    """
+    """The library's operators on the training set."""
 
     def make(matrix, approximation):
         options = {"key": key} if matrix == "mc_fisher" else {}
@@ -166,17 +157,7 @@ def penalty(
 def estimated_rows(
     problem: Problem, params: Any, key: jax.Array, damping: float
 ) -> list[dict[str, Any]]:
-    """The rows of a checkpoint.
-
-    Args:
-        problem: the cell.
-        params: the point.
-        key: of the sampled labels and of all estimates.
-        damping: ``λ``.
-
-    Returns:
-        A row for each approximation and matrix, numbers not rounded.
-    """
+    """The rows of a checkpoint."""
     make, num_train = operators(problem, params, key), len(problem.data.y_train)
     known: dict[tuple[str, str], Known] = {}
     for pair in itertools.product(APPROXIMATIONS, MATRICES):

@@ -98,15 +98,7 @@ def best_said(found: Found) -> str:
 
 
 def at_the_end(records: Records, out: Path) -> Section:
-    """Which measure of the full matrices goes with the gap.
-
-    Args:
-        records: the survey's.
-        out: folder of the plot.
-
-    Returns:
-        The section: what it says, how it was made, the table, a plot.
-    """
+    """Which measure of the full matrices goes with the gap."""
     wanted = predictors()
     taus = {p: records.correlate(p, plain) for p in wanted}
     single = {p: records.correlate(p, one_at_a_time) for p in wanted}
@@ -171,14 +163,7 @@ def by_measure(taus: Found) -> dict[str, dict[str | None, Interval]]:
 
 
 def stand_ins(records: Records) -> Section:
-    """Whether measures of the approximations do what those of the matrices do.
-
-    Args:
-        records: the survey's.
-
-    Returns:
-        The section.
-    """
+    """Whether measures of the approximations do what those of the matrices do."""
     found = all_approximations(records)
     title = "Measures of the approximations"
     if not any(strength(c) >= 0 for row in found.values() for c in row.values()):
@@ -223,14 +208,7 @@ def stand_in_said(
 
 
 def early(records: Records) -> Section:
-    """Whether measures at the second checkpoint go with the gap at the end.
-
-    Args:
-        records: the survey's.
-
-    Returns:
-        The section.
-    """
+    """Whether measures at the second checkpoint go with the gap at the end."""
     title = "Early in training"
     if not records.has_early:
         said = "No run has a checkpoint between its first and its last."

@@ -42,12 +42,6 @@ SAMPLED = Law("mc_fisher", "mc")
 def sums(tagged: kfac.TaggedLoss, params: Any, args: tuple, key: jax.Array) -> dict:
     """Sums over the examples of a batch, of what the matrices are made.
 
-    Args:
-        tagged: the tagged loss; its examples do not mix.
-        params: the point.
-        args: the batch.
-        key: of the batch's sampled labels.
-
     Returns:
         ``N`` times the exact, the sampled and the empirical Fisher matrix ``[P, P]``
         and the gradient ``[P]``.
@@ -74,11 +68,6 @@ def sums(tagged: kfac.TaggedLoss, params: Any, args: tuple, key: jax.Array) -> d
 
 def full_matrices(problem: Problem, params: Any, key: jax.Array) -> dict:
     """The four matrices.
-
-    Args:
-        problem: the cell.
-        params: the point.
-        key: of the sampled labels, as `kfac.curvature.mc_fisher` takes it.
 
     Returns:
         ``[P, P]`` float64 by name.
@@ -127,12 +116,6 @@ def kronecker_matrices(
     problem: Problem, params: Any, key: jax.Array, full: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """The Kronecker approximations of the four matrices.
-
-    Args:
-        problem: the cell.
-        params: the point.
-        key: of the sampled labels.
-        full: the matrices.
 
     Returns:
         ``[P, P]`` float64 by name.

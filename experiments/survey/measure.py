@@ -56,16 +56,7 @@ def state_of(config: SurveyConfig, problem: Problem, params: Any) -> dict[str, A
 def dense_spectra(
     problem: Problem, params: Any, key: jax.Array
 ) -> dict[str, dict[str, dense.Spectrum]] | None:
-    """All matrices in full, decomposed.
-
-    Args:
-        problem: the cell.
-        params: the point.
-        key: of the sampled labels.
-
-    Returns:
-        Spectra by approximation and matrix; None if an entry is not finite.
-    """
+    """All matrices in full, decomposed."""
     layout = make_layout(problem.tagged, params)
     layers = [place.reshape(-1) for place in layout.blocks]
     places = {
@@ -115,17 +106,7 @@ def no_rows() -> list[dict[str, Any]]:
 def checkpoint(
     config: SurveyConfig, problem: Problem, params: Any, key: jax.Array
 ) -> list[dict[str, Any]]:
-    """The rows of a checkpoint.
-
-    Args:
-        config: the survey.
-        problem: the cell.
-        params: the point.
-        key: of the sampled labels and of estimates.
-
-    Returns:
-        A row for each matrix and approximation, see the table of columns in the README.
-    """
+    """The rows of a checkpoint."""
     state = state_of(config, problem, params)
     finite = math.isfinite(state["train_loss"])
     rows = matrix_rows(config, problem, params, key) if finite else no_rows()

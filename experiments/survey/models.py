@@ -173,12 +173,6 @@ def positions(length: int, width: int) -> np.ndarray:
 def make_model(name: str, width: int, depth: int, classes: int) -> nn.Module:
     """Makes a network.
 
-    Args:
-        name: one of `config.MODELS`.
-        width: units of a hidden layer, channels, features of a token; even.
-        depth: residual blocks, layers of attention.
-        classes: width of the output.
-
     Returns:
         The module, from ``[n, h, w, c]`` to logits ``[n, classes]``.
     """

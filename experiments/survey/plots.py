@@ -35,12 +35,7 @@ def write(figure: Figure, path: Path) -> None:
 
 
 def save_trajectories(rows: Sequence[Row], path: Path) -> None:
-    """Eigenvalues against steps: a row for every matrix, a column for every model.
-
-    Args:
-        rows: of one data set and one run of each model, with ``eigenvalues``.
-        path: the PNG file.
-    """
+    """Eigenvalues against steps: a row for every matrix, a column for every model."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     params = {row["model"]: row["num_params"] for row in rows}
     size = (1.2 + 2.1 * len(models), 7)
@@ -109,12 +104,7 @@ def save_agreement(panels: Mapping[str, np.ndarray], columns: int, path: Path) -
 
 
 def save_errors(rows: Sequence[Row], path: Path) -> None:
-    """Errors of the approximations against checkpoints.
-
-    Args:
-        rows: quartiles by ``checkpoint``, ``matrix`` and ``approximation``.
-        path: the PNG file.
-    """
+    """Errors of the approximations against checkpoints."""
     fields = {
         "error": "relative error, Frobenius",
         "cosine": "cosine",
@@ -161,12 +151,7 @@ def draw_band(axes: Any, rows: Sequence[Row], field: str, number: int) -> None:
 
 
 def save_taus(found: Mapping[str, Mapping[str | None, Interval]], path: Path) -> None:
-    """Tau and its interval: a line for every measure, a colour for every matrix.
-
-    Args:
-        found: mean and ends by measure's title and matrix, None where there is none.
-        path: the PNG file.
-    """
+    """Tau and its interval: a line for every measure, a colour for every matrix."""
     figure = Figure(figsize=(8, 1.2 + 0.5 * len(found)), layout="constrained")
     axes = figure.subplots()
     keys: tuple[str | None, ...] = (*MATRICES, None)

@@ -114,11 +114,7 @@ class Records:
     """The rows that coefficients are made of, read once; what was asked is kept."""
 
     def __init__(self, base: duckdb.DuckDBPyConnection):
-        """Reads them.
-
-        Args:
-            base: from `open_survey`.
-        """
+        """Reads them."""
         self.rows: dict[Key, dict[str, Runs]] = {}
         self.known: dict[tuple[Predictor, Coefficient], Correlation] = {}
         # Whether a run has a checkpoint between its first and its last.
@@ -137,16 +133,7 @@ class Records:
         runs.setdefault(row["run"], row)
 
     def correlate(self, predictor: Predictor, coefficient: Coefficient) -> Correlation:
-        """A coefficient of a measure and the gap.
-
-        Args:
-            predictor: the measure.
-            coefficient: of a cell's runs and the measure's name.
-
-        Returns:
-            Its mean over the cells with enough runs that have a value, with an interval
-            if they are `LEAST_CELLS`.
-        """
+        """A coefficient of a measure and the gap."""
         asked = predictor, coefficient
         if asked not in self.known:
             self.known[asked] = self.mean(predictor, coefficient)

@@ -45,16 +45,7 @@ class Problem(NamedTuple):
 
 
 def make_problem(config: SurveyConfig, model: str, data: Data) -> Problem:
-    """Builds a cell's functions.
-
-    Args:
-        config: the survey.
-        model: name of the network.
-        data: the data set.
-
-    Returns:
-        The problem.
-    """
+    """Builds a cell's functions."""
     network = make_model(model, config.width, config.depth, data.classes)
     one = data.x_train[:1]
 
@@ -108,18 +99,7 @@ class Program(NamedTuple):
 def make_transform(
     optimizer: str, tagged: kfac.TaggedLoss, rate: Any, decay: Any, damping: float
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimiser; rate and decay may be traced.
-
-    Args:
-        optimizer: one of `config.OPTIMIZERS`.
-        tagged: the loss.
-        rate: constant learning rate.
-        decay: decoupled weight decay.
-        damping: of K-FAC.
-
-    Returns:
-        The transformation.
-    """
+    """The optimiser; rate and decay may be traced."""
     if optimizer == "kfac":
         return kfac.kfac(
             tagged.layers, rate, damping, momentum=MOMENTUM, weight_decay=decay
@@ -133,16 +113,7 @@ def make_transform(
 
 
 def make_program(config: SurveyConfig, problem: Problem, optimizer: str) -> Program:
-    """Builds an optimiser's program; compiles nothing yet.
-
-    Args:
-        config: the survey.
-        problem: the cell.
-        optimizer: one of `config.OPTIMIZERS`.
-
-    Returns:
-        The program.
-    """
+    """Builds an optimiser's program; compiles nothing yet."""
     tagged, loss = problem.tagged, problem.loss
 
     def transform(rate, decay):

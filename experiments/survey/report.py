@@ -19,15 +19,7 @@ CONFIG = "SELECT config FROM survey LIMIT 1"
 
 
 def save_report(config: SurveyReport, console: Console) -> None:
-    """Prints the answer and writes page and plots, and the table if it was not one.
-
-    Args:
-        config: what to report.
-        console: where to print.
-
-    Raises:
-        MetricsError: if there are no runs.
-    """
+    """Prints the answer and writes page and plots, and the table if it was not one."""
     out = config.out or config.folder
     source = source_of(config.folder)
     with open_survey(config.folder) as base:

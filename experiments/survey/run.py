@@ -44,15 +44,7 @@ Hear = Callable[[Cell, str, str, str], None]
 
 
 def run_survey(config: SurveyConfig, console: Console) -> list[str]:
-    """Runs what is missing.
-
-    Args:
-        config: the survey.
-        console: where to report.
-
-    Returns:
-        The runs that failed, and why.
-    """
+    """Runs what is missing."""
     cells = Cells(config)
     total = len(config.cells()) * len(config.settings())
     todo = {cell: missing(config, cells, cell_name(*cell)) for cell in config.cells()}
@@ -122,13 +114,7 @@ def for_workers() -> dict[str, str]:
 
 
 def work(config: SurveyConfig, cell: Cell, pipe: Connection) -> None:
-    """What a worker process does: one cell.
-
-    Args:
-        config: the survey.
-        cell: data set and network.
-        pipe: where it tells of its runs.
-    """
+    """What a worker process does: one cell."""
     # The first process is interrupted too, and ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     run_cell(config, *cell, tell=lambda *told: pipe.send(told))
@@ -136,13 +122,7 @@ def work(config: SurveyConfig, cell: Cell, pipe: Connection) -> None:
 
 
 def run_workers(config: SurveyConfig, cells: list[Cell], hear: Hear) -> None:
-    """Runs cells in processes of their own, so many at once as there are workers.
-
-    Args:
-        config: the survey.
-        cells: those with missing runs.
-        hear: is told what the workers tell.
-    """
+    """Runs cells in processes of their own, so many at once as there are workers."""
     context: Any = multiprocessing.get_context("spawn")
     waiting: list[Cell] = list(cells)
     running: Workers = {}

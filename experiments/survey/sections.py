@@ -97,14 +97,7 @@ def plural(count: int, word: str) -> str:
 
 
 def what_was_run(base: Base) -> Section:
-    """Cells, settings and time.
-
-    Args:
-        base: from `open_survey`.
-
-    Returns:
-        The section.
-    """
+    """Cells, settings and time."""
     (total,) = ask(base, TOTALS)
     spent = "" if total["hours"] is None else f", together {total['hours']:.2g} hours"
     lost = "All end with finite losses"
@@ -164,15 +157,7 @@ def setting_table(base: Base) -> Table:
 
 
 def eigenvalues(base: Base, out: Path) -> Section:
-    """Trajectories of the ten largest eigenvalues.
-
-    Args:
-        base: from `open_survey`.
-        out: folder of the plots.
-
-    Returns:
-        The section.
-    """
+    """Trajectories of the ten largest eigenvalues."""
     growth = ask(base, GROWTH, matrices=list(MATRICES))
     said = "No run has two checkpoints, so that nothing can be said about training."
     if growth:

@@ -37,12 +37,7 @@ class Claims:
     """The trials of a study as one worker sees them."""
 
     def __init__(self, config: TuneConfig, identity: dict[str, Any]):
-        """Opens the storage and the study.
-
-        Args:
-            config: the search.
-            identity: what must be the same for all trials of the study.
-        """
+        """Opens the storage and the study."""
         self.config = config
         self.storage: BaseStorage = open_storage(config)
         self.study = open_study(config, self.storage, identity)
@@ -59,12 +54,7 @@ class Claims:
         return self.study.get_trials(deepcopy=False, states=states or None)
 
     def ask(self) -> list[optuna.Trial]:
-        """Claims the next trials: first those of dead workers, then new ones.
-
-        Returns:
-            At most `batch` trials; fewer so that this worker's batches begin at
-            multiples of it, as they would without the interruption.
-        """
+        """Claims the next trials: first those of dead workers, then new ones."""
         config = self.config
         taken = self.trials(*TAKEN)
         lost = [t for t in self.trials(TrialState.WAITING) if retried(t)]
@@ -88,14 +78,7 @@ class Claims:
         return trial
 
     def surplus(self, trial: optuna.Trial) -> bool:
-        """Gives a trial back that another worker's took the room of at the same time.
-
-        Args:
-            trial: one just claimed.
-
-        Returns:
-            Whether it was given back.
-        """
+        """Gives back a trial for which another worker left no room."""
         numbers = [t.number for t in self.trials(*TAKEN)]
         frozen = self.study.get_trials(deepcopy=False)[trial.number]
         if retried(frozen) or numbers.index(trial.number) < self.config.trials:
@@ -113,14 +96,7 @@ class Claims:
 
     @contextlib.contextmanager
     def heartbeats(self, numbers: list[int]) -> Iterator[None]:
-        """Signs of life in the background, for a database.
-
-        Args:
-            numbers: of the trials being trained.
-
-        Yields:
-            Nothing.
-        """
+        """Signs of life in the background, for a database."""
         if not isinstance(self.storage, RDBStorage):
             yield
             return
@@ -142,11 +118,7 @@ class Claims:
             thread.join()
 
     def recover(self) -> int:
-        """Puts the trials of dead workers back into the queue.
-
-        Returns:
-            How many.
-        """
+        """Puts the trials of dead workers back into the queue."""
         before = len(self.trials(TrialState.WAITING))
         if isinstance(self.storage, RDBStorage):
             with experimental():
@@ -158,16 +130,7 @@ class Claims:
         return len(self.trials(TrialState.WAITING)) - before
 
     def is_dead(self, trial: FrozenTrial, alive: set[int]) -> bool:
-        """Whether nobody trains a running trial.
-
-        Args:
-            trial: one that is running.
-            alive: workers that hold a lock, of a journal file.
-
-        Returns:
-            For a database only whether it was asked for, but not claimed in time:
-            heartbeats tell of the others.
-        """
+        """Whether nobody trains a running trial."""
         claimed = trial.user_attrs.get("claimed") == trial.number
         if not isinstance(self.storage, RDBStorage):
             if claimed:
@@ -180,12 +143,7 @@ class Claims:
         return not claimed and late
 
     def requeue(self, trial: FrozenTrial) -> None:
-        """Fails a trial, and queues its values again unless they are incomplete.
-
-        Args:
-            trial: a running one. Its values are complete once it is claimed, or if it
-                came out of the queue; otherwise they are drawn again in its place.
-        """
+        """Fails a trial, and queues its values again unless they are incomplete."""
         drawn = trial.user_attrs.get("claimed") == trial.number
         drawn = drawn or "fixed_params" in trial.system_attrs or bool(retried(trial))
         again = [t for t in self.trials() if trial.number in retried(t)]

@@ -39,17 +39,7 @@ class Rule(NamedTuple):
 
 
 def rate_at(values: dict[str, Any], number: Any, steps: int) -> jax.Array:
-    """The learning rate of a step: ``η``, from step ``e T`` on ``γ η``.
-
-    Args:
-        values: ``learning_rate`` η, ``lr_decay`` γ and ``decay_epoch`` e, the share of
-            the run; may be traced.
-        number: steps taken, from 0.
-        steps: ``T``, those of the whole run.
-
-    Returns:
-        A scalar.
-    """
+    """The learning rate of a step: ``η``, from step ``e T`` on ``γ η``."""
     late = jnp.asarray(number, jnp.float32) >= values["decay_epoch"] * steps
     return values["learning_rate"] * jnp.where(late, values["lr_decay"], 1.0)
 
@@ -109,16 +99,7 @@ MAKERS: dict[str, MakeTx] = {
 
 
 def make_rule(config: TuneConfig, task: Task, example: tuple[Any, Any]) -> Rule:
-    """The chosen optimiser as a rule.
-
-    Args:
-        config: the optimiser, and what K-FAC's trials have in common.
-        task: the network and its loss.
-        example: inputs and targets of a batch, arrays or their shapes.
-
-    Returns:
-        The rule.
-    """
+    """The chosen optimiser as a rule."""
     if config.optimizer == "kfac":
         return kfac_rule(config, task, example)
     make_tx = MAKERS[config.optimizer]
@@ -142,14 +123,6 @@ def kfac_rule(config: TuneConfig, task: Task, example: tuple[Any, Any]) -> Rule:
 
     Statistics are left to ``update``, whose gates are loops: mapped over trials, a loop
     turns if any trial wants it, where a conditional would compute both branches always.
-
-    Args:
-        config: what the trials have in common.
-        task: the network and its loss.
-        example: inputs and targets of a batch, arrays or their shapes.
-
-    Returns:
-        The rule.
     """
     chosen = config.curvature
     start = jax.eval_shape(task.init, jax.random.key(0))

@@ -52,17 +52,7 @@ class Problem:
 
 
 def make_problem(config: TuneConfig) -> Problem:
-    """Loads the data and holds examples out; the test set takes no part.
-
-    Args:
-        config: the search.
-
-    Returns:
-        The problem.
-
-    Raises:
-        ConfigError: if there are too few examples or steps.
-    """
+    """Loads the data and holds examples out; the test set takes no part."""
     data: Examples
     if config.dataset in TEXTS:
         data = datasets.load_text(config.dataset, config.data_dir, config.net.context)

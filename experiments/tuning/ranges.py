@@ -65,11 +65,7 @@ class Choice:
     """Value of the first trial; the first of the values if it is none of them."""
 
     def __post_init__(self) -> None:
-        """Checks that there is a value.
-
-        Raises:
-            ConfigError: if there is none.
-        """
+        """Checks that there is a value."""
         if not self.values:
             raise ConfigError("values is empty; wanted at least one number.")
 
@@ -90,14 +86,7 @@ def check_bounds(low: float, high: float) -> None:
 
 
 def usual_of(space: Range) -> float | None:
-    """The first trial's value of a hyper-parameter.
-
-    Args:
-        space: its range.
-
-    Returns:
-        A value of the range; None if the range names none.
-    """
+    """The first trial's value of a hyper-parameter."""
     if space.usual is None:
         return None
     if isinstance(space, Choice):

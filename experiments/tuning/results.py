@@ -30,15 +30,7 @@ COMPLETE, PRUNED = "#0072b2", "#bbbbbb"
 
 
 def record_of(trial: FrozenTrial) -> dict[str, Any]:
-    """A finished trial as JSON values.
-
-    Args:
-        trial: complete or pruned.
-
-    Returns:
-        Its values, the held-out loss at its end and along the way (null where it is
-        not finite), what else was measured at the end, and who trained it.
-    """
+    """A finished trial as JSON values."""
     points = sorted(trial.intermediate_values.items())
     curve = [{"step": step, "loss": loss} for step, loss in points]
     facts = trial.user_attrs
@@ -61,16 +53,7 @@ def record_of(trial: FrozenTrial) -> dict[str, Any]:
 def write_trials(
     study: optuna.Study, config: TuneConfig, identity: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Writes all finished trials, one to a line, below a line of the configuration.
-
-    Args:
-        study: the study.
-        config: the search.
-        identity: what all its trials have in common.
-
-    Returns:
-        The records of the trials, in order.
-    """
+    """Writes all finished trials, one to a line, below a line of the configuration."""
     states = (TrialState.COMPLETE, TrialState.PRUNED)
     records = [record_of(t) for t in study.get_trials(deepcopy=False, states=states)]
     first = {"kind": "config", "step": 0, "study": config.name(), "config": identity}
@@ -80,19 +63,7 @@ def write_trials(
 
 
 def replace(config: TuneConfig, name: str, text: str) -> Path:
-    """Writes a file of the run folder in one piece.
-
-    Args:
-        config: the search.
-        name: of the file.
-        text: its content.
-
-    Returns:
-        The file.
-
-    Raises:
-        MetricsError: if it cannot be written.
-    """
+    """Writes a file of the run folder in one piece."""
     path = config.folder() / name
     temporary = path.with_suffix(f".{config.worker}.tmp")
     try:
@@ -106,17 +77,7 @@ def replace(config: TuneConfig, name: str, text: str) -> Path:
 def save_report(
     study: optuna.Study, config: TuneConfig, identity: dict[str, Any], console: Console
 ) -> None:
-    """Writes the records, the best trial and the plots; prints the best trials.
-
-    Args:
-        study: the study.
-        config: the search.
-        identity: what all its trials have in common.
-        console: where to print.
-
-    Raises:
-        MetricsError: if a file cannot be written.
-    """
+    """Writes the records, the best trial and the plots; prints the best trials."""
     records = write_trials(study, config, identity)
     ranked = sorted(records, key=rank)
     if not ranked or rank(ranked[0]) >= (False, math.inf):
@@ -144,15 +105,7 @@ def rank(record: dict[str, Any]) -> tuple[bool, float]:
 
 
 def best_table(config: TuneConfig, ranked: Sequence[dict[str, Any]]) -> Table:
-    """The best trials with their values.
-
-    Args:
-        config: the search.
-        ranked: records, the best first.
-
-    Returns:
-        The table.
-    """
+    """The best trials with their values."""
     title = f"{config.optimizer} on {config.dataset}, {config.model}: best trials"
     table = Table(title=title, title_justify="left")
     others = [name for name in ranked[0]["measured"] or {} if name != "loss"]
@@ -177,15 +130,7 @@ def finite(
 
 
 def draw_objective(config: TuneConfig, records: Sequence[dict[str, Any]]) -> Figure:
-    """Draws the objective against the trial's number, and the best until then.
-
-    Args:
-        config: the search.
-        records: the trials, in order.
-
-    Returns:
-        The figure.
-    """
+    """Draws the objective against the trial's number, and the best until then."""
     figure = Figure(figsize=(7, 4), layout="constrained", dpi=120)
     axis = figure.subplots()
     for state in ("pruned", "complete"):
@@ -208,15 +153,7 @@ def draw_objective(config: TuneConfig, records: Sequence[dict[str, Any]]) -> Fig
 
 
 def draw_slices(config: TuneConfig, records: Sequence[dict[str, Any]]) -> Figure:
-    """Draws the objective against every hyper-parameter.
-
-    Args:
-        config: the search.
-        records: the trials, in order.
-
-    Returns:
-        The figure.
-    """
+    """Draws the objective against every hyper-parameter."""
     ranges = config.space.ranges()
     columns = math.ceil(len(ranges) / 2)
     figure = Figure(figsize=(3 * columns, 6), layout="constrained", dpi=120)

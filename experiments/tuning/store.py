@@ -49,17 +49,7 @@ def experimental() -> Iterator[None]:
 
 
 def open_storage(config: TuneConfig) -> BaseStorage:
-    """Opens the journal file or the database.
-
-    Args:
-        config: the search.
-
-    Returns:
-        The storage; a database with heartbeats.
-
-    Raises:
-        StorageError: saying what is wrong with it.
-    """
+    """Opens the journal file or the database."""
     if config.storage is None:
         path = config.folder() / JOURNAL
         try:
@@ -79,18 +69,7 @@ def open_storage(config: TuneConfig) -> BaseStorage:
 
 
 def open_database(config: TuneConfig, url: sqlalchemy.URL) -> RDBStorage:
-    """Connects once.
-
-    Args:
-        config: the search.
-        url: where to.
-
-    Returns:
-        The storage.
-
-    Raises:
-        StorageError: if the driver is missing or the server does not let us in.
-    """
+    """Connects once."""
     try:
         with experimental():
             return RDBStorage(
@@ -113,17 +92,7 @@ def open_database(config: TuneConfig, url: sqlalchemy.URL) -> RDBStorage:
 
 
 def checked_url(text: str) -> sqlalchemy.URL:
-    """Parses the URL of a database.
-
-    Args:
-        text: as given by the user.
-
-    Returns:
-        The URL.
-
-    Raises:
-        StorageError: if it is none, or of a kind that SQLAlchemy does not know.
-    """
+    """Parses the URL of a database."""
     try:
         url = sqlalchemy.make_url(text)
         with contextlib.suppress(ImportError):  # told when the database is opened
@@ -160,19 +129,7 @@ def retried(trial: FrozenTrial) -> list[int]:
 def open_study(
     config: TuneConfig, storage: BaseStorage, identity: dict[str, Any]
 ) -> optuna.Study:
-    """Creates the study, or joins it.
-
-    Args:
-        config: the search.
-        storage: where it is kept.
-        identity: what must be the same for all its trials, JSON values.
-
-    Returns:
-        The study; its first trial, with the usual values, waits in the queue.
-
-    Raises:
-        StorageError: if the study is one of another configuration.
-    """
+    """Creates the study, or joins it."""
     name = config.name()
     pruner = make_pruner(config, identity["steps"] // config.evaluations)
     try:
@@ -196,16 +153,7 @@ def open_study(
 def check_same_study(
     config: TuneConfig, seen: dict[str, Any], wanted: dict[str, Any]
 ) -> None:
-    """Raises if a study is one of another configuration.
-
-    Args:
-        config: the search.
-        seen: what the study was made with, by dotted names.
-        wanted: what the search has.
-
-    Raises:
-        StorageError: naming the first value that differs.
-    """
+    """Raises if a study is one of another configuration."""
     for name in {**wanted, **seen}:
         if seen.get(name) != wanted.get(name):
             raise StorageError(
@@ -216,15 +164,7 @@ def check_same_study(
 
 
 def make_pruner(config: TuneConfig, every: int) -> optuna.pruners.BasePruner:
-    """Ends trials that are worse than the median of the finished ones.
-
-    Args:
-        config: the search.
-        every: steps between evaluations.
-
-    Returns:
-        The pruner.
-    """
+    """Ends trials that are worse than the median of the finished ones."""
     if not config.prune_from:
         return optuna.pruners.NopPruner()
     return optuna.pruners.MedianPruner(
@@ -233,16 +173,7 @@ def make_pruner(config: TuneConfig, every: int) -> optuna.pruners.BasePruner:
 
 
 def make_sampler(config: TuneConfig, place: int) -> optuna.samplers.BaseSampler:
-    """The sampler of one trial; what it draws depends on the trials before alone.
-
-    Args:
-        config: the search.
-        place: number of the trial among those that are not lost.
-
-    Returns:
-        A sampler that starts anew, with a seed from the search's, the worker and the
-        place.
-    """
+    """The sampler of one trial; what it draws depends on the trials before alone."""
     entropy = [config.seed, config.worker, place]
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     startup = config.startup_trials

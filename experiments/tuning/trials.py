@@ -26,12 +26,7 @@ class Program:
     """Trains `count` trials at once."""
 
     def __init__(self, problem: Problem, count: int):
-        """Prepares the functions; each is compiled when it is first called.
-
-        Args:
-            problem: data and network.
-            count: number of trials.
-        """
+        """Prepares the functions; each is compiled when it is first called."""
         self.problem, self.count = problem, count
         rule = make_rule(problem.config, problem.task, problem.example())
         self.key = jax.random.key(problem.config.seed + 1)
@@ -74,9 +69,6 @@ class Program:
 
     def evaluate(self, carry: Any) -> dict[str, np.ndarray]:
         """Means over the held-out examples.
-
-        Args:
-            carry: from `start` or `advance`.
 
         Returns:
             What the task evaluates, by name, ``[count]`` each.
@@ -145,10 +137,6 @@ def as_floats(values: Mapping[str, Any]) -> dict[str, jax.Array]:
 
 def stacked(trials: Sequence[Mapping[str, float]], count: int) -> dict[str, np.ndarray]:
     """Hyper-parameters of some trials side by side, the last one's again to fill up.
-
-    Args:
-        trials: at most `count` trials, at least one.
-        count: number of trials of the program.
 
     Returns:
         By name, ``[count]`` each.

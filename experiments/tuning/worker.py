@@ -45,12 +45,7 @@ class Lane:
     lost: bool = False
 
     def report(self, step: int, found: dict[str, float]) -> None:
-        """Reports an evaluation and asks whether to go on.
-
-        Args:
-            step: steps taken.
-            found: means over the held-out examples.
-        """
+        """Reports an evaluation and asks whether to go on."""
         self.measured = found
         loss = found["loss"]
         self.loss = loss if math.isfinite(loss) else math.inf
@@ -66,12 +61,7 @@ class Lane:
         return self.pruned or self.lost
 
     def tell(self, study: optuna.Study, facts: dict[str, Any]) -> None:
-        """Ends the trial.
-
-        Args:
-            study: the study.
-            facts: written into the trial, JSON values.
-        """
+        """Ends the trial."""
         if self.lost:
             return
         try:
@@ -87,18 +77,7 @@ class Lane:
 
 
 def search(config: TuneConfig, console: Console) -> Path:
-    """Works on a study until all its trials are finished, and reports.
-
-    Args:
-        config: the search.
-        console: where to report.
-
-    Returns:
-        The run folder.
-
-    Raises:
-        StorageError: if the storage goes away.
-    """
+    """Works on a study until all its trials are finished, and reports."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     problem = make_problem(config)
     count, noun = len(problem.data.x_train), problem.data.noun
@@ -123,13 +102,7 @@ def search(config: TuneConfig, console: Console) -> Path:
 
 
 def work(claims: Claims, problem: Problem, console: Console) -> None:
-    """Trains batches of trials until none is left, of this worker or another.
-
-    Args:
-        claims: the study as this worker sees it.
-        problem: what the trials train on.
-        console: where to report.
-    """
+    """Trains batches of trials until none is left, of this worker or another."""
     config = claims.config
     program = Program(problem, min(config.batch, config.trials))
     with progress_bars(console) as bars:

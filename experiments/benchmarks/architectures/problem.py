@@ -59,9 +59,6 @@ def classifier(model: nn.Module, shape: Shape) -> Problem:
     Args:
         model: maps images to logits.
         shape: of the images, ``[batch, height, width, channels]``.
-
-    Returns:
-        The problem.
     """
 
     def loss(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
@@ -79,9 +76,6 @@ def normalised_classifier(model: nn.Module, shape: Shape) -> Problem:
     Args:
         model: maps images to logits and updates the collection ``batch_stats``.
         shape: of the images, ``[batch, height, width, channels]``.
-
-    Returns:
-        The problem; its loss returns the new statistics too.
     """
 
     def loss(params: Any, averages: Any, images: jax.Array, labels: jax.Array):
@@ -103,9 +97,6 @@ def autoencoder(model: nn.Module, shape: Shape) -> Problem:
     Args:
         model: maps inputs to logits.
         shape: of the inputs, ``[batch, entries]``.
-
-    Returns:
-        The problem.
     """
 
     def loss(params: Any, inputs: jax.Array) -> jax.Array:
@@ -123,9 +114,6 @@ def language_model(model: nn.Module, shape: Shape) -> Problem:
     Args:
         model: maps tokens to logits.
         shape: of the tokens, ``[batch, time]``.
-
-    Returns:
-        The problem.
     """
 
     def loss(params: Any, tokens: jax.Array, targets: jax.Array) -> jax.Array:

@@ -72,15 +72,7 @@ def silence() -> Iterator[None]:
 
 
 def measure(client: Client, folder: Path) -> dict[str, Any]:
-    """Tags an example's loss and traces the tagged gradient.
-
-    Args:
-        client: the example.
-        folder: where its modules are.
-
-    Returns:
-        JSON values.
-    """
+    """Tags an example's loss and traces the tagged gradient."""
     with importing(folder) as stubbed, silence():
         case = client.make(folder)
         start = time.perf_counter()
@@ -102,16 +94,7 @@ def measure(client: Client, folder: Path) -> dict[str, Any]:
 
 
 def examine(client: Client, checkouts: Path) -> dict[str, Any]:
-    """Measures an example if its checkout is there.
-
-    Args:
-        client: the example.
-        checkouts: folder of the checkouts.
-
-    Returns:
-        JSON values: with ``skipped`` if there is no checkout, with ``failed`` if the
-        example does not run or cannot be tagged.
-    """
+    """Measures an example if its checkout is there."""
     facts = {"title": client.title, "repository": client.repository}
     folder = client.checkout(checkouts) / client.folder
     if not folder.is_dir():
@@ -155,15 +138,7 @@ def show_troubles(rows: dict[str, dict[str, Any]], console: Console) -> None:
 
 
 def benchmark(config: Config, console: Console) -> dict[str, Any]:
-    """Measures the examples in turn and writes the result.
-
-    Args:
-        config: the command line.
-        console: where progress and the table go.
-
-    Returns:
-        What was written.
-    """
+    """Measures the examples in turn and writes the result."""
     rows = {}
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(config.only))
@@ -181,14 +156,7 @@ def benchmark(config: Config, console: Console) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line.
-
-    Args:
-        arguments: the arguments after the program's name; those of the process if None.
-
-    Returns:
-        The exit status: 1 if an example failed.
-    """
+    """Runs the command line."""
     console = open_console()
     doc = (__doc__ or "").split("\n")[0]
     config = tyro.cli(Config, prog=PROGRAM, description=doc, args=arguments)

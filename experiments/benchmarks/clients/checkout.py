@@ -86,14 +86,7 @@ def commit_of(checkout: Path) -> str | None:
 
 @contextlib.contextmanager
 def importing(folder: Path) -> Iterator[set[str]]:
-    """Puts a folder and the stubs first in line for imports, and cleans up.
-
-    Args:
-        folder: with an example's modules.
-
-    Yields:
-        Names of the stubbed packages, which grow as the example imports them.
-    """
+    """Puts a folder and the stubs first in line for imports, and cleans up."""
     finder = stubs.Finder()
     kept = stubs.take_out({m for m in sys.modules if stubs.belongs_to_stub(m)})
     before, defined = set(sys.modules), set(flags.FLAGS)
@@ -138,17 +131,7 @@ class Handed(Exception):
 
 
 def handed_over(step: Callable[[], Any]) -> Handed:
-    """Runs a training step until it differentiates its loss.
-
-    Args:
-        step: calls ``jax.grad`` or ``jax.value_and_grad`` and the result.
-
-    Returns:
-        The loss and its arguments.
-
-    Raises:
-        RuntimeError: if it differentiates nothing.
-    """
+    """Runs a training step until it differentiates its loss."""
 
     def differentiate(loss: Callable, *_: Any, **__: Any) -> Callable:
         def call(*args: Any) -> Any:
@@ -168,14 +151,7 @@ def handed_over(step: Callable[[], Any]) -> Handed:
 
 
 def loss_of(step: Callable[..., Any]) -> Callable[..., Any]:
-    """The loss inside a training step, with the step's arguments as its own.
-
-    Args:
-        step: ``(params, *args)``, runs the example's training step.
-
-    Returns:
-        ``(params, *args) -> `` what the example's own loss returns.
-    """
+    """The loss inside a training step, with the step's arguments as its own."""
 
     def loss(params: Any, *args: Any) -> Any:
         handed = handed_over(lambda: step(params, *args))
@@ -195,16 +171,7 @@ def on_one_device(loss: Callable[..., Any], axis: str) -> Callable[..., Any]:
 
 
 def run_cells(notebook: Path, cells: tuple[int, ...], **names: Any) -> dict[str, Any]:
-    """Runs some code cells of a notebook, without evaluating annotations.
-
-    Args:
-        notebook: the file.
-        cells: their numbers.
-        **names: what they find defined.
-
-    Returns:
-        What they have defined.
-    """
+    """Runs some code cells of a notebook, without evaluating annotations."""
     module = types.ModuleType("example_notebook")
     vars(module).update(names)
     sources = json.loads(notebook.read_text())["cells"]

@@ -28,17 +28,7 @@ def case(
     args: tuple[Any, ...],
     num_examples: int,
 ) -> Case:
-    """A loss of a model, as a loss of its arrays.
-
-    Args:
-        make: makes the model from a key.
-        loss: ``(model, *args) -> loss``.
-        args: shapes.
-        num_examples: terms of the mean loss.
-
-    Returns:
-        The case.
-    """
+    """A loss of a model, as a loss of its arrays."""
     # Integers, activations and such are no arrays, and stay as they are.
     model = eqx.filter_eval_shape(make, KEY)
     is_weight = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)  # noqa: E731

@@ -99,15 +99,7 @@ def seq2seq(folder: Path) -> Case:
 
 
 def transformer(name: str, batch_size: int) -> Case:
-    """The transformers of the examples lm1b and wmt.
-
-    Args:
-        name: of the model's class.
-        batch_size: sequences per batch.
-
-    Returns:
-        The case.
-    """
+    """The transformers of the examples lm1b and wmt."""
     train, models = load("train"), load("models")
     values = load("configs.default").get_config()
     config = models.TransformerConfig(

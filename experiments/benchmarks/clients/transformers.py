@@ -115,15 +115,7 @@ def nanodo(folder: Path) -> Case:
 
 
 def vision(name: str, kind: str) -> Any:
-    """A network of the vision transformer repository.
-
-    Args:
-        name: of the configuration.
-        kind: of network.
-
-    Returns:
-        A function that makes its case.
-    """
+    """A network of the vision transformer repository."""
 
     def make(folder: Path) -> Case:
         del folder

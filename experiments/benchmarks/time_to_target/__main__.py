@@ -20,14 +20,7 @@ ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 
 
 def use_core(core: int) -> None:
-    """Keeps this process on one core, with one thread for an operation.
-
-    Args:
-        core: its number.
-
-    Raises:
-        ConfigError: if this process may not use that core.
-    """
+    """Keeps this process on one core, with one thread for an operation."""
     allowed = os.sched_getaffinity(0)
     if core not in allowed:
         raise ConfigError(f"core is {core}; this process may use {sorted(allowed)}.")
@@ -38,14 +31,7 @@ def use_core(core: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the study and makes its report.
-
-    Args:
-        argv: the command line; that of the process by default.
-
-    Returns:
-        The exit status.
-    """
+    """Runs the study and makes its report."""
     study = tyro.cli(Study, args=argv, prog="time_to_target")
     try:
         if study.core is not None and not study.report:

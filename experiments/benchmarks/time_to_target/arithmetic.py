@@ -17,15 +17,7 @@ MEASURES = ("steps", "seconds", "with_compiling", "cpu_seconds")
 
 
 def times(run: Mapping[str, Any], target: float) -> dict[str, float]:
-    """What a run took to the target, by measure.
-
-    Args:
-        run: a record with curve and seconds of compiling.
-        target: the held-out loss to reach.
-
-    Returns:
-        Steps, seconds of the steps, the same and compiling, processor seconds.
-    """
+    """What a run took to the target, by measure."""
     point = first_reach(run["curve"], target)
     if point is None:
         return dict.fromkeys(MEASURES, math.inf)
@@ -35,14 +27,7 @@ def times(run: Mapping[str, Any], target: float) -> dict[str, float]:
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile, each one of the values.
-
-    Args:
-        values: may hold infinity.
-
-    Returns:
-        The ``⌈q n⌉``-th smallest for ``q`` = 1/4, 1/2, 3/4.
-    """
+    """Lower quartile, median and upper quartile, each one of the values."""
     ordered = sorted(values)
     low, middle, high = (
         ordered[max(0, math.ceil(q * len(ordered)) - 1)] for q in (0.25, 0.5, 0.75)
@@ -60,18 +45,7 @@ def relative(
     baseline: str,
     baseline_ends: Mapping[str, float],
 ) -> dict[str, dict[str, Any]]:
-    """Geometric means of ratios to a baseline.
-
-    Args:
-        medians: by task, the median of each optimiser.
-        baseline: the optimiser to divide by.
-        baseline_ends: by task, the median of the ends of its runs. They count where its
-            median is infinite, and the ratio is then an upper bound of the true one.
-
-    Returns:
-        By optimiser, the geometric mean over the tasks that it reaches (None where
-        there is none), those tasks' ratios, and which of them are bounds.
-    """
+    """Geometric means of ratios to a baseline."""
     names = dict.fromkeys(name for row in medians.values() for name in row)
     against = {
         task: min(row[baseline], baseline_ends[task])
@@ -95,15 +69,7 @@ def relative(
 def profiles(
     medians: Mapping[str, Mapping[str, float]],
 ) -> dict[str, list[tuple[float, float]]]:
-    """Performance profiles: the share of tasks within a factor of the best optimiser.
-
-    Args:
-        medians: by task, the median of each optimiser.
-
-    Returns:
-        By optimiser, where its profile jumps: pairs of ``τ ≥ 1`` and the share of
-        tasks whose median is at most ``τ`` times that of the best.
-    """
+    """Performance profiles: share of tasks within a factor of the best."""
     names = dict.fromkeys(name for row in medians.values() for name in row)
     found = {}
     for name in names:

@@ -87,14 +87,7 @@ def make_soap(rate: Any, values: dict[str, Any]) -> optax.GradientTransformation
 
 
 def import_soap() -> ModuleType:
-    """The package soap_jax.
-
-    Returns:
-        The module.
-
-    Raises:
-        MissingError: if it cannot be imported.
-    """
+    """The package soap_jax."""
     try:
         return importlib.import_module("soap_jax")
     except ImportError as error:
@@ -102,16 +95,7 @@ def import_soap() -> ModuleType:
 
 
 def optax_program(problem: Problem, make_tx: MakeTx, names: tuple[str, ...]) -> Program:
-    """An optimiser that needs the gradient alone.
-
-    Args:
-        problem: what is trained.
-        make_tx: makes the optimiser.
-        names: its hyper-parameters.
-
-    Returns:
-        The program.
-    """
+    """An optimiser that needs the gradient alone."""
 
     def step(carry, values, number, batch, key):
         del key
@@ -126,15 +110,7 @@ def optax_program(problem: Problem, make_tx: MakeTx, names: tuple[str, ...]) -> 
 
 
 def ours_program(problem: Problem, names: tuple[str, ...]) -> Program:
-    """This package's K-FAC.
-
-    Args:
-        problem: what is trained.
-        names: its hyper-parameters.
-
-    Returns:
-        The program.
-    """
+    """This package's K-FAC."""
     found: dict[str, Any] = {}
     chosen = problem.size.curvature
 
@@ -185,17 +161,7 @@ def zeros(names: tuple[str, ...]) -> dict[str, float]:
 def compiled(
     problem: Problem, init: Callable, step: Callable, names: tuple[str, ...]
 ) -> Program:
-    """Compiles an optimiser and measures how long that takes.
-
-    Args:
-        problem: what is trained.
-        init: parameters to state.
-        step: see `Program`.
-        names: the hyper-parameters.
-
-    Returns:
-        The program.
-    """
+    """Compiles an optimiser and measures how long that takes."""
     params, model_state = jax.eval_shape(problem.task.init, jax.random.key(0))
     start = jax.jit(init)
 
@@ -230,16 +196,7 @@ MAKERS: dict[str, MakeTx] = {
 
 
 def make_program(name: str, problem: Problem, names: tuple[str, ...]) -> Program:
-    """Compiles an optimiser for a task.
-
-    Args:
-        name: the optimiser.
-        problem: what is trained.
-        names: its hyper-parameters.
-
-    Returns:
-        The program.
-    """
+    """Compiles an optimiser for a task."""
     if name == "ours":
         return ours_program(problem, names)
     if name == "kfac_jax":

@@ -16,15 +16,6 @@ def peer_program(problem: Problem) -> tuple[Callable, Callable, Callable]:
 
     A bound on the step is part of its compiled program; there is an optimiser for each
     that occurs. It has no decoupled weight decay and gets none.
-
-    Args:
-        problem: what is trained.
-
-    Returns:
-        What ``optimisers.Program`` has.
-
-    Raises:
-        ImportError: if the package cannot be imported.
     """
     kfac_jax, reason = import_peer()
     if kfac_jax is None:
@@ -68,16 +59,7 @@ def peer_program(problem: Problem) -> tuple[Callable, Callable, Callable]:
 
 
 def make_optimiser(problem: Problem, kfac_jax: Any, bound: float) -> Any:
-    """An optimiser whose learning rate, momentum and damping are arguments of a step.
-
-    Args:
-        problem: what is trained.
-        kfac_jax: the module.
-        bound: on the squared step in the Fisher metric.
-
-    Returns:
-        The optimiser.
-    """
+    """Learning rate, momentum and damping are arguments of its step."""
 
     def mark(logits, targets):
         if problem.bernoulli:
@@ -110,18 +92,7 @@ def make_optimiser(problem: Problem, kfac_jax: Any, bound: float) -> Any:
 def first_calls(
     problem: Problem, values: dict[str, Any], start: Callable, step: Callable
 ) -> float:
-    """Seconds that first calls take beyond second ones.
-
-    Args:
-        problem: what is trained.
-        values: hyper-parameters.
-        start: parameters and values to state.
-        step: the step.
-
-    Returns:
-        The difference between two passes over making the state and the first steps,
-        among which is every kind of step.
-    """
+    """Seconds that first calls take beyond second ones."""
     init, kinds = jax.jit(problem.task.init), problem.size.curvature.peer_interval + 1
 
     def once():

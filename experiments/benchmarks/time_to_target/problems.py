@@ -48,14 +48,7 @@ class Problem:
         return self.data.x_train[rows], self.data.y_train[rows]
 
     def peer_loss(self, mark: Mark) -> Callable[..., tuple[jax.Array, Any]]:
-        """The loss, for a library that is told the output in its own way.
-
-        Args:
-            mark: ``(logits, targets) -> logits``.
-
-        Returns:
-            ``loss(params, model_state, (inputs, targets)) -> (loss, model_state)``.
-        """
+        """The loss, for a library that is told the output in its own way."""
 
         def loss(params, model_state, batch):
             logits, targets, model_state = self.outputs(params, model_state, *batch)
@@ -80,17 +73,10 @@ class Problem:
 def load_split(size: TaskSize, data_dir: Path | None) -> tuple[Examples, Any, Any]:
     """Loads the data and holds examples out.
 
-    Args:
-        size: data set and numbers of examples.
-        data_dir: folder to look in first.
-
     Returns:
         The data set with the examples for training, held-out inputs and targets. Of
         images the last of the training set are held out, of a text the first windows
         of its last tenth; a test set takes no part.
-
-    Raises:
-        ConfigError: if there are too few examples.
     """
     count = size.validation
     if size.dataset in TEXTS:
@@ -113,15 +99,7 @@ def load_split(size: TaskSize, data_dir: Path | None) -> tuple[Examples, Any, An
 
 
 def make_problem(size: TaskSize, data_dir: Path | None = None) -> Problem:
-    """Loads a task.
-
-    Args:
-        size: its sizes.
-        data_dir: folder of the data.
-
-    Returns:
-        The problem.
-    """
+    """Loads a task."""
     data, *held = load_split(size, data_dir)
     task = make_task(size.model, size.net, data)  # pyright: ignore[reportArgumentType]
     return Problem(

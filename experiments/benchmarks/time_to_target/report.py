@@ -41,15 +41,7 @@ Record = dict[str, Any]
 
 
 def summarise(study: Study, records: Sequence[Record]) -> Record:
-    """Turns the records into the result.
-
-    Args:
-        study: the configuration.
-        records: all of them.
-
-    Returns:
-        Targets and optimisers by task, ratios and profiles by measure, as JSON values.
-    """
+    """Turns the records into the result."""
     tasks = {r["task"]: dict(r) for r in records if r["kind"] == "target"}
     result: Record = {"size": study.size, "slack": study.slack, "tasks": {}}
     for name, found in tasks.items():
@@ -86,15 +78,7 @@ def summarise(study: Study, records: Sequence[Record]) -> Record:
 
 
 def optimiser_row(runs: Sequence[Record], target: float) -> Record:
-    """A winner's seeds.
-
-    Args:
-        runs: one per seed.
-        target: the held-out loss to reach.
-
-    Returns:
-        Its values, how many seeds reached the target, quartiles by measure.
-    """
+    """A winner's seeds."""
     taken = [arithmetic.times(run, target) for run in runs]
     rates = [1e3 * r["curve"][-1]["seconds"] / r["curve"][-1]["step"] for r in runs]
     busy = [r["cores_busy"] for r in runs]
@@ -168,18 +152,7 @@ def tables(result: Record) -> str:
 
 
 def save_report(study: Study, console: Console) -> Record:
-    """Writes ``time_to_target.json``, plots the profiles and curves, prints tables.
-
-    Args:
-        study: the configuration; its folder holds the records.
-        console: where to print.
-
-    Returns:
-        The result.
-
-    Raises:
-        MetricsError: if there is no task with finished seeds.
-    """
+    """Writes ``time_to_target.json``, plots the profiles and curves, prints tables."""
     records = metrics.read_records(study.lines)
     result = summarise(study, records)
     if not result["tasks"]:

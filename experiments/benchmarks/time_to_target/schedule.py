@@ -13,13 +13,6 @@ def rate_at(values: dict[str, Any], number: Any) -> jax.Array:
 
     ``η · min(1, (n + 1) / (w h)) · (f + (1 − f) (1 + cos(π min(1, n / h))) / 2)`` with
     the horizon ``h`` and ``w = f = 1/20``.
-
-    Args:
-        values: ``learning_rate`` and ``horizon`` (steps); may be traced.
-        number: steps taken, from 0.
-
-    Returns:
-        A scalar.
     """
     horizon = jnp.asarray(values["horizon"], jnp.float32)
     n = jnp.asarray(number, jnp.float32)

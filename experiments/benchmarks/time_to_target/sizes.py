@@ -233,11 +233,7 @@ class Study:
     """Only make summary and plots again from the records."""
 
     def __post_init__(self) -> None:
-        """Adds the optimisers that set the targets.
-
-        Raises:
-            ConfigError: if their runs should be forgotten.
-        """
+        """Adds the optimisers that set the targets."""
         wrong = [name for name in self.redo if name in FIRST_ORDER]
         if wrong:
             raise ConfigError(

@@ -51,14 +51,7 @@ class Records:
     """The file of the records: what is there, and what is added."""
 
     def __init__(self, study: Study):
-        """Reads what earlier calls have finished.
-
-        Args:
-            study: its folder and sizes.
-
-        Raises:
-            MetricsError: if the file holds runs of another configuration.
-        """
+        """Reads what earlier calls have finished."""
         self.study, rung = study, study.rung
         metrics.keep_until(study.lines, max(t.steps for t in rung.tasks.values()))
         forget(study.lines, study.redo)
@@ -77,15 +70,7 @@ class Records:
         self.machine = machine()
 
     def get(self, make: Callable[[], Record], **key: Any) -> Record:
-        """A record that is there, or a new one.
-
-        Args:
-            make: makes what a new one holds.
-            **key: kind, task, optimiser and number.
-
-        Returns:
-            The record; of a search's trial only where the values are the same.
-        """
+        """A record that is there, or a new one."""
         record = self.found.get(key_of(key))
         if record is None:
             same = facts(self.study, key["task"], key.get("optimiser"))
@@ -133,14 +118,7 @@ class TaskRun:
     """A task of the study, with the programs compiled so far."""
 
     def __init__(self, study: Study, name: TaskName, records: Records, tell: Callable):
-        """Remembers what is needed; data are loaded when a run wants them.
-
-        Args:
-            study: the study.
-            name: the task.
-            records: finished runs.
-            tell: is given a line of text after every run.
-        """
+        """Remembers what is needed; data are loaded when a run wants them."""
         self.study, self.records, self.tell = study, records, tell
         self.name: TaskName = name
         self.size = study.rung.tasks[name]
@@ -169,18 +147,7 @@ class TaskRun:
         values: Record,
         target: float | None,
     ) -> Record:
-        """A run, new or from the records.
-
-        Args:
-            kind: ``trial`` or ``seed``.
-            optimiser: which.
-            number: of the trial; the seed.
-            values: hyper-parameters.
-            target: where the run ends, or None.
-
-        Returns:
-            The record.
-        """
+        """A run, new or from the records."""
 
         def make():
             seed = SEARCH_SEED if kind == "trial" else number
@@ -233,15 +200,7 @@ class TaskRun:
         return runs
 
     def fastest(self, optimiser: OptimiserName, target: float) -> Record:
-        """Searches for the fewest steps to the target.
-
-        Args:
-            optimiser: which.
-            target: the held-out loss to reach.
-
-        Returns:
-            The best trial.
-        """
+        """Searches for the fewest steps to the target."""
         search = optuna.create_study(direction="minimize")
         runs = self.lowest(optimiser) if optimiser in FIRST_ORDER else []
         space = space_of(self.name, optimiser)
@@ -264,17 +223,7 @@ class TaskRun:
 def ask(
     task: TaskName, optimiser: OptimiserName, search: optuna.Study, number: int
 ) -> optuna.Trial:
-    """Draws a trial; what it draws depends on the trials before alone.
-
-    Args:
-        task: the task.
-        optimiser: the optimiser.
-        search: trials until now.
-        number: of the trial.
-
-    Returns:
-        The trial; the sampler starts anew for each, from its number.
-    """
+    """Draws a trial; what it draws depends on the trials before alone."""
     search.sampler = optuna.samplers.TPESampler(
         seed=1000 + number, n_startup_trials=STARTUP_TRIALS
     )
@@ -282,15 +231,7 @@ def ask(
 
 
 def run_study(study: Study, console: Console) -> Path:
-    """Runs what is missing.
-
-    Args:
-        study: the configuration.
-        console: where to report.
-
-    Returns:
-        The file of the records.
-    """
+    """Runs what is missing."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     rung, shown = study.rung, console.is_terminal
     each = rung.trials + rung.seeds

@@ -75,17 +75,7 @@ def best_loss(curve: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def score(run: Mapping[str, Any], target: float, steps: int) -> float:
-    """What a search minimises: the share of the budget that the target takes.
-
-    Args:
-        run: from `train`.
-        target: the held-out loss to reach.
-        steps: the budget.
-
-    Returns:
-        Steps to the target over the budget; for a run that does not come there,
-        1 plus the relative distance that is left, at most 11.
-    """
+    """What a search minimises: the share of the budget that the target takes."""
     point = first_reach(run["curve"], target)
     if point is not None:
         return point["step"] / steps

@@ -14,15 +14,7 @@ from experiments.studies.batch_size.statistics import Estimate, estimate, slope
 
 
 def percent(value: Estimate, signed: bool = False) -> str:
-    """A share as points of a hundred with its interval.
-
-    Args:
-        value: the estimate.
-        signed: write a plus before what is positive.
-
-    Returns:
-        Such as ``55.12 ± 0.34``; without an interval for a single seed.
-    """
+    """A share as points of a hundred with its interval."""
     mean = f"{100 * value.mean:{'+' if signed else ''}.2f}"
     return mean if value.half is None else f"{mean} ± {100 * value.half:.2f}"
 
@@ -34,16 +26,7 @@ def differences(results: Results, other: str) -> dict[int, Estimate]:
 
 
 def verdict(found: dict[int, Estimate], other: str) -> str:
-    """One sentence on where K-FAC is better, worse, or neither.
-
-    Args:
-        found: differences by batch size, at least one; those of a single seed have no
-            interval and cannot be told apart from 0.
-        other: what K-FAC is compared with, in words.
-
-    Returns:
-        The sentence.
-    """
+    """One sentence on where K-FAC is better, worse, or neither."""
     said = {
         1: f"beats {other} at",
         -1: f"loses to {other} at",
@@ -59,14 +42,7 @@ def verdict(found: dict[int, Estimate], other: str) -> str:
 
 
 def growth(found: Estimate | None) -> str:
-    """One sentence on how the lead over SGD changes with the batch.
-
-    Args:
-        found: slope per doubling of the batch; None if it cannot be told.
-
-    Returns:
-        The sentence.
-    """
+    """One sentence on how the lead over SGD changes with the batch."""
     if found is None:
         return "Whether the difference grows with the batch needs two batch sizes."
     shown = f"{percent(found, True)} points per doubling of the batch"
@@ -82,16 +58,7 @@ def growth(found: Estimate | None) -> str:
 
 
 def answer(results: Results, config: dict[str, Any]) -> str:
-    """The answer in one paragraph.
-
-    Args:
-        results: the cells.
-        config: of the runs.
-
-    Returns:
-        Which optimiser is better at which batch size, whether the lead grows, and what
-        the numbers do not tell.
-    """
+    """The answer in one paragraph."""
     over_sgd = differences(results, SGD)
     if not over_sgd:
         return "K-FAC and SGD have no finished runs at a common batch size yet."

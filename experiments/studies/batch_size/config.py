@@ -138,11 +138,7 @@ class BatchStudy:
     """Folder of the finished runs, a file for each cell, and of the report."""
 
     def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-            ConfigError: if a value is out of range, or values do not fit together.
-        """
+        """Checks the values."""
         check_choice("dataset", self.dataset, DATASETS)
         for optimizer in self.optimizers:
             check_choice("optimizers", optimizer, OPTIMIZERS)

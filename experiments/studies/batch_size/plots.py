@@ -21,17 +21,7 @@ COLOURS = {"sgd": "#000000", "adamw": "#0072b2", "muon": "#009e73", "kfac": "#d5
 
 
 def panels(titles: list[str], xlabel: str, ylabel: str, same_x: bool = True):
-    """A row of plots with a common vertical axis.
-
-    Args:
-        titles: one for each.
-        xlabel: of all.
-        ylabel: of the first.
-        same_x: whether the horizontal axis is common, too.
-
-    Returns:
-        The figure and its axes.
-    """
+    """A row of plots with a common vertical axis."""
     figure, grid = plt.subplots(
         1,
         len(titles),

@@ -73,14 +73,6 @@ def make_program(config: BatchStudy, problem: Problem, cell: Cell) -> Program:
 
     A step is a call of its own: inside `jax.lax.scan`, jaxlib 0.10.2 computes the
     convolutions on CPUs ten times more slowly.
-
-    Args:
-        config: the study.
-        problem: data and network.
-        cell: optimiser and batch size.
-
-    Returns:
-        The program.
     """
     size, every = cell.batch_size, config.refresh_every(cell.batch_size)
     curvature = CurvatureConfig(config.fisher, every, "cholesky", every, config.kl_clip)
@@ -126,13 +118,6 @@ def order_of(
 ) -> np.ndarray:
     """Numbers of an epoch's images, the same order at every batch size.
 
-    Args:
-        config: the study.
-        problem: data and network.
-        batch_size: examples per step.
-        seed: of the run.
-        epoch: from 0.
-
     Returns:
         Integers ``[steps, batch]``.
     """
@@ -143,9 +128,6 @@ def order_of(
 
 def measures(problem: Problem) -> tuple[Measure, Measure]:
     """What a trial and what a winner's run are measured by after every epoch.
-
-    Args:
-        problem: data and network.
 
     Returns:
         Functions of the carry: the first to `accuracy` and `loss` on the validation

@@ -98,15 +98,7 @@ def accuracy_table(results: Results) -> Table:
 
 
 def shown(result: Result | None, which: str) -> str:
-    """A cell's accuracy as text.
-
-    Args:
-        result: the cell; None if it is missing.
-        which: ``test``, or a curve's name.
-
-    Returns:
-        Points of a hundred with their interval, or a dash.
-    """
+    """A cell's accuracy as text."""
     if result is None:
         return NOTHING
     if which == "test":
@@ -231,16 +223,7 @@ def setting(config: dict[str, Any]) -> str:
 def make_sections(
     results: Results, config: dict[str, Any], out: Path
 ) -> tuple[Section, ...]:
-    """What the page says.
-
-    Args:
-        results: the cells.
-        config: of the runs.
-        out: folder of the plots.
-
-    Returns:
-        The sections.
-    """
+    """What the page says."""
     plots = {name: Plot(out / f"{name}.png", text) for name, (_, text) in PLOTS.items()}
     compared = (lead_table(results),) if leads(results, SGD) else ()
     return (
@@ -258,12 +241,7 @@ def make_sections(
 
 
 def save_report(config: BatchReport, console: Console) -> None:
-    """Prints the answer and writes page, plots, summary and the runs as Parquet.
-
-    Args:
-        config: what to report.
-        console: where to print.
-    """
+    """Prints the answer and writes page, plots, summary and the runs as Parquet."""
     out = config.out or config.folder
     out.mkdir(parents=True, exist_ok=True)
     results = read_results(config.folder)

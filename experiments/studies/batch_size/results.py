@@ -60,17 +60,7 @@ Results = dict[Cell, Result]
 
 
 def read_results(folder: Path) -> Results:
-    """Finished cells, by batch size and optimiser.
-
-    Args:
-        folder: of the study.
-
-    Returns:
-        The cells whose winner has been trained from at least one seed.
-
-    Raises:
-        MetricsError: if there are none, or of several configurations.
-    """
+    """Finished cells, by batch size and optimiser."""
     if not any(path.stat().st_size for path in folder.glob("*.jsonl")):
         raise MetricsError(f"{folder} holds no results of the batch-size study.")
     by_cell: dict[Cell, list[Record]] = {}
@@ -111,15 +101,7 @@ def optimizers_of(results: Results) -> list[str]:
 
 
 def leads(results: Results, other: str) -> dict[int, dict[int, float]]:
-    """K-FAC's test accuracy less another optimiser's, paired by seed.
-
-    Args:
-        results: the cells.
-        other: the optimiser.
-
-    Returns:
-        Batch size to differences by seed, where both have some.
-    """
+    """K-FAC's test accuracy less another optimiser's, paired by seed."""
     found = {}
     for size in sizes_of(results):
         ours, theirs = Cell(KFAC, size), Cell(other, size)
@@ -130,16 +112,7 @@ def leads(results: Results, other: str) -> dict[int, dict[int, float]]:
 
 
 def best_other(results: Results, size: int) -> str | None:
-    """The optimiser other than K-FAC with the highest mean test accuracy.
-
-    Args:
-        results: the cells.
-        size: batch size.
-
-    Returns:
-        Its name; None if K-FAC is alone. It is chosen by what it is then compared with,
-        which counts against K-FAC.
-    """
+    """The optimiser other than K-FAC with the highest mean test accuracy."""
     means = {
         cell.optimizer: estimate(list(result.accuracies().values())).mean
         for cell, result in results.items()

@@ -118,16 +118,7 @@ def winner_of(records: list[Record]) -> Record:
 
 
 def make_study(config: BatchStudy, space: dict, known: list[Record]) -> optuna.Study:
-    """The search after some trials, which alone decide what comes next.
-
-    Args:
-        config: the study.
-        space: Optuna's distributions by name.
-        known: the finished trials in order.
-
-    Returns:
-        Optuna's study.
-    """
+    """The search after some trials, which alone decide what comes next."""
     first = config.startup_trials
     study = optuna.create_study(
         direction="maximize",
@@ -158,17 +149,7 @@ def search(
     measure: Measure,
     tell: Callable[[Record], None],
 ) -> None:
-    """Runs the trials of a cell that are missing.
-
-    Args:
-        config: the study.
-        cells: the files.
-        cell: what is searched.
-        problem: data and network.
-        get_program: to the cell's program.
-        measure: on the validation images.
-        tell: is given a finished trial's record.
-    """
+    """Runs the trials of a cell that are missing."""
     space = config.space(cell.optimizer)
     drawn = space.distributions()
     known = [r for r in cells.read(cell.name) if r["kind"] == "trial"]
@@ -199,17 +180,7 @@ def run_seeds(
     measure: Measure,
     tell: Callable[[Record], None],
 ) -> None:
-    """Trains a cell's winner from the seeds that are missing.
-
-    Args:
-        config: the study.
-        cells: the files.
-        cell: optimiser and batch size.
-        problem: data and network.
-        get_program: to the cell's program.
-        measure: on the test images.
-        tell: is given a finished run's record.
-    """
+    """Trains a cell's winner from the seeds that are missing."""
     records = cells.read(cell.name)
     best = winner_of(records)
     done = seeds_of(records, best["number"])
@@ -227,15 +198,7 @@ def identity(cell: Cell) -> dict[str, Any]:
 
 
 def seeds_of(records: list[Record], number: int) -> dict[int, Record]:
-    """The runs of a trial's hyper-parameters on the test images, by seed.
-
-    Args:
-        records: of a cell.
-        number: of the trial.
-
-    Returns:
-        By seed, in order.
-    """
+    """The runs of a trial's hyper-parameters on the test images, by seed."""
     found = {
         r["seed"]: r for r in records if r["kind"] == "seed" and r["number"] == number
     }
@@ -243,15 +206,7 @@ def seeds_of(records: list[Record], number: int) -> dict[int, Record]:
 
 
 def run_batch_size(config: BatchStudy, console: Console) -> Path:
-    """Runs what is missing.
-
-    Args:
-        config: the study.
-        console: where to report.
-
-    Returns:
-        The folder of the results.
-    """
+    """Runs what is missing."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     problem, cells, wanted = load(config), Cells(config), config.cells()
     data, sizes = problem.data, (config.train_examples, len(problem.data.x_test))

@@ -36,17 +36,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean and ``t_{0.975, n-1} s / √n``, Student's interval at 95 %.
-
-    Args:
-        values: one per seed; s is their sample standard deviation.
-
-    Returns:
-        The estimate.
-
-    Raises:
-        ValueError: if there are no values.
-    """
+    """The mean and ``t_{0.975, n-1} s / √n``, Student's interval at 95 %."""
     if not values:
         raise ValueError("values is empty; wanted at least one number.")
     x, n = np.asarray(values, np.float64), len(values)
@@ -57,15 +47,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def paired(ours: BySeed, theirs: BySeed) -> dict[int, float]:
-    """Differences of the seeds that both have.
-
-    Args:
-        ours: accuracies by seed.
-        theirs: accuracies by seed.
-
-    Returns:
-        Ours less theirs, by seed.
-    """
+    """Differences of the seeds that both have."""
     return {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
 
 
@@ -75,12 +57,6 @@ def slope(leads: Mapping[int, BySeed]) -> Estimate | None:
     A line through the leads against ``log2 B`` is fitted to each seed, by least
     squares; the estimate is that of the seeds' slopes. A seed's runs share their
     initial parameters at all batch sizes and need not be independent.
-
-    Args:
-        leads: batch size to differences by seed.
-
-    Returns:
-        The estimate; None if there are not two batch sizes with a common seed.
     """
     sizes = sorted(leads)
     common = [s for s in leads[sizes[0]] if all(s in leads[b] for b in sizes)]

@@ -75,16 +75,7 @@ class Pool(NamedTuple):
 
 
 def runs(config: BayesStudy, name: str, done: Any) -> Iterator[tuple[int, Record]]:
-    """Runs what is missing of a way to acquire.
-
-    Args:
-        config: the study.
-        name: of the way.
-        done: seeds that are there.
-
-    Yields:
-        Seed, and lists by round: labelled images, accuracy and loss on test images.
-    """
+    """Runs what is missing of a way to acquire."""
     missing = [s for s in range(1, config.active.seeds + 1) if s not in done]
     if not missing:
         return
@@ -176,9 +167,6 @@ def chosen(
         count: how many there are.
         number: how many to take.
         rng: of the random order, and of draws in proportion.
-
-    Returns:
-        Places among them.
     """
     if name == RANDOM:
         return rng.permutation(count)[:number]

@@ -70,14 +70,7 @@ def on_problem(results: Results, dataset: str, network: str) -> str:
 
 
 def answer(results: Results) -> str:
-    """The answer in one paragraph.
-
-    Args:
-        results: the cells.
-
-    Returns:
-        Which methods beat the tuned Adam where, with p-values, and how they are meant.
-    """
+    """The answer in one paragraph."""
     parts = [on_problem(results, *problem) for problem in problems_of(results)]
     seeds = sorted(
         {len(r.runs) for c, r in results.items() if c.method in (ADAM, *NATURAL)}

@@ -258,11 +258,7 @@ class BayesStudy:
     """Folder of the finished runs, a file for each cell, and of the report."""
 
     def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-            ConfigError: if a value is out of range, or values do not fit together.
-        """
+        """Checks the values."""
         for dataset in (*self.datasets, self.active.dataset):
             check_choice("datasets", dataset, DATASETS)
         for network in self.networks:

@@ -34,19 +34,7 @@ def runs(
     how: str,
     done: Any,
 ) -> Iterator[tuple[int, Record]]:
-    """Measures what is missing.
-
-    Args:
-        config: the study.
-        images: of the data set.
-        network: on them.
-        base: cell of the weights.
-        how: ``ensemble``, or the structure of Laplace's posterior.
-        done: seeds that are measured.
-
-    Yields:
-        Seed and what was measured; the ensemble has the seed 0.
-    """
+    """Measures what is missing."""
     like = jax.eval_shape(network.task.init, jax.random.key(0))
 
     def read(seed):
@@ -79,18 +67,7 @@ def ensemble(network: Network, members: list[Any]) -> Predict:
 def linearised(
     config: BayesStudy, images: Images, network: Network, trained: Any, how: str
 ) -> tuple[Predict, Record]:
-    """Laplace's predictions around some weights.
-
-    Args:
-        config: the study.
-        images: of the data set.
-        network: on them.
-        trained: parameters and model state.
-        how: structure of the posterior.
-
-    Returns:
-        The predictions; the prior precision and the marginal likelihood.
-    """
+    """Laplace's predictions around some weights."""
     params, model_state = trained
     x, y = images.data.x_train, images.data.y_train
     # Whole batches: one program, as an incomplete one would be another.

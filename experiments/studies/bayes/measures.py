@@ -21,9 +21,6 @@ def scores(config: BayesStudy, probabilities: Any, labels: Any) -> Record:
         config: the study.
         probabilities: ``[n, classes]``.
         labels: ``[n]``.
-
-    Returns:
-        By name.
     """
     given, bins = (probabilities, labels), config.bins
     found = {
@@ -58,17 +55,7 @@ def separation(inside: Any, outside: Any) -> Record:
 
 
 def measure(config: BayesStudy, images: Images, predict: Predict) -> Record:
-    """All that is measured of a winner.
-
-    Args:
-        config: the study.
-        images: of the data set.
-        predict: from images to probabilities.
-
-    Returns:
-        ``test`` scores, ``bins`` of the reliability diagram, ``strange`` by set, and
-        ``shifted``: lists by strength of the noise.
-    """
+    """All that is measured of a winner."""
     data = images.data
     inside = predict(data.x_test)
     moved: Record = {"severity": [], "accuracy": [], "nll": [], "ece": [], "auroc": []}

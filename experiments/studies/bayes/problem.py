@@ -117,16 +117,7 @@ def shifted(config: BayesStudy, data: Dataset) -> dict[float, Pair]:
 
 
 def make_network(name: str, net: NetConfig, data: Dataset) -> Network:
-    """A network for a data set.
-
-    Args:
-        name: of the network.
-        net: sizes.
-        data: the images; those to train decide how all are scaled.
-
-    Returns:
-        The network.
-    """
+    """A network for a data set."""
     init, apply = linen_functions(linen_module(name, net, data))
     preprocess = make_preprocess(data, standardise=True)
 

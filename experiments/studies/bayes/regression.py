@@ -111,11 +111,6 @@ def train(part: Regression, noisy: bool) -> tuple[Any, Any, Any]:
 def runs(config: BayesStudy, name: str, done: Any) -> Iterator[tuple[int, Record]]:
     """Runs a method of the example if it is missing.
 
-    Args:
-        config: the study.
-        name: of the method.
-        done: seeds that are there.
-
     Yields:
         The seed, 0, and lists over a grid of inputs: mean and standard deviation of the
         observations; the data; the mean deviation of the function where there are data,

@@ -192,16 +192,7 @@ def setting(config: Record) -> str:
 
 
 def make_sections(results: Results, records: list[Record], out: Path) -> list[Section]:
-    """What the page says.
-
-    Args:
-        results: the cells.
-        records: all, for the further parts.
-        out: folder of the plots.
-
-    Returns:
-        The sections.
-    """
+    """What the page says."""
     config = next(iter(results.values())).runs[0]["config"]
     reliability, shift = out / "reliability.png", out / "shift.png"
     plot_reliability(results, reliability)
@@ -244,12 +235,7 @@ def summary(results: Results) -> list[dict[str, Any]]:
 
 
 def save_report(config: BayesReport, console: Console) -> None:
-    """Prints table and answer, writes page, plots, summary and the runs as Parquet.
-
-    Args:
-        config: what to report.
-        console: where to print.
-    """
+    """Prints table and answer, writes page, plots, summary and the runs as Parquet."""
     out = config.out or config.folder
     out.mkdir(parents=True, exist_ok=True)
     results, records = read_results(config.folder), read_all(config.folder)

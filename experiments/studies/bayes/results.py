@@ -84,17 +84,7 @@ Results = dict[Cell, Result]
 
 
 def read_results(folder: Path) -> Results:
-    """Finished cells in the order of the tables.
-
-    Args:
-        folder: of the study.
-
-    Returns:
-        The cells that have runs on the test images.
-
-    Raises:
-        MetricsError: if there are none, or of several configurations.
-    """
+    """Finished cells in the order of the tables."""
     records = read_all(folder)
     by_cell: dict[Cell, list[Record]] = {}
     for record in records:
@@ -149,15 +139,7 @@ def standard_error(values: np.ndarray) -> float | None:
 
 
 def compare(ours: np.ndarray, theirs: np.ndarray) -> Comparison:
-    """Welch's test of two methods' figures.
-
-    Args:
-        ours: one for every run.
-        theirs: of Adam.
-
-    Returns:
-        The difference of the means, and the p-value.
-    """
+    """Welch's test of two methods' figures."""
     difference = float(ours.mean() - theirs.mean())
     if min(len(ours), len(theirs)) < 2:
         return Comparison(difference, None)

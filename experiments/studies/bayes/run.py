@@ -109,18 +109,7 @@ def run_one(context: Context, program: Program, values: Values, seed: int) -> Ru
 
 
 def predictor(context: Context, method: str, run: Run, seed: int, samples: int):
-    """A method's own predictions, of its weights or of draws around them.
-
-    Args:
-        context: data set and network.
-        method: its name.
-        run: that it is of.
-        seed: of the draws.
-        samples: how many; 0 for the mean alone.
-
-    Returns:
-        From images to probabilities.
-    """
+    """A method's own predictions, of its weights or of draws around them."""
     params, model_state, state = run.carry
     posterior = None if method in POINTS else WithState(state)
     key = jax.random.key(DRAW_KEY + seed)
@@ -136,16 +125,7 @@ def predictor(context: Context, method: str, run: Run, seed: int, samples: int):
 def search(
     context: Context, cell: Cell, get_program: Callable[[], Program]
 ) -> list[Record]:
-    """Runs the trials that are missing; all of them, in the grid's order.
-
-    Args:
-        context: data set and network.
-        cell: with the method.
-        get_program: to the method's program.
-
-    Returns:
-        The trials' records.
-    """
+    """Runs the trials that are missing; all of them, in the grid's order."""
     config, (held, labels) = context.config, context.images.held
     done = [r for r in context.cells.read(cell.name) if r["kind"] == "trial"]
     found = []
@@ -281,15 +261,7 @@ def text_of(record: Record) -> str:
 
 
 def run_bayes(config: BayesStudy, console: Console) -> Path:
-    """Runs what is missing.
-
-    Args:
-        config: the study.
-        console: where to report.
-
-    Returns:
-        The folder of the results.
-    """
+    """Runs what is missing."""
     cells = Cells(config)
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("runs", total=total_runs(config))

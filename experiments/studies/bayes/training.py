@@ -100,16 +100,7 @@ def tag_for(settings: Settings, task: Task, example: tuple[Any, Any]) -> Any:
 def make_tx(
     settings: Settings, layers: Any, values: Values
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimiser of a method.
-
-    Args:
-        settings: what its runs have in common.
-        layers: of the tagged loss.
-        values: hyper-parameters, may be traced.
-
-    Returns:
-        The transformation; its learning rate falls to 0 as a cosine.
-    """
+    """The optimiser of a method."""
     method, n, momentum = settings.method, settings.num_data, settings.momentum
     rate = optax.cosine_decay_schedule(values["learning_rate"], settings.steps)
     curved: Values = {
@@ -177,14 +168,6 @@ def make_program(settings: Settings, task: Task, example: tuple[Any, Any]) -> Pr
 
     A step is a call of its own: inside `jax.lax.scan`, jaxlib 0.10.2 computes the
     convolutions on CPUs ten times more slowly.
-
-    Args:
-        settings: the method, and what its runs have in common.
-        task: network and loss.
-        example: images and labels of a batch.
-
-    Returns:
-        The program.
     """
     tagged = tag_for(settings, task, example)
     layers = None if tagged is None else tagged.layers
@@ -252,12 +235,6 @@ def train(
 
 def orders(count: int, batch_size: int, epochs: int, seed: int) -> list[np.ndarray]:
     """The order of the images in every epoch, the same for all methods of a seed.
-
-    Args:
-        count: number of images.
-        batch_size: images per step; an incomplete last batch is left out.
-        epochs: how many.
-        seed: of the run.
 
     Returns:
         Integers ``[steps, batch]`` for every epoch.

@@ -17,12 +17,7 @@ def path_of(config: BayesStudy, cell: Cell, seed: int) -> Path:
 
 
 def save(path: Path, tree: Any) -> None:
-    """Writes the leaves of a tree, whole or not at all.
-
-    Args:
-        path: the file; its folder is made.
-        tree: of arrays.
-    """
+    """Writes the leaves of a tree, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     temporary = path.with_suffix(".tmp.npz")
@@ -31,18 +26,7 @@ def save(path: Path, tree: Any) -> None:
 
 
 def read(path: Path, like: Any) -> Any:
-    """Reads a tree.
-
-    Args:
-        path: the file.
-        like: a tree of the same structure, shapes enough.
-
-    Returns:
-        The tree.
-
-    Raises:
-        MetricsError: if there is no such file, or it is of another network.
-    """
+    """Reads a tree."""
     if not path.exists():
         raise MetricsError(
             f"{path} does not exist: the weights are those of another cell, which has "

@@ -91,11 +91,7 @@ class DampingStudy:
     """Folder of the finished trials, a file for each cell, and of the report."""
 
     def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-            ConfigError: if a value is out of range, or values do not fit together.
-        """
+        """Checks the values."""
         check_choice("dataset", self.dataset, DATASETS)
         for name in ("trials", "seeds", "hidden", "width", "batch_size", "eval_every"):
             check_integer(name.replace("_", "-"), getattr(self, name), at_least=1)

@@ -85,17 +85,7 @@ class Program(NamedTuple):
 def make_program(
     config: DampingStudy, images: Images, method: str, kl_clip: float | None
 ) -> Program:
-    """Builds a method's functions.
-
-    Args:
-        config: the study.
-        images: the data.
-        method: see `Cell`.
-        kl_clip: trust region.
-
-    Returns:
-        The program.
-    """
+    """Builds a method's functions."""
     init = make_init(config, images)
     shapes = jax.eval_shape(init, jax.random.key(0))
     part = images.x[: config.eval_examples], images.y[: config.eval_examples]

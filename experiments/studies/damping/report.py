@@ -60,17 +60,7 @@ Record = dict[str, Any]
 
 
 def read_cells(folder: Path) -> dict[str, list[Record]]:
-    """Finished runs by cell, those without a fixed damping first, then by damping.
-
-    Args:
-        folder: of the results.
-
-    Returns:
-        Records by the name of their cell.
-
-    Raises:
-        MetricsError: if there are none.
-    """
+    """Finished runs by cell, those without a fixed damping first, then by damping."""
     if not any(path.stat().st_size for path in folder.glob("*.jsonl")):
         raise MetricsError(f"{folder} holds no results of the damping study.")
     found: dict[str, list[Record]] = {}
@@ -273,12 +263,7 @@ def plot_eigenvalues(cells: dict[str, list[Record]], path: Path) -> None:
 
 
 def save_report(config: DampingReport, console: Console) -> None:
-    """Prints the table and writes page, plots and summary.
-
-    Args:
-        config: what to report.
-        console: where to print.
-    """
+    """Prints the table and writes page, plots and summary."""
     out = config.out or config.folder
     out.mkdir(parents=True, exist_ok=True)
     cells = read_cells(config.folder)

@@ -108,18 +108,7 @@ def final(record: Record) -> float:
 def search(
     config: DampingStudy, cells: Cells, cell: Cell, images: Images, tell: Callable
 ) -> Program:
-    """Runs the trials of a cell that are missing.
-
-    Args:
-        config: the study.
-        cells: the files.
-        cell: what is searched.
-        images: the data.
-        tell: is given a finished trial's record.
-
-    Returns:
-        The compiled method.
-    """
+    """Runs the trials of a cell that are missing."""
     program = make_program(config, images, cell.method, config.kl_clip)
     found = [r for r in cells.read(cell.name) if r["kind"] == "trial"]
     study = optuna.create_study(direction="minimize")
@@ -208,15 +197,7 @@ def sensitivity(
 
 
 def run_damping(config: DampingStudy, console: Console) -> Path:
-    """Runs what is missing.
-
-    Args:
-        config: the study.
-        console: where to report.
-
-    Returns:
-        The folder of the results.
-    """
+    """Runs what is missing."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     images, cells = load(config), Cells(config)
     console.print(f"Data: {images.title}, {len(images.x)} images")

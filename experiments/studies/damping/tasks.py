@@ -34,15 +34,7 @@ LARGEST = 1e6
 
 
 def make_program(problem: Problem, method: str) -> Program:
-    """Compiles K-FAC for a task; the learning rate is an argument.
-
-    Args:
-        problem: the task.
-        method: one of `METHODS`.
-
-    Returns:
-        The program.
-    """
+    """Compiles K-FAC for a task; the learning rate is an argument."""
     tagged, steps = problem.tagged(), problem.size.steps
     rule = kfac.damping.adaptive()
     chosen: dict[str, Any] = {"damping": rule} if method == ADAPTIVE else {}
@@ -126,13 +118,7 @@ def best_rate(records: list[Record], task: str, method: str) -> float:
 def run_tasks(
     config: DampingStudy, cells: Cells, tell: Callable[[Record], None]
 ) -> None:
-    """Runs what is missing.
-
-    Args:
-        config: the study.
-        cells: the files.
-        tell: is given a finished run's record.
-    """
+    """Runs what is missing."""
     sizes = SIZES["tiny" if config.size == "tiny" else "small"].tasks
     records = [r for r in cells.read(CELL) if r["kind"] == "run"]
     for task in config.tasks:

@@ -47,14 +47,7 @@ def number(value: float | None) -> str:
 
 
 def tasks_tables(folder: Path) -> tuple[Table, ...]:
-    """Winners, their ratios by seed, and the learning rates that were tried.
-
-    Args:
-        folder: of the results, with runs on tasks.
-
-    Returns:
-        The tables.
-    """
+    """Winners, their ratios by seed, and the learning rates that were tried."""
     winners = Table(
         ("task", "damping", "rate", "seeds", "held-out loss", "range", "training loss",
          "not finite"),
@@ -98,12 +91,7 @@ def searched(records: list[Record]) -> Table:
 
 
 def plot_tasks(cells: dict[str, list[Record]], path: Path) -> None:
-    """Held-out loss and damping of the winners' runs, a column per task.
-
-    Args:
-        cells: records by cell.
-        path: the file.
-    """
+    """Held-out loss and damping of the winners' runs, a column per task."""
     records = cells[CELL]
     names = sorted({r["task"] for r in records})
     size = {"figsize": (3.2 * len(names), 5), "layout": "constrained"}

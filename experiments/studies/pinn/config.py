@@ -57,11 +57,7 @@ class PinnStudy:
     """Folder of the finished runs, a file for each method, and of the page."""
 
     def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-            ConfigError: if a value is out of range.
-        """
+        """Checks the values."""
         for name in self.only:
             check_choice("only", name, METHODS)
         check_number("seconds", self.seconds, above=0)

@@ -110,12 +110,7 @@ def plot(runs: dict[str, list[Record]], path: Path) -> None:
 
 
 def save_report(config: PinnReport, console: Console) -> None:
-    """Prints the table and writes page and plot.
-
-    Args:
-        config: what to report.
-        console: where to print.
-    """
+    """Prints the table and writes page and plot."""
     out = config.out or config.folder
     out.mkdir(parents=True, exist_ok=True)
     runs = read_runs(config.folder)

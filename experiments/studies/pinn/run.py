@@ -27,19 +27,7 @@ TUNING_SEED = 1000
 def run_one(
     config: PinnStudy, program: Program, steps: int, value: float, seed: int
 ) -> Record:
-    """A run, after two calls that compile.
-
-    Args:
-        config: the study.
-        program: the method.
-        steps: how many steps an advance takes.
-        value: its hyper-parameter.
-        seed: of the initial parameters.
-
-    Returns:
-        Curves of steps, processor seconds, losses and errors; it ends where these are
-        not finite.
-    """
+    """A run, after two calls that compile."""
     carry = program.start(seed, value)
     # Twice: the types of a state may change in the first call.
     later = program.advance(program.advance(carry, value), value)
@@ -87,15 +75,7 @@ def run_method(
 
 
 def run_pinn(config: PinnStudy, console: Console) -> Path:
-    """Runs what is missing.
-
-    Args:
-        config: the study.
-        console: where to report.
-
-    Returns:
-        The folder of the results.
-    """
+    """Runs what is missing."""
     cells = Cells(config)
     total = sum(len(config.settings(m)) + config.seeds for m in config.only)
     with (
