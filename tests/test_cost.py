@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import kfac_jax_lite as kfac
-from experiments.benchmarks.architectures import ARCHITECTURES
+from experiments.models.architectures import ARCHITECTURES
 from kfac_jax_lite.factors.state import from_words
 from tests.helpers import INVERSES, cases, train
 from tests.programs import mlp

@@ -7,10 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 
 import kfac_jax_lite as kfac
-from experiments.benchmarks.architectures import ARCHITECTURES, SMALL
 from experiments.configs.cost import CostConfig
 from experiments.errors import MetricsError
 from experiments.metrics import read_records
+from experiments.models.architectures import ARCHITECTURES, SMALL
 from kfac_jax_lite.cost import CostModel
 from kfac_jax_lite.simulate import DEVICES, Machine, StepTime, scale, step_time
 from kfac_jax_lite.types import LayerTag

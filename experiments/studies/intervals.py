@@ -33,11 +33,10 @@ from rich.progress import (
 
 import kfac_jax_lite as kfac
 from experiments import datasets, metrics
-from experiments.benchmarks.architectures import vision
 from experiments.benchmarks.common import machine
 from experiments.datasets import Dataset
 from experiments.errors import ConfigError, MetricsError
-from experiments.models import Task
+from experiments.models import Task, architectures
 from experiments.models.networks import ResNet
 from experiments.models.registry import linen_functions
 from experiments.models.task import classifier
@@ -72,7 +71,7 @@ class Program(NamedTuple):
 def make_task(config: IntervalStudy, data: Dataset) -> Task:
     """The network of a study, with its loss."""
     if config.model == "resnet50":
-        module = vision.ResNet(BLOCKS_OF_RESNET50, classes=data.num_classes)
+        module = architectures.ResNet(BLOCKS_OF_RESNET50, classes=data.num_classes)
     else:
         module = ResNet(config.blocks, config.width, data.num_classes)
     return classifier(*linen_functions(module), data)

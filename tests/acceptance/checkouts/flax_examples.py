@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from flax.training import train_state
 
-from experiments.benchmarks.clients.checkout import (
+from tests.acceptance.checkouts.checkout import (
     AXIS,
     CAUGHT,
     KEY,

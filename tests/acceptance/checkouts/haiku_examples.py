@@ -9,7 +9,7 @@ import haiku as hk
 import jax
 import numpy as np
 
-from experiments.benchmarks.clients.checkout import (
+from tests.acceptance.checkouts.checkout import (
     CAUGHT,
     KEY,
     Case,

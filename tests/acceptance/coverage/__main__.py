@@ -1,6 +1,6 @@
 """How much of the usual architectures gets a block, and what tagging costs.
 
-    python -m experiments.benchmarks.coverage --compile resnet50 vit_b16
+    python -m tests.acceptance.coverage --compile resnet50 vit_b16
 
 Parameters and batches are shapes: no weight is made and nothing is executed. Seconds
 are medians over the runs, from empty caches. Compiling is measured for the named
@@ -24,13 +24,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 import kfac_jax_lite as kfac
-from experiments.benchmarks.architectures import ARCHITECTURES, Problem
 from experiments.benchmarks.common import OUT, machine, quartiles
-from experiments.benchmarks.covered import coverage, percent, save, show_fallbacks
+from experiments.models.architectures import ARCHITECTURES, Problem
 from experiments.pipes import ended
 from experiments.progress import open_console
+from tests.acceptance.coverage.counts import coverage, percent, save, show_fallbacks
 
-PROGRAM = "python -m experiments.benchmarks.coverage"
+PROGRAM = "python -m tests.acceptance.coverage"
 if TYPE_CHECKING:
     Name = str
 else:

@@ -9,10 +9,9 @@ import pytest
 from absl import flags
 from rich.console import Console
 
-from experiments.benchmarks import coverage_page
-from experiments.benchmarks.clients import __main__ as clients
-from experiments.benchmarks.clients import stubs
-from experiments.benchmarks.clients.checkout import (
+from tests.acceptance.checkouts import __main__ as clients
+from tests.acceptance.checkouts import stubs
+from tests.acceptance.checkouts.checkout import (
     KEY,
     Case,
     Client,
@@ -26,6 +25,7 @@ from experiments.benchmarks.clients.checkout import (
     on_one_device,
     run_cells,
 )
+from tests.acceptance.coverage import page as coverage_page
 
 EXAMPLE = """
 import functools

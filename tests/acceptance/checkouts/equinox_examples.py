@@ -8,7 +8,7 @@ from unittest import mock
 import equinox as eqx
 import jax
 
-from experiments.benchmarks.clients.checkout import (
+from tests.acceptance.checkouts.checkout import (
     KEY,
     Case,
     Client,

@@ -1,6 +1,6 @@
 """How much of public examples gets a block, their own losses unmodified.
 
-    python -m experiments.benchmarks.clients --checkouts <folder>
+    python -m tests.acceptance.checkouts --checkouts <folder>
 
 The folder holds the checkouts under their repositories' names. An example's modules are
 imported from there as they are; packages for data and logging are replaced by stubs.
@@ -26,19 +26,19 @@ from rich.progress import Progress
 from rich.table import Table
 
 import kfac_jax_lite as kfac
-from experiments.benchmarks.clients import (
+from experiments.benchmarks.common import OUT, machine, without_paths
+from experiments.pipes import ended
+from experiments.progress import open_console
+from tests.acceptance.checkouts import (
     equinox_examples,
     flax_examples,
     haiku_examples,
     transformers,
 )
-from experiments.benchmarks.clients.checkout import Client, commit_of, importing
-from experiments.benchmarks.common import OUT, machine, without_paths
-from experiments.benchmarks.covered import coverage, percent, save, show_fallbacks
-from experiments.pipes import ended
-from experiments.progress import open_console
+from tests.acceptance.checkouts.checkout import Client, commit_of, importing
+from tests.acceptance.coverage.counts import coverage, percent, save, show_fallbacks
 
-PROGRAM = "python -m experiments.benchmarks.clients"
+PROGRAM = "python -m tests.acceptance.checkouts"
 CLIENTS: dict[str, Client] = {
     **flax_examples.CLIENTS,
     **haiku_examples.CLIENTS,

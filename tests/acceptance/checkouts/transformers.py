@@ -10,7 +10,7 @@ import optax
 from flax.training import train_state
 from jax.core import Tracer
 
-from experiments.benchmarks.clients.checkout import (
+from tests.acceptance.checkouts.checkout import (
     AXIS,
     CAUGHT,
     KEY,

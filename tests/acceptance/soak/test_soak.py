@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 import kfac_jax_lite as kfac
-from experiments.benchmarks import soak, soak_oracle, soak_verdict
-from experiments.benchmarks.soak_record import Step
+from tests.acceptance.soak import __main__ as soak
+from tests.acceptance.soak import oracle as soak_oracle
+from tests.acceptance.soak import verdict as soak_verdict
+from tests.acceptance.soak.record import Step
 
 ONE = np.eye(1, dtype=np.float32)
 

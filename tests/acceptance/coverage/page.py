@@ -1,6 +1,6 @@
 """Writes docs/coverage.md from the results of `coverage` and `clients`.
 
-python -m experiments.benchmarks.coverage_page
+python -m tests.acceptance.coverage.page
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ from typing import Any
 
 import tyro
 
-from experiments.benchmarks.covered import percent, reasons
 from experiments.pipes import ended
+from tests.acceptance.coverage.counts import percent, reasons
 
 RESULTS = Path("experiments/benchmarks/results")
 PAGE = Path("docs/coverage.md")
@@ -27,13 +27,13 @@ Everything on this page is traced with `jax.ShapeDtypeStruct`: no weight is made
 Made from `coverage.json` and `clients.json` in `experiments/benchmarks/results` by
 
 ```sh
-python -m experiments.benchmarks.coverage_page
+python -m tests.acceptance.coverage.page
 ```
 """
 ARCHITECTURES = """\
 ## Architectures
 
-Full size, definitions in `experiments/benchmarks/architectures`. "Trace" is
+Full size, definitions in `experiments/models/architectures.py`. "Trace" is
 `jax.make_jaxpr` of the loss from empty caches, "tag" what `kfac.tag` takes beyond it;
 medians of {runs} runs. "Compile" is lowering and compiling
 `tagged.value_and_grad` with all layers due, as a ratio to `jax.value_and_grad`, with
@@ -41,7 +41,7 @@ the seconds of both (medians of {compile_runs} runs in turn) and the ratio of pr
 time. Measured on {machine}.
 
 ```sh
-python -m experiments.benchmarks.coverage --out experiments/benchmarks/results \\
+python -m tests.acceptance.coverage --out experiments/benchmarks/results \\
     --compile {compile}
 ```
 """
@@ -54,7 +54,7 @@ losses mark no output: `num_examples` is given. "Local loss caught" means that t
 is local to the training step, which runs until it hands it to `jax.value_and_grad`.
 
 ```sh
-python -m experiments.benchmarks.clients --checkouts <folder> \\
+python -m tests.acceptance.checkouts --checkouts <folder> \\
     --out experiments/benchmarks/results
 ```
 """
@@ -185,7 +185,7 @@ def page(results: Path) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line."""
     doc = (__doc__ or "").split("\n")[0]
-    program = "python -m experiments.benchmarks.coverage_page"
+    program = "python -m tests.acceptance.coverage.page"
     config = tyro.cli(Config, prog=program, description=doc, args=arguments)
     config.page.parent.mkdir(parents=True, exist_ok=True)
     config.page.write_text(page(config.results), encoding="utf-8")

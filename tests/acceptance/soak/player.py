@@ -12,8 +12,8 @@ import optax
 import orbax.checkpoint as ocp
 
 import kfac_jax_lite as kfac
-from experiments.benchmarks import soak_oracle
-from experiments.benchmarks.soak_record import Step, kfac_state, packed, unpacked
+from tests.acceptance.soak import oracle
+from tests.acceptance.soak.record import Step, kfac_state, packed, unpacked
 
 DECAY = 0.95
 
@@ -88,7 +88,7 @@ class Player:
         self.state = moved(state, first_count)
         self.shapes = [(t.a_shape, t.g_shape) for t in sorted_layers(tagged)]
         method = options["inverse"]
-        self.oracle = soak_oracle.Oracle(
+        self.oracle = oracle.Oracle(
             [t.name for t in sorted_layers(tagged)],
             method if isinstance(method, str) else method.name,
             float(np.float32(DECAY)),
@@ -151,12 +151,12 @@ class Player:
             for seen, wanted in zip(
                 held.factors[name][:2], self.oracle.factors(i), strict=True
             ):
-                found.append(soak_oracle.factor_errors(seen, wanted))
+                found.append(oracle.factor_errors(seen, wanted))
             if self.oracle.inverted[i] is not None:
                 cached = held.inverses[name]
                 inverted = self.oracle.inverted[i]
-                found.append(soak_oracle.inverse_errors(cached, inverted))
-        self.errors = soak_oracle.largest([self.errors, *found])
+                found.append(oracle.inverse_errors(cached, inverted))
+        self.errors = oracle.largest([self.errors, *found])
 
     def restore(self, params: Any, folder: Path | None) -> Any:
         """Saves parameters and state and goes on from what was restored."""

@@ -20,7 +20,7 @@ import jax
 import orbax.checkpoint
 from absl import flags
 
-from experiments.benchmarks.clients import stubs
+from tests.acceptance.checkouts import stubs
 
 # Imported before any stub: they keep what they find of TensorFlow.
 del flax.io, flax.training.checkpoints, orbax.checkpoint

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.benchmarks.soak_record import Step
+from tests.acceptance.soak.record import Step
 
 DAMPED = ("cholesky", "newton_schulz")
 

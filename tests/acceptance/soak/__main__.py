@@ -1,13 +1,13 @@
 """A long run of K-FAC with everything in it that may happen to a long run.
 
-    python -m experiments.benchmarks.soak --steps 100000
+    python -m tests.acceptance.soak --steps 100000
 
 Nine optimisers with other inverses, intervals and momentum take turns on one small
 network: a Python loop of jitted steps with donated buffers. Learning rate (0 too),
 damping and inverse interval change at random; batches are at random zeros, huge, or
 have NaN and Inf in inputs, gradients or statistics; states are saved and restored. Step
 counts begin just below 2²⁴, where float32 stops counting. A float64 oracle on the host
-follows each optimiser (``soak_oracle.py``). Looked for are drift of averages and
+follows each optimiser (``oracle.py``). Looked for are drift of averages and
 inverses, clocks that are off, numbers that are not finite, memory that grows, programs
 compiled anew and steps that become slower.
 """
@@ -28,7 +28,6 @@ import optax
 import tyro
 
 import kfac_jax_lite as kfac
-from experiments.benchmarks import soak_oracle
 from experiments.benchmarks.common import (
     OUT,
     CompileCounter,
@@ -36,11 +35,12 @@ from experiments.benchmarks.common import (
     text_table,
     write_json,
 )
-from experiments.benchmarks.soak_player import Player, players
-from experiments.benchmarks.soak_verdict import Memory, verdicts
 from experiments.pipes import ended
+from tests.acceptance.soak import oracle
+from tests.acceptance.soak.player import Player, players
+from tests.acceptance.soak.verdict import Memory, verdicts
 
-PROGRAM = "python -m experiments.benchmarks.soak"
+PROGRAM = "python -m tests.acceptance.soak"
 SIZES, EXAMPLES = (8, 8, 4), 16
 EVENTS = {
     "clean": 0.88,
@@ -167,7 +167,7 @@ class Soak:
 
     def sample(self) -> None:
         """Notes errors, memory, speed and compilations since the last sample."""
-        errors = soak_oracle.largest([p.errors for p in self.players])
+        errors = oracle.largest([p.errors for p in self.players])
         for player in self.players:
             player.errors = {}
         record = {

@@ -9,14 +9,15 @@ import pytest
 from rich.console import Console
 
 import kfac_jax_lite as kfac
-from experiments.benchmarks import coverage
-from experiments.benchmarks.architectures import (
+from experiments.models.architectures import (
     ARCHITECTURES,
+    GPT,
     Architecture,
+    LSTMLanguageModel,
+    language_model,
 )
-from experiments.benchmarks.architectures.language import GPT, LSTMLanguageModel
-from experiments.benchmarks.architectures.problem import language_model
-from experiments.benchmarks.covered import percent, reasons
+from tests.acceptance.coverage import __main__ as coverage
+from tests.acceptance.coverage.counts import percent, reasons
 from tests.helpers import cases
 
 PARAMETERS = {
