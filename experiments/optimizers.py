@@ -22,17 +22,12 @@ TITLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """A transformation and, for K-FAC, the tagged loss that makes its statistics.
+    """A transformation and, for K-FAC, the tagged loss that makes its statistics."""
 
-    Attributes:
-        tx: the transformation; it takes and may ignore ``statistics``.
-        tagged: the tagged loss, or None.
-        needs_key: whether the statistics are sampled.
-    """
-
+    # The transformation; it takes and may ignore ``statistics``.
     tx: optax.GradientTransformationExtraArgs
-    tagged: Any = None
-    needs_key: bool = False
+    tagged: Any = None  # the tagged loss, or None
+    needs_key: bool = False  # whether the statistics are sampled
 
 
 def make_schedule(

@@ -19,13 +19,9 @@ AXIS = "batch"
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where batches and state lie.
+    """Where batches and state lie."""
 
-    Attributes:
-        mesh: the devices in one row; as many of every process, in the order of the
-            processes.
-    """
-
+    # The devices in one row; as many of every process, in the order of the processes.
     mesh: Mesh
 
     @property

@@ -27,16 +27,11 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 class State(train_state.TrainState):
-    """Flax's training state, with model state and with statistics for K-FAC.
+    """Flax's training state, with model state and with statistics for K-FAC."""
 
-    Attributes:
-        model_state: what the network keeps besides parameters, such as batch
-            statistics.
-        augmented: what the augmentation remembers from batch to batch.
-    """
-
+    # What the network keeps besides parameters, such as batch statistics.
     model_state: Any = None
-    augmented: Any = ()
+    augmented: Any = ()  # what the augmentation remembers from batch to batch
 
     def apply_gradients(
         self, *, grads: Any, statistics: Any = None, **kwargs: Any
@@ -54,34 +49,22 @@ class State(train_state.TrainState):
 
 @dataclasses.dataclass
 class Run:
-    """One optimiser's run.
+    """One optimiser's run."""
 
-    Attributes:
-        config: the configuration of the comparison.
-        name: name of the optimiser.
-        task: the network and its loss.
-        data: the data set.
-        augmentation: what is done to a batch before a step.
-        optimizer: the transformation.
-        placement: the devices.
-        folder: where the run is kept.
-        state: the training state.
-        seconds: training time so far, without evaluations, checkpoints, compilation.
-        compile_seconds: time of compiling the step, summed over continued runs.
-        problems: what went wrong without stopping the run.
-    """
-
-    config: TrainConfig
-    name: str
-    task: Task
-    data: Examples
-    augmentation: Augmentation
-    optimizer: Optimizer
-    placement: Placement
-    folder: Path
-    state: State
+    config: TrainConfig  # the configuration of the comparison
+    name: str  # name of the optimiser
+    task: Task  # the network and its loss
+    data: Examples  # the data set
+    augmentation: Augmentation  # what is done to a batch before a step
+    optimizer: Optimizer  # the transformation
+    placement: Placement  # the devices
+    folder: Path  # where the run is kept
+    state: State  # the training state
+    # Training time so far, without evaluations, checkpoints, compilation.
     seconds: float = 0.0
+    # Time of compiling the step, summed over continued runs.
     compile_seconds: float = 0.0
+    # What went wrong without stopping the run.
     problems: list[str] = dataclasses.field(default_factory=list)
 
     @property

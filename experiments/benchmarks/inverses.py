@@ -35,27 +35,19 @@ BASELINE = "product"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is measured.
+    """What is measured."""
 
-    Attributes:
-        sizes: widths of the matrices.
-        batches: how many of equal shape are inverted in one call.
-        leaves: blocks up to which Cholesky halves a matrix, beside the default.
-        rank: share of the eigenpairs that the low-rank method keeps.
-        largest_eigh: above this size no eigendecomposition is measured.
-        change: relative change of a matrix between two inversions.
-        rounds: timed rounds.
-        out: folder of the result.
-    """
-
+    # Widths of the matrices.
     sizes: tuple[int, ...] = (32, 64, 128, 256, 512, 1000, 2048)
+    # How many of equal shape are inverted in one call.
     batches: tuple[int, ...] = (1, 4)
+    # Blocks up to which Cholesky halves a matrix, beside the default.
     leaves: tuple[int, ...] = (64, 256, 512)
-    rank: float = SHARE
-    largest_eigh: int = 1024
-    change: float = 0.05
-    rounds: int = 15
-    out: Path = OUT
+    rank: float = SHARE  # share of the eigenpairs that the low-rank method keeps
+    largest_eigh: int = 1024  # above this size no eigendecomposition is measured
+    change: float = 0.05  # relative change of a matrix between two inversions
+    rounds: int = 15  # timed rounds
+    out: Path = OUT  # folder of the result
 
 
 def matrices(size: int, batch: int, change: float) -> tuple[np.ndarray, np.ndarray]:

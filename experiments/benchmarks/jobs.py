@@ -30,25 +30,19 @@ RATE, MOMENTUM, DAMPING = 1e-3, 0.9, 1e-2
 
 @dataclasses.dataclass
 class Job:
-    """One row of the benchmark.
+    """One row of the benchmark."""
 
-    Attributes:
-        name: the row's name.
-        run: takes one step of each kind (or a few steps of whatever kind is due) and
-            returns pairs of kind and seconds.
-        cycle: steps of each kind in a cycle; None where there is no fixed cycle.
-        first: seconds of the first call of each kind, compiling included.
-        setup: seconds of making the state, compiling included.
-        state_mb: size of the optimiser's state.
-        notes: further facts for the result, as JSON values, asked for at the end.
-    """
-
-    name: str
+    name: str  # the row's name
+    # Takes one step of each kind (or a few steps of whatever kind is due) and returns
+    # pairs of kind and seconds.
     run: Callable[[], list[tuple[str, float]]]
+    # Steps of each kind in a cycle; None where there is no fixed cycle.
     cycle: dict[str, int] | None
+    # Seconds of the first call of each kind, compiling included.
     first: dict[str, float]
-    setup: float
-    state_mb: float
+    setup: float  # seconds of making the state, compiling included
+    state_mb: float  # size of the optimiser's state
+    # Further facts for the result, as JSON values, asked for at the end.
     notes: Callable[[], dict[str, Any]] = dict
 
     def compile_seconds(self, samples: Samples) -> float:

@@ -97,24 +97,16 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What all trials share.
+    """What all trials share."""
 
-    Attributes:
-        args: the command line.
-        data: the data set.
-        task: the network and its loss.
-        evaluate: parameters and model state to the means over validation windows.
-        counter: counts compilations.
-        file: where the trials' records go.
-        finished: records of the trials of an earlier call, by optimiser and number.
-    """
-
-    args: argparse.Namespace
-    data: TextDataset
-    task: Task
+    args: argparse.Namespace  # the command line
+    data: TextDataset  # the data set
+    task: Task  # the network and its loss
+    # Parameters and model state to the means over validation windows.
     evaluate: Callable[..., dict[str, float]]
-    counter: CompileCounter
-    file: metrics.MetricsFile
+    counter: CompileCounter  # counts compilations
+    file: metrics.MetricsFile  # where the trials' records go
+    # Records of the trials of an earlier call, by optimiser and number.
     finished: dict[tuple[str, int], dict[str, Any]]
 
     def steps(self, name: str) -> int:

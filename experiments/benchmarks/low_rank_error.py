@@ -28,29 +28,18 @@ HEAD += ("error", "error_white")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is trained.
+    """What is trained."""
 
-    Attributes:
-        models: names of networks.
-        ranks: shares of each factor's eigenpairs that are kept.
-        steps: steps of training; the last of them inverts.
-        damping: damping.
-        learning_rate: learning rate.
-        every: steps between refreshes and inversions.
-        dataset: the images.
-        data_dir: where the images are, else KFAC_DATA_DIR.
-        out: folder of the result.
-    """
-
-    models: tuple[str, ...] = ("mlp", "autoencoder", "lenet5")
+    models: tuple[str, ...] = ("mlp", "autoencoder", "lenet5")  # names of networks
+    # Shares of each factor's eigenpairs that are kept.
     ranks: tuple[float, ...] = (0.0625, 0.125, 0.25)
-    steps: int = 201
-    damping: float = 1e-3
-    learning_rate: float = 0.05
-    every: int = 5
-    dataset: str = "mnist"
-    data_dir: Path | None = None
-    out: Path = OUT
+    steps: int = 201  # steps of training; the last of them inverts
+    damping: float = 1e-3  # damping
+    learning_rate: float = 0.05  # learning rate
+    every: int = 5  # steps between refreshes and inversions
+    dataset: str = "mnist"  # the images
+    data_dir: Path | None = None  # where the images are, else KFAC_DATA_DIR
+    out: Path = OUT  # folder of the result
 
 
 def batch_of(images: Any, labels: Any, spec: Spec) -> tuple[jax.Array, jax.Array]:

@@ -27,29 +27,20 @@ KFAC = {"K-FAC, GGN": "type-2", "K-FAC, empirical": "empirical"}
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A layer whose weights PyTorch keeps in another order.
+    """A layer whose weights PyTorch keeps in another order."""
 
-    Attributes:
-        name: of its parameters in flax.
-        image: height, width and channels that were flattened before a dense layer;
-            PyTorch flattens channels first.
-    """
-
-    name: str
+    name: str  # of its parameters in flax
+    # Height, width and channels that were flattened before a dense layer; PyTorch
+    # flattens channels first.
     image: tuple[int, int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A network that both libraries have.
+    """A network that both libraries have."""
 
-    Attributes:
-        module: the flax module.
-        layers: in the order of the PyTorch module.
-    """
-
-    module: nn.Module
-    layers: tuple[Layer, ...]
+    module: nn.Module  # the flax module
+    layers: tuple[Layer, ...]  # in the order of the PyTorch module
 
 
 def mlp(width: int) -> Network:
@@ -71,23 +62,15 @@ NETWORKS = {"mlp": mlp, "lenet5": lenet5}
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A network with its loss, at a point, on a data set.
+    """A network with its loss, at a point, on a data set."""
 
-    Attributes:
-        name: of the network.
-        network: its module and layers.
-        tagged: the tagged loss.
-        params: the point.
-        batches: images ``[batch, 28, 28, 1]`` in [0, 1], and labels.
-        key: PRNG key of the labels that the MC Fisher draws.
-    """
-
-    name: str
-    network: Network
-    tagged: kfac.TaggedLoss
-    params: Any
+    name: str  # of the network
+    network: Network  # its module and layers
+    tagged: kfac.TaggedLoss  # the tagged loss
+    params: Any  # the point
+    # Images ``[batch, 28, 28, 1]`` in [0, 1], and labels.
     batches: list[tuple[jax.Array, jax.Array]]
-    key: jax.Array
+    key: jax.Array  # PRNG key of the labels that the MC Fisher draws
 
 
 def make_problem(

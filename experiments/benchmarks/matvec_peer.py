@@ -56,21 +56,13 @@ NETWORKS = {"mlp": mlp, "lenet5": lenet5}
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """A problem as PyTorch sees it.
+    """A problem as PyTorch sees it."""
 
-    Attributes:
-        torch: the module.
-        curvlinops: the module.
-        problem: ours.
-        network: the same network with the same weights.
-        data: the same batches, channels first.
-    """
-
-    torch: Any
-    curvlinops: Any
-    problem: Problem
-    network: Any
-    data: list[tuple[Any, Any]]
+    torch: Any  # the module
+    curvlinops: Any  # the module
+    problem: Problem  # ours
+    network: Any  # the same network with the same weights
+    data: list[tuple[Any, Any]]  # the same batches, channels first
 
     def tensors(self, tree: Any, several: bool = False) -> list[Any]:
         """A tree shaped like our parameters as a list of tensors."""

@@ -81,22 +81,14 @@ class Config:
 
 @dataclasses.dataclass
 class Row:
-    """What is timed, once per round.
+    """What is timed, once per round."""
 
-    Attributes:
-        matrix: which one.
-        event: set-up or product.
-        calls: what is called, by library.
-        first: seconds of the first calls, by library.
-        difference: of the two products, relative.
-        seconds: of the timed calls, by library.
-    """
-
-    matrix: str
-    event: str
-    calls: dict[str, Callable[[], Any]]
-    first: dict[str, float]
-    difference: float | None = None
+    matrix: str  # which one
+    event: str  # set-up or product
+    calls: dict[str, Callable[[], Any]]  # what is called, by library
+    first: dict[str, float]  # seconds of the first calls, by library
+    difference: float | None = None  # of the two products, relative
+    # Of the timed calls, by library.
     seconds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
     def run(self, number: int) -> None:

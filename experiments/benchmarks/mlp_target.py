@@ -83,23 +83,15 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What all trials on one data set share.
+    """What all trials on one data set share."""
 
-    Attributes:
-        args: the command line.
-        data: the data set.
-        task: the network and its loss.
-        evaluate: parameters and model state to the means over the training set.
-        counter: counts compilations.
-        file: where the trials' records go.
-    """
-
-    args: argparse.Namespace
-    data: Dataset
-    task: Task
+    args: argparse.Namespace  # the command line
+    data: Dataset  # the data set
+    task: Task  # the network and its loss
+    # Parameters and model state to the means over the training set.
     evaluate: Callable[..., dict[str, float]]
-    counter: CompileCounter
-    file: metrics.MetricsFile
+    counter: CompileCounter  # counts compilations
+    file: metrics.MetricsFile  # where the trials' records go
 
     @property
     def per_epoch(self) -> int:

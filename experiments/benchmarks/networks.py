@@ -53,21 +53,13 @@ class ResNet8(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A network with a loss and synthetic batches.
+    """A network with a loss and synthetic batches."""
 
-    Attributes:
-        name: name on the command line.
-        apply: ``(params, inputs) -> logits``.
-        params: initial parameters.
-        batches: pairs of inputs and targets.
-        bernoulli: whether the targets are the inputs, each a probability; else they
-            are labels.
-    """
-
-    name: str
-    apply: Callable[[Any, jax.Array], jax.Array]
-    params: Any
-    batches: list[tuple[jax.Array, jax.Array]]
+    name: str  # name on the command line
+    apply: Callable[[Any, jax.Array], jax.Array]  # ``(params, inputs) -> logits``
+    params: Any  # initial parameters
+    batches: list[tuple[jax.Array, jax.Array]]  # pairs of inputs and targets
+    # Whether the targets are the inputs, each a probability; else they are labels.
     bernoulli: bool
 
     def loss(self, mark: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable:
@@ -108,17 +100,11 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """How to build a problem.
+    """How to build a problem."""
 
-    Attributes:
-        module: makes the network.
-        shape: shape of a batch of inputs.
-        bernoulli: see `Problem`.
-    """
-
-    module: Callable[[], nn.Module]
-    shape: tuple[int, ...]
-    bernoulli: bool = False
+    module: Callable[[], nn.Module]  # makes the network
+    shape: tuple[int, ...]  # shape of a batch of inputs
+    bernoulli: bool = False  # see `Problem`
 
 
 SPECS = {

@@ -16,19 +16,12 @@ COLOURS = {"all": "#d55e00", "owner": "#0072b2", "grid": "#009e73"}
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A figure of a paper.
+    """A figure of a paper."""
 
-    Attributes:
-        devices: number of devices.
-        batch: examples on each.
-        seconds: of a step.
-        source: where it is from.
-    """
-
-    devices: int
-    batch: int
-    seconds: float
-    source: str
+    devices: int  # number of devices
+    batch: int  # examples on each
+    seconds: float  # of a step
+    source: str  # where it is from
 
 
 # 5.5 minutes for batches of 32,768 on 1,024 GPUs (arXiv:2002.06015, abstract) over the

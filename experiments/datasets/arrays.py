@@ -11,28 +11,17 @@ from experiments.errors import ConfigError, DataError
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """What data sets of every type have; the rows of an array are the examples.
+    """What data sets of every type have; the rows of an array are the examples."""
 
-    Attributes:
-        noun: what an example is called, in the plural.
-        name: name on the command line.
-        title: name in tables and plots.
-        source: where the data was found.
-        x_train: training inputs, ``[n, ...]``.
-        y_train: what is to be predicted, ``[n, ...]``, int32.
-        x_test: test inputs.
-        y_test: the same for them.
-    """
+    noun: ClassVar[str] = "examples"  # what an example is called, in the plural
 
-    noun: ClassVar[str] = "examples"
-
-    name: str
-    title: str
-    source: str
-    x_train: np.ndarray
-    y_train: np.ndarray
-    x_test: np.ndarray
-    y_test: np.ndarray
+    name: str  # name on the command line
+    title: str  # name in tables and plots
+    source: str  # where the data was found
+    x_train: np.ndarray  # training inputs, ``[n, ...]``
+    y_train: np.ndarray  # what is to be predicted, ``[n, ...]``, int32
+    x_test: np.ndarray  # test inputs
+    y_test: np.ndarray  # the same for them
 
     def first(self, train: int | None) -> Self:
         """Returns the data set with only its first `train` training examples."""
@@ -49,17 +38,12 @@ class Examples:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset(Examples):
-    """Images ``[n, height, width, channels]`` and labels ``[n]``, loaded once.
-
-    Attributes:
-        maximum: the value of the brightest pixel.
-        num_classes: number of labels.
-    """
+    """Images ``[n, height, width, channels]`` and labels ``[n]``, loaded once."""
 
     noun: ClassVar[str] = "images"
 
-    maximum: float = 255.0
-    num_classes: int = 10
+    maximum: float = 255.0  # the value of the brightest pixel
+    num_classes: int = 10  # number of labels
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

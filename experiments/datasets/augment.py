@@ -19,29 +19,20 @@ Batch = tuple[jax.Array, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """A random change of batches.
+    """A random change of batches."""
 
-    Attributes:
-        init: ``batch -> state`` before the first batch, of arrays or their shapes.
-        apply: ``(state, batch, key) -> (state, batch)``.
-    """
-
+    # ``batch -> state`` before the first batch, of arrays or their shapes.
     init: Callable[[Any], PyTree]
+    # ``(state, batch, key) -> (state, batch)``.
     apply: Callable[[PyTree, Batch, jax.Array], tuple[PyTree, Batch]]
 
 
 class Mixture(NamedTuple):
-    """What running mixup remembers.
+    """What running mixup remembers."""
 
-    Attributes:
-        images: the last mixed images ``[batch, ...]``.
-        labels: their labels ``[batch, classes]``.
-        steps: batches mixed so far.
-    """
-
-    images: jax.Array
-    labels: jax.Array
-    steps: jax.Array
+    images: jax.Array  # the last mixed images ``[batch, ...]``
+    labels: jax.Array  # their labels ``[batch, classes]``
+    steps: jax.Array  # batches mixed so far
 
 
 def running_mixup(alpha: float, num_classes: int) -> Augmentation:

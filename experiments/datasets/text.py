@@ -18,14 +18,11 @@ class TextDataset(Examples):
     ``x [n, context]`` holds numbers of characters, int32; ``y[i, t]`` is the character
     after ``x[i, t]``. The first nine tenths of the text are for training; the test set
     is the rest, usually called validation set.
-
-    Attributes:
-        vocabulary: the characters by their numbers.
     """
 
     noun: ClassVar[str] = "windows"
 
-    vocabulary: str
+    vocabulary: str  # the characters by their numbers
 
     @property
     def context(self) -> int:

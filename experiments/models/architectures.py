@@ -16,15 +16,10 @@ from experiments.benchmarks.networks import SPECS
 
 
 class Bottleneck(nn.Module):
-    """Residual block of 1×1, 3×3 and 1×1 convolutions; the 3×3 one has the stride.
+    """Residual block of 1×1, 3×3 and 1×1 convolutions; the 3×3 one has the stride."""
 
-    Attributes:
-        channels: of the two first convolutions; the block has four times as many.
-        stride: of the block.
-    """
-
-    channels: int
-    stride: int
+    channels: int  # of the two first convolutions; the block has four times as many
+    stride: int  # of the block
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
@@ -48,19 +43,14 @@ class Bottleneck(nn.Module):
 class ImageNetResNet(nn.Module):
     """Residual network with bottleneck blocks and batch normalisation.
 
-    Attributes:
-        blocks: number of blocks of each stage.
-        width: channels of the first stage.
-        classes: number of classes.
-
     References:
         He et al., 2016, "Deep residual learning for image recognition",
         arXiv:1512.03385; the stride as in Goyal et al., 2017, arXiv:1706.02677.
     """
 
-    blocks: tuple[int, ...]
-    width: int = 64
-    classes: int = 1000
+    blocks: tuple[int, ...]  # number of blocks of each stage
+    width: int = 64  # channels of the first stage
+    classes: int = 1000  # number of classes
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
@@ -77,13 +67,9 @@ class ImageNetResNet(nn.Module):
 
 
 class MLPBlock(nn.Module):
-    """Two dense layers with a GELU between them.
+    """Two dense layers with a GELU between them."""
 
-    Attributes:
-        hidden: width between the layers.
-    """
-
-    hidden: int
+    hidden: int  # width between the layers
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -92,15 +78,10 @@ class MLPBlock(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Pre-norm transformer block.
+    """Pre-norm transformer block."""
 
-    Attributes:
-        heads: of the attention.
-        hidden: width of the feed-forward part.
-    """
-
-    heads: int
-    hidden: int
+    heads: int  # of the attention
+    hidden: int  # width of the feed-forward part
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -112,24 +93,16 @@ class EncoderBlock(nn.Module):
 class ViT(nn.Module):
     """Vision transformer with a class token and learned positions.
 
-    Attributes:
-        depth: number of blocks.
-        width: features of a token.
-        heads: of the attention.
-        hidden: width of the feed-forward part.
-        patch: side of a patch.
-        classes: number of classes.
-
     References:
         Dosovitskiy et al., 2021, arXiv:2010.11929.
     """
 
-    depth: int = 12
-    width: int = 768
-    heads: int = 12
-    hidden: int = 3072
-    patch: int = 16
-    classes: int = 1000
+    depth: int = 12  # number of blocks
+    width: int = 768  # features of a token
+    heads: int = 12  # of the attention
+    hidden: int = 3072  # width of the feed-forward part
+    patch: int = 16  # side of a patch
+    classes: int = 1000  # number of classes
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -147,15 +120,10 @@ class ViT(nn.Module):
 
 
 class MixerBlock(nn.Module):
-    """Mixes tokens, then channels.
+    """Mixes tokens, then channels."""
 
-    Attributes:
-        tokens_hidden: width of the mixing of tokens.
-        channels_hidden: width of the mixing of channels.
-    """
-
-    tokens_hidden: int
-    channels_hidden: int
+    tokens_hidden: int  # width of the mixing of tokens
+    channels_hidden: int  # width of the mixing of channels
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -168,24 +136,16 @@ class MixerBlock(nn.Module):
 class Mixer(nn.Module):
     """MLP-Mixer.
 
-    Attributes:
-        depth: number of blocks.
-        width: channels.
-        tokens_hidden: width of the mixing of tokens.
-        channels_hidden: width of the mixing of channels.
-        patch: side of a patch.
-        classes: number of classes.
-
     References:
         Tolstikhin et al., 2021, arXiv:2105.01601.
     """
 
-    depth: int = 12
-    width: int = 768
-    tokens_hidden: int = 384
-    channels_hidden: int = 3072
-    patch: int = 16
-    classes: int = 1000
+    depth: int = 12  # number of blocks
+    width: int = 768  # channels
+    tokens_hidden: int = 384  # width of the mixing of tokens
+    channels_hidden: int = 3072  # width of the mixing of channels
+    patch: int = 16  # side of a patch
+    classes: int = 1000  # number of classes
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -199,13 +159,9 @@ class Mixer(nn.Module):
 
 
 class GPTBlock(nn.Module):
-    """Pre-norm block of causal attention and a feed-forward part.
+    """Pre-norm block of causal attention and a feed-forward part."""
 
-    Attributes:
-        heads: of the attention.
-    """
-
-    heads: int
+    heads: int  # of the attention
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -221,13 +177,9 @@ class GPTBlock(nn.Module):
 
 
 class ScannedBlock(nn.Module):
-    """The block as the body of a scan.
+    """The block as the body of a scan."""
 
-    Attributes:
-        heads: of the attention.
-    """
-
-    heads: int
+    heads: int  # of the attention
 
     @nn.compact
     def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
@@ -238,26 +190,17 @@ class ScannedBlock(nn.Module):
 class GPT(nn.Module):
     """Causal transformer with learned positions; the output shares the embedding.
 
-    Attributes:
-        depth: number of blocks.
-        width: features of a token.
-        heads: of the attention.
-        vocabulary: number of tokens.
-        context: number of positions.
-        scan: whether the blocks are one scan over stacked parameters.
-        remat: whether the blocks are recomputed in the backward pass.
-
     References:
         Radford et al., 2019, "Language models are unsupervised multitask learners".
     """
 
-    depth: int = 12
-    width: int = 768
-    heads: int = 12
-    vocabulary: int = 50257
-    context: int = 1024
-    scan: bool = False
-    remat: bool = False
+    depth: int = 12  # number of blocks
+    width: int = 768  # features of a token
+    heads: int = 12  # of the attention
+    vocabulary: int = 50257  # number of tokens
+    context: int = 1024  # number of positions
+    scan: bool = False  # whether the blocks are one scan over stacked parameters
+    remat: bool = False  # whether the blocks are recomputed in the backward pass
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -284,21 +227,15 @@ class GPT(nn.Module):
 class LSTMLanguageModel(nn.Module):
     """Embedding, stacked LSTMs, and an output layer of its own.
 
-    Attributes:
-        vocabulary: number of tokens.
-        width: of the embedding and of every LSTM.
-        depth: number of LSTMs.
-        fused: whether the cell concatenates its kernels.
-
     References:
         Zaremba et al., 2014, "Recurrent neural network regularization",
         arXiv:1409.2329 (its medium size), without dropout.
     """
 
-    vocabulary: int = 33278
-    width: int = 650
-    depth: int = 2
-    fused: bool = True
+    vocabulary: int = 33278  # number of tokens
+    width: int = 650  # of the embedding and of every LSTM
+    depth: int = 2  # number of LSTMs
+    fused: bool = True  # whether the cell concatenates its kernels
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -316,19 +253,13 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A loss and the shapes of everything it takes.
+    """A loss and the shapes of everything it takes."""
 
-    Attributes:
-        loss: ``(params, *args) -> loss`` or ``(loss, aux)``; the output is marked.
-        params: parameters, as shapes.
-        args: further arguments, as shapes.
-        has_aux: whether the loss returns more than its value.
-    """
-
+    # ``(params, *args) -> loss`` or ``(loss, aux)``; the output is marked.
     loss: Callable[..., Any]
-    params: Any
-    args: tuple[Any, ...]
-    has_aux: bool = False
+    params: Any  # parameters, as shapes
+    args: tuple[Any, ...]  # further arguments, as shapes
+    has_aux: bool = False  # whether the loss returns more than its value
 
     @property
     def parameters(self) -> int:
@@ -427,21 +358,13 @@ IMAGES = (32, 224, 224, 3)
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """An entry of the catalogue.
+    """An entry of the catalogue."""
 
-    Attributes:
-        title: what tables call it.
-        model: makes the network.
-        problem: makes its loss and its shapes.
-        shape: of its inputs.
-        wanted: least share of the parameters that must be under blocks.
-    """
-
-    title: str
-    model: Callable[[], nn.Module]
-    problem: Callable[[nn.Module, Shape], Problem]
-    shape: Shape
-    wanted: float = 0.99
+    title: str  # what tables call it
+    model: Callable[[], nn.Module]  # makes the network
+    problem: Callable[[nn.Module, Shape], Problem]  # makes its loss and its shapes
+    shape: Shape  # of its inputs
+    wanted: float = 0.99  # least share of the parameters that must be under blocks
 
     def make(self) -> Problem:
         """Makes the loss and its shapes."""

@@ -8,15 +8,10 @@ import jax.numpy as jnp
 
 
 class MLP(nn.Module):
-    """Fully connected network with rectified linear units.
+    """Fully connected network with rectified linear units."""
 
-    Attributes:
-        hidden: widths of the hidden layers.
-        num_classes: width of the output.
-    """
-
-    hidden: Sequence[int]
-    num_classes: int
+    hidden: Sequence[int]  # widths of the hidden layers
+    num_classes: int  # width of the output
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -33,12 +28,9 @@ class LeNet5(nn.Module):
 
     References:
         LeCun, Bottou, Bengio & Haffner, 1998, Proc. IEEE 86(11), Fig. 2.
-
-    Attributes:
-        num_classes: width of the output.
     """
 
-    num_classes: int
+    num_classes: int  # width of the output
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -55,15 +47,10 @@ class LeNet5(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions with batch norm, added to their input.
+    """Two 3 x 3 convolutions with batch norm, added to their input."""
 
-    Attributes:
-        channels: output channels.
-        stride: stride of the first convolution.
-    """
-
-    channels: int
-    stride: int
+    channels: int  # output channels
+    stride: int  # stride of the first convolution
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -85,16 +72,11 @@ class ResNet(nn.Module):
     References:
         He, Zhang, Ren & Sun, 2015, arXiv:1512.03385, Sec. 4.2; the shortcuts that
         change the shape are projections.
-
-    Attributes:
-        blocks: residual blocks per stage.
-        width: channels of the first stage, doubled at every stage.
-        num_classes: width of the output.
     """
 
-    blocks: Sequence[int]
-    width: int
-    num_classes: int
+    blocks: Sequence[int]  # residual blocks per stage
+    width: int  # channels of the first stage, doubled at every stage
+    num_classes: int  # width of the output
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -115,12 +97,9 @@ class Autoencoder(nn.Module):
     References:
         Hinton & Salakhutdinov, 2006, Science 313(5786); Martens & Grosse, 2015,
         arXiv:1503.05671, Sec. 13.
-
-    Attributes:
-        code: widths from the first hidden layer down to the code.
     """
 
-    code: Sequence[int]
+    code: Sequence[int]  # widths from the first hidden layer down to the code
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:

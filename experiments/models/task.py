@@ -22,20 +22,17 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A network with its loss.
+    """A network with its loss."""
 
-    Attributes:
-        init: ``key -> (params, model_state)``; the state is empty unless the network
-            has batch statistics.
-        loss: ``(params, model_state, images, labels) -> (mean loss, new model_state)``
-            in training mode, with the output marked for K-FAC; a language model takes
-            tokens and the tokens that follow.
-        evaluate: the same arguments to a dict of sums over the examples, in
-            evaluation mode; ``loss`` is one of them.
-    """
-
+    # ``key -> (params, model_state)``; the state is empty unless the network has batch
+    # statistics.
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]
+    # ``(params, model_state, images, labels) -> (mean loss, new model_state)`` in
+    # training mode, with the output marked for K-FAC; a language model takes tokens and
+    # the tokens that follow.
     loss: Callable[..., tuple[jax.Array, PyTree]]
+    # The same arguments to a dict of sums over the examples, in evaluation mode;
+    # ``loss`` is one of them.
     evaluate: Callable[..., dict[str, jax.Array]]
 
 

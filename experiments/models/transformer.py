@@ -10,14 +10,10 @@ class Attention(nn.Module):
 
     References:
         Vaswani et al., 2017, arXiv:1706.03762, Sec. 3.2.
-
-    Attributes:
-        heads: number of heads; it divides the width.
-        out_scale: factor on the initial weights of the output projection.
     """
 
-    heads: int
-    out_scale: float
+    heads: int  # number of heads; it divides the width
+    out_scale: float  # factor on the initial weights of the output projection
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -42,15 +38,10 @@ def residual_output(width: int, scale: float, name: str) -> nn.Dense:
 
 
 class Block(nn.Module):
-    """Attention, then a network of two layers; each is added to its input.
+    """Attention, then a network of two layers; each is added to its input."""
 
-    Attributes:
-        heads: number of attention heads.
-        out_scale: factor on the initial weights of what is added.
-    """
-
-    heads: int
-    out_scale: float
+    heads: int  # number of attention heads
+    out_scale: float  # factor on the initial weights of what is added
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -71,20 +62,13 @@ class Transformer(nn.Module):
     References:
         Radford et al., 2019, "Language models are unsupervised multitask learners",
         Sec. 2.3.
-
-    Attributes:
-        vocabulary: number of tokens.
-        context: greatest number of positions.
-        layers: number of blocks.
-        heads: attention heads per block.
-        width: width of the residual stream.
     """
 
-    vocabulary: int
-    context: int
-    layers: int
-    heads: int
-    width: int
+    vocabulary: int  # number of tokens
+    context: int  # greatest number of positions
+    layers: int  # number of blocks
+    heads: int  # attention heads per block
+    width: int  # width of the residual stream
 
     @nn.compact
     def __call__(self, tokens: jax.Array, train: bool = False) -> jax.Array:

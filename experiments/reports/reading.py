@@ -43,23 +43,14 @@ FIELDS: dict[str, dict[str, Check]] = {
 
 @dataclasses.dataclass(frozen=True)
 class RunRecords:
-    """The records of one run.
+    """The records of one run."""
 
-    Attributes:
-        optimizer: name of the optimiser.
-        title: its name in tables and plots.
-        config: first record: configuration, data and versions.
-        train: mean batch losses, in order of the steps.
-        evals: evaluations, in order of the steps.
-        end: last record, or None for a run that has not ended.
-    """
-
-    optimizer: str
-    title: str
-    config: dict[str, Any]
-    train: list[dict[str, Any]]
-    evals: list[dict[str, Any]]
-    end: dict[str, Any] | None
+    optimizer: str  # name of the optimiser
+    title: str  # its name in tables and plots
+    config: dict[str, Any]  # first record: configuration, data and versions
+    train: list[dict[str, Any]]  # mean batch losses, in order of the steps
+    evals: list[dict[str, Any]]  # evaluations, in order of the steps
+    end: dict[str, Any] | None  # last record, or None for a run that has not ended
 
     @property
     def status(self) -> str:

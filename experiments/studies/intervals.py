@@ -57,14 +57,10 @@ class Carry(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A compiled rule.
+    """A compiled rule."""
 
-    Attributes:
-        start: seed to the carry before the first step.
-        step: ``(carry, images, labels) -> (carry, mean loss)``; the carry is donated.
-    """
-
-    start: Callable[[int], Carry]
+    start: Callable[[int], Carry]  # seed to the carry before the first step
+    # ``(carry, images, labels) -> (carry, mean loss)``; the carry is donated.
     step: Callable[..., tuple[Carry, jax.Array]]
 
 

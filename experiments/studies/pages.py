@@ -54,17 +54,12 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
+    """A table."""
 
-    Attributes:
-        header: titles of the columns.
-        rows: cells, as many in each row as there are columns; None is a dash.
-        caption: a line above it.
-    """
-
-    header: tuple[str, ...]
+    header: tuple[str, ...]  # titles of the columns
+    # Cells, as many in each row as there are columns; None is a dash.
     rows: tuple[tuple[str, ...], ...]
-    caption: str = ""
+    caption: str = ""  # a line above it
 
     def __post_init__(self) -> None:
         """Checks the rows."""
@@ -78,15 +73,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture.
+    """A picture."""
 
-    Attributes:
-        path: a PNG file in the page's folder.
-        caption: a line below it.
-    """
-
-    path: Path
-    caption: str = ""
+    path: Path  # a PNG file in the page's folder
+    caption: str = ""  # a line below it
 
     @property
     def title(self) -> str:
@@ -99,33 +89,21 @@ Part = str | Table | Plot
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page.
+    """A part of a page."""
 
-    Attributes:
-        title: its heading.
-        parts: paragraphs of plain text, tables and plots.
-    """
-
-    title: str
-    parts: tuple[Part, ...]
+    title: str  # its heading
+    parts: tuple[Part, ...]  # paragraphs of plain text, tables and plots
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page.
+    """A page."""
 
-    Attributes:
-        title: its heading.
-        sections: what it says.
-        config: what the runs share, JSON values.
-        machine: what they were made with, see `benchmarks.common.machine`.
-        commits: of the code that made them; "not recorded" if there is none.
-    """
-
-    title: str
-    sections: tuple[Section, ...]
-    config: dict[str, Any]
-    machine: dict[str, Any]
+    title: str  # its heading
+    sections: tuple[Section, ...]  # what it says
+    config: dict[str, Any]  # what the runs share, JSON values
+    machine: dict[str, Any]  # what they were made with, see `benchmarks.common.machine`
+    # Of the code that made them; "not recorded" if there is none.
     commits: tuple[str, ...]
 
 

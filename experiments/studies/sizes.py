@@ -30,17 +30,11 @@ NOT_IN_FINGERPRINT = ("size", "rules", "thresholds", "seeds", "data_dir", "out")
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One run of the study.
+    """One run of the study."""
 
-    Attributes:
-        rule: one of `RULES`, or ``every``.
-        threshold: ``λ`` of the rule; None for ``every``.
-        seed: of the initial parameters and of the order of the data.
-    """
-
-    rule: str
-    threshold: float | None
-    seed: int
+    rule: str  # one of `RULES`, or ``every``
+    threshold: float | None  # ``λ`` of the rule; None for ``every``
+    seed: int  # of the initial parameters and of the order of the data
 
     @property
     def title(self) -> str:

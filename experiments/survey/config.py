@@ -67,21 +67,13 @@ NOT_IN_FINGERPRINT = (
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """The hyper-parameters of a run.
+    """The hyper-parameters of a run."""
 
-    Attributes:
-        optimizer: ``sgd`` (with momentum), ``adam`` or ``kfac``.
-        learning_rate: constant.
-        batch_size: examples of a step.
-        weight_decay: decoupled, multiplied by the learning rate.
-        seed: of the parameters, the batches and the sampled labels.
-    """
-
-    optimizer: OptimizerName
-    learning_rate: float
-    batch_size: int
-    weight_decay: float
-    seed: int
+    optimizer: OptimizerName  # ``sgd`` (with momentum), ``adam`` or ``kfac``
+    learning_rate: float  # constant
+    batch_size: int  # examples of a step
+    weight_decay: float  # decoupled, multiplied by the learning rate
+    seed: int  # of the parameters, the batches and the sampled labels
 
     @property
     def name(self) -> str:

@@ -24,25 +24,15 @@ WINDOWS = {"digits": 1, "mnist": 4, "fashion_mnist": 4, "cifar10": 5}
 
 
 class Data(NamedTuple):
-    """A data set.
+    """A data set."""
 
-    Attributes:
-        title: its name.
-        source: where it was found, without folders.
-        classes: number of labels.
-        x_train: ``[n, h, w, c]`` float32.
-        y_train: ``[n]`` int32.
-        x_test: as for training.
-        y_test: as for training.
-    """
-
-    title: str
-    source: str
-    classes: int
-    x_train: np.ndarray
-    y_train: np.ndarray
-    x_test: np.ndarray
-    y_test: np.ndarray
+    title: str  # its name
+    source: str  # where it was found, without folders
+    classes: int  # number of labels
+    x_train: np.ndarray  # ``[n, h, w, c]`` float32
+    y_train: np.ndarray  # ``[n]`` int32
+    x_test: np.ndarray  # as for training
+    y_test: np.ndarray  # as for training
 
 
 def load(name: str, config: SurveyConfig) -> Data:

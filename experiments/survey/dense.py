@@ -25,21 +25,15 @@ FIGURES = (
 
 @dataclasses.dataclass(frozen=True)
 class Spectrum:
-    """A symmetric matrix of diagonal blocks and its eigenvectors.
+    """A symmetric matrix of diagonal blocks and its eigenvectors."""
 
-    Attributes:
-        matrix: ``[P, P]``.
-        places: positions ``[k]`` of each block; None: the matrix is diagonal.
-        values: eigenvalues of each block, ``[k]``; of a diagonal matrix one ``[P]``.
-        vectors: eigenvectors ``[k, k]`` of each block, in columns.
-        top: ``[P, 10]``, eigenvectors of the largest eigenvalues (by value).
-    """
-
-    matrix: np.ndarray
+    matrix: np.ndarray  # ``[P, P]``
+    # Positions ``[k]`` of each block; None: the matrix is diagonal.
     places: Places | None
+    # Eigenvalues of each block, ``[k]``; of a diagonal matrix one ``[P]``.
     values: list[np.ndarray]
-    vectors: list[np.ndarray]
-    top: np.ndarray
+    vectors: list[np.ndarray]  # eigenvectors ``[k, k]`` of each block, in columns
+    top: np.ndarray  # ``[P, 10]``, eigenvectors of the largest eigenvalues (by value)
 
     @property
     def all_values(self) -> np.ndarray:

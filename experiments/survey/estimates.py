@@ -32,19 +32,12 @@ Operator = kfac.curvature.Operator
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """A matrix with what its comparisons need.
+    """A matrix with what its comparisons need."""
 
-    Attributes:
-        operator: its products.
-        top: ``[P, 10]``, eigenvectors of the largest eigenvalues.
-        norm: ``‖M‖_F``.
-        row: its columns.
-    """
-
-    operator: Operator
-    top: np.ndarray
-    norm: float
-    row: dict[str, Any]
+    operator: Operator  # its products
+    top: np.ndarray  # ``[P, 10]``, eigenvectors of the largest eigenvalues
+    norm: float  # ``‖M‖_F``
+    row: dict[str, Any]  # its columns
 
 
 def operators(

@@ -91,13 +91,9 @@ def full_matrices(problem: Problem, params: Any, key: jax.Array) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Formed(Stream):
-    """A matrix that is there, in place of one over batches.
+    """A matrix that is there, in place of one over batches."""
 
-    Attributes:
-        matrix: ``[P, P]``.
-    """
-
-    matrix: jax.Array
+    matrix: jax.Array  # ``[P, P]``
 
     def moments(self, indices: Sequence[np.ndarray]) -> list[jax.Array]:
         """Diagonal blocks ``[n, k, k]`` at positions ``[n, k]``."""

@@ -18,19 +18,12 @@ DEEP = 4
 
 
 class Dense(nn.Module):
-    """Fully connected network.
+    """Fully connected network."""
 
-    Attributes:
-        widths: of the hidden layers.
-        classes: width of the output.
-        activation: between layers.
-        norm: whether a layer norm comes before each activation.
-    """
-
-    widths: tuple[int, ...]
-    classes: int
-    activation: Callable[[jax.Array], jax.Array] = nn.relu
-    norm: bool = False
+    widths: tuple[int, ...]  # of the hidden layers
+    classes: int  # width of the output
+    activation: Callable[[jax.Array], jax.Array] = nn.relu  # between layers
+    norm: bool = False  # whether a layer norm comes before each activation
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -55,15 +48,10 @@ def pool(x: jax.Array) -> jax.Array:
 
 
 class Conv(nn.Module):
-    """Two convolutions with pools, and a dense layer.
+    """Two convolutions with pools, and a dense layer."""
 
-    Attributes:
-        width: channels.
-        classes: width of the output.
-    """
-
-    width: int
-    classes: int
+    width: int  # channels
+    classes: int  # width of the output
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -78,14 +66,10 @@ class LeNet(nn.Module):
 
     References:
         LeCun, Bottou, Bengio & Haffner, 1998, Proc. IEEE 86(11), Fig. 2.
-
-    Attributes:
-        width: channels of the second convolution.
-        classes: width of the output.
     """
 
-    width: int
-    classes: int
+    width: int  # channels of the second convolution
+    classes: int  # width of the output
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -104,16 +88,11 @@ class Residual(nn.Module):
     References:
         He, Zhang, Ren & Sun, 2015, arXiv:1512.03385; Wu & He, 2018, arXiv:1803.08494
         (one group: all channels of an example).
-
-    Attributes:
-        width: channels.
-        depth: blocks of two convolutions.
-        classes: width of the output.
     """
 
-    width: int
-    depth: int
-    classes: int
+    width: int  # channels
+    depth: int  # blocks of two convolutions
+    classes: int  # width of the output
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -137,16 +116,11 @@ class Attention(nn.Module):
     References:
         Vaswani et al., 2017, arXiv:1706.03762; Xiong et al., 2020, arXiv:2002.04745
         (the norm before each layer).
-
-    Attributes:
-        width: features of a token.
-        depth: layers.
-        classes: width of the output.
     """
 
-    width: int
-    depth: int
-    classes: int
+    width: int  # features of a token
+    depth: int  # layers
+    classes: int  # width of the output
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -58,17 +58,11 @@ Coefficient = Callable[[list[Row], str], float]
 
 
 class Correlation(NamedTuple):
-    """A coefficient's mean over the cells.
+    """A coefficient's mean over the cells."""
 
-    Attributes:
-        found: the mean with its interval; NaN where there is none.
-        cells: how many it is of.
-        runs: in these cells.
-    """
-
-    found: Interval
-    cells: int
-    runs: int
+    found: Interval  # the mean with its interval; NaN where there is none
+    cells: int  # how many it is of
+    runs: int  # in these cells
 
     @property
     def decided(self) -> bool:
@@ -87,19 +81,12 @@ class Correlation(NamedTuple):
 
 
 class Predictor(NamedTuple):
-    """A measure, of a matrix in an approximation, at a checkpoint.
+    """A measure, of a matrix in an approximation, at a checkpoint."""
 
-    Attributes:
-        measure: a key of `MEASURES` or `OTHERS`.
-        matrix: one of `MATRICES`; None for what has none.
-        approximation: one of `APPROXIMATIONS`.
-        early: at the second checkpoint, not at the last.
-    """
-
-    measure: str
-    matrix: str | None
-    approximation: str = "full"
-    early: bool = False
+    measure: str  # a key of `MEASURES` or `OTHERS`
+    matrix: str | None  # one of `MATRICES`; None for what has none
+    approximation: str = "full"  # one of `APPROXIMATIONS`
+    early: bool = False  # at the second checkpoint, not at the last
 
 
 def predictors(approximation: str = "full", early: bool = False) -> list[Predictor]:

@@ -20,23 +20,17 @@ Batches = list[tuple[np.ndarray, np.ndarray]]
 
 
 class Problem(NamedTuple):
-    """A cell: a data set and a network.
+    """A cell: a data set and a network."""
 
-    Attributes:
-        data: the data set.
-        init: ``key -> params``.
-        loss: ``(params, x, y) -> mean cross-entropy``, its output marked; compiled.
-        scores: ``(params, x, y) -> (sum of the losses, number of right labels)``.
-        tagged: the loss with its layers, one object for all of a cell's programs.
-        batches: the training set as it is measured.
-    """
-
-    data: Data
-    init: Callable[[jax.Array], Any]
+    data: Data  # the data set
+    init: Callable[[jax.Array], Any]  # ``key -> params``
+    # ``(params, x, y) -> mean cross-entropy``, its output marked; compiled.
     loss: Callable[..., jax.Array]
+    # ``(params, x, y) -> (sum of the losses, number of right labels)``.
     scores: Callable[..., tuple[jax.Array, jax.Array]]
+    # The loss with its layers, one object for all of a cell's programs.
     tagged: kfac.TaggedLoss
-    batches: Batches
+    batches: Batches  # the training set as it is measured
 
     def train_loss(self, params: Any) -> jax.Array:
         """The mean loss over all training examples, one batch after the other."""
@@ -83,16 +77,11 @@ def evaluate(problem: Problem, params: Any, x: np.ndarray, y: np.ndarray) -> tup
 
 
 class Program(NamedTuple):
-    """An optimiser's steps.
+    """An optimiser's steps."""
 
-    Attributes:
-        start: ``(params, rate, decay) -> carry``.
-        advance: ``(carry, rate, decay, key, x, y, rows [steps, B], first, last) ->
-            carry``: the steps from ``first`` to ``last``; compiled once for every
-            batch size.
-    """
-
-    start: Callable[..., Any]
+    start: Callable[..., Any]  # ``(params, rate, decay) -> carry``
+    # ``(carry, rate, decay, key, x, y, rows [steps, B], first, last) -> carry``: the
+    # steps from ``first`` to ``last``; compiled once for every batch size.
     advance: Callable[..., Any]
 
 

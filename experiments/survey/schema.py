@@ -24,19 +24,12 @@ ORDER = ", ".join(MATRICES)
 
 
 class Column(NamedTuple):
-    """A column.
+    """A column."""
 
-    Attributes:
-        name: in the table.
-        kind: DuckDB's type.
-        meaning: one line.
-        field: of the JSON lines, where it is not the name.
-    """
-
-    name: str
-    kind: str
-    meaning: str
-    field: str | None = None
+    name: str  # in the table
+    kind: str  # DuckDB's type
+    meaning: str  # one line
+    field: str | None = None  # of the JSON lines, where it is not the name
 
     @property
     def source(self) -> str:

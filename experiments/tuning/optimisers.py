@@ -26,15 +26,12 @@ MakeTx = Callable[[Any, dict[str, Any]], optax.GradientTransformation]
 
 
 class Rule(NamedTuple):
-    """How one trial is trained.
+    """How one trial is trained."""
 
-    Attributes:
-        init: parameters and hyper-parameters to the optimiser's state.
-        step: ``(carry, values, rate, batch, key) -> (carry, loss)`` with the carry
-            ``(params, model_state, state)``.
-    """
-
+    # Parameters and hyper-parameters to the optimiser's state.
     init: Callable[[Any, dict[str, Any]], Any]
+    # ``(carry, values, rate, batch, key) -> (carry, loss)`` with the carry ``(params,
+    # model_state, state)``.
     step: Callable[..., tuple[Any, jax.Array]]
 
 

@@ -17,21 +17,14 @@ HELD_OUT = 5
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Data and network of a search.
+    """Data and network of a search."""
 
-    Attributes:
-        config: the search.
-        data: the data set; its training part has no held-out examples.
-        held: inputs and targets held out of the training set.
-        task: network and loss.
-        every: steps between evaluations.
-    """
-
-    config: TuneConfig
-    data: Examples
+    config: TuneConfig  # the search
+    data: Examples  # the data set; its training part has no held-out examples
+    # Inputs and targets held out of the training set.
     held: tuple[np.ndarray, np.ndarray]
-    task: Task
-    every: int
+    task: Task  # network and loss
+    every: int  # steps between evaluations
 
     @property
     def steps(self) -> int:

@@ -28,21 +28,14 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 @dataclasses.dataclass
 class Lane:
-    """A trial among those that are trained together.
+    """A trial among those that are trained together."""
 
-    Attributes:
-        trial: to report to.
-        loss: the last held-out loss; infinite once one was not finite.
-        measured: what else was evaluated last, by name.
-        pruned: whether it is worse than the median.
-        lost: whether another worker has taken it over.
-    """
-
-    trial: optuna.Trial
-    loss: float = math.inf
+    trial: optuna.Trial  # to report to
+    loss: float = math.inf  # the last held-out loss; infinite once one was not finite
+    # What else was evaluated last, by name.
     measured: dict[str, float] = dataclasses.field(default_factory=dict)
-    pruned: bool = False
-    lost: bool = False
+    pruned: bool = False  # whether it is worse than the median
+    lost: bool = False  # whether another worker has taken it over
 
     def report(self, step: int, found: dict[str, float]) -> None:
         """Reports an evaluation and asks whether to go on."""

@@ -31,18 +31,15 @@ GROWTH = 5
 
 
 class Program(NamedTuple):
-    """An optimiser that is ready to run.
+    """An optimiser that is ready to run."""
 
-    Attributes:
-        prepare: values to the seconds of tracing, tagging and compiling what they
-            need; called before a run, outside its clock.
-        start: initial parameters and values to the optimiser's state.
-        step: ``(carry, values, number, batch, key) -> carry`` with the carry
-            ``(params, model_state, state)``, which is donated, and steps from 0.
-    """
-
+    # Values to the seconds of tracing, tagging and compiling what they need; called
+    # before a run, outside its clock.
     prepare: Callable[[dict[str, Any]], float]
+    # Initial parameters and values to the optimiser's state.
     start: Callable[[Any, dict[str, Any]], Any]
+    # ``(carry, values, number, batch, key) -> carry`` with the carry ``(params,
+    # model_state, state)``, which is donated, and steps from 0.
     step: Callable[..., tuple[Any, Any, Any]]
 
 

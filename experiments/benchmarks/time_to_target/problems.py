@@ -23,24 +23,17 @@ Mark = Callable[[jax.Array, jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What an optimiser is given.
+    """What an optimiser is given."""
 
-    Attributes:
-        size: sizes and budget.
-        data: the data set; its training part has no held-out examples.
-        task: initial parameters, loss and evaluation.
-        outputs: ``(params, model_state, inputs, targets) -> (logits, what they should
-            be, new model_state)`` in training mode.
-        evaluate: parameters and model state to the means over the held-out examples.
-        bernoulli: whether targets are probabilities of pixels.
-    """
-
-    size: TaskSize
-    data: Examples
-    task: Task
+    size: TaskSize  # sizes and budget
+    data: Examples  # the data set; its training part has no held-out examples
+    task: Task  # initial parameters, loss and evaluation
+    # ``(params, model_state, inputs, targets) -> (logits, what they should be, new
+    # model_state)`` in training mode.
     outputs: Callable[..., tuple[jax.Array, jax.Array, Any]]
+    # Parameters and model state to the means over the held-out examples.
     evaluate: Callable[[Any, Any], dict[str, float]]
-    bernoulli: bool
+    bernoulli: bool  # whether targets are probabilities of pixels
 
     def example(self) -> tuple[Any, Any]:
         """The first batch."""

@@ -26,54 +26,36 @@ FIRST_ORDER: tuple[OptimiserName, ...] = ("sgd", "adamw")
 
 @dataclasses.dataclass(frozen=True)
 class Curvature:
-    """How the two K-FACs estimate and refresh; fixed, not searched.
+    """How the two K-FACs estimate and refresh; fixed, not searched."""
 
-    Attributes:
-        fisher: how our statistics are made.
-        longest: our refresh interval grows by a step at every refresh, up to this.
-        inverse_interval: our least number of steps between inversions; in the
-            beginning a fifth of the steps taken, if that is less.
-        factor_decay: weight of the old statistics, for both.
-        peer_interval: steps between kfac-jax's refreshes.
-        peer_inverse: steps between its inversions.
-        options: further arguments of ``kfac.kfac``.
-    """
-
-    fisher: str = "mc"
+    fisher: str = "mc"  # how our statistics are made
+    # Our refresh interval grows by a step at every refresh, up to this.
     longest: int = 10
+    # Our least number of steps between inversions; in the beginning a fifth of the
+    # steps taken, if that is less.
     inverse_interval: int = 10
-    factor_decay: float = 0.9
-    peer_interval: int = 5
-    peer_inverse: int = 25
+    factor_decay: float = 0.9  # weight of the old statistics, for both
+    peer_interval: int = 5  # steps between kfac-jax's refreshes
+    peer_inverse: int = 25  # steps between its inversions
+    # Further arguments of ``kfac.kfac``.
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskSize:
-    """A task of a size.
+    """A task of a size."""
 
-    Attributes:
-        model: name of the network, as in ``experiments.models``.
-        dataset: name of the data set.
-        net: sizes of the network.
-        train: training examples used; None for all that are not held out.
-        validation: examples held out of the training set (of a text: windows of its
-            last tenth) for the loss that decides.
-        batch: examples per step.
-        steps: the budget: no run takes more.
-        eval_every: steps between evaluations.
-        curvature: of the K-FACs.
-    """
-
-    model: str
-    dataset: str
-    net: NetConfig
-    train: int | None
+    model: str  # name of the network, as in ``experiments.models``
+    dataset: str  # name of the data set
+    net: NetConfig  # sizes of the network
+    train: int | None  # training examples used; None for all that are not held out
+    # Examples held out of the training set (of a text: windows of its last tenth) for
+    # the loss that decides.
     validation: int
-    batch: int
-    steps: int
-    eval_every: int
-    curvature: Curvature = Curvature()
+    batch: int  # examples per step
+    steps: int  # the budget: no run takes more
+    eval_every: int  # steps between evaluations
+    curvature: Curvature = Curvature()  # of the K-FACs
 
     def __post_init__(self) -> None:
         """Checks the numbers."""
@@ -98,17 +80,11 @@ class TaskSize:
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A rung of the ladder.
+    """A rung of the ladder."""
 
-    Attributes:
-        tasks: the tasks by name.
-        trials: trials of each optimiser on each task, at least 2.
-        seeds: runs of each winner.
-    """
-
-    tasks: dict[TaskName, TaskSize]
-    trials: int
-    seeds: int
+    tasks: dict[TaskName, TaskSize]  # the tasks by name
+    trials: int  # trials of each optimiser on each task, at least 2
+    seeds: int  # runs of each winner
 
 
 CONV = Curvature(longest=20, inverse_interval=20, peer_interval=10, peer_inverse=50)

@@ -11,27 +11,18 @@ from experiments.tuning.ranges import Choice, Log
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """The hyper-parameters of an optimiser; those that are None it does not have.
+    """The hyper-parameters of an optimiser; those that are None it does not have."""
 
-    Attributes:
-        learning_rate: the highest of the schedule.
-        horizon: share of the budget after which the schedule has come down.
-        weight_decay: decoupled, multiplied by the learning rate.
-        beta2: decay of second moments.
-        damping: of the factors.
-        kl_clip: bound on the squared step in the Fisher metric.
-        momentum: heavy ball.
-        usual: the first trial's values, without the horizon.
-    """
-
-    learning_rate: Log
-    usual: dict[str, float]
+    learning_rate: Log  # the highest of the schedule
+    usual: dict[str, float]  # the first trial's values, without the horizon
+    # Share of the budget after which the schedule has come down.
     horizon: Log = Log(0.2, 1.0)
-    weight_decay: Log | None = None
-    beta2: Choice | None = None
-    damping: Log | None = None
+    weight_decay: Log | None = None  # decoupled, multiplied by the learning rate
+    beta2: Choice | None = None  # decay of second moments
+    damping: Log | None = None  # of the factors
+    # Bound on the squared step in the Fisher metric.
     kl_clip: Log | Choice | None = None
-    momentum: Choice | None = None
+    momentum: Choice | None = None  # heavy ball
 
     def distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
         """What Optuna draws from, by name."""

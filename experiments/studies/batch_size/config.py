@@ -41,15 +41,10 @@ MOMENTUM = Linear(0.7, 0.97, 0.9)
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """What is searched: an optimiser at a batch size.
+    """What is searched: an optimiser at a batch size."""
 
-    Attributes:
-        optimizer: one of `OPTIMIZERS`.
-        batch_size: examples per step.
-    """
-
-    optimizer: str
-    batch_size: int
+    optimizer: str  # one of `OPTIMIZERS`
+    batch_size: int  # examples per step
 
     @property
     def name(self) -> str:

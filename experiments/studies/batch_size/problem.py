@@ -22,34 +22,23 @@ Measure = Callable[[Any], dict[str, float]]
 
 
 class Problem(NamedTuple):
-    """What all cells share.
+    """What all cells share."""
 
-    Attributes:
-        data: training and test images; the held-out ones are in neither.
-        held: validation images and labels.
-        images: the training images on the device.
-        labels: their labels.
-        task: network and loss.
-    """
-
-    data: Dataset
-    held: tuple[np.ndarray, np.ndarray]
-    images: jax.Array
-    labels: jax.Array
-    task: Task
+    data: Dataset  # training and test images; the held-out ones are in neither
+    held: tuple[np.ndarray, np.ndarray]  # validation images and labels
+    images: jax.Array  # the training images on the device
+    labels: jax.Array  # their labels
+    task: Task  # network and loss
 
 
 class Program(NamedTuple):
-    """A cell, compiled; hyper-parameters are arguments.
+    """A cell, compiled; hyper-parameters are arguments."""
 
-    Attributes:
-        start: ``(seed, values) -> carry``, parameters first and model state second.
-        step: ``(carry, values, rows [B], number, key) -> (carry, mean loss)``; the
-            carry is donated. `rows` are the numbers of the batch's images, `number`
-            the steps taken before.
-    """
-
+    # ``(seed, values) -> carry``, parameters first and model state second.
     start: Callable[[int, Values], Any]
+    # ``(carry, values, rows [B], number, key) -> (carry, mean loss)``; the carry is
+    # donated. `rows` are the numbers of the batch's images, `number` the steps taken
+    # before.
     step: Callable[..., tuple[Any, jax.Array]]
 
 

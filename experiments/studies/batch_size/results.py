@@ -17,19 +17,12 @@ TITLES = {"sgd": "SGD", "adamw": "AdamW", "muon": "Muon", "kfac": "K-FAC"}
 
 
 class Result(NamedTuple):
-    """A cell's finished runs.
+    """A cell's finished runs."""
 
-    Attributes:
-        cell: optimiser and batch size.
-        trials: of the search, in order.
-        winner: the best of them.
-        seeds: the winner's runs on the test images, by seed.
-    """
-
-    cell: Cell
-    trials: list[Record]
-    winner: Record
-    seeds: dict[int, Record]
+    cell: Cell  # optimiser and batch size
+    trials: list[Record]  # of the search, in order
+    winner: Record  # the best of them
+    seeds: dict[int, Record]  # the winner's runs on the test images, by seed
 
     def accuracies(self) -> dict[int, float]:
         """Test accuracy at the end, by seed."""

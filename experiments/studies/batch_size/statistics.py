@@ -15,17 +15,11 @@ BySeed = Mapping[int, float]
 
 
 class Estimate(NamedTuple):
-    """A mean with its interval.
+    """A mean with its interval."""
 
-    Attributes:
-        mean: over the seeds.
-        half: half the width of the interval; None for a single seed.
-        seeds: how many there are.
-    """
-
-    mean: float
-    half: float | None
-    seeds: int
+    mean: float  # over the seeds
+    half: float | None  # half the width of the interval; None for a single seed
+    seeds: int  # how many there are
 
     @property
     def sign(self) -> int:

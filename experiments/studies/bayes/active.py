@@ -55,23 +55,14 @@ LEAST = 1e-12  # mutual information whose logarithm is taken
 
 
 class Pool(NamedTuple):
-    """What all rounds of a way to acquire share.
+    """What all rounds of a way to acquire share."""
 
-    Attributes:
-        images: of the pool, on the device.
-        labels: theirs; those of images that are not acquired are not looked at.
-        test: images and labels.
-        network: on them.
-        program: the method's.
-        values: its hyper-parameters.
-    """
-
-    images: jax.Array
-    labels: jax.Array
-    test: tuple[np.ndarray, np.ndarray]
-    network: Network
-    program: Program
-    values: Values
+    images: jax.Array  # of the pool, on the device
+    labels: jax.Array  # theirs; those of images that are not acquired are not looked at
+    test: tuple[np.ndarray, np.ndarray]  # images and labels
+    network: Network  # on them
+    program: Program  # the method's
+    values: Values  # its hyper-parameters
 
 
 def runs(config: BayesStudy, name: str, done: Any) -> Iterator[tuple[int, Record]]:

@@ -46,17 +46,11 @@ NOT_IN_FINGERPRINT = (
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A method on a network and a data set.
+    """A method on a network and a data set."""
 
-    Attributes:
-        dataset: one of `DATASETS`.
-        network: one of `NETWORKS`.
-        method: one of `METHODS`.
-    """
-
-    dataset: str
-    network: str
-    method: str
+    dataset: str  # one of `DATASETS`
+    network: str  # one of `NETWORKS`
+    method: str  # one of `METHODS`
 
     @property
     def name(self) -> str:

@@ -25,44 +25,29 @@ STRANGE = {"fashion_mnist": "mnist"}
 
 
 class Images(NamedTuple):
-    """The images of a data set that a study uses.
+    """The images of a data set that a study uses."""
 
-    Attributes:
-        data: training and test images, averaged over squares.
-        held: validation images and labels.
-        strange: images without a label by name of their set.
-        shifted: test images and labels under noise, by its strength.
-    """
-
-    data: Dataset
-    held: Pair
-    strange: dict[str, np.ndarray]
-    shifted: dict[float, Pair]
+    data: Dataset  # training and test images, averaged over squares
+    held: Pair  # validation images and labels
+    strange: dict[str, np.ndarray]  # images without a label by name of their set
+    shifted: dict[float, Pair]  # test images and labels under noise, by its strength
 
 
 class Network(NamedTuple):
-    """A network with its loss.
+    """A network with its loss."""
 
-    Attributes:
-        task: initial parameters, and the loss in training mode.
-        logits: ``(params, model_state), images -> logits``, in evaluation mode.
-        loss: ``params, model_state, images, labels -> loss`` in evaluation mode, with
-            the output marked.
-    """
-
-    task: Task
+    task: Task  # initial parameters, and the loss in training mode
+    # ``(params, model_state), images -> logits``, in evaluation mode.
     logits: Callable[[Any, Any], jax.Array]
+    # ``params, model_state, images, labels -> loss`` in evaluation mode, with the
+    # output marked.
     loss: Callable[..., jax.Array]
 
 
 class WithState(NamedTuple):
-    """A posterior of parameters beside a model state that is certain.
+    """A posterior of parameters beside a model state that is certain."""
 
-    Attributes:
-        inner: a state that `kfac.bayes.sample` draws parameters from.
-    """
-
-    inner: Any
+    inner: Any  # a state that `kfac.bayes.sample` draws parameters from
 
     def draw(self, params: Any, key: Any) -> Any:
         """Parameters around the mean, and the model state as it is."""

@@ -38,14 +38,10 @@ NATURAL += ("kfac_laplace", "kfac_last_layer")
 
 
 class Comparison(NamedTuple):
-    """A method less Adam.
+    """A method less Adam."""
 
-    Attributes:
-        difference: of the means.
-        p: of Welch's test; None where a method has a single run, or all are equal.
-    """
-
-    difference: float
+    difference: float  # of the means
+    # Of Welch's test; None where a method has a single run, or all are equal.
     p: float | None
 
     @property
@@ -57,17 +53,11 @@ class Comparison(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A cell's finished runs.
+    """A cell's finished runs."""
 
-    Attributes:
-        cell: which.
-        trials: of the search.
-        runs: on the test images, in the order of the seeds.
-    """
-
-    cell: Cell
-    trials: list[Record]
-    runs: list[Record]
+    cell: Cell  # which
+    trials: list[Record]  # of the search
+    runs: list[Record]  # on the test images, in the order of the seeds
 
     def figures(self, name: str) -> np.ndarray:
         """A score on the test images, by run; NaN where it was not finite."""

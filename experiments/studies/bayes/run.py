@@ -68,21 +68,13 @@ Tell = Callable[[str, Record], None]
 
 
 class Context(NamedTuple):
-    """What the runs of a data set and a network share.
+    """What the runs of a data set and a network share."""
 
-    Attributes:
-        config: the study.
-        cells: the files.
-        images: of the data set.
-        network: on them.
-        tell: is given the name of a cell and a finished run's record.
-    """
-
-    config: BayesStudy
-    cells: Cells
-    images: Images
-    network: Network
-    tell: Tell
+    config: BayesStudy  # the study
+    cells: Cells  # the files
+    images: Images  # of the data set
+    network: Network  # on them
+    tell: Tell  # is given the name of a cell and a finished run's record
 
 
 def settings_of(config: BayesStudy, method: str) -> Settings:

@@ -33,56 +33,35 @@ Gradient = Callable[..., tuple[Any, Any, Any]]
 
 
 class Settings(NamedTuple):
-    """What the runs of a method have in common.
+    """What the runs of a method have in common."""
 
-    Attributes:
-        method: its name.
-        num_data: training images.
-        steps: of a run.
-        damping: of K-FAC's steps, noisy or not.
-        vogn_damping: of VOGN's steps.
-        refresh_every: steps between refreshes of the factors.
-        kl_clip: trust region of K-FAC.
-        momentum: of all.
-        ivon_decay: weight of IVON's old curvature.
-    """
-
-    method: str
-    num_data: int
-    steps: int
-    damping: float = 0.03
-    vogn_damping: float = 1e-3
-    refresh_every: int = 10
-    kl_clip: float = 1e-2
-    momentum: float = 0.9
-    ivon_decay: float = 0.999
+    method: str  # its name
+    num_data: int  # training images
+    steps: int  # of a run
+    damping: float = 0.03  # of K-FAC's steps, noisy or not
+    vogn_damping: float = 1e-3  # of VOGN's steps
+    refresh_every: int = 10  # steps between refreshes of the factors
+    kl_clip: float = 1e-2  # trust region of K-FAC
+    momentum: float = 0.9  # of all
+    ivon_decay: float = 0.999  # weight of IVON's old curvature
 
 
 class Program(NamedTuple):
-    """A method, compiled once.
+    """A method, compiled once."""
 
-    Attributes:
-        start: ``(seed, values) -> carry``: parameters, model state, optimiser's state.
-        step: ``(carry, values, images, labels, rows, number, key) -> (carry, loss)``;
-            the carry is donated.
-    """
-
+    # ``(seed, values) -> carry``: parameters, model state, optimiser's state.
     start: Callable[..., Any]
+    # ``(carry, values, images, labels, rows, number, key) -> (carry, loss)``; the carry
+    # is donated.
     step: Callable[..., tuple[Any, jax.Array]]
 
 
 class Run(NamedTuple):
-    """A finished run.
+    """A finished run."""
 
-    Attributes:
-        carry: parameters, model state, optimiser's state.
-        loss: mean loss of the last epoch's batches.
-        seconds: wall-clock seconds of a step, the median after the first ones.
-    """
-
-    carry: Any
-    loss: float
-    seconds: float
+    carry: Any  # parameters, model state, optimiser's state
+    loss: float  # mean loss of the last epoch's batches
+    seconds: float  # wall-clock seconds of a step, the median after the first ones
 
 
 def tag_for(settings: Settings, task: Task, example: tuple[Any, Any]) -> Any:

@@ -30,15 +30,10 @@ NOT_IN_FINGERPRINT = (
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """What is searched: an optimiser with its damping.
+    """What is searched: an optimiser with its damping."""
 
-    Attributes:
-        method: ``sgd``, ``fixed``, ``adaptive`` or ``levenberg_marquardt``.
-        damping: of ``fixed``; None otherwise.
-    """
-
-    method: str
-    damping: float | None = None
+    method: str  # ``sgd``, ``fixed``, ``adaptive`` or ``levenberg_marquardt``
+    damping: float | None = None  # of ``fixed``; None otherwise
 
     @property
     def name(self) -> str:

@@ -66,19 +66,13 @@ def loss(params: list, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 class Program(NamedTuple):
-    """A method, compiled once; hyper-parameters are arguments.
+    """A method, compiled once; hyper-parameters are arguments."""
 
-    Attributes:
-        start: ``(seed, values) -> carry``.
-        advance: ``(carry, values, batches [k, B], keys [k]) -> carry``; the carry is
-            donated.
-        measure: ``carry -> training loss``.
-        gradients: ``carry -> gradient of the training loss``, a tree.
-    """
-
-    start: Callable[..., Any]
+    start: Callable[..., Any]  # ``(seed, values) -> carry``
+    # ``(carry, values, batches [k, B], keys [k]) -> carry``; the carry is donated.
     advance: Callable[..., Any]
-    measure: Callable[[Any], jax.Array]
+    measure: Callable[[Any], jax.Array]  # ``carry -> training loss``
+    # ``carry -> gradient of the training loss``, a tree.
     gradients: Callable[[Any], Any]
 
 

@@ -95,17 +95,13 @@ def error(params: Any) -> jax.Array:
 
 
 class Program(NamedTuple):
-    """A method, compiled.
+    """A method, compiled."""
 
-    Attributes:
-        start: ``(seed, value) -> carry``; the value is the method's hyper-parameter.
-        advance: ``(carry, value) -> carry``, `STEPS` steps on.
-        measure: ``carry -> (loss, error)``.
-    """
-
+    # ``(seed, value) -> carry``; the value is the method's hyper-parameter.
     start: Callable[[int, float], Any]
+    # ``(carry, value) -> carry``, `STEPS` steps on.
     advance: Callable[[Any, float], Any]
-    measure: Callable[[Any], tuple[jax.Array, jax.Array]]
+    measure: Callable[[Any], tuple[jax.Array, jax.Array]]  # ``carry -> (loss, error)``
 
 
 def tag(config: PinnStudy) -> TaggedLoss:
