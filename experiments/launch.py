@@ -20,7 +20,6 @@ import tyro
 
 from experiments.configs.checks import check_integer
 from experiments.errors import ConfigError
-from experiments.pipes import ended
 from experiments.processes import (
     ADDRESS,
     COUNT,
@@ -29,6 +28,7 @@ from experiments.processes import (
     LOCAL_DEVICES,
     NUMBER,
 )
+from experiments.progress import ended
 
 PROGRAM = "python -m experiments.launch"
 COMMAND = (sys.executable, "-m", "experiments.main")

@@ -15,8 +15,7 @@ from experiments.configs.cost import CostConfig
 from experiments.configs.train import OptimizerName
 from experiments.configs.tune import TuneConfig, default_tuning
 from experiments.errors import ExperimentError
-from experiments.pipes import ended
-from experiments.progress import open_console
+from experiments.progress import ended, open_console
 from experiments.studies.commands import (
     RUNS,
     Command,

@@ -1,6 +1,9 @@
 """What the user sees during a run."""
 
+import os
+import sys
 import types
+from collections.abc import Callable
 from typing import Any, Self
 
 from rich.console import Console
@@ -11,6 +14,23 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+
+# What a shell reports of a program that SIGPIPE has ended.
+BROKEN_PIPE = 128 + 13
+
+
+def ended(main: Callable[[], Any]) -> Any:
+    """Runs a program; a pipe that was closed ends it without a traceback."""
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()  # here, not when Python ends and nothing is caught
+    except BrokenPipeError:
+        # What is still buffered goes nowhere when Python closes its files.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
 
 # Without a terminal the table would be cut at 80 columns.
 WIDTH_OF_FILES = 110

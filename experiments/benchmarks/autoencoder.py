@@ -45,7 +45,7 @@ from experiments.benchmarks.common import (
 )
 from experiments.datasets import load
 from experiments.metrics import MetricsFile
-from experiments.pipes import ended
+from experiments.progress import ended
 
 CODE = (1000, 500, 250, 30)
 OPTIMIZERS = ("adam", PEER, "ours")

@@ -31,7 +31,7 @@ from experiments.benchmarks.common import (
     write_json,
 )
 from experiments.benchmarks.networks import SPECS, Problem, make_problem
-from experiments.pipes import ended
+from experiments.progress import ended
 
 RATE, DAMPING, NUM_DATA = 1e-3, 1e-2, 50_000
 REFRESH, INVERT = 10, 100

@@ -29,7 +29,7 @@ from experiments.benchmarks.common import (
     text_table,
     write_json,
 )
-from experiments.pipes import ended
+from experiments.progress import ended
 from kfac_jax_lite.factors import conv
 from kfac_jax_lite.tagging.layers import ConvGeometry
 

@@ -25,7 +25,7 @@ from experiments.benchmarks.common import (
     timed,
     write_json,
 )
-from experiments.pipes import ended
+from experiments.progress import ended
 from kfac_jax_lite import eigenpairs, forms
 from kfac_jax_lite.inverse import SHARE, kept_pairs
 from kfac_jax_lite.linalg import newton_schulz_inverse, spd_inverse

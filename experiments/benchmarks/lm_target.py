@@ -49,7 +49,7 @@ from experiments.configs.train import TEXTS
 from experiments.datasets import TextDataset, batches, load_text
 from experiments.errors import RunFolderError
 from experiments.models import Task, make_task
-from experiments.pipes import ended
+from experiments.progress import ended
 
 OPTIMIZERS = ("adamw", "ours")
 compare = functools.partial(compare_with, "adamw")

@@ -20,7 +20,7 @@ import kfac_jax_lite as kfac
 from experiments.benchmarks.common import OUT, machine, text_table, write_json
 from experiments.benchmarks.networks import SPECS, Problem, Spec, make_problem
 from experiments.datasets.lookup import load
-from experiments.pipes import ended
+from experiments.progress import ended
 
 HEAD = ("rank_a", "rank_g", "retained_trace_a", "retained_trace_g")
 HEAD += ("error", "error_white")

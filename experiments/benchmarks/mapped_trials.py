@@ -28,9 +28,8 @@ from experiments.benchmarks.common import (
     write_json,
 )
 from experiments.configs.tune import TUNED, default_tuning
-from experiments.pipes import ended
-from experiments.tuning.problem import make_problem
-from experiments.tuning.trials import Program, in_loop, stacked
+from experiments.progress import ended
+from experiments.tuning.trials import Program, in_loop, make_problem, stacked
 
 DATASETS = ["digits", "mnist5k"]
 

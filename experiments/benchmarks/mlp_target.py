@@ -48,7 +48,7 @@ from experiments.configs import NetConfig
 from experiments.configs.train import IMAGES
 from experiments.datasets import Dataset, batches, load
 from experiments.models import Task, make_task
-from experiments.pipes import ended
+from experiments.progress import ended
 
 OPTIMIZERS = ("adam", "ours")
 compare = functools.partial(compare_with, "adam")

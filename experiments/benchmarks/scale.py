@@ -31,12 +31,11 @@ from experiments.benchmarks.common import (
     text_table,
     write_json,
 )
-from experiments.benchmarks.jobs import Job, optax_job, peer_job
+from experiments.benchmarks.jobs import Job, optax_job, ours_job, peer_job
 from experiments.benchmarks.networks import Problem, Spec, make_problem
-from experiments.benchmarks.ours import ours_job
 from experiments.benchmarks.step_time import make_jobs, measure
 from experiments.models.networks import MLP
-from experiments.pipes import ended
+from experiments.progress import ended
 from kfac_jax_lite.inverse import METHODS
 
 BASELINE, RATE = "AdamW", 1e-3

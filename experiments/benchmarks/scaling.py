@@ -39,7 +39,7 @@ from experiments.benchmarks.common import (  # noqa: E402
 )
 from experiments.benchmarks.networks import Problem, Spec, make_problem  # noqa: E402
 from experiments.models.networks import MLP  # noqa: E402
-from experiments.pipes import ended  # noqa: E402
+from experiments.progress import ended  # noqa: E402
 
 AXIS = "batch"
 KINDS = {

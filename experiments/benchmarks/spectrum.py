@@ -29,8 +29,7 @@ from experiments.configs import NetConfig
 from experiments.datasets import Dataset, batches, load
 from experiments.metrics import to_json
 from experiments.models import Task, make_task
-from experiments.pipes import ended
-from experiments.progress import open_console
+from experiments.progress import ended, open_console
 from kfac_jax_lite import curvature
 from kfac_jax_lite.curvature.operator import Operator
 from kfac_jax_lite.curvature.spectra import Eigenpairs

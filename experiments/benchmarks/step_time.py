@@ -40,13 +40,15 @@ from experiments.benchmarks.jobs import (
     MOMENTUM,
     RATE,
     Job,
+    adaptive_job,
     optax_job,
+    ours_job,
     peer_job,
     products_job,
+    staggered_job,
 )
 from experiments.benchmarks.networks import SPECS, Problem, make_problem
-from experiments.benchmarks.ours import adaptive_job, ours_job, staggered_job
-from experiments.pipes import ended
+from experiments.progress import ended
 
 INTERVALS = ((1, 5), (10, 100))
 METHODS = ("cholesky", "eigh", "ekfac", "newton_schulz", "low_rank", "auto")

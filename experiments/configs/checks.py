@@ -1,7 +1,10 @@
-"""Checks shared by the configuration classes."""
+"""Checks and digests shared by the configuration classes."""
 
+import dataclasses
+import hashlib
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from experiments.errors import ConfigError
@@ -38,3 +41,15 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Raises unless `value` is one of `choices`."""
     if value not in choices:
         raise ConfigError(f"{name} is {value!r}; wanted one of {', '.join(choices)}.")
+
+
+def json_values(config: Any, leave_out: Collection[str] = ()) -> dict[str, Any]:
+    """The fields of a configuration class as JSON values, all but some."""
+    values = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return {k: v for k, v in values.items() if k not in leave_out}
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """Twelve hexadecimal digits of JSON values, whatever their order."""
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

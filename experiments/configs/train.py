@@ -1,19 +1,193 @@
-"""The configuration of one comparison: data, network, optimisers, bookkeeping."""
+"""The configuration of one comparison, and its defaults by data set and model."""
 
 import dataclasses
 import json
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.configs.checks import check_choice, check_integer, check_number
-from experiments.configs.fingerprint import digest
-from experiments.configs.optimizers import (
-    AdamConfig,
-    AdamWConfig,
-    KFACConfig,
-    SGDConfig,
-)
+from experiments.configs.checks import check_choice, check_integer, check_number, digest
 from experiments.errors import ConfigError
+
+SCHEDULES = ("constant", "linear", "cosine", "exponential", "polynomial")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """How a value changes over the run, from its start to `final_scale` times it."""
+
+    kind: Literal["constant", "linear", "cosine", "exponential", "polynomial"] = (
+        "constant"
+    )
+    """Shape of the decay over all steps of the run."""
+    warmup_steps: int = 0
+    """Steps of linear growth from zero before the decay starts."""
+    final_scale: float = 0.1
+    """Last value divided by the first; not used by a constant schedule. Zero only for
+    a polynomial one."""
+    power: float = 2.0
+    """Power of a polynomial schedule."""
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        check_choice("schedule.kind", self.kind, SCHEDULES)
+        check_integer("schedule.warmup-steps", self.warmup_steps, at_least=0)
+        if self.kind == "polynomial":
+            check_number(
+                "schedule.final-scale", self.final_scale, at_least=0, at_most=1
+            )
+        else:
+            check_number("schedule.final-scale", self.final_scale, above=0, at_most=1)
+        check_number("schedule.power", self.power, above=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class SGDConfig:
+    """Stochastic gradient descent with momentum."""
+
+    learning_rate: float = 0.1
+    """Step size at the start of the schedule."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Schedule of the learning rate."""
+    momentum: float = 0.9
+    """Decay of the velocity."""
+    tie_momentum: bool = False
+    """Let the momentum follow the learning rate's schedule, warm-up included."""
+    nesterov: bool = True
+    """Use Nesterov's form of momentum."""
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        check_number("sgd.learning-rate", self.learning_rate, above=0)
+        check_number("sgd.momentum", self.momentum, at_least=0, below=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamConfig:
+    """Adam."""
+
+    learning_rate: float = 1e-3
+    """Step size at the start of the schedule."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Schedule of the learning rate."""
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        check_number("adam.learning-rate", self.learning_rate, above=0)
+        check_number("adam.b1", self.b1, at_least=0, below=1)
+        check_number("adam.b2", self.b2, at_least=0, below=1)
+        check_number("adam.eps", self.eps, above=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamWConfig:
+    """Adam with decoupled weight decay."""
+
+    learning_rate: float = 1e-3
+    """Step size at the start of the schedule."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Schedule of the learning rate."""
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 1e-2
+    """Decoupled weight decay, multiplied by the learning rate."""
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        check_number("adamw.learning-rate", self.learning_rate, above=0)
+        check_number("adamw.b1", self.b1, at_least=0, below=1)
+        check_number("adamw.b2", self.b2, at_least=0, below=1)
+        check_number("adamw.eps", self.eps, above=0)
+        check_number("adamw.weight-decay", self.weight_decay, at_least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class KFACConfig:
+    """K-FAC as built by `kfac_jax_lite.kfac`."""
+
+    learning_rate: float = 0.02
+    """Step size at the start of the schedule."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Schedule of the learning rate."""
+    damping: float = 0.05
+    """Added to the curvature; at the start of its schedule."""
+    damping_schedule: ScheduleConfig = ScheduleConfig()
+    """Schedule of the damping."""
+    momentum: float = 0.9
+    """Decay of the velocity."""
+    tie_momentum: bool = False
+    """Let the momentum follow the learning rate's schedule, warm-up included."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, multiplied by the learning rate."""
+    kl_clip: float | None = 3e-3
+    """Bound of the step's quadratic form (trust region); None for no bound."""
+    factor_decay: float = 0.95
+    """Weight of the old value in the factors' moving average."""
+    fisher: Literal["empirical", "mc", "exact"] = "empirical"
+    """Which Fisher matrix the factors estimate."""
+    weight_sharing: Literal["expand", "reduce"] = "expand"
+    """How positions that share a weight enter the factors."""
+    interval: Literal["every", "adaptive", "staleness"] = "every"
+    """Rule for the steps at which a layer's factors are refreshed."""
+    every: int = 5
+    """Steps between refreshes under interval=every."""
+    threshold: float = 0.1
+    """Relative change below which an interval grows (adaptive, staleness)."""
+    rule: Literal["multiple", "elapsed"] = "elapsed"
+    """When an adaptive interval is due: at its multiples, or once it has passed."""
+    max_interval: int | None = None
+    """Longest interval (adaptive, staleness)."""
+    inverse: Literal[
+        "cholesky", "eigh", "ekfac", "newton_schulz", "low_rank", "auto"
+    ] = "cholesky"
+    """How the damped curvature is inverted."""
+    inverse_interval: int = 10
+    """Steps between inverse refreshes."""
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        check_number("kfac.learning-rate", self.learning_rate, above=0)
+        check_number("kfac.damping", self.damping, above=0)
+        if self.damping_schedule.warmup_steps:
+            raise ConfigError(
+                "kfac.damping-schedule.warmup-steps is "
+                f"{self.damping_schedule.warmup_steps}; wanted 0, because a warm-up "
+                "starts at zero and the damping must stay positive."
+            )
+        check_number(
+            "kfac.damping-schedule.final-scale",
+            self.damping_schedule.final_scale,
+            above=0,
+        )
+        check_number("kfac.momentum", self.momentum, at_least=0, below=1)
+        check_number("kfac.weight-decay", self.weight_decay, at_least=0)
+        if self.kl_clip is not None:
+            check_number("kfac.kl-clip", self.kl_clip, above=0)
+        check_number("kfac.factor-decay", self.factor_decay, at_least=0, below=1)
+        check_choice("kfac.fisher", self.fisher, ("empirical", "mc", "exact"))
+        check_choice("kfac.weight-sharing", self.weight_sharing, ("expand", "reduce"))
+        check_choice("kfac.interval", self.interval, ("every", "adaptive", "staleness"))
+        check_integer("kfac.every", self.every, at_least=1)
+        check_number("kfac.threshold", self.threshold, above=0)
+        check_choice("kfac.rule", self.rule, ("multiple", "elapsed"))
+        if self.max_interval is not None:
+            check_integer("kfac.max-interval", self.max_interval, at_least=1)
+        check_choice(
+            "kfac.inverse",
+            self.inverse,
+            ("cholesky", "eigh", "ekfac", "newton_schulz", "low_rank", "auto"),
+        )
+        check_integer("kfac.inverse-interval", self.inverse_interval, at_least=1)
+
 
 IMAGES = ("digits", "mnist5k", "mnist", "fashion_mnist", "cifar10")
 TEXTS = ("tinyshakespeare", "pydoc")
@@ -187,3 +361,94 @@ class TrainConfig:
         for name in NOT_IN_FINGERPRINT:
             values.pop(name)
         return Path("runs") / f"{self.dataset}-{self.model}-{digest(values)[:8]}"
+
+
+# How long to train: smaller sets get more epochs.
+LENGTH: dict[str, dict[str, Any]] = {
+    "digits": {"epochs": 20, "batch_size": 100},
+    "mnist5k": {"epochs": 10, "batch_size": 200},
+    "mnist": {"epochs": 10, "batch_size": 512},
+    "fashion_mnist": {"epochs": 10, "batch_size": 512},
+    "cifar10": {"epochs": 10, "batch_size": 128},
+    "tinyshakespeare": {
+        "epochs": 1,
+        "batch_size": 32,
+        "eval_examples": 512,
+        "evals_per_epoch": 10,
+    },
+    "pydoc": {
+        "epochs": 2,
+        "batch_size": 32,
+        "eval_examples": 512,
+        "evals_per_epoch": 5,
+    },
+}
+
+COSINE = ScheduleConfig("cosine", warmup_steps=50, final_scale=0.01)
+LONG_WARMUP = ScheduleConfig("cosine", warmup_steps=150, final_scale=0.01)
+
+OPTIMISERS: dict[str, dict[str, Any]] = {
+    "mlp": {
+        "kfac": KFACConfig(),
+        "sgd": SGDConfig(learning_rate=0.1),
+        "adam": AdamConfig(learning_rate=2e-3),
+        "adamw": AdamWConfig(learning_rate=2e-3),
+    },
+    "lenet5": {
+        "kfac": KFACConfig(),
+        "sgd": SGDConfig(learning_rate=0.03),
+        "adam": AdamConfig(learning_rate=2e-3),
+        "adamw": AdamWConfig(learning_rate=2e-3),
+    },
+    "resnet": {
+        "kfac": KFACConfig(every=10, inverse_interval=20),
+        "sgd": SGDConfig(learning_rate=0.1),
+        "adam": AdamConfig(learning_rate=2e-3),
+        "adamw": AdamWConfig(learning_rate=2e-3),
+    },
+    "autoencoder": {
+        "kfac": KFACConfig(damping=1.0, kl_clip=None),
+        "sgd": SGDConfig(learning_rate=0.01),
+        "adam": AdamConfig(learning_rate=1e-3),
+        "adamw": AdamWConfig(learning_rate=1e-3),
+    },
+    "lm": {
+        # The curvature of the inner layers is small and changes fast at the start:
+        # little damping, no momentum, and a warm-up beside the trust region.
+        "kfac": KFACConfig(
+            learning_rate=0.02,
+            schedule=COSINE,
+            damping=4e-5,
+            momentum=0.0,
+            kl_clip=2.5e-3,
+            factor_decay=0.9,
+            fisher="mc",
+            inverse_interval=5,
+        ),
+        "sgd": SGDConfig(learning_rate=0.1, schedule=COSINE),
+        "adam": AdamConfig(learning_rate=8e-3, b2=0.98, schedule=LONG_WARMUP),
+        "adamw": AdamWConfig(learning_rate=8e-3, b2=0.98, schedule=LONG_WARMUP),
+    },
+}
+OPTIMISERS["mlp_nnx"] = OPTIMISERS["mlp"]
+
+
+def default_config(dataset: str = "mnist5k", model: str = "mlp") -> TrainConfig:
+    """Returns the default configuration of a data set and a model."""
+    check_choice("dataset", dataset, DATASETS)
+    check_choice("model", model, MODELS)
+    config = TrainConfig(
+        dataset=dataset,  # pyright: ignore[reportArgumentType]
+        model=model,  # pyright: ignore[reportArgumentType]
+        **LENGTH[dataset],
+        **OPTIMISERS[model],
+    )
+    if dataset == "mnist5k":
+        config = dataclasses.replace(config, net=NetConfig(hidden=(500, 300)))
+    if dataset == "digits":
+        config = dataclasses.replace(
+            config, net=NetConfig(hidden=(128, 128), code=(64, 16))
+        )
+    if model == "autoencoder" and dataset in ("mnist", "fashion_mnist"):
+        config = dataclasses.replace(config, batch_size=1000, epochs=8)
+    return config

@@ -4,15 +4,20 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.configs.checks import check_choice, check_integer, check_number
-from experiments.configs.defaults import default_config
-from experiments.configs.fingerprint import digest, json_values
+from experiments.configs.checks import (
+    check_choice,
+    check_integer,
+    check_number,
+    digest,
+    json_values,
+)
 from experiments.configs.train import (
     DATASETS,
     MODELS,
     DatasetName,
     ModelName,
     NetConfig,
+    default_config,
 )
 from experiments.errors import ConfigError
 from experiments.tuning.spaces import (

@@ -6,16 +6,24 @@ them; scaling images is part of the loss, on the device.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 import kfac_jax_lite as kfac
+from experiments.configs import NetConfig
+from experiments.configs.checks import check_choice
+from experiments.configs.train import MODELS, TEXTS
 from experiments.datasets import Dataset, TextDataset
+from experiments.errors import ConfigError
+from experiments.models import networks
+from experiments.models.networks import Transformer
 
 PyTree = Any
 
@@ -146,3 +154,112 @@ def language_model(
         return {"loss": nats, "bits_per_character": nats / np.log(2)}
 
     return Task(lambda key: init(key, jnp.asarray(sample)), loss, evaluate)
+
+
+class MLP(nnx.Module):
+    """Fully connected network with rectified linear units."""
+
+    def __init__(self, widths: Sequence[int], rngs: nnx.Rngs):
+        """Makes the layers."""
+        pairs = zip(widths[:-1], widths[1:], strict=True)
+        self.layers = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in pairs])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps images ``[batch, h, w, c]`` to logits ``[batch, classes]``."""
+        x = x.reshape(len(x), -1)
+        for layer in self.layers[:-1]:
+            x = nnx.relu(layer(x))
+        return self.layers[-1](x)
+
+
+def nnx_task(hidden: Sequence[int], data: Dataset) -> Task:
+    """Builds the task of the NNX network.
+
+    The module is split once into its graph and its parameters, an `nnx.State`, which is
+    a pytree like any other.
+    """
+    height, width, channels = data.image_shape
+    widths = (height * width * channels, *hidden, data.num_classes)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: MLP(widths, nnx.Rngs(0))))
+
+    def init(key: jax.Array, inputs: jax.Array) -> tuple[Any, Any]:
+        del inputs
+        return nnx.state(MLP(widths, nnx.Rngs(key)), nnx.Param), {}
+
+    def apply(params: Any, model_state: Any, x: jax.Array, train: bool):
+        del train
+        return nnx.merge(graph, params)(x), model_state
+
+    return classifier(init, apply, data)
+
+
+LENET_SMALLEST = 12
+
+
+def make_task(model: str, net: NetConfig, data: Dataset | TextDataset) -> Task:
+    """Builds the task of a model on a data set."""
+    check_choice("model", model, MODELS)
+    if isinstance(data, TextDataset):
+        if model != "lm":
+            raise ConfigError(
+                f"{model} wants images; {data.title} is a text. Use --model lm."
+            )
+        return language_model(*linen_functions(transformer(net, data)), data)
+    if model == "lm":
+        raise ConfigError(
+            f"lm wants a text; {data.title} has images. Use --dataset "
+            f"{' or '.join(TEXTS)}."
+        )
+    if model == "lenet5" and min(data.image_shape[:2]) < LENET_SMALLEST:
+        height, width, _ = data.image_shape
+        raise ConfigError(
+            f"lenet5 wants images of at least {LENET_SMALLEST} x {LENET_SMALLEST} "
+            f"pixels; {data.title} has {height} x {width}. Use --model mlp or resnet."
+        )
+    if model == "mlp_nnx":
+        return nnx_task(net.hidden, data)
+    functions = linen_functions(linen_module(model, net, data))
+    if model == "autoencoder":
+        return reconstruction(*functions, data)
+    return classifier(*functions, data)
+
+
+def linen_module(model: str, net: NetConfig, data: Dataset | TextDataset) -> nn.Module:
+    """The network of a model, before any task is made of it."""
+    if isinstance(data, TextDataset):
+        return transformer(net, data)
+    modules: dict[str, nn.Module] = {
+        "autoencoder": networks.Autoencoder(net.code),
+        "mlp": networks.MLP(net.hidden, data.num_classes),
+        "lenet5": networks.LeNet5(data.num_classes),
+        "resnet": networks.ResNet(net.blocks, net.width, data.num_classes),
+    }
+    return modules[model]
+
+
+def transformer(net: NetConfig, data: TextDataset) -> Transformer:
+    """Returns the language model of the given sizes for a text."""
+    return Transformer(
+        vocabulary=len(data.vocabulary),
+        context=data.context,
+        layers=net.layers,
+        heads=net.heads,
+        width=net.features,
+    )
+
+
+def linen_functions(module: nn.Module):
+    """Returns the pure functions `init` and `apply` of a Linen module."""
+
+    def init(key: jax.Array, inputs: jax.Array) -> tuple[Any, Any]:
+        variables = dict(module.init(key, inputs))
+        return variables.pop("params"), variables
+
+    def apply(params: Any, model_state: Any, inputs: jax.Array, train: bool) -> Any:
+        variables = {"params": params, **model_state}
+        if not train or not model_state:
+            return module.apply(variables, inputs, train=train), model_state
+        mutable = list(model_state)
+        return module.apply(variables, inputs, train=train, mutable=mutable)
+
+    return init, apply

@@ -12,13 +12,17 @@ from rich.console import Console
 
 from experiments.studies.batch_size.config import SIZES as BATCH_SIZES
 from experiments.studies.batch_size.config import BatchReport, BatchStudy
+from experiments.studies.bayes.config import SIZES as BAYES_SIZES
 from experiments.studies.bayes.config import BayesReport, BayesStudy
-from experiments.studies.bayes.sizes import SIZES as BAYES_SIZES
 from experiments.studies.damping.config import SIZES as DAMPING_SIZES
 from experiments.studies.damping.config import DampingReport, DampingStudy
+from experiments.studies.intervals.config import (
+    SIZES,
+    IntervalReport,
+    IntervalStudy,
+)
 from experiments.studies.pinn.config import SIZES as PINN_SIZES
 from experiments.studies.pinn.config import PinnReport, PinnStudy
-from experiments.studies.sizes import SIZES, IntervalReport, IntervalStudy
 
 HOST_DEVICES = "--xla_force_host_platform_device_count"
 Study = IntervalStudy | DampingStudy | BatchStudy | PinnStudy | BayesStudy

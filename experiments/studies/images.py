@@ -10,7 +10,7 @@ import numpy as np
 from experiments import datasets
 from experiments.datasets import Dataset, digests
 from experiments.errors import ConfigError, DataError
-from experiments.studies.sizes import IntervalStudy
+from experiments.studies.intervals.config import IntervalStudy
 
 SPLIT_SEED = 0
 Pair = tuple[np.ndarray, np.ndarray]

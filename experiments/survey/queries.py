@@ -20,8 +20,12 @@ from rich.text import Text
 
 from experiments.errors import MetricsError
 from experiments.studies.records import connect
-from experiments.survey.config import SurveyQuery
-from experiments.survey.schema import RECORD_COLUMNS, ROW_COLUMNS, RUN_COLUMNS
+from experiments.survey.config import (
+    RECORD_COLUMNS,
+    ROW_COLUMNS,
+    RUN_COLUMNS,
+    SurveyQuery,
+)
 
 PARQUET = "survey.parquet"
 MOST_ROWS = 200

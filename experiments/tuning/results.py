@@ -21,7 +21,7 @@ from rich.table import Table
 from experiments.configs.tune import TuneConfig
 from experiments.errors import MetricsError
 from experiments.metrics import to_json
-from experiments.tuning.ranges import Log
+from experiments.tuning.spaces import Log
 from experiments.tuning.store import retried
 
 TRIALS, BEST = "trials.jsonl", "best.json"

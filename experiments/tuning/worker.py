@@ -16,11 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from experiments import metrics
 from experiments.configs.tune import TuneConfig
-from experiments.tuning.claims import TAKEN, Claims, working
-from experiments.tuning.problem import Problem, make_problem
 from experiments.tuning.results import save_report, write_trials
-from experiments.tuning.store import StorageError
-from experiments.tuning.trials import Program, stacked
+from experiments.tuning.store import TAKEN, Claims, StorageError, working
+from experiments.tuning.trials import Problem, Program, make_problem, stacked
 
 POLL = 5.0
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)

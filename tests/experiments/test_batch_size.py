@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from experiments.main import main
-from experiments.studies import cells
-from experiments.studies.batch_size import problem, report, results, run
+from experiments.studies import records
+from experiments.studies.batch_size import report, run
 from experiments.studies.batch_size.config import (
     SIZES,
     TINY,
@@ -110,7 +110,7 @@ def test_more_trials_and_another_winner(folder, tmp_path):
         ("seed", 2, 1),
         ("seed", 2, 2),
     ]
-    result = results.read_results(tmp_path)[Cell("sgd", 64)]
+    result = report.read_results(tmp_path)[Cell("sgd", 64)]
     assert old["number"] != result.winner["number"] == 2
     assert [r["number"] for r in result.seeds.values()] == [2, 2]
 
@@ -158,7 +158,7 @@ def test_wrong_values_are_told(wrong, tmp_path, capsys):
 def test_the_images_are_split(tmp_path):
     """Training, validation and test images are distinct, and always the same."""
     config = dataclasses.replace(TINY, train_examples=1_000)
-    first, again = problem.load(config), problem.load(TINY)
+    first, again = run.load(config), run.load(TINY)
     held = first.held[0]
     np.testing.assert_array_equal(held, again.held[0])
     np.testing.assert_array_equal(first.data.x_train[:512], again.data.x_train)
@@ -175,24 +175,22 @@ def test_steps_are_those_of_the_optimiser():
     config = dataclasses.replace(
         TINY, train_examples=128, epochs=2, augmentation="none", hidden=(4,)
     )
-    cell, shared = Cell("sgd", 64), problem.load(config)
-    program = problem.make_program(config, shared, cell)
+    cell, shared = Cell("sgd", 64), run.load(config)
+    program = run.make_program(config, shared, cell)
     values = {
         "learning_rate": 0.2, "lr_decay": 0.1, "decay_epoch": 0.5, "momentum": 0.8,
         "weight_decay": 0.01,
     }  # fmt: skip
-    measure, _ = problem.measures(shared)
+    measure, _ = run.measures(shared)
     record = run.train(config, shared, cell, program, values, 3, measure)
     params, state = shared.task.init(jax.random.key(3))
     velocity = jax.tree.map(jnp.zeros_like, params)
     for number in range(4):
-        rows = problem.order_of(config, shared, 64, 3, number // 2)[number % 2]
+        rows = run.order_of(config, shared, 64, 3, number // 2)[number % 2]
         batch = shared.images[rows], shared.labels[rows]
         grads = jax.grad(lambda p, b=batch: shared.task.loss(p, state, *b)[0])(params)
         rate = 0.2 if number < 2 else 0.02
-        assert float(rate_at(problem.as_floats(values), number, 4)) == pytest.approx(
-            rate
-        )
+        assert float(rate_at(run.as_floats(values), number, 4)) == pytest.approx(rate)
         velocity = jax.tree.map(
             lambda v, g, p: 0.8 * v + g + 0.01 * p, velocity, grads, params
         )
@@ -204,21 +202,21 @@ def test_steps_are_those_of_the_optimiser():
 
 def test_optimisers_share_start_and_data(folder):
     """Runs of a seed have the same first images, whatever the batch size."""
-    shared = problem.load(TINY)
-    small = problem.order_of(TINY, shared, 32, 1, 0).ravel()
-    large = problem.order_of(TINY, shared, 128, 1, 0).ravel()
+    shared = run.load(TINY)
+    small = run.order_of(TINY, shared, 32, 1, 0).ravel()
+    large = run.order_of(TINY, shared, 128, 1, 0).ravel()
     np.testing.assert_array_equal(small, large)
     assert sorted(small) == list(range(512))
-    other = problem.order_of(TINY, shared, 32, 1, 1).ravel()
+    other = run.order_of(TINY, shared, 32, 1, 1).ravel()
     assert (small != other).any()
 
 
 def test_a_run_that_diverges_ends_and_counts_as_chance():
     config = dataclasses.replace(TINY, train_examples=128, epochs=3)
-    cell, shared = Cell("sgd", 64), problem.load(config)
-    program = problem.make_program(config, shared, cell)
+    cell, shared = Cell("sgd", 64), run.load(config)
+    program = run.make_program(config, shared, cell)
     values = dict(config.sgd.usual(), learning_rate=1e30)
-    measure, _ = problem.measures(shared)
+    measure, _ = run.measures(shared)
     record = run.train(config, shared, cell, program, values, 0, measure)
     assert record["diverged"] and not record["pruned"]
     assert len(record["accuracy"]) == 1
@@ -251,9 +249,9 @@ def test_the_pruner_ends_what_is_below_the_median():
 def test_a_half_line_is_dropped(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"a": 1}\n{"b"')
-    cells.drop_half_line(path)
+    records.drop_half_line(path)
     assert path.read_text() == '{"a": 1}\n'
-    cells.drop_half_line(path)
+    records.drop_half_line(path)
     assert path.read_text() == '{"a": 1}\n'
 
 

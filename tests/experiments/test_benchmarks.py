@@ -16,12 +16,11 @@ import pytest
 import experiments
 from experiments.benchmarks import (
     autoencoder,
-    commits,
     common,
     inverses,
+    jobs,
     low_rank_error,
     mlp_target,
-    ours,
     scaling,
     step_time,
 )
@@ -51,26 +50,26 @@ def test_the_commit_of_a_checkout(tmp_path):
 
     folder = tmp_path / "some" / "code"
     (folder / "results").mkdir(parents=True)
-    assert commits.commit(folder, "some/code/") is None  # no checkout
+    assert common.commit(folder, "some/code/") is None  # no checkout
     git("init", "-q")
-    assert commits.commit(folder, "some/code/") is None  # nothing committed
+    assert common.commit(folder, "some/code/") is None  # nothing committed
     for name in ("a.py", "results/b.json"):
         (folder / name).write_text("1\n")
     git("add", "-A")
     git("commit", "-q", "-m", "first")
     found = git("rev-parse", "--short", "HEAD").strip()
-    assert commits.commit(folder, "some/code/") == found
-    assert commits.commit(folder, "other/") is None  # in another repository
+    assert common.commit(folder, "some/code/") == found
+    assert common.commit(folder, "other/") is None  # in another repository
     (folder / "results" / "b.json").write_text("2\n")
     (folder / "new.txt").write_text("2\n")
-    assert commits.commit(folder, "some/code/") == found
+    assert common.commit(folder, "some/code/") == found
     (folder / "a.py").write_text("2\n")
-    assert commits.commit(folder, "some/code/") == f"{found}, modified"
+    assert common.commit(folder, "some/code/") == f"{found}, modified"
 
 
 def test_no_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert commits.commit() is None
+    assert common.commit() is None
     assert common.machine()["commit"] is None
 
 
@@ -141,15 +140,15 @@ def test_settings_have_no_folders():
 
 def test_effect_of_a_step():
     before = np.array([1, 1]), np.array([1, 1])
-    assert ours.effect(before, before) == "nothing"
-    assert ours.effect(before, (np.array([2, 2]), before[1])) == "refresh"
-    assert ours.effect(before, (np.array([2, 2]),) * 2) == "refresh+invert"
-    assert ours.effect(before, (np.array([2, 1]),) * 2) == "30"
+    assert jobs.effect(before, before) == "nothing"
+    assert jobs.effect(before, (np.array([2, 2]), before[1])) == "refresh"
+    assert jobs.effect(before, (np.array([2, 2]),) * 2) == "refresh+invert"
+    assert jobs.effect(before, (np.array([2, 1]),) * 2) == "30"
 
 
 @pytest.mark.parametrize(("factor", "inverse"), [(1, 2), (2, 4)])
 def test_steps_do_what_their_kind_says(factor, inverse):
-    job = ours.ours_job(tiny(), factor, inverse, "empirical", "cholesky")
+    job = jobs.ours_job(tiny(), factor, inverse, "empirical", "cholesky")
     samples = job.run()
     assert [kind for kind, _ in samples] == list(common.cycle_of(factor, inverse))
     assert all(seconds > 0 for _, seconds in samples)
@@ -158,20 +157,20 @@ def test_steps_do_what_their_kind_says(factor, inverse):
 
 def test_adaptive_damping_has_a_job_of_its_own():
     """Its kinds of step are those of a fixed damping; its damping moves."""
-    rule = ours.kfac.damping.adaptive()
-    job = ours.ours_job(tiny(), 2, 4, "empirical", "cholesky", rule)
+    rule = jobs.kfac.damping.adaptive()
+    job = jobs.ours_job(tiny(), 2, 4, "empirical", "cholesky", rule)
     assert job.name.endswith("(2, 4), adaptive damping")
     assert {kind for kind, _ in job.run()} == {"refresh+invert", "refresh", "nothing"}
 
 
 def test_adaptive_job_goes_on_training():
-    job = ours.adaptive_job(tiny(True), "mc", "cholesky", 2, 3, 0.3, 0.5)
+    job = jobs.adaptive_job(tiny(True), "mc", "cholesky", 2, 3, 0.3, 0.5)
     assert len(job.run()) == 3
     assert job.notes()["steps"] == [3, 5]
 
 
 def test_staggered_job_knows_its_slowest_step():
-    job = ours.staggered_job(tiny(), "empirical", "cholesky", 4, warm_up=3)
+    job = jobs.staggered_job(tiny(), "empirical", "cholesky", 4, warm_up=3)
     assert len(job.run()) == 4
     notes = job.notes()
     assert notes["slowest_to_median"] >= 1 and notes["flop_floor"] > 1
@@ -180,12 +179,12 @@ def test_staggered_job_knows_its_slowest_step():
 def test_flop_floor_by_hand():
     """One layer 3 → 2, four rows, refreshed every 2, inverted every 4 steps."""
     problem = make_problem("one", Spec(lambda: MLP((), 2), (4, 3)))
-    parts = ours.Ours(problem, "mc")
+    parts = jobs.Ours(problem, "mc")
     gradient, products = 6 * 4 * 3 * 2, 2 * (4 * 4 * 2 + 4 * 2 * 2)
     refresh = 2 * 4 * (4 * 4 + 2 * 2) + gradient / 3
     inversion = 0  # up to 8 × 8 row by row, without a product
     total = gradient + products + refresh / 2 + inversion / 4
-    got = ours.flop_floor(problem, parts.tagged, 2, 4, "cholesky")
+    got = jobs.flop_floor(problem, parts.tagged, 2, 4, "cholesky")
     assert got == pytest.approx(total / gradient, rel=1e-9)
 
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import tyro
 
-from experiments.benchmarks.time_to_target.sizes import Study
+from experiments.benchmarks.time_to_target.config import Study
 from experiments.errors import ConfigError, ExperimentError
-from experiments.pipes import ended
+from experiments.progress import ended
 
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 

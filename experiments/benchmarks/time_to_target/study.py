@@ -32,14 +32,14 @@ from rich.progress import Progress
 
 from experiments import metrics
 from experiments.benchmarks.common import machine
-from experiments.benchmarks.time_to_target import optimisers, problems, training
-from experiments.benchmarks.time_to_target.sizes import (
+from experiments.benchmarks.time_to_target import problem
+from experiments.benchmarks.time_to_target.config import (
     FIRST_ORDER,
     OptimiserName,
     Study,
     TaskName,
+    space_of,
 )
-from experiments.benchmarks.time_to_target.spaces import space_of
 from experiments.errors import MetricsError
 
 STARTUP_TRIALS = 3
@@ -122,20 +122,20 @@ class TaskRun:
         self.study, self.records, self.tell = study, records, tell
         self.name: TaskName = name
         self.size = study.rung.tasks[name]
-        self.programs: dict[str, optimisers.Program] = {}
-        self.problem: problems.Problem | None = None
+        self.programs: dict[str, problem.Program] = {}
+        self.problem: problem.Problem | None = None
 
-    def loaded(self) -> problems.Problem:
+    def loaded(self) -> problem.Problem:
         """The problem, loaded once."""
         if self.problem is None:
-            self.problem = problems.make_problem(self.size, self.study.data_dir)
+            self.problem = problem.make_problem(self.size, self.study.data_dir)
         return self.problem
 
-    def program(self, optimiser: OptimiserName) -> optimisers.Program:
+    def program(self, optimiser: OptimiserName) -> problem.Program:
         """The compiled optimiser."""
         if optimiser not in self.programs:
             names = tuple(space_of(self.name, optimiser).distributions())
-            made = optimisers.make_program(optimiser, self.loaded(), names)
+            made = problem.make_program(optimiser, self.loaded(), names)
             self.programs[optimiser] = made
         return self.programs[optimiser]
 
@@ -152,7 +152,7 @@ class TaskRun:
         def make():
             seed = SEARCH_SEED if kind == "trial" else number
             program, start = self.program(optimiser), time.perf_counter()
-            result = training.train(self.loaded(), program, values, seed, target)
+            result = problem.train(self.loaded(), program, values, seed, target)
             self.tell(
                 f"{self.name}, {optimiser}, {kind} {number}: "
                 f"{result['curve'][-1]['step']} steps, best {result['best_loss']}, "
@@ -208,7 +208,7 @@ class TaskRun:
             known = optuna.trial.create_trial(
                 params=run["values"],
                 distributions=space.distributions(),
-                value=training.score(run, target, self.size.steps),
+                value=problem.score(run, target, self.size.steps),
             )
             search.add_trial(known)
         if not runs:
@@ -216,8 +216,8 @@ class TaskRun:
         for number in range(len(runs), self.study.rung.trials):
             trial = ask(self.name, optimiser, search, number)
             runs.append(self.run("trial", optimiser, number, trial.params, target))
-            search.tell(trial, training.score(runs[-1], target, self.size.steps))
-        return min(runs, key=lambda r: training.score(r, target, self.size.steps))
+            search.tell(trial, problem.score(runs[-1], target, self.size.steps))
+        return min(runs, key=lambda r: problem.score(r, target, self.size.steps))
 
 
 def ask(
@@ -259,7 +259,7 @@ def run_task(task: TaskRun) -> None:
     for optimiser in task.study.optimisers:
         try:
             winners[optimiser] = task.fastest(optimiser, target)
-        except (ImportError, optimisers.MissingError) as error:
+        except (ImportError, problem.MissingError) as error:
             task.tell(f"{task.name}, {optimiser}: missing, {error}")
             key = {"kind": "missing", "task": task.name, "optimiser": optimiser}
             task.records.get(lambda why=str(error): {"reason": why}, **key)

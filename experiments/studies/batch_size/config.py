@@ -5,13 +5,19 @@ import itertools
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.configs.checks import check_choice, check_integer, check_number
-from experiments.configs.fingerprint import digest, json_values
+from experiments.configs.checks import (
+    check_choice,
+    check_integer,
+    check_number,
+    digest,
+    json_values,
+)
 from experiments.errors import ConfigError
-from experiments.tuning.ranges import Linear, Log
 from experiments.tuning.spaces import (
     AdamWSpace,
     KFACSpace,
+    Linear,
+    Log,
     MuonSpace,
     SGDSpace,
     Space,

@@ -6,35 +6,21 @@ Everything is made from the records of the finished runs; nothing is trained.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
+from scipy import stats
 
 from experiments import metrics
-from experiments.studies.batch_size.answer import answer, differences, percent
-from experiments.studies.batch_size.config import BatchReport, Cell
-from experiments.studies.batch_size.plots import (
-    plot_final,
-    plot_iterations,
-    plot_search,
-    plot_seconds,
-)
-from experiments.studies.batch_size.results import (
-    SGD,
-    TITLES,
-    Result,
-    Results,
-    best_other,
-    leads,
-    optimizers_of,
-    read_results,
-    sizes_of,
-    summary,
-)
-from experiments.studies.batch_size.run import final
-from experiments.studies.batch_size.statistics import estimate, slope
+from experiments.errors import MetricsError
+from experiments.studies.batch_size.config import OPTIMIZERS, BatchReport, Cell
+from experiments.studies.batch_size.run import CHANCE, final, seeds_of, winner_of
 from experiments.studies.pages import (
     NOTHING,
     Plot,
@@ -43,6 +29,369 @@ from experiments.studies.pages import (
     markdown_part,
     publish,
 )
+from experiments.studies.records import Record, query, without_nulls
+
+LEVEL = 0.95
+BySeed = Mapping[int, float]
+
+
+class Estimate(NamedTuple):
+    """A mean with its interval."""
+
+    mean: float  # over the seeds
+    half: float | None  # half the width of the interval; None for a single seed
+    seeds: int  # how many there are
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 if the interval is on that side of 0, otherwise 0."""
+        if self.half is None or abs(self.mean) <= self.half:
+            return 0
+        return 1 if self.mean > 0 else -1
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """The mean and ``t_{0.975, n-1} s / √n``, Student's interval at 95 %."""
+    if not values:
+        raise ValueError("values is empty; wanted at least one number.")
+    x, n = np.asarray(values, np.float64), len(values)
+    if n < 2:
+        return Estimate(float(x[0]), None, 1)
+    half = stats.t.ppf((1 + LEVEL) / 2, n - 1) * x.std(ddof=1) / np.sqrt(n)
+    return Estimate(float(x.mean()), float(half), n)
+
+
+def paired(ours: BySeed, theirs: BySeed) -> dict[int, float]:
+    """Differences of the seeds that both have."""
+    return {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
+
+
+def slope(leads: Mapping[int, BySeed]) -> Estimate | None:
+    """How a lead changes with every doubling of the batch.
+
+    A line through the leads against ``log2 B`` is fitted to each seed, by least
+    squares; the estimate is that of the seeds' slopes. A seed's runs share their
+    initial parameters at all batch sizes and need not be independent.
+    """
+    sizes = sorted(leads)
+    common = [s for s in leads[sizes[0]] if all(s in leads[b] for b in sizes)]
+    if len(sizes) < 2 or not common:
+        return None
+    x = np.log2(sizes)
+    x = x - x.mean()
+    lines = [x @ [leads[b][s] for b in sizes] / (x @ x) for s in sorted(common)]
+    return estimate([float(line) for line in lines])
+
+
+SGD, KFAC = "sgd", "kfac"
+TITLES = {"sgd": "SGD", "adamw": "AdamW", "muon": "Muon", "kfac": "K-FAC"}
+
+
+class Result(NamedTuple):
+    """A cell's finished runs."""
+
+    cell: Cell  # optimiser and batch size
+    trials: list[Record]  # of the search, in order
+    winner: Record  # the best of them
+    seeds: dict[int, Record]  # the winner's runs on the test images, by seed
+
+    def accuracies(self) -> dict[int, float]:
+        """Test accuracy at the end, by seed."""
+        return {seed: final(record) for seed, record in self.seeds.items()}
+
+    def at_end(self, name: str) -> Estimate | None:
+        """The last item of a curve of the seeds' runs; None if some have none."""
+        ends = [record[name][-1] for record in self.seeds.values()]
+        return None if None in ends else estimate(ends)
+
+    def total(self, name: str) -> Estimate:
+        """The sum of a curve of the seeds' runs, such as their seconds."""
+        return estimate([float(np.sum(r[name])) for r in self.seeds.values()])
+
+    def curve(self, name: str) -> np.ndarray:
+        """The mean of a curve over the seeds, as far as all of them go."""
+        curves = [record[name] for record in self.seeds.values()]
+        length = min(map(len, curves))
+        return np.mean([curve[:length] for curve in curves], 0)
+
+    def steps(self) -> int:
+        """Iterations of an epoch."""
+        record = next(iter(self.seeds.values()))
+        return record["step"] // len(record["wall"])
+
+
+Results = dict[Cell, Result]
+
+
+def read_results(folder: Path) -> Results:
+    """Finished cells, by batch size and optimiser."""
+    if not any(path.stat().st_size for path in folder.glob("*.jsonl")):
+        raise MetricsError(f"{folder} holds no results of the batch-size study.")
+    by_cell: dict[Cell, list[Record]] = {}
+    marks = set()
+    for record in query(folder, "FROM runs"):
+        record["values"] = without_nulls(record["values"])
+        cell = Cell(record["optimizer"], record["batch_size"])
+        by_cell.setdefault(cell, []).append(record)
+        marks.add(record["fingerprint"])
+    if len(marks) > 1:
+        raise MetricsError(
+            f"{folder} holds runs of {len(marks)} configurations; wanted one."
+        )
+    found = {}
+    ordered = sorted(
+        by_cell, key=lambda c: (c.batch_size, OPTIMIZERS.index(c.optimizer))
+    )
+    for cell in ordered:
+        trials = [r for r in by_cell[cell] if r["kind"] == "trial"]
+        winner = winner_of(trials)
+        seeds = seeds_of(by_cell[cell], winner["number"])
+        if seeds:
+            found[cell] = Result(cell, trials, winner, seeds)
+    if not found:
+        raise MetricsError(f"{folder}: no cell has runs on the test images yet.")
+    return found
+
+
+def sizes_of(results: Results) -> list[int]:
+    """The batch sizes, ascending."""
+    return sorted({cell.batch_size for cell in results})
+
+
+def optimizers_of(results: Results) -> list[str]:
+    """The optimisers, in the order of the tables."""
+    there = {cell.optimizer for cell in results}
+    return [name for name in OPTIMIZERS if name in there]
+
+
+def leads(results: Results, other: str) -> dict[int, dict[int, float]]:
+    """K-FAC's test accuracy less another optimiser's, paired by seed."""
+    found = {}
+    for size in sizes_of(results):
+        ours, theirs = Cell(KFAC, size), Cell(other, size)
+        if ours in results and theirs in results:
+            pairs = paired(results[ours].accuracies(), results[theirs].accuracies())
+            found |= {size: pairs} if pairs else {}
+    return found
+
+
+def best_other(results: Results, size: int) -> str | None:
+    """The optimiser other than K-FAC with the highest mean test accuracy."""
+    means = {
+        cell.optimizer: estimate(list(result.accuracies().values())).mean
+        for cell, result in results.items()
+        if cell.batch_size == size and cell.optimizer != KFAC
+    }
+    return max(means, key=lambda name: means[name]) if means else None
+
+
+def summary(results: Results) -> list[dict[str, Any]]:
+    """Numbers of every cell as JSON values."""
+    rows = []
+    for cell, result in results.items():
+        accuracy = estimate(list(result.accuracies().values()))
+        rows.append(
+            {
+                "optimizer": cell.optimizer,
+                "batch_size": cell.batch_size,
+                "trials": len(result.trials),
+                "pruned": sum(r["pruned"] for r in result.trials),
+                "diverged": sum(r["diverged"] for r in result.trials),
+                "winner": result.winner["number"],
+                "validation_accuracy": final(result.winner),
+                "values": result.winner["values"],
+                "seeds": accuracy.seeds,
+                "test_accuracy": accuracy.mean,
+                "half_interval": accuracy.half,
+            }
+        )
+    return rows
+
+
+def percent(value: Estimate, signed: bool = False) -> str:
+    """A share as points of a hundred with its interval."""
+    mean = f"{100 * value.mean:{'+' if signed else ''}.2f}"
+    return mean if value.half is None else f"{mean} ± {100 * value.half:.2f}"
+
+
+def differences(results: Results, other: str) -> dict[int, Estimate]:
+    """K-FAC less another optimiser, by batch size."""
+    by_seed = leads(results, other)
+    return {size: estimate(list(pairs.values())) for size, pairs in by_seed.items()}
+
+
+def verdict(found: dict[int, Estimate], other: str) -> str:
+    """One sentence on where K-FAC is better, worse, or neither."""
+    said = {
+        1: f"beats {other} at",
+        -1: f"loses to {other} at",
+        0: f"cannot be told apart from {other} at",
+    }
+    parts = []
+    for sign, words in said.items():
+        sizes = [size for size, e in found.items() if e.sign == sign]
+        if sizes:
+            shown = ", ".join(f"{s} ({percent(found[s], True)} points)" for s in sizes)
+            parts.append(f"{words} batch {shown}")
+    return f"K-FAC {'; it '.join(parts)}."
+
+
+def growth(found: Estimate | None) -> str:
+    """One sentence on how the lead over SGD changes with the batch."""
+    if found is None:
+        return "Whether the difference grows with the batch needs two batch sizes."
+    shown = f"{percent(found, True)} points per doubling of the batch"
+    if found.half is None:
+        return f"Its difference to SGD changes by {shown}, from a single seed."
+    if not found.sign:
+        return (
+            f"Its difference to SGD changes by {shown}: whether it grows or shrinks "
+            "with the batch cannot be told at 95 %."
+        )
+    word = "grows" if found.sign > 0 else "falls"
+    return f"Its difference to SGD {word} with the batch, by {shown}."
+
+
+def answer(results: Results, config: dict[str, Any]) -> str:
+    """The answer in one paragraph."""
+    over_sgd = differences(results, SGD)
+    if not over_sgd:
+        return "K-FAC and SGD have no finished runs at a common batch size yet."
+    trials = sorted({len(r.trials) for r in results.values()})
+    seeds = sorted({len(r.seeds) for r in results.values()})
+    sentences = [
+        f"With {counts(trials, 'trial')} each, {counts(seeds, 'seed')} for the winners "
+        f"and {config['epochs']} epochs at every batch size, "
+        f"{verdict(over_sgd, 'SGD')}",
+        growth(slope(leads(results, SGD))),
+    ]
+    against = {}
+    for size in sizes_of(results):
+        name = best_other(results, size)
+        found = differences(results, name).get(size) if name else None
+        if name and found:
+            against[size] = found, name
+    if any(name != SGD for _, name in against.values()):
+        names = ", ".join(f"{TITLES[n]} at {size}" for size, (_, n) in against.items())
+        best = {size: found for size, (found, _) in against.items()}
+        words = "the best of the others"
+        sentences.append(f"{verdict(best, words)} (The best others: {names}.)")
+    sentences.append(
+        "Differences are in points of test accuracy, paired by seed, with Student-t "
+        "intervals at 95 %, each for itself: none is corrected for the number of "
+        "comparisons. They hold for the hyper-parameters that the searches found; what "
+        "another search would change is not in them."
+    )
+    return " ".join(sentences)
+
+
+def counts(numbers: list[int], noun: str) -> str:
+    """One number, or from the least to the greatest, and what is counted."""
+    low, high = min(numbers), max(numbers)
+    number = str(low) if low == high else f"{low} to {high}"
+    return f"{number} {noun}{'s' * (high != 1)}"
+
+
+COLOURS = {"sgd": "#000000", "adamw": "#0072b2", "muon": "#009e73", "kfac": "#d55e00"}
+
+
+def panels(titles: list[str], xlabel: str, ylabel: str, same_x: bool = True):
+    """A row of plots with a common vertical axis."""
+    figure, grid = plt.subplots(
+        1,
+        len(titles),
+        sharex=same_x,
+        sharey=True,
+        squeeze=False,
+        figsize=(max(5, 3 * len(titles)), 3.5),
+        layout="constrained",
+    )
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set(title=title, xlabel=xlabel)
+        axes.grid(alpha=0.3)
+    grid[0][0].set_ylabel(ylabel)
+    return figure, grid[0]
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure, with one legend for all of its plots, and forgets it."""
+    named = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
+    place = {"loc": "outside upper center", "ncols": max(1, len(named))}
+    figure.legend(list(named.values()), list(named), fontsize=8, **place)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_final(results: Results, path: Path) -> None:
+    """Test accuracy at the end against the batch size, with 95 % intervals."""
+    figure, (axes,) = panels([""], "batch size", "test accuracy at the end")
+    for name in optimizers_of(results):
+        cells = [c for c in results if c.optimizer == name]
+        found = [estimate(list(results[c].accuracies().values())) for c in cells]
+        axes.errorbar(
+            [c.batch_size for c in cells],
+            [e.mean for e in found],
+            [e.half or 0.0 for e in found],
+            fmt="o-",
+            capsize=3,
+            color=COLOURS[name],
+            label=TITLES[name],
+        )
+    sizes = sizes_of(results)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, map(str, sizes))
+    save(figure, path)
+
+
+def plot_iterations(results: Results, path: Path) -> None:
+    """Test accuracy against iterations: a panel per optimiser, a line per batch."""
+    names, sizes = optimizers_of(results), sizes_of(results)
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(sizes)))
+    titles = [TITLES[name] for name in names]
+    figure, grid = panels(titles, "iterations", "test accuracy")
+    for axes, name in zip(grid, names, strict=True):
+        for size, colour in zip(sizes, colours, strict=True):
+            result = results.get(Cell(name, size))
+            if result:
+                curve = result.curve("accuracy")
+                at = result.steps() * np.arange(1, len(curve) + 1)
+                axes.plot(at, curve, ".-", color=colour, label=f"batch {size}")
+        axes.set_xscale("log")
+    save(figure, path)
+
+
+def plot_seconds(results: Results, path: Path) -> None:
+    """Test accuracy against training seconds: a panel per batch, a line per method."""
+    sizes = sizes_of(results)
+    figure, grid = panels(
+        [f"batch {size}" for size in sizes], "training seconds", "test accuracy", False
+    )
+    for cell, result in results.items():
+        axes = grid[sizes.index(cell.batch_size)]
+        curve, name = result.curve("accuracy"), cell.optimizer
+        seconds = np.cumsum(result.curve("wall"))[: len(curve)]
+        axes.plot(seconds, curve, ".-", color=COLOURS[name], label=TITLES[name])
+    save(figure, path)
+
+
+def plot_search(results: Results, path: Path) -> None:
+    """The best validation accuracy so far against the number of trials."""
+    sizes = sizes_of(results)
+    figure, grid = panels(
+        [f"batch {size}" for size in sizes], "trials", "best validation accuracy"
+    )
+    for cell, result in results.items():
+        axes, name = grid[sizes.index(cell.batch_size)], cell.optimizer
+        ends = [CHANCE if r["pruned"] else final(r) for r in result.trials]
+        best = np.maximum.accumulate(ends)
+        numbers = np.arange(1, len(best) + 1)
+        axes.plot(numbers, best, ".-", color=COLOURS[name], label=TITLES[name])
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    save(figure, path)
+
 
 # Accuracy on validation images: full CIFAR-10, 32 x 32 pixels, other tuning.
 PAPER = {

@@ -32,19 +32,17 @@ from experiments.studies.bayes.config import (
     ActiveLearning,
     BayesStudy,
 )
-from experiments.studies.bayes.measures import Record
 from experiments.studies.bayes.problem import (
     Network,
+    Program,
+    Record,
+    Settings,
+    Values,
     WithState,
     load,
     make_network,
-    on_device,
-)
-from experiments.studies.bayes.training import (
-    Program,
-    Settings,
-    Values,
     make_program,
+    on_device,
     train,
 )
 from kfac_jax_lite import bayes

@@ -1,12 +1,17 @@
-"""The Bayesian study's configuration and its sizes; JAX is not needed."""
+"""The sizes of the Bayesian study: for tests, for two cores, for a cluster."""
 
 import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.configs.checks import check_choice, check_integer, check_number
-from experiments.configs.fingerprint import digest, json_values
+from experiments.configs.checks import (
+    check_choice,
+    check_integer,
+    check_number,
+    digest,
+    json_values,
+)
 from experiments.errors import ConfigError
 
 SizeName = Literal["tiny", "small", "paper"]
@@ -339,3 +344,57 @@ class BayesReport:
     """The study's results."""
     out: Path | None = None
     """Folder of page and plots; that of the results if not given."""
+
+
+TINY = BayesStudy(
+    size="tiny",
+    datasets=("digits",),
+    networks=("mlp",),
+    seeds=2,
+    pool=1,
+    hidden=(8,),
+    train_examples=256,
+    validation_examples=64,
+    test_examples=100,
+    outside_examples=50,
+    severities=(0.2,),
+    batch_size=64,
+    epochs=2,
+    samples=4,
+    search_samples=2,
+    bins=5,
+    refresh_every=2,
+    adam=PointGrid((3e-3, 0.01), (0.01,)),
+    sgd=PointGrid((0.1,), (1e-3,)),
+    kfac=PointGrid((0.03,), (0.01,)),
+    noisy_kfac=PosteriorGrid((0.03,), (10.0,), (0.1, 1.0)),
+    vogn=PosteriorGrid((0.01,), (10.0,), (0.1,)),
+    ivon=IVONGrid((0.1,), (10.0,), (1.0,), (0.1,)),
+    active=ActiveLearning(
+        dataset="digits",
+        hidden=(8,),
+        pool_examples=80,
+        test_examples=50,
+        start=10,
+        acquired=5,
+        rounds=1,
+        steps=4,
+        batch_size=8,
+        samples=3,
+        seeds=2,
+    ),
+    regression=Regression(examples=12, hidden=(4,), steps=4, samples=5),
+)
+SMALL = BayesStudy()
+PAPER = BayesStudy(
+    size="paper",
+    pool=1,
+    blocks=(3, 3, 3),
+    width=16,
+    train_examples=45_000,
+    validation_examples=5_000,
+    test_examples=10_000,
+    outside_examples=10_000,
+    epochs=100,
+)
+SIZES: dict[str, BayesStudy] = {c.size: c for c in (TINY, SMALL, PAPER)}

@@ -19,7 +19,7 @@ from experiments.studies.bayes.config import (
     BayesStudy,
     Regression,
 )
-from experiments.studies.bayes.measures import Record
+from experiments.studies.bayes.problem import Record
 from kfac_jax_lite import bayes
 
 NOISY, LAPLACE = REGRESSION

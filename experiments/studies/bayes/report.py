@@ -7,26 +7,27 @@ Everything is made from the records of the finished runs; nothing is trained.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from rich.console import Console
+from scipy import stats
 
 from experiments import metrics
-from experiments.studies.bayes.answer import NAMES, answer, p_text
-from experiments.studies.bayes.config import ADAM, BayesReport
-from experiments.studies.bayes.plots import plot_reliability, plot_shift
-from experiments.studies.bayes.report_further import active_section, regression_section
-from experiments.studies.bayes.results import (
-    TITLES,
-    Record,
-    Result,
-    Results,
-    comparisons,
-    read_all,
-    read_results,
-    standard_error,
+from experiments.errors import MetricsError
+from experiments.studies.bayes.config import (
+    ACTIVE,
+    ADAM,
+    DERIVED,
+    METHODS,
+    REGRESSION,
+    TRAINED,
+    BayesReport,
+    Cell,
 )
+from experiments.studies.bayes.regression import truth
 from experiments.studies.pages import (
     NOTHING,
     Plot,
@@ -35,6 +36,445 @@ from experiments.studies.pages import (
     markdown_part,
     publish,
 )
+from experiments.studies.records import query, without_nulls
+
+Record = dict[str, Any]
+LEVEL = 0.05
+# Largest difference of accuracies that still is called equal.
+MARGIN = 0.01
+TITLES = {
+    "adam": "Adam",
+    "sgd": "SGD",
+    "kfac": "K-FAC",
+    "noisy_kfac": "noisy K-FAC",
+    "vogn": "VOGN",
+    "ivon": "IVON",
+    "adam_laplace": "Laplace (Kronecker) on Adam",
+    "adam_last_layer": "Laplace (last layer) on Adam",
+    "kfac_laplace": "Laplace (Kronecker) on K-FAC",
+    "kfac_last_layer": "Laplace (last layer) on K-FAC",
+    "adam_ensemble": "ensemble of Adam's seeds",
+}
+# The methods that the question is about.
+NATURAL = ("kfac", "noisy_kfac", "vogn", "ivon", "adam_laplace", "adam_last_layer")
+NATURAL += ("kfac_laplace", "kfac_last_layer")
+
+
+class Comparison(NamedTuple):
+    """A method less Adam."""
+
+    difference: float  # of the means
+    # Of Welch's test; None where a method has a single run, or all are equal.
+    p: float | None
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 for a significant difference, otherwise 0."""
+        if self.p is None or not self.p < LEVEL:
+            return 0
+        return 1 if self.difference > 0 else -1
+
+
+class Result(NamedTuple):
+    """A cell's finished runs."""
+
+    cell: Cell  # which
+    trials: list[Record]  # of the search
+    runs: list[Record]  # on the test images, in the order of the seeds
+
+    def figures(self, name: str) -> np.ndarray:
+        """A score on the test images, by run; NaN where it was not finite."""
+        values = [run["test"].get(name) for run in self.runs]
+        return np.array([np.nan if v is None else v for v in values], float)
+
+    def seconds(self) -> float | None:
+        """Median seconds of a step of the winner's runs; None if nothing is trained."""
+        found = [r["seconds"] for r in self.runs if r.get("seconds") is not None]
+        return float(np.median(found)) if found else None
+
+
+Results = dict[Cell, Result]
+
+
+def read_results(folder: Path) -> Results:
+    """Finished cells in the order of the tables."""
+    records = read_all(folder)
+    by_cell: dict[Cell, list[Record]] = {}
+    for record in records:
+        if record["kind"] in ("trial", "seed"):
+            cell = Cell(record["dataset"], record["network"], record["method"])
+            by_cell.setdefault(cell, []).append(record)
+    found = {}
+    for dataset, network in sorted({(c.dataset, c.network) for c in by_cell}):
+        for method in METHODS:
+            result = result_of(Cell(dataset, network, method), by_cell)
+            if result is not None:
+                found[result.cell] = result
+    if not found:
+        raise MetricsError(f"{folder}: no cell has runs on the test images yet.")
+    return found
+
+
+def read_all(folder: Path) -> list[Record]:
+    """All records of one configuration."""
+    if not any(path.stat().st_size for path in folder.glob("*.jsonl")):
+        raise MetricsError(f"{folder} holds no results of the Bayesian study.")
+    records = [without_nulls(r) for r in query(folder, "FROM runs")]
+    marks = {record["fingerprint"] for record in records}
+    if len(marks) > 1:
+        raise MetricsError(
+            f"{folder} holds runs of {len(marks)} configurations; wanted one."
+        )
+    return records
+
+
+def result_of(cell: Cell, by_cell: dict[Cell, list[Record]]) -> Result | None:
+    """A cell's runs of one setting: the last one that was run on test images."""
+    records = by_cell.get(cell, [])
+    trials = [r for r in records if r["kind"] == "trial"]
+    runs = [r for r in records if r["kind"] == "seed"]
+    if not runs:
+        return None
+    runs = [r for r in runs if r.get("values") == runs[-1].get("values")]
+    return Result(cell, trials, sorted(runs, key=lambda r: r["seed"]))
+
+
+def problems_of(results: Results) -> list[tuple[str, str]]:
+    """Data sets and networks, in order."""
+    return list(dict.fromkeys((c.dataset, c.network) for c in results))
+
+
+def standard_error(values: np.ndarray) -> float | None:
+    """``s / √n``; None for a single run."""
+    if len(values) < 2:
+        return None
+    return float(values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def compare(ours: np.ndarray, theirs: np.ndarray) -> Comparison:
+    """Welch's test of two methods' figures."""
+    difference = float(ours.mean() - theirs.mean())
+    if min(len(ours), len(theirs)) < 2:
+        return Comparison(difference, None)
+    spread = ours.std(ddof=1), theirs.std(ddof=1)
+    if max(spread) == 0:  # there is no test, as of fewer runs
+        return Comparison(difference, None)
+    found: Any = stats.ttest_ind_from_stats(
+        ours.mean(), spread[0], len(ours), theirs.mean(), spread[1], len(theirs), False
+    )
+    return Comparison(difference, float(found.pvalue))
+
+
+def comparisons(results: Results, cell: Cell, names: tuple[str, ...]) -> Any:
+    """A method against Adam on the same problem, by name; None without Adam."""
+    adam = cell.of(ADAM)
+    if cell == adam or cell not in results or adam not in results:
+        return None
+    return {
+        name: compare(results[cell].figures(name), results[adam].figures(name))
+        for name in names
+    }
+
+
+NAMES = ("accuracy", "nll", "ece")
+
+
+def p_text(p: float | None) -> str:
+    """A p-value in words."""
+    if p is None:
+        return "no p"
+    return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}"
+
+
+def wins(found: dict[str, Comparison]) -> bool:
+    """Better NLL and ECE than Adam, significantly, at an accuracy that is no worse."""
+    return (
+        found["nll"].sign < 0
+        and found["ece"].sign < 0
+        and found["accuracy"].difference > -MARGIN
+    )
+
+
+def sentence(found: dict[str, Comparison]) -> str:
+    """The differences of one method to Adam."""
+    accuracy, nll, ece = (found[name] for name in NAMES)
+    return (
+        f"NLL {nll.difference:+.4f} ({p_text(nll.p)}), ECE {ece.difference:+.4f} "
+        f"({p_text(ece.p)}), accuracy {100 * accuracy.difference:+.2f} points "
+        f"({p_text(accuracy.p)})"
+    )
+
+
+def on_problem(results: Results, dataset: str, network: str) -> str:
+    """What is to be said of a data set and a network."""
+    where = f"On {dataset} with {network}"
+    better, known = [], 0
+    for method in NATURAL:
+        cell = Cell(dataset, network, method)
+        found = comparisons(results, cell, NAMES)
+        if found is None:
+            continue
+        known += 1
+        if wins(found):
+            better.append((found["nll"].difference, TITLES[method], sentence(found)))
+    if not known:
+        return f"{where}, nothing can be compared with Adam yet."
+    if not better:
+        return (
+            f"{where}, none of {known} methods has a significantly better NLL and ECE "
+            f"than the tuned Adam at an accuracy no more than {100 * MARGIN:g} points "
+            "below."
+        )
+    shown = "; ".join(f"{title}: {text}" for _, title, text in sorted(better))
+    return (
+        f"{where}, {len(better)} of {known} methods have a significantly better NLL "
+        f"and ECE than the tuned Adam at an accuracy no more than {100 * MARGIN:g} "
+        f"points below: {shown}."
+    )
+
+
+def answer(results: Results) -> str:
+    """The answer in one paragraph."""
+    parts = [on_problem(results, *problem) for problem in problems_of(results)]
+    seeds = sorted(
+        {len(r.runs) for c, r in results.items() if c.method in (ADAM, *NATURAL)}
+    )
+    count = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    parts.append(
+        f"Differences are those of means over {count} runs to Adam with decoupled "
+        "weight decay, whose grid is no smaller than any other's; p-values are of "
+        f"Welch's two-sided test, significant below {LEVEL:g}, each for itself: none "
+        "is corrected for the number of comparisons. They hold for the "
+        "hyper-parameters that the searches found."
+    )
+    return " ".join(parts)
+
+
+COLOURS = {
+    "adam": "#0072b2", "sgd": "#000000", "kfac": "#d55e00", "noisy_kfac": "#e69f00",
+    "vogn": "#009e73", "ivon": "#cc79a7", "adam_laplace": "#0072b2",
+    "adam_last_layer": "#56b4e9", "kfac_laplace": "#d55e00",
+    "kfac_last_layer": "#f0e442", "adam_ensemble": "#888888",
+}  # fmt: skip
+ACTIVE_TITLES = {
+    "active_bald": "noisy K-FAC, mutual information",
+    "active_random": "noisy K-FAC, random",
+    "active_entropy": "Adam, entropy",
+}
+REGRESSION_TITLES = {
+    "regression_noisy_kfac": "noisy K-FAC",
+    "regression_laplace": "Laplace, linearised network",
+}
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure, with one legend for all of its plots, and forgets it."""
+    named = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
+    place: Any = {"loc": "outside lower center", "ncols": max(1, min(4, len(named)))}
+    figure.legend(list(named.values()), list(named), fontsize=8, **place)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def style(method: str) -> Any:
+    """How a method's line looks: dashed where it is made of others' weights."""
+    dashed = "--" if method in DERIVED else "-"
+    return {"color": COLOURS[method], "label": TITLES[method], "ls": dashed}
+
+
+def grid_of(results: Results, rows: int = 1) -> Any:
+    """A column for every data set and network."""
+    problems = problems_of(results)
+    figure, grid = plt.subplots(
+        rows,
+        len(problems),
+        sharex=True,
+        squeeze=False,
+        figsize=(max(6, 3 * len(problems)), 1.5 + 2.6 * rows),
+        layout="constrained",
+    )
+    for axes, (dataset, network) in zip(grid[0], problems, strict=True):
+        axes.set_title(f"{dataset}, {network}", fontsize=9)
+    for axes in grid.flat:
+        axes.grid(alpha=0.3)
+    return figure, grid, problems
+
+
+def mean_bins(runs: list[Record]) -> tuple[np.ndarray, np.ndarray]:
+    """Confidence and accuracy of all runs' examples together, by bin that has some."""
+    count = np.array([run["bins"]["count"] for run in runs], float)
+    total = count.sum(0)
+    full = total > 0
+    means = [
+        (np.array([run["bins"][name] for run in runs]) * count).sum(0)[full]
+        / total[full]
+        for name in ("confidence", "accuracy")
+    ]
+    return means[0], means[1]
+
+
+def plot_reliability(results: Results, path: Path) -> None:
+    """Accuracy less confidence by bin: trained methods above, others below."""
+    figure, grid, problems = grid_of(results, 2)
+    for row, methods in zip(grid, (TRAINED, ("adam", *DERIVED)), strict=True):
+        for axes, (dataset, network) in zip(row, problems, strict=True):
+            axes.axhline(0, color="k", lw=0.8)
+            for method in methods:
+                result = results.get(Cell(dataset, network, method))
+                if result is not None:
+                    confidence, accuracy = mean_bins(result.runs)
+                    gap = accuracy - confidence
+                    axes.plot(confidence, gap, marker=".", lw=1, **style(method))
+        row[0].set_ylabel("accuracy − confidence")
+    for axes in grid[-1]:
+        axes.set_xlabel("confidence")
+    save(figure, path)
+
+
+def plot_shift(results: Results, path: Path) -> None:
+    """Accuracy, NLL and ECE against the strength of the noise on the images."""
+    names = ("accuracy", "nll", "ece")
+    figure, grid, problems = grid_of(results, len(names))
+    for column, problem in zip(grid.T, problems, strict=True):
+        for cell, result in results.items():
+            if (cell.dataset, cell.network) != problem:
+                continue
+            at = [0.0, *result.runs[0]["shifted"]["severity"]]
+            for axes, name in zip(column, names, strict=True):
+                curves = [[r["test"][name], *r["shifted"][name]] for r in result.runs]
+                curve = np.mean(np.array(curves, float), 0)
+                axes.plot(at, curve, marker=".", lw=1, **style(cell.method))
+        column[-1].set_xlabel("noise on the images")
+    for axes, name in zip(grid[:, 0], ("accuracy", "NLL", "ECE"), strict=True):
+        axes.set_ylabel(name)
+    save(figure, path)
+
+
+def plot_active(records: dict[str, list[Record]], path: Path) -> None:
+    """Test accuracy and NLL against the number of labels, with standard errors."""
+    figure, grid = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    for axes, name in zip(grid, ("accuracy", "nll"), strict=True):
+        for number, (cell, runs) in enumerate(records.items()):
+            curves = np.array([run[name] for run in runs], float)
+            mean = curves.mean(0)
+            x, title = runs[0]["labelled"], ACTIVE_TITLES[cell]
+            axes.plot(x, mean, ".-", color=f"C{number}", label=title)
+            if len(curves) > 1:
+                error = curves.std(0, ddof=1) / np.sqrt(len(curves))
+                shade: Any = {"color": f"C{number}", "alpha": 0.2}
+                axes.fill_between(x, mean - error, mean + error, **shade)
+        axes.set_xlabel("labelled images")
+        axes.grid(alpha=0.3)
+    grid[0].set_ylabel("test accuracy")
+    grid[1].set_ylabel("test NLL")
+    save(figure, path)
+
+
+def plot_regression(records: dict[str, Record], truth: Any, path: Path) -> None:
+    """Mean and two standard deviations of every method, with data and function."""
+    figure, grid = plt.subplots(
+        1,
+        len(records),
+        sharey=True,
+        squeeze=False,
+        figsize=(max(5, 4.5 * len(records)), 4),
+        layout="constrained",
+    )
+    for axes, (name, record) in zip(grid[0], records.items(), strict=True):
+        x = np.array(record["x"])
+        mean, deviation = np.array(record["mean"]), np.array(record["deviation"])
+        shade: Any = {"color": "C0", "alpha": 0.25}
+        lower, upper = mean - 2 * deviation, mean + 2 * deviation
+        axes.fill_between(x, lower, upper, label="± 2 standard deviations", **shade)
+        axes.plot(x, mean, color="C0", label="predicted mean")
+        axes.plot(x, truth(x), "k--", lw=1, label="function")
+        axes.plot(record["data_x"], record["data_y"], "k.", ms=4, label="data")
+        axes.set(title=REGRESSION_TITLES[name], xlabel="x", ylim=(-4, 4))
+        axes.grid(alpha=0.3)
+    grid[0][0].set_ylabel("y")
+    save(figure, path)
+
+
+LEARNED = (
+    "The network is trained anew on all labelled images after every round; the first "
+    "ones of a seed are the same for all. Hyper-parameters were set by hand, not "
+    "searched. Area: mean test accuracy over all rounds. Differences are to noisy "
+    "K-FAC with a random order, with Welch's two-sided test."
+)
+SYNTHETIC = (
+    "Synthetic data of a fixed seed: noisy values of a cubic with a gap. The "
+    "observations' noise is known. Mean standard deviations of the function, the noise "
+    "taken off, where there are data, in the gap and outside. A single run each."
+)
+
+
+def active_section(records: list[Record], out: Path) -> Section | None:
+    """Active learning; None if it has not been run."""
+    found = {
+        name: [r for r in records if r["kind"] == "active" and r["method"] == name]
+        for name in ACTIVE
+    }
+    found = {name: runs for name, runs in found.items() if runs}
+    if not found:
+        return None
+    path = out / "active.png"
+    plot_active(found, path)
+    base = found.get("active_random")
+    rows = []
+    for name, runs in found.items():
+        areas, last = areas_of(runs), np.array([r["accuracy"][-1] for r in runs])
+        against = None if base is None or runs is base else areas_of(base)
+        seen = None if against is None else compare(areas, against)
+        rows.append(
+            (
+                ACTIVE_TITLES[name],
+                str(len(runs)),
+                percent(last),
+                percent(areas),
+                NOTHING if seen is None else f"{100 * seen.difference:+.2f}",
+                NOTHING if seen is None else p_text(seen.p),
+            )
+        )
+    header = ("method", "runs", "accuracy at the end, %", "area, %", "Δ area", "")
+    picture = Plot(path, "Test images against labelled images, with standard errors")
+    return Section("Active learning", (LEARNED, Table(header, tuple(rows)), picture))
+
+
+def areas_of(runs: list[Record]) -> np.ndarray:
+    """Mean accuracy over the rounds, by run."""
+    return np.array([np.mean(run["accuracy"]) for run in runs])
+
+
+def percent(values: np.ndarray) -> str:
+    """Mean and standard error in points of a hundred."""
+    error = standard_error(values)
+    mean = f"{100 * values.mean():.2f}"
+    return mean if error is None else f"{mean} ± {100 * error:.2f}"
+
+
+def regression_section(records: list[Record], out: Path) -> Section | None:
+    """The regression example; None if it has not been run."""
+    found = {r["method"]: r for r in records if r["kind"] == "regression"}
+    found = {name: found[name] for name in REGRESSION if name in found}
+    if not found:
+        return None
+    path = out / "regression.png"
+    plot_regression(found, truth, path)
+    rows = tuple(
+        (
+            REGRESSION_TITLES[name],
+            f"{record['precision']:.3g}",
+            *(f"{record['where'][key]:.3f}" for key in ("data", "gap", "outside")),
+        )
+        for name, record in found.items()
+    )
+    header = ("method", "prior precision", "at data", "in the gap", "outside")
+    picture = Plot(path, "Predicted mean and two standard deviations")
+    return Section("Regression", (SYNTHETIC, Table(header, rows), picture))
+
 
 SCORES = ("accuracy", "nll", "brier", "ece", "adaptive_ece")
 HEADER = ("data", "network", "method", "runs")

@@ -22,15 +22,20 @@ References:
 """
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments.studies.bayes import active, derived, regression, weights
+import kfac_jax_lite as kfac
+from experiments.errors import MetricsError
+from experiments.studies.bayes import active, regression
 from experiments.studies.bayes.config import (
     ACTIVE,
     DERIVED,
@@ -38,32 +43,135 @@ from experiments.studies.bayes.config import (
     BayesStudy,
     Cell,
 )
-from experiments.studies.bayes.measures import Record, measure
 from experiments.studies.bayes.problem import (
     Images,
     Network,
-    WithState,
-    load,
-    network_of,
-    on_device,
-)
-from experiments.studies.bayes.training import (
+    Predict,
     Program,
+    Record,
     Run,
     Settings,
     Values,
+    WithState,
+    load,
     make_program,
+    measure,
+    network_of,
+    on_device,
     orders,
     train,
 )
-from experiments.studies.cells import Cells
+from experiments.studies.records import Cells
 from kfac_jax_lite import bayes
 from kfac_jax_lite.bayes import metrics
+
+
+def path_of(config: BayesStudy, cell: Cell, seed: int) -> Path:
+    """The file of a cell's weights from a seed."""
+    return config.out / "weights" / f"{cell.name}_{seed}.npz"
+
+
+def save(path: Path, tree: Any) -> None:
+    """Writes the leaves of a tree, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez_compressed(temporary, *leaves)
+    os.replace(temporary, path)
+
+
+def read(path: Path, like: Any) -> Any:
+    """Reads a tree."""
+    if not path.exists():
+        raise MetricsError(
+            f"{path} does not exist: the weights are those of another cell, which has "
+            "to be run first, into the same folder."
+        )
+    leaves, structure = jax.tree.flatten(like)
+    with np.load(path, allow_pickle=False) as file:
+        found = [file[f"arr_{i}"] for i in range(len(file.files))]
+    if [x.shape for x in found] != [tuple(x.shape) for x in leaves]:
+        raise MetricsError(f"{path} holds weights of another network.")
+    return jax.tree.unflatten(structure, [jax.numpy.asarray(x) for x in found])
+
+
+ENSEMBLE = "ensemble"
+BASES = frozenset(base for base, _ in DERIVED.values())
+# Images whose Jacobians are in memory together.
+CHUNK = 250
+BATCH = 1_000
+
+
+def runs(
+    config: BayesStudy,
+    images: Images,
+    network: Network,
+    base: Cell,
+    how: str,
+    done: Any,
+) -> Iterator[tuple[int, Record]]:
+    """Measures what is missing."""
+    like = jax.eval_shape(network.task.init, jax.random.key(0))
+
+    def trained(seed):
+        return read(path_of(config, base, seed), like)
+
+    if how == ENSEMBLE:
+        if 0 not in done:
+            members = [trained(seed) for seed in range(1, config.seeds + 1)]
+            yield 0, measure(config, images, ensemble(network, members))
+        return
+    for seed in range(1, config.seeds + 1):
+        if seed not in done:
+            own, fitted = linearised(config, images, network, trained(seed), how)
+            yield seed, measure(config, images, own) | fitted
+
+
+def ensemble(network: Network, members: list[Any]) -> Predict:
+    """The mean of the members' probabilities."""
+
+    def probabilities(images):
+        each = [
+            bayes.predict(network.logits, None, member, images, batch_size=BATCH)
+            for member in members
+        ]
+        return jnp.mean(jnp.stack(each), 0)
+
+    return probabilities
+
+
+def linearised(
+    config: BayesStudy, images: Images, network: Network, trained: Any, how: str
+) -> tuple[Predict, Record]:
+    """Laplace's predictions around some weights."""
+    params, model_state = trained
+    x, y = images.data.x_train, images.data.y_train
+    # Whole batches: one program, as an incomplete one would be another.
+    size = min(BATCH, len(x))
+    batches = [
+        (model_state, x[i : i + size], y[i : i + size])
+        for i in range(0, len(x) - size + 1, size)
+    ]
+    tagged = kfac.tag(network.loss, params, *batches[0])
+    posterior = bayes.laplace(tagged, params, batches, how, num_data=len(x))
+    posterior = posterior.tune_prior()
+
+    def logits(params, images):
+        return network.logits((params, model_state), images)
+
+    def probabilities(images):
+        parts = [images[i : i + CHUNK] for i in range(0, len(images), CHUNK)]
+        found = [bayes.predict_glm(logits, posterior, params, part) for part in parts]
+        return jnp.concatenate(found)
+
+    precision = np.asarray(posterior.prior_precision)
+    evidence = float(posterior.log_marginal_likelihood())
+    return probabilities, {"precision": float(precision[0]), "evidence": evidence}
+
 
 SEARCH_SEED = 0
 # Of the draws for predictions, beside the seed of a run.
 DRAW_KEY = 1_000
-BATCH = 1_000
 Tell = Callable[[str, Record], None]
 
 
@@ -192,8 +300,8 @@ def run_trained(context: Context, cell: Cell) -> None:
             plain = predictor(context, cell.method, run, seed, 0)
             record["mean_weights"] = measure(config, images, plain)["test"]
         record |= {"loss": run.loss, "seconds": run.seconds}
-        if cell.method in derived.BASES:
-            weights.save(weights.path_of(config, cell, seed), run.carry[:2])
+        if cell.method in BASES:
+            save(path_of(config, cell, seed), run.carry[:2])
         context.tell(cell.name, cells.append(cell.name, "seed", config.steps, **record))
 
 
@@ -207,7 +315,7 @@ def run_cell(context: Context, cell: Cell) -> None:
     trials = [r for r in cells.read(cell.of(base).name) if r["kind"] == "trial"]
     values = winner_of(trials)["values"] if trials else {}
     done = seeds_of(cells.read(cell.name), values)
-    for seed, found in derived.runs(
+    for seed, found in runs(
         config, context.images, context.network, cell.of(base), how, done
     ):
         record = {**identity(cell), "values": values, "seed": seed, **found}
@@ -230,7 +338,7 @@ def total_runs(config: BayesStudy) -> int:
     for cell in config.cells():
         trained = cell.method not in DERIVED
         total += len(config.trials(cell.method)) if trained else 0
-        whole = not trained and DERIVED[cell.method][1] == derived.ENSEMBLE
+        whole = not trained and DERIVED[cell.method][1] == ENSEMBLE
         total += 1 if whole else config.seeds
     for name in config.further_cells():
         total += config.active.seeds if name in ACTIVE else 1

@@ -4,8 +4,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.configs.checks import check_choice, check_integer, check_number
-from experiments.configs.fingerprint import digest, json_values
+from experiments.configs.checks import (
+    check_choice,
+    check_integer,
+    check_number,
+    digest,
+    json_values,
+)
 from experiments.errors import ConfigError
 
 SizeName = Literal["tiny", "small", "paper"]

@@ -17,12 +17,16 @@ import optax
 
 import kfac_jax_lite as kfac
 from experiments import metrics
-from experiments.benchmarks.time_to_target.optimisers import Program, compiled
-from experiments.benchmarks.time_to_target.problems import Problem, make_problem
-from experiments.benchmarks.time_to_target.sizes import SIZES
+from experiments.benchmarks.time_to_target.config import SIZES
+from experiments.benchmarks.time_to_target.problem import (
+    Problem,
+    Program,
+    compiled,
+    make_problem,
+)
 from experiments.datasets import batches
-from experiments.studies.cells import Cells, Record
 from experiments.studies.damping.config import ADAPTIVE, DEFAULT, DampingStudy
+from experiments.studies.records import Cells, Record
 
 CELL = "tasks"
 METHODS = (DEFAULT, ADAPTIVE)

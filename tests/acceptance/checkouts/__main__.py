@@ -27,8 +27,7 @@ from rich.table import Table
 
 import kfac_jax_lite as kfac
 from experiments.benchmarks.common import OUT, machine, without_paths
-from experiments.pipes import ended
-from experiments.progress import open_console
+from experiments.progress import ended, open_console
 from tests.acceptance.checkouts import (
     equinox_examples,
     flax_examples,

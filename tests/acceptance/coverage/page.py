@@ -12,7 +12,7 @@ from typing import Any
 
 import tyro
 
-from experiments.pipes import ended
+from experiments.progress import ended
 from tests.acceptance.coverage.counts import percent, reasons
 
 RESULTS = Path("experiments/benchmarks/results")

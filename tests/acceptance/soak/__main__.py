@@ -35,7 +35,7 @@ from experiments.benchmarks.common import (
     text_table,
     write_json,
 )
-from experiments.pipes import ended
+from experiments.progress import ended
 from tests.acceptance.soak import oracle
 from tests.acceptance.soak.player import Player, players
 from tests.acceptance.soak.verdict import Memory, verdicts

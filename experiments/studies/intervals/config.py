@@ -9,8 +9,13 @@ import itertools
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.configs.checks import check_choice, check_integer, check_number
-from experiments.configs.fingerprint import digest, json_values
+from experiments.configs.checks import (
+    check_choice,
+    check_integer,
+    check_number,
+    digest,
+    json_values,
+)
 from experiments.errors import ConfigError
 
 SizeName = Literal["tiny", "small", "medium", "paper"]

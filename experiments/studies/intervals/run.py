@@ -38,10 +38,9 @@ from experiments.datasets import Dataset
 from experiments.errors import ConfigError, MetricsError
 from experiments.models import Task, architectures
 from experiments.models.networks import ResNet
-from experiments.models.registry import linen_functions
-from experiments.models.task import classifier
+from experiments.models.task import classifier, linen_functions
 from experiments.studies.images import load_data
-from experiments.studies.sizes import Cell, IntervalStudy
+from experiments.studies.intervals.config import Cell, IntervalStudy
 
 AXIS = "batch"
 BLOCKS_OF_RESNET50 = (3, 4, 6, 3)
@@ -67,7 +66,8 @@ class Program(NamedTuple):
 def make_task(config: IntervalStudy, data: Dataset) -> Task:
     """The network of a study, with its loss."""
     if config.model == "resnet50":
-        module = architectures.ResNet(BLOCKS_OF_RESNET50, classes=data.num_classes)
+        blocks = BLOCKS_OF_RESNET50
+        module = architectures.ImageNetResNet(blocks, classes=data.num_classes)
     else:
         module = ResNet(config.blocks, config.width, data.num_classes)
     return classifier(*linen_functions(module), data)

@@ -16,10 +16,55 @@ from rich.console import Console
 from experiments.benchmarks.common import cell as cell_text
 from experiments.benchmarks.common import text_table, write_json
 from experiments.errors import MetricsError
-from experiments.studies.interval_page import save_interval_page
-from experiments.studies.pages import Plot, Table
-from experiments.studies.records import query
-from experiments.studies.sizes import EVERY, RULES, IntervalReport
+from experiments.studies.intervals.config import EVERY, RULES, IntervalReport
+from experiments.studies.pages import Page, Plot, Section, Table, save_page, show
+from experiments.studies.records import commits, machines, query, save_parquet
+
+EVALUATIONS = """
+    SELECT rule, threshold, evaluation.step AS step,
+        100 * avg(evaluation.accuracy) AS accuracy
+    FROM (SELECT cell.rule, cell.threshold, unnest(evaluations) AS evaluation FROM runs)
+    GROUP BY rule, threshold, step
+    ORDER BY list_position($rules, rule), threshold, step
+"""
+
+
+def accuracies(file: Path) -> Table:
+    """The test accuracy during training, a mean over the seeds."""
+    found: dict[tuple, dict[int, float]] = {}
+    for row in query(file, EVALUATIONS, rules=[EVERY, *RULES]):
+        of_cell = found.setdefault((row["rule"], row["threshold"]), {})
+        of_cell[row["step"]] = row["accuracy"]
+    steps = sorted({step for of_cell in found.values() for step in of_cell})
+    rows = [
+        (rule, show(threshold), *(f"{x[s]:.2f}" if s in x else "–" for s in steps))
+        for (rule, threshold), x in found.items()
+    ]
+    header = ("rule", "λ", *(f"step {step}" for step in steps))
+    caption = "Test accuracy in %, means over the seeds"
+    return Table(header, tuple(rows), caption)
+
+
+def save_interval_page(
+    file: Path, facts: dict[str, Any], table: Table, plots: Sequence[Plot], folder: Path
+) -> list[Path]:
+    """Writes the page of an interval study and its runs as Parquet."""
+    config = facts["config"]
+    setting = (
+        f"Factor traffic and accuracy of refresh intervals per layer: "
+        f"{facts['data']['title']}, {config['model']}, batch {config['batch_size']}, "
+        f"{config['steps']} steps. Traffic is what the all-reduces of the statistics "
+        "work on, as a share of the same with every layer refreshed at every step."
+    )
+    sections = (
+        Section("Result", (setting, table, *plots)),
+        Section("During training", (accuracies(file),)),
+    )
+    parquet = folder / f"{file.stem}.parquet"
+    save_parquet(file, parquet)
+    page = Page("Interval study", sections, config, machines(file), commits(file))
+    return [*save_page(page, folder, file.stem), parquet]
+
 
 Line = dict[str, Any]
 # Told apart by colour-blind readers.
@@ -132,7 +177,7 @@ def unlike(line: Line) -> float:
     return statistics.mean(refreshes - interval for refreshes, interval in pairs)
 
 
-def show(rows: Sequence[dict[str, Any]]) -> str:
+def summary_text(rows: Sequence[dict[str, Any]]) -> str:
     """The table as lines of text, of the rows of `summarise`."""
     return text_table(HEADER, table_cells(rows))
 
@@ -302,7 +347,7 @@ def save_report(config: IntervalReport, console: Console) -> list[Path]:
     """Writes summary, plots and page beside the results, and prints the table."""
     lines = read_lines(config.file)
     rows = summarise(lines)
-    console.print(show(rows), highlight=False, soft_wrap=True)
+    console.print(summary_text(rows), highlight=False, soft_wrap=True)
     folder, stem = config.out or config.file.parent, config.file.stem
     folder.mkdir(parents=True, exist_ok=True)
     loads = [line["machine"]["load"][0] for line in lines if line["machine"]["load"]]
