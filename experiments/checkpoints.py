@@ -46,7 +46,6 @@ def save(folder: Path, step: int, state: PyTree) -> None:
 
 
 def write(path: Path, leaves: dict[str, np.ndarray]) -> None:
-    """Writes one checkpoint."""
     with quiet(), checkpointer_of_this_process() as checkpointer:
         checkpointer.save(path, leaves, force=True)
 
@@ -62,7 +61,6 @@ def checkpointer_of_this_process() -> ocp.Checkpointer:
 
 
 def restore(folder: Path, step: int, like: PyTree) -> PyTree:
-    """Reads a checkpoint."""
     path = path_of(folder, step)
     wanted = {
         name: (tuple(np.shape(leaf)), str(np.asarray(leaf).dtype))
@@ -155,7 +153,6 @@ def reason(error: Exception) -> str:
 
 
 def last_good(folder: Path) -> str:
-    """Says which checkpoint is the last good one."""
     steps = complete(folder)
     if not steps:
         return "There is no earlier checkpoint."

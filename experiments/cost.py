@@ -189,7 +189,6 @@ PUBLISHED = {
 def save_plot(
     curves: dict[str, dict[int, StepTime]], net: Network, config: CostConfig
 ) -> None:
-    """Writes the plot."""
     path = config.plot
     assert path is not None
     try:
@@ -303,7 +302,6 @@ def show(
     result: dict[str, Any],
     console: Console,
 ) -> None:
-    """Prints the tables."""
     console.print(
         f"{net.title}: {len(cost.layers)} layers, {cost.parameters:,} parameters; "
         f"{net.batch} examples on each device",

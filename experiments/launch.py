@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 
 import tyro
 
-from experiments.configs.checks import check_integer
+from experiments.configs.checks import check
 from experiments.errors import ConfigError
 from experiments.processes import (
     ADDRESS,
@@ -58,9 +58,7 @@ class LaunchConfig:
     """Seconds without a sign of life after which a process counts as dead."""
 
     def __post_init__(self) -> None:
-        """Checks the values."""
-        for name in ("processes", "devices_per_process", "hosts", "heartbeat_seconds"):
-            check_integer(name.replace("_", "-"), getattr(self, name), at_least=1)
+        check(self, counts="processes devices_per_process hosts heartbeat_seconds")
         if self.processes % self.hosts:
             raise ConfigError(
                 f"processes is {self.processes}; wanted a multiple of the "
@@ -78,12 +76,10 @@ class LaunchConfig:
 
     @property
     def share(self) -> int:
-        """Processes of one host."""
         return self.processes // self.hosts
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     cut = given.index("--") if "--" in given else len(given)
     own, command = given[:cut], given[cut + 1 :]

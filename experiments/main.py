@@ -52,7 +52,6 @@ class ReportConfig:
 def parse(
     arguments: Sequence[str],
 ) -> TrainConfig | ReportConfig | CostConfig | TuneConfig | Command | SurveyCommand:
-    """Parses the command line."""
     commands = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Trains networks with K-FAC, SGD, Adam and AdamW side by side.",
@@ -136,7 +135,6 @@ def continuation(config: Any) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line."""
     console = open_console()
     errors, config = Console(stderr=True), None
     try:

@@ -28,7 +28,6 @@ class MetricsFile:
     """Appends records; what a full disk refuses is kept and tried again."""
 
     def __init__(self, path: Path):
-        """Opens the file for appending."""
         self.path = path
         self.pending = ""
         try:
@@ -60,7 +59,6 @@ class MetricsFile:
         self.pending = ""
 
     def close(self) -> None:
-        """Closes the file."""
         try:
             if self.pending:
                 self.flush()

@@ -69,7 +69,6 @@ def make_momentum(config: KFACConfig | SGDConfig, total_steps: int) -> Any:
 
 
 def make_sgd(config: SGDConfig, total_steps: int) -> optax.GradientTransformation:
-    """Builds SGD with momentum."""
     rate = make_schedule(config.learning_rate, config.schedule, total_steps)
     momentum = make_momentum(config, total_steps)
     make: Any = optax.sgd

@@ -26,7 +26,6 @@ class Placement:
 
     @property
     def count(self) -> int:
-        """Devices of all processes."""
         return self.mesh.size
 
     @property

@@ -49,7 +49,6 @@ class RunProgress:
     """A progress bar for one run; plain lines where there is no terminal."""
 
     def __init__(self, console: Console, title: str, total: int, start: int):
-        """Makes the bar."""
         self.console = console
         self.title = title
         self.total = total
@@ -68,7 +67,6 @@ class RunProgress:
         )
 
     def __enter__(self) -> Self:
-        """Starts drawing."""
         self.progress.start()
         return self
 
@@ -78,7 +76,6 @@ class RunProgress:
         error: BaseException | None,
         traceback: types.TracebackType | None,
     ) -> None:
-        """Leaves the bar as it is."""
         self.progress.stop()
 
     def step(self, step: int, loss: float, steps_per_second: float) -> None:
@@ -118,7 +115,6 @@ class RunProgress:
         return ", ".join(self.texts[name] for name in names if self.texts[name])
 
     def draw(self, step: int) -> None:
-        """Moves the bar."""
         text = self.text("loss", "score", "speed", "kfac")
         self.progress.update(self.task, completed=step, text=text)
 

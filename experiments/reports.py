@@ -76,7 +76,6 @@ class RunRecords:
 
 
 def read_runs(folder: Path) -> list[RunRecords]:
-    """Reads every run of a run folder."""
     runs = []
     for path in sorted(folder.glob(f"*/{FILE_NAME}")):
         records = read_records(path)
@@ -170,7 +169,6 @@ def make_table(runs: Sequence[RunRecords], baseline: str = "adam") -> Table:
 
 
 def row(run: RunRecords, goal: float | None, score: str) -> list[str]:
-    """Returns the cells of one run."""
     title = run.title if run.status == "finished" else f"{run.title} ({run.status})"
     final: dict[str, Any] = run.evals[-1] if run.evals else {}
     last = final.get(f"test_{score}")

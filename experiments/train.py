@@ -90,17 +90,14 @@ class Run:
 
     @property
     def total_steps(self) -> int:
-        """Steps of the whole run."""
         return self.steps_per_epoch * self.config.epochs
 
     @property
     def checkpoint_folder(self) -> Path:
-        """Where the checkpoints are."""
         return self.folder / "checkpoints"
 
     @property
     def metrics_path(self) -> Path:
-        """The file of the metrics."""
         return self.folder / metrics.FILE_NAME
 
     def placement_record(self) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """What the benchmarks share: the clock, the machine's description, tables, files."""
 
-import argparse
 import contextlib
+import dataclasses
 import datetime
 import importlib
 import importlib.metadata
@@ -16,10 +16,11 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -57,6 +58,7 @@ def git(folder: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
+T = TypeVar("T")
 OUT = Path("runs/benchmarks")
 PEER = "kfac_jax"
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -76,40 +78,14 @@ COLOURS = {
 }
 
 
-def comma_list(choices: Sequence[str]) -> Callable[[str], list[str]]:
-    """Returns an argparse type: names separated by commas, each one of `choices`."""
-
-    def parse(text: str) -> list[str]:
-        names = [name.strip() for name in text.split(",") if name.strip()]
-        unknown = [name for name in names if name not in choices]
-        if unknown or not names:
-            raise argparse.ArgumentTypeError(
-                f"{unknown or text}: wanted some of {','.join(choices)}"
-            )
-        return names
-
-    return parse
-
-
-def make_parser(doc: str | None) -> argparse.ArgumentParser:
-    """A parser that shows the defaults; its description is a docstring's first line."""
-    return argparse.ArgumentParser(
-        description=(doc or "").split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-
-
-def positive_int(text: str) -> int:
-    """The argparse type of a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: wanted a number of at least 1")
-    return value
-
-
-def settings(args: argparse.Namespace) -> dict[str, Any]:
+def settings(args: Any) -> dict[str, Any]:
     """Returns the arguments of a run, without the folders of this machine."""
-    return {k: v for k, v in vars(args).items() if not isinstance(v, Path)}
+    values = dataclasses.asdict(args)
+    return {
+        k: v
+        for k, v in values.items()
+        if not isinstance(v, Path) and k not in ("data_dir", "report")
+    }
 
 
 # --------------------------------------------------------------------------- the clock
@@ -140,12 +116,10 @@ class CompileCounter:
     """Counts compilations in this process; install it once."""
 
     def __init__(self) -> None:
-        """Starts counting."""
         self.count = 0
         jax.monitoring.register_event_duration_secs_listener(self.listen)
 
     def listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
-        """Called by JAX."""
         del duration_secs, kwargs
         self.count += event == COMPILE_EVENT
 
@@ -203,6 +177,30 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, middle, high
+
+
+def ratios(values: Sequence[float], base: Sequence[float]) -> tuple[float, ...]:
+    """Quartiles of the quotients, round by round."""
+    return quartiles([x / y for x, y in zip(values, base, strict=True)])
+
+
+def spread(three: Sequence[float]) -> str:
+    """Lower and upper quartile as text."""
+    return f"{three[0]:.2f}-{three[-1]:.2f}"
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 0
+) -> dict[str, list[Any]]:
+    """Calls all once per round, in an order that rotates: what is slow slows all."""
+    names, found = list(calls), {name: [] for name in calls}
+    for number in range(-warm_up, rounds):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            value = calls[name]()
+            if number >= 0:
+                found[name].append(value)
+    return found
 
 
 # --------------------------------------------------------------------- reaching a loss
@@ -263,7 +261,6 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Name of the processor."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -272,6 +269,16 @@ def processor() -> str:
 
 
 # ------------------------------------------------------------------------------ output
+
+
+def parse(kind: type[T], argv: Sequence[str] | None, name: str) -> T:
+    """Reads the command line of a benchmark."""
+    return tyro.cli(kind, args=argv, prog=f"python -m experiments.benchmarks.{name}")
+
+
+def begin(config: Any, **more: Any) -> dict[str, Any]:
+    """A result before anything is measured: the machine and the settings."""
+    return {"machine": machine(), "settings": settings(config), **more}
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -296,7 +303,6 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def cell(value: Any) -> str:
-    """A table cell as text."""
     if value is None:
         return "-"
     if isinstance(value, float):

@@ -15,12 +15,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from experiments.benchmarks.common import (
     OUT,
-    machine,
+    begin,
+    in_turns,
+    parse,
     quartiles,
+    ratios,
+    spread,
     text_table,
     timed,
     write_json,
@@ -104,50 +107,37 @@ def cases(size: int, batch: int, config: Config) -> dict[str, tuple[Callable, tu
 
 
 def measure(size: int, batch: int, config: Config) -> dict[str, dict[str, Any]]:
-    """Times all methods in turn."""
     found = {k: (jax.jit(f), x) for k, (f, x) in cases(size, batch, config).items()}
-    for function, args in found.values():
-        jax.block_until_ready(function(*args))
-    samples: dict[str, list[float]] = {name: [] for name in found}
-    names = list(found)
-    for number in range(config.rounds):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
-            function, args = found[name]
-            samples[name].append(timed(function, *args)[0])
-    base = samples[BASELINE]
+    calls = {k: lambda f=f, x=x: timed(f, *x)[0] for k, (f, x) in found.items()}
+    samples = in_turns(calls, config.rounds, warm_up=1)
     return {
         name: {
             "ms": 1e3 * quartiles(seconds)[1],
-            "ratio": quartiles([x / y for x, y in zip(seconds, base, strict=True)]),
+            "ratio": ratios(seconds, samples[BASELINE]),
         }
         for name, seconds in samples.items()
     }
 
 
-def show(rows: dict[str, dict[str, Any]]) -> str:
-    """The table of one size."""
-    table = []
-    for name, row in rows.items():
-        low, middle, high = row["ratio"]
-        table.append((name, row["ms"], middle, f"{low:.2f}-{high:.2f}"))
-    return text_table(("method", "ms", "ratio to a product", "quartiles"), table)
-
-
 def main(config: Config) -> dict[str, Any]:
     """Measures every size and writes ``inverses.json``."""
-    settings = {k: v for k, v in vars(config).items() if k != "out"}
-    result: dict[str, Any] = {"machine": machine(), "settings": settings, "cases": []}
+    result = begin(config, cases=[])
+    header = ("method", "ms", "ratio to a product", "quartiles")
     for size in config.sizes:
         for batch in config.batches:
             rows = measure(size, batch, config)
             rank = kept_pairs(config.rank, size)
             case = {"size": size, "batch": batch, "rank": rank, "rows": rows}
             result["cases"].append(case)
-            print(f"\n{batch} x {size} x {size}, rank {rank}\n{show(rows)}", flush=True)
+            print(f"\n{batch} x {size} x {size}, rank {rank}")
+            lines = [
+                (name, row["ms"], row["ratio"][1], spread(row["ratio"]))
+                for name, row in rows.items()
+            ]
+            print(text_table(header, lines), flush=True)
             write_json(config.out / "inverses.json", result)
     return result
 
 
 if __name__ == "__main__":
-    raise SystemExit(ended(lambda: main(tyro.cli(Config, description=__doc__))))
+    raise SystemExit(ended(lambda: main(parse(Config, None, "inverses")) and 0))

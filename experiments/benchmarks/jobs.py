@@ -25,6 +25,7 @@ from experiments.benchmarks.common import (
     timed,
 )
 from experiments.benchmarks.networks import Problem
+from experiments.stepping import step as one_step
 from kfac_jax_lite.precondition import gather, precondition, scatter
 from kfac_jax_lite.tree import find_states, leaves_by_path, replace_leaves
 
@@ -79,25 +80,16 @@ def stepper(
     return run
 
 
-def unchanged(state: Any) -> Any:
-    """The state as it is: there is one kind of step."""
-    return state
-
-
 def optax_job(name: str, tx: optax.GradientTransformation, problem: Problem) -> Job:
-    """A first-order optimiser."""
-    loss = problem.plain_loss()
+    loss, batch = problem.plain_loss(), problem.batches[0]
 
     def step(params, state, batch):
-        value, grads = jax.value_and_grad(loss)(params, batch)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, value
+        return one_step(loss, tx, params, state, (batch,))
 
     step = jax.jit(step, donate_argnums=(0, 1))
-    batch = problem.batches[0]
     seconds, state = timed(tx.init, problem.params)
     first, (params, state, _) = timed(step, *copy_tree((problem.params, state)), batch)
-    run = stepper(step, (params, state), {"step": unchanged}, batch)
+    run = stepper(step, (params, state), {"step": lambda state: state}, batch)
     return Job(name, run, {"step": 1}, {"step": first}, seconds, megabytes(state))
 
 
@@ -123,7 +115,7 @@ def products_job(problem: Problem) -> Job:
     rest = (inner.factors, inner.inverses, batch)
     seconds, state = timed(tx.init, params)
     first, _ = timed(step, *copy_tree((params, state)), *rest)
-    run = stepper(step, (params, state), {"step": unchanged}, *rest)
+    run = stepper(step, (params, state), {"step": lambda state: state}, *rest)
     size = megabytes(state)
     return Job("gradient + products", run, {"step": 1}, {"step": first}, seconds, size)
 
@@ -188,7 +180,6 @@ class Ours:
     """A real run of this package's K-FAC, its steps classified by their effect."""
 
     def __init__(self, problem: Problem, fisher: str, **options: Any):
-        """Tags the loss and makes the state."""
         self.problem, self.taken = problem, 0
         self.tagged = tagged = kfac.tag(
             problem.marked_loss(), problem.params, problem.batches[0], fisher=fisher
@@ -197,16 +188,17 @@ class Ours:
         tx = kfac.kfac(tagged.layers, RATE, **settings)
 
         def step(params, state, batch, key):
-            value, grads, statistics = tagged.value_and_grad(
-                params, batch, opt_state=state, key=key, deferred=True
-            )
-            updates, state = tx.update(grads, state, params, statistics=statistics)
-            return optax.apply_updates(params, updates), state, value
+            options = {"key": key, "deferred": True}
+            return one_step(tagged, tx, params, state, (batch,), **options)
 
         self.step = jax.jit(step, donate_argnums=(0, 1))
         self.key = jax.random.key(0)
         self.setup, state = timed(tx.init, problem.params)
         self.now = copy_tree((problem.params, state))
+
+    def warm_up(self, steps: int) -> tuple[str, float]:
+        """Takes steps; what the first one did, and its seconds."""
+        return [self.advance() for _ in range(steps)][0]
 
     def advance(self) -> tuple[str, float]:
         """Takes one real step, with the next batch."""
@@ -246,17 +238,10 @@ def effect(before: tuple, after: tuple) -> str:
     return "".join(str(code) for code in codes)
 
 
-def aged(state: Any, steps: int) -> Any:
-    """The state as if its inverses had been made `steps` steps earlier."""
-    inner = kfac_of(state)
-    clock = inner.clock._replace(last_inverse=inner.clock.last_inverse - steps)
-    return with_kfac(state, inner._replace(clock=clock))
-
-
-def clock_of(state: Any) -> tuple[Any, Any]:
-    """The number of steps and the clock, copied."""
-    inner = kfac_of(state)
-    return copy_tree((inner.count, inner.clock))
+def clock_of(state: Any, older: int = 0) -> tuple[Any, Any]:
+    """The number of steps and the clock, copied; inverses may be made older."""
+    count, clock = copy_tree((kfac_of(state).count, kfac_of(state).clock))
+    return count, clock._replace(last_inverse=clock.last_inverse - older)
 
 
 def with_clock(saved: tuple[Any, Any], state: Any) -> Any:
@@ -293,7 +278,7 @@ def ours_job(
         saved["nothing"] = clock_of(run.now[1])
         run.advance()
     saved["refresh"] = clock_of(run.now[1])
-    saved["refresh+invert"] = clock_of(aged(run.now[1], inverse))
+    saved["refresh+invert"] = clock_of(run.now[1], inverse)
     batch = problem.batches[0]
     kinds = {kind: functools.partial(with_clock, saved[kind]) for kind in cycle}
     for kind, turned in kinds.items():
@@ -326,21 +311,18 @@ def adaptive_job(
     """This package's K-FAC with adaptive intervals, inverting at every refresh."""
     rule = kfac.intervals.adaptive(threshold, rule="elapsed", together=together)
     run = Ours(problem, fisher, interval=rule, inverse=method, inverse_interval=1)
-    kind, first = run.advance()
-    for _ in range(warm_up - 1):
-        run.advance()
+    kind, first = run.warm_up(warm_up)
     start, counted = run.taken, counters(run.now[1])
 
     def notes():
-        refreshes, inversions = counters(run.now[1])
         taken = max(1, run.taken - start)
+        pairs = zip(counters(run.now[1]), counted, strict=True)
+        rates = [float(np.mean(now - before)) / taken for now, before in pairs]
         return {
             "steps": [start + 1, run.taken],
             "mean_interval": float(np.mean(kfac_of(run.now[1]).clock.interval)),
-            "refreshes_per_layer_and_step": float(np.mean(refreshes - counted[0]))
-            / taken,
-            "inversions_per_layer_and_step": float(np.mean(inversions - counted[1]))
-            / taken,
+            "refreshes_per_layer_and_step": rates[0],
+            "inversions_per_layer_and_step": rates[1],
         }
 
     return Job(
@@ -361,9 +343,7 @@ def staggered_job(
     factor, inverse = 10, 100
     options = {"interval": kfac.intervals.every(factor), "inverse_interval": inverse}
     run = Ours(problem, fisher, inverse=method, stagger=True, **options)
-    kind, first = run.advance()
-    for _ in range(warm_up - 1):
-        run.advance()
+    kind, first = run.warm_up(warm_up)
     seen: list[tuple[str, float]] = []
 
     def steps():

@@ -223,14 +223,12 @@ def import_torch() -> tuple[Any, Any, str]:
 
 
 def torch_mlp(nn: Any, width: int) -> Any:
-    """The MLP of `matvec_cases`."""
     first, second = nn.Linear(784, width), nn.Linear(width, width)
     last = nn.Linear(width, CLASSES)
     return nn.Sequential(nn.Flatten(), first, nn.ReLU(), second, nn.ReLU(), last)
 
 
 def torch_lenet5(nn: Any, width: int) -> Any:
-    """The LeNet-5 of `matvec_cases`."""
     del width
     return nn.Sequential(
         *(nn.Conv2d(1, 6, 5, padding=2), nn.Tanh(), nn.AvgPool2d(2)),
@@ -296,7 +294,6 @@ class Peer:
         return found
 
     def with_labels(self, labels: Sequence[np.ndarray]) -> "Peer":
-        """The same with other labels."""
         tensor = self.torch.as_tensor
         pairs = zip(self.data, labels, strict=True)
         data = [(x, tensor(np.array(y, np.int64))) for (x, _), y in pairs]
@@ -394,7 +391,6 @@ class Row:
 
 
 def product(operator: Any, vectors: Any, several: bool) -> Callable[[], Any]:
-    """A call of ours."""
     apply = operator.mm if several else operator.mv
     return lambda: apply(vectors)
 
@@ -456,7 +452,6 @@ def make_rows(
 
 
 def benchmark(name: str, config: Config, torch: Any, curvlinops: Any) -> dict[str, Any]:
-    """Measures one network."""
     data = load(config.dataset, config.data_dir).first(config.examples)
     problem = make_problem(name, data, config.batch_size, config.width)
     peer = make_peer(torch, curvlinops, problem, config.width) if torch else None
@@ -492,7 +487,6 @@ def keep_to(threads: int | None) -> int:
 
 
 def show(rows: Sequence[dict[str, Any]]) -> str:
-    """The table of one network."""
     header = ("matrix", "event", "ours ms", "quartiles", "first s", "theirs ms")
     header += ("quartiles", "first s", "theirs/ours", "quartiles", "difference")
     table = []

@@ -24,7 +24,6 @@ class LeNet5(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps images to ten logits."""
         for channels in (6, 16):
             x = nn.relu(nn.Conv(channels, (5, 5), padding="VALID")(x))
             x = nn.avg_pool(x, (2, 2), (2, 2))
@@ -39,7 +38,6 @@ class ResNet8(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps images to ten logits."""
         x = nn.relu(nn.Conv(16, (3, 3))(x))
         for channels, stride in ((16, 1), (32, 2), (64, 2)):
             strides = (stride, stride)

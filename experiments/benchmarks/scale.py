@@ -10,24 +10,25 @@ longer than a limit, or its time is over; the result says so.
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
-import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from scipy import stats
 
 from experiments.benchmarks.common import (
     OUT,
     amortised,
+    begin,
     import_peer,
     kind_medians,
-    machine,
+    parse,
     text_table,
     write_json,
 )
@@ -87,7 +88,6 @@ def problem_at(width: int, depth: int, batch: int, classes: int) -> Problem:
 
 
 def job_makers(problem: Problem, config: Scale) -> dict[str, Callable[[], Job]]:
-    """The rows of a point."""
     adamw = optax.adamw(RATE)
     makers: dict[str, Callable[[], Job]] = {
         BASELINE: lambda: optax_job(BASELINE, adamw, problem)
@@ -106,7 +106,6 @@ def job_makers(problem: Problem, config: Scale) -> dict[str, Callable[[], Job]]:
 
 
 def measure_point(config: Scale, sizes: Sequence[int]) -> dict[str, Any]:
-    """Measures one network."""
     jobs, failed = make_jobs(job_makers(problem_at(*sizes), config))
     samples = measure(jobs, config.rounds)
     rows = {}
@@ -176,17 +175,9 @@ def exponents(axis: str, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def power_law(pairs: Sequence[tuple[float, float]]) -> dict[str, float | None]:
     """Least squares of ``log y = c + p log x``."""
-    xs = [math.log(x) for x, _ in pairs]
-    ys = [math.log(y) for _, y in pairs]
-    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
-    spread = sum((x - mean_x) ** 2 for x in xs)
-    products = [(x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)]
-    slope = sum(products) / spread
-    rest = [y - mean_y - slope * (x - mean_x) for x, y in zip(xs, ys, strict=True)]
-    if len(pairs) < 3:
-        return {"exponent": slope, "standard_error": None}
-    variance = sum(r * r for r in rest) / (len(pairs) - 2)
-    return {"exponent": slope, "standard_error": math.sqrt(variance / spread)}
+    found: Any = stats.linregress(*np.log(pairs).T)
+    error = None if len(pairs) < 3 else float(found.stderr)
+    return {"exponent": float(found.slope), "standard_error": error}
 
 
 def show(axis: str, found: dict[str, Any]) -> str:
@@ -240,10 +231,8 @@ def plot(path: Path, axes: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measures all axes; writes ``scale.json`` and ``scale.png``."""
-    config = tyro.cli(Scale, args=argv, prog="scale")
-    values = dataclasses.asdict(config)
-    del values["out"]
-    result: dict[str, Any] = {"machine": machine(), "settings": values, "axes": {}}
+    config = parse(Scale, argv, "scale")
+    result = begin(config, axes={})
     for axis in AXES:
         found = measure_axis(config, axis)
         result["axes"][axis] = found
@@ -254,4 +243,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(ended(main))
+    raise SystemExit(ended(lambda: main() and 0))

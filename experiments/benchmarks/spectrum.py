@@ -113,7 +113,6 @@ def train(task: Task, data: Dataset, config: Config, bar: Progress) -> tuple[Any
 
 
 def make_operator(task: Task, data: Dataset, params: Any, config: Config) -> Operator:
-    """The matrix over all examples."""
     x, y, size = data.x_train, data.y_train, config.batch_size
     parts = [
         (jnp.asarray(x[i : i + size]), jnp.asarray(y[i : i + size]))
@@ -199,7 +198,6 @@ def show(result: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line."""
     config = tyro.cli(Config, prog=PROGRAM, args=arguments)
     console = open_console()
     result = measure(config, console)

@@ -4,7 +4,8 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+import typing
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from experiments.errors import ConfigError
@@ -41,6 +42,47 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Raises unless `value` is one of `choices`."""
     if value not in choices:
         raise ConfigError(f"{name} is {value!r}; wanted one of {', '.join(choices)}.")
+
+
+# What `check` asks of the fields it is given, by the name of the argument.
+RULES: dict[str, Callable[[str, Any], None]] = {
+    "counts": lambda name, value: check_integer(name, value, at_least=1),
+    "integers": lambda name, value: check_integer(name, value, at_least=0),
+    "positive": lambda name, value: check_number(name, value, above=0),
+    "not_negative": lambda name, value: check_number(name, value, at_least=0),
+    "decays": lambda name, value: check_number(name, value, at_least=0, below=1),
+    "shares": lambda name, value: check_number(name, value, at_least=0, at_most=1),
+}
+
+
+def check(config: Any, prefix: str = "", **fields: str) -> None:
+    """Checks the fields of a configuration, each item of a tuple; None is left alone.
+
+    A ``Literal`` is checked by its type; the names of `RULES` take fields, separated by
+    spaces. `prefix` is where the configuration lies on the command line.
+    """
+    for name, kind in typing.get_type_hints(type(config)).items():
+        for choices in literals(kind):
+            for value in each(getattr(config, name)):
+                check_choice(prefix + name.replace("_", "-"), value, choices)
+    for rule, names in fields.items():
+        for name in names.split():
+            for value in each(getattr(config, name)):
+                RULES[rule](prefix + name.replace("_", "-"), value)
+
+
+def literals(kind: Any) -> list[tuple[str, ...]]:
+    """The choices of a ``Literal``, also inside of a tuple or a union."""
+    if typing.get_origin(kind) is typing.Literal:
+        return [typing.get_args(kind)]
+    return [found for part in typing.get_args(kind) for found in literals(part)]
+
+
+def each(value: Any) -> list[Any]:
+    """The items of a tuple, or the value itself; nothing for None."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, tuple) else [value]
 
 
 def json_values(config: Any, leave_out: Collection[str] = ()) -> dict[str, Any]:

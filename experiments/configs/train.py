@@ -5,10 +5,12 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.configs.checks import check_choice, check_integer, check_number, digest
+from experiments.configs.checks import (
+    check,
+    check_choice,
+    digest,
+)
 from experiments.errors import ConfigError
-
-SCHEDULES = ("constant", "linear", "cosine", "exponential", "polynomial")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,16 +30,15 @@ class ScheduleConfig:
     """Power of a polynomial schedule."""
 
     def __post_init__(self) -> None:
-        """Checks the values."""
-        check_choice("schedule.kind", self.kind, SCHEDULES)
-        check_integer("schedule.warmup-steps", self.warmup_steps, at_least=0)
-        if self.kind == "polynomial":
-            check_number(
-                "schedule.final-scale", self.final_scale, at_least=0, at_most=1
-            )
-        else:
-            check_number("schedule.final-scale", self.final_scale, above=0, at_most=1)
-        check_number("schedule.power", self.power, above=0)
+        check(
+            self,
+            "schedule.",
+            integers="warmup_steps",
+            positive="power",
+            shares="final_scale",
+        )
+        if self.kind != "polynomial":
+            check(self, "schedule.", positive="final_scale")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +57,7 @@ class SGDConfig:
     """Use Nesterov's form of momentum."""
 
     def __post_init__(self) -> None:
-        """Checks the values."""
-        check_number("sgd.learning-rate", self.learning_rate, above=0)
-        check_number("sgd.momentum", self.momentum, at_least=0, below=1)
+        check(self, "sgd.", positive="learning_rate", decays="momentum")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +76,7 @@ class AdamConfig:
     """Added to the root of the second moment."""
 
     def __post_init__(self) -> None:
-        """Checks the values."""
-        check_number("adam.learning-rate", self.learning_rate, above=0)
-        check_number("adam.b1", self.b1, at_least=0, below=1)
-        check_number("adam.b2", self.b2, at_least=0, below=1)
-        check_number("adam.eps", self.eps, above=0)
+        check(self, "adam.", positive="learning_rate eps", decays="b1 b2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,12 +97,8 @@ class AdamWConfig:
     """Decoupled weight decay, multiplied by the learning rate."""
 
     def __post_init__(self) -> None:
-        """Checks the values."""
-        check_number("adamw.learning-rate", self.learning_rate, above=0)
-        check_number("adamw.b1", self.b1, at_least=0, below=1)
-        check_number("adamw.b2", self.b2, at_least=0, below=1)
-        check_number("adamw.eps", self.eps, above=0)
-        check_number("adamw.weight-decay", self.weight_decay, at_least=0)
+        names = {"positive": "learning_rate eps", "not_negative": "weight_decay"}
+        check(self, "adamw.", decays="b1 b2", **names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,46 +145,28 @@ class KFACConfig:
     """Steps between inverse refreshes."""
 
     def __post_init__(self) -> None:
-        """Checks the values."""
-        check_number("kfac.learning-rate", self.learning_rate, above=0)
-        check_number("kfac.damping", self.damping, above=0)
-        if self.damping_schedule.warmup_steps:
+        check(
+            self,
+            "kfac.",
+            counts="every max_interval inverse_interval",
+            positive="learning_rate damping kl_clip threshold",
+            not_negative="weight_decay",
+            decays="momentum factor_decay",
+        )
+        schedule = self.damping_schedule
+        if schedule.warmup_steps:
             raise ConfigError(
-                "kfac.damping-schedule.warmup-steps is "
-                f"{self.damping_schedule.warmup_steps}; wanted 0, because a warm-up "
-                "starts at zero and the damping must stay positive."
+                f"kfac.damping-schedule.warmup-steps is "
+                f"{schedule.warmup_steps}; wanted 0, because a warm-up starts at zero "
+                "and the damping must stay positive."
             )
-        check_number(
-            "kfac.damping-schedule.final-scale",
-            self.damping_schedule.final_scale,
-            above=0,
-        )
-        check_number("kfac.momentum", self.momentum, at_least=0, below=1)
-        check_number("kfac.weight-decay", self.weight_decay, at_least=0)
-        if self.kl_clip is not None:
-            check_number("kfac.kl-clip", self.kl_clip, above=0)
-        check_number("kfac.factor-decay", self.factor_decay, at_least=0, below=1)
-        check_choice("kfac.fisher", self.fisher, ("empirical", "mc", "exact"))
-        check_choice("kfac.weight-sharing", self.weight_sharing, ("expand", "reduce"))
-        check_choice("kfac.interval", self.interval, ("every", "adaptive", "staleness"))
-        check_integer("kfac.every", self.every, at_least=1)
-        check_number("kfac.threshold", self.threshold, above=0)
-        check_choice("kfac.rule", self.rule, ("multiple", "elapsed"))
-        if self.max_interval is not None:
-            check_integer("kfac.max-interval", self.max_interval, at_least=1)
-        check_choice(
-            "kfac.inverse",
-            self.inverse,
-            ("cholesky", "eigh", "ekfac", "newton_schulz", "low_rank", "auto"),
-        )
-        check_integer("kfac.inverse-interval", self.inverse_interval, at_least=1)
+        check(schedule, "kfac.damping-schedule.", positive="final_scale")
 
 
 IMAGES = ("digits", "mnist5k", "mnist", "fashion_mnist", "cifar10")
 TEXTS = ("tinyshakespeare", "pydoc")
 DATASETS = IMAGES + TEXTS
 MODELS = ("mlp", "mlp_nnx", "lenet5", "resnet", "autoencoder", "lm")
-AUGMENTATIONS = ("none", "crop-flip")
 OPTIMIZERS = ("kfac", "sgd", "adam", "adamw")
 
 DatasetName = Literal[
@@ -236,14 +209,13 @@ class NetConfig:
     """Width of lm; a multiple of the number of heads."""
 
     def __post_init__(self) -> None:
-        """Checks the values."""
-        for name in ("hidden", "blocks", "code"):
-            for width in getattr(self, name):
-                check_integer(f"net.{name}", width, at_least=1)
+        check(
+            self,
+            "net.",
+            counts="hidden blocks code width context layers heads features",
+        )
         if not self.blocks or not self.code:
             raise ConfigError("net.blocks and net.code need at least one number.")
-        for name in ("width", "context", "layers", "heads", "features"):
-            check_integer(f"net.{name}", getattr(self, name), at_least=1)
         if self.features % self.heads:
             raise ConfigError(
                 f"net.features is {self.features}; wanted a multiple of net.heads, "
@@ -304,34 +276,24 @@ class TrainConfig:
     """AdamW."""
 
     def __post_init__(self) -> None:
-        """Checks the values."""
-        check_choice("dataset", self.dataset, DATASETS)
-        check_choice("model", self.model, MODELS)
+        check(
+            self,
+            counts="epochs batch_size eval_examples evals_per_epoch log_every "
+            "checkpoint_every train_examples",
+            integers="seed devices",
+            not_negative="mixup_alpha",
+        )
         if not self.optimizers:
             raise ConfigError(
                 f"optimizers is empty; choose of {', '.join(OPTIMIZERS)}."
             )
-        for name in self.optimizers:
-            check_choice("optimizers", name, OPTIMIZERS)
         if len(set(self.optimizers)) != len(self.optimizers):
             raise ConfigError(f"optimizers has a name twice: {self.optimizers}.")
-        check_choice("baseline", self.baseline, OPTIMIZERS)
-        for name in ("epochs", "batch_size", "eval_examples", "evals_per_epoch"):
-            check_integer(name.replace("_", "-"), getattr(self, name), at_least=1)
-        check_integer("log-every", self.log_every, at_least=1)
-        check_integer("checkpoint-every", self.checkpoint_every, at_least=1)
-        check_integer("seed", self.seed, at_least=0)
-        if self.devices is not None:
-            check_integer("devices", self.devices, at_least=0)
-        check_choice("augment", self.augment, AUGMENTATIONS)
-        check_number("mixup-alpha", self.mixup_alpha, at_least=0)
         if self.dataset in TEXTS and (self.augment != "none" or self.mixup_alpha):
             raise ConfigError(
                 f"augment is {self.augment} and mixup-alpha {self.mixup_alpha}; wanted "
                 f"none and 0, because {self.dataset} is a text."
             )
-        if self.train_examples is not None:
-            check_integer("train-examples", self.train_examples, at_least=1)
 
     @property
     def checkpoint_steps(self) -> int:

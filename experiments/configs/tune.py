@@ -5,15 +5,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiments.configs.checks import (
-    check_choice,
-    check_integer,
-    check_number,
+    check,
     digest,
     json_values,
 )
 from experiments.configs.train import (
-    DATASETS,
-    MODELS,
     DatasetName,
     ModelName,
     NetConfig,
@@ -68,12 +64,7 @@ class CurvatureConfig:
     """Bound of the step's quadratic form (trust region); None for no bound."""
 
     def __post_init__(self) -> None:
-        """Checks the values."""
-        check_choice("curvature.fisher", self.fisher, ("empirical", "mc"))
-        check_integer("curvature.every", self.every, at_least=1)
-        check_integer("curvature.inverse-interval", self.inverse_interval, at_least=1)
-        if self.kl_clip is not None:
-            check_number("curvature.kl-clip", self.kl_clip, above=0)
+        check(self, "curvature.", counts="every inverse_interval", positive="kl_clip")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,20 +135,12 @@ class TuneConfig:
     """Ranges of Muon."""
 
     def __post_init__(self) -> None:
-        """Checks the values."""
-        check_choice("optimizer", self.optimizer, TUNED)
-        check_choice("dataset", self.dataset, DATASETS)
-        check_choice("model", self.model, MODELS)
-        check_choice("mapping", self.mapping, ("auto", "vmap", "loop"))
-        for name in ("trials", "batch", "epochs", "batch_size", "evaluations"):
-            check_integer(name.replace("_", "-"), getattr(self, name), at_least=1)
-        for name in ("startup_trials", "heartbeat", "grace"):
-            check_integer(name.replace("_", "-"), getattr(self, name), at_least=1)
-        for name in ("seed", "prune_from", "worker", "retries"):
-            check_integer(name.replace("_", "-"), getattr(self, name), at_least=0)
-        for name in ("validation_examples", "train_examples"):
-            if getattr(self, name) is not None:
-                check_integer(name.replace("_", "-"), getattr(self, name), at_least=1)
+        check(
+            self,
+            counts="trials batch epochs batch_size evaluations startup_trials "
+            "heartbeat grace validation_examples train_examples",
+            integers="seed prune_from worker retries",
+        )
         if self.grace < 2 * self.heartbeat:
             raise ConfigError(
                 f"grace is {self.grace}; wanted at least twice the heartbeat, "

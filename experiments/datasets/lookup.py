@@ -41,7 +41,6 @@ def load_mnist5k() -> Dataset:
 
 
 def import_package(module: str, package: str):
-    """Imports an optional module."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

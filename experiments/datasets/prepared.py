@@ -80,7 +80,6 @@ def read_parts(
 
 
 def read_split(source) -> Split:
-    """Decodes one split into arrays."""
     images, labels = None, np.empty(len(source), np.int64)
     for index in range(len(source)):
         record = source[index]

@@ -34,7 +34,6 @@ class TextDataset(Examples):
 
     @property
     def context(self) -> int:
-        """Characters of a window."""
         return self.x_train.shape[1]
 
 

@@ -54,7 +54,6 @@ class ImageNetResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
-        """Maps images to logits; in evaluation with the running averages."""
         norm = nn.BatchNorm(not train, momentum=0.9, name="norm_init")
         x = nn.Conv(self.width, (7, 7), (2, 2), use_bias=False, name="conv_init")(x)
         x = norm(x)
@@ -106,7 +105,6 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Maps images to logits."""
         patch = (self.patch, self.patch)
         x = nn.Conv(self.width, patch, patch, padding="VALID", name="embedding")(images)
         x = x.reshape(len(x), -1, self.width)
@@ -149,7 +147,6 @@ class Mixer(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Maps images to logits."""
         patch = (self.patch, self.patch)
         x = nn.Conv(self.width, patch, patch, padding="VALID", name="stem")(images)
         x = x.reshape(len(x), -1, self.width)
@@ -263,7 +260,6 @@ class Problem:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters."""
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.params))
 
 
@@ -367,7 +363,6 @@ class Architecture:
     wanted: float = 0.99  # least share of the parameters that must be under blocks
 
     def make(self) -> Problem:
-        """Makes the loss and its shapes."""
         return self.problem(self.model(), self.shape)
 
     @property

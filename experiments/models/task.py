@@ -160,7 +160,6 @@ class MLP(nnx.Module):
     """Fully connected network with rectified linear units."""
 
     def __init__(self, widths: Sequence[int], rngs: nnx.Rngs):
-        """Makes the layers."""
         pairs = zip(widths[:-1], widths[1:], strict=True)
         self.layers = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in pairs])
 

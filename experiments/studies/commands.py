@@ -110,7 +110,6 @@ def function(path: str) -> Callable[..., Any]:
 
 
 def run_study(config: Command, console: Console) -> int:
-    """Runs a study, or reports one."""
     if isinstance(config, IntervalStudy):
         set_host_devices(config.host_devices)
         function("intervals.run_intervals")(config, console)

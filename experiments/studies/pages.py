@@ -62,7 +62,6 @@ class Table:
     caption: str = ""  # a line above it
 
     def __post_init__(self) -> None:
-        """Checks the rows."""
         for number, row in enumerate(self.rows, start=1):
             if len(row) != len(self.header):
                 raise ValueError(
@@ -108,7 +107,6 @@ class Page:
 
 
 def save_page(page: Page, folder: Path, name: str = "page") -> tuple[Path, Path]:
-    """Writes a page twice."""
     folder.mkdir(parents=True, exist_ok=True)
     sections = (*page.sections, how_it_was_made(page))
     for section in sections:
@@ -156,7 +154,6 @@ def check_plot(plot: Plot, folder: Path) -> None:
 
 
 def how_it_was_made(page: Page) -> Section:
-    """The section at the end."""
     machine = {k: v for k, v in page.machine.items() if k not in ("date", "commit")}
     versions = {name: machine.pop(name) for name in VERSIONS if name in machine}
     commits = page.commits or (NOT_RECORDED,)
@@ -198,7 +195,6 @@ def show(value: Any) -> str:
 
 
 def html_of(title: str, sections: Iterable[Section]) -> str:
-    """The whole HTML file."""
     body = [f"<h1>{html.escape(title)}</h1>"]
     for section in sections:
         body.append(f"<h2>{html.escape(section.title)}</h2>")
@@ -247,7 +243,6 @@ def html_cell(text: str) -> str:
 
 
 def markdown_of(title: str, sections: Iterable[Section]) -> str:
-    """The whole Markdown file."""
     blocks = [f"# {plain(title)}"]
     for section in sections:
         blocks.append(f"## {plain(section.title)}")

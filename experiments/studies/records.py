@@ -27,28 +27,22 @@ class Study(Protocol):
     """What the files need to know of a study's configuration."""
 
     @property
-    def out(self) -> Path:
-        """Folder of the files."""
-        ...
+    def out(self) -> Path: ...
 
     def shared(self) -> dict[str, Any]:
         """What decides a run beside its cell, as JSON values."""
         ...
 
-    def fingerprint(self) -> str:
-        """Short digest of `shared`."""
-        ...
+    def fingerprint(self) -> str: ...
 
 
 class Cells:
     """The files of the finished runs, one for each cell."""
 
     def __init__(self, config: Study):
-        """Remembers the folder."""
         self.config, self.machine = config, machine()
 
     def read(self, name: str) -> list[Record]:
-        """What a cell has finished."""
         path = self.path(name)
         found = metrics.read_records(path)
         for record in found:
@@ -61,11 +55,9 @@ class Cells:
         return found
 
     def path(self, name: str) -> Path:
-        """The file of a cell."""
         return self.config.out / f"{name}.jsonl"
 
     def append(self, name: str, kind: str, step: int, **values: Any) -> Record:
-        """Writes a finished run."""
         shared = {"fingerprint": self.config.fingerprint()}
         shared |= {"config": self.config.shared(), "machine": self.machine}
         path = self.path(name)
@@ -168,7 +160,6 @@ def read_lines(base: duckdb.DuckDBPyConnection, files: list[Path]) -> None:
 
 
 def query(source: Source, sql: str, **parameters: Any) -> list[dict[str, Any]]:
-    """Asks the records."""
     with connect(source) as base:
         return ask(base, sql, **parameters)
 
@@ -176,7 +167,6 @@ def query(source: Source, sql: str, **parameters: Any) -> list[dict[str, Any]]:
 def ask(
     base: duckdb.DuckDBPyConnection, sql: str, **parameters: Any
 ) -> list[dict[str, Any]]:
-    """Asks an open database."""
     rows = base.execute(
         f"SELECT to_json(answer) FROM ({sql}) AS answer", parameters or None
     ).fetchall()
@@ -230,7 +220,6 @@ def all_machines(source: Source) -> list[dict[str, Any]]:
 
 
 def machines(source: Source) -> dict[str, Any]:
-    """What all runs were made with."""
     found = all_machines(source)
     merged = {}
     for name in found[0] if found else ():

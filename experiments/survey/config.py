@@ -2,18 +2,15 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import tyro
 
 from experiments.configs.checks import (
-    check_choice,
-    check_integer,
-    check_number,
-    digest,
-    json_values,
+    check,
 )
 from experiments.errors import ConfigError
+from experiments.studies.study import Study
 
 SizeName = Literal["tiny", "small", "full"]
 DatasetName = Literal[
@@ -48,26 +45,7 @@ APPROXIMATIONS = ("full", "block_diagonal", "kronecker", "diagonal")
 TOP = 10
 
 RESULTS = Path("experiments/survey/results")
-INTEGERS = (
-    "seeds", "steps", "width", "depth", "rows", "sharpness_steps", "workers"
-)  # fmt: skip
-# Which runs are wanted, how they are spread and where files lie decides nothing about
-# a run: a run's own setting is in its record.
-NOT_IN_FINGERPRINT = (
-    "size",
-    "datasets",
-    "models",
-    "optimizers",
-    "sgd_rates",
-    "adam_rates",
-    "kfac_rates",
-    "batch_sizes",
-    "weight_decays",
-    "seeds",
-    "workers",
-    "data_dir",
-    "out",
-)
+INTEGERS = ("seeds", "steps", "width", "depth", "rows", "sharpness_steps", "workers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +68,13 @@ class Setting:
 
 
 @dataclasses.dataclass(frozen=True)
-class SurveyConfig:
+class SurveyConfig(Study):
     """Curvature matrices of many networks, measured while they are trained."""
+
+    LEFT_OUT: ClassVar[str] = (
+        "datasets models optimizers sgd_rates adam_rates kfac_rates "
+        "batch_sizes weight_decays workers "
+    )
 
     size: SizeName = "small"
     """Rung of the ladder; decides the defaults of all other options."""
@@ -147,26 +130,16 @@ class SurveyConfig:
     """Folder of the finished runs, a file for each cell."""
 
     def __post_init__(self) -> None:
-        """Checks the values."""
-        for name in INTEGERS:
-            check_integer(name.replace("_", "-"), getattr(self, name), at_least=1)
-        for name in ("train_examples", "test_examples"):
-            if getattr(self, name) is not None:
-                check_integer(name.replace("_", "-"), getattr(self, name), at_least=1)
-        for size in self.batch_sizes:
-            check_integer("batch-sizes", size, at_least=1)
-        for name in ("sgd_rates", "adam_rates", "kfac_rates"):
-            for value in getattr(self, name):
-                check_number(name.replace("_", "-"), value, above=0)
-        for value in self.weight_decays:
-            check_number("weight-decays", value, at_least=0)
-        for name in ("damping", "kfac_damping", "sharpness_radius"):
-            check_number(name.replace("_", "-"), getattr(self, name), above=0)
-        for share in self.checkpoints:
-            check_number("checkpoints", share, at_least=0, at_most=1)
+        check(
+            self,
+            counts="seeds steps width depth rows sharpness_steps workers batch_sizes "
+            "train_examples test_examples",
+            positive="sgd_rates adam_rates kfac_rates damping kfac_damping "
+            "sharpness_radius",
+            not_negative="weight_decays",
+            shares="checkpoints",
+        )
         for name, known in (("datasets", DATASETS), ("models", MODELS)):
-            for value in getattr(self, name):
-                check_choice(name, value, known)
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty; wanted some of {', '.join(known)}")
 
@@ -193,14 +166,6 @@ class SurveyConfig:
     def measured_steps(self) -> list[int]:
         """The steps after which matrices are measured, ascending."""
         return sorted({round(share * self.steps) for share in self.checkpoints})
-
-    def shared(self) -> dict[str, Any]:
-        """What decides a run beside its cell and setting, as JSON values."""
-        return json_values(self, NOT_IN_FINGERPRINT)
-
-    def fingerprint(self) -> str:
-        """Short digest of `shared`."""
-        return digest(self.shared())
 
 
 TINY = SurveyConfig(
@@ -287,7 +252,6 @@ class Column(NamedTuple):
 
     @property
     def source(self) -> str:
-        """The name in the JSON lines."""
         return self.field or self.name
 
 

@@ -104,7 +104,6 @@ class Records:
     """The rows that coefficients are made of, read once; what was asked is kept."""
 
     def __init__(self, base: duckdb.DuckDBPyConnection):
-        """Reads them."""
         self.rows: dict[Key, dict[str, Runs]] = {}
         self.known: dict[tuple[Predictor, Coefficient], Correlation] = {}
         # Whether a run has a checkpoint between its first and its last.
@@ -118,7 +117,6 @@ class Records:
                     self.keep(row, (None, "full", when))
 
     def keep(self, row: Row, key: Key) -> None:
-        """Keeps the first row of a run."""
         runs = self.rows.setdefault(key, {}).setdefault(row["cell"], {})
         runs.setdefault(row["run"], row)
 
@@ -130,7 +128,6 @@ class Records:
         return self.known[asked]
 
     def mean(self, predictor: Predictor, coefficient: Coefficient) -> Correlation:
-        """The same, made anew."""
         values, count = [], 0
         key = predictor.matrix, predictor.approximation, predictor.early
         for runs in self.rows.get(key, {}).values():
@@ -152,7 +149,6 @@ def mean_of(values: list[float]) -> Interval:
 
 
 def column(rows: list[Row], name: str) -> np.ndarray:
-    """A field of the rows."""
     return np.array([row[name] for row in rows])
 
 
@@ -277,7 +273,6 @@ def at_the_end(records: Records, out: Path) -> Section:
 
 
 def end_said(taus: Found, single: Found, given: Found) -> str:
-    """The answer in one paragraph."""
     base = taus[BASELINE]
     farther = sum(
         strength(c) > strength(base)

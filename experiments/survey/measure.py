@@ -49,7 +49,6 @@ class Spectrum:
 
     @property
     def all_values(self) -> np.ndarray:
-        """All eigenvalues, descending."""
         return np.sort(np.concatenate(self.values))[::-1]
 
     def quotient(self, numerator: np.ndarray, damping: float) -> float:
@@ -112,7 +111,6 @@ def empty() -> dict[str, Any]:
 
 
 def figures(values: np.ndarray, damping: float) -> dict:
-    """The measures of one matrix."""
     squares, positive = values**2, np.maximum(values, 0)
     square, largest = squares.sum(), squares.max()
     return {
@@ -175,7 +173,6 @@ def overlap(left: np.ndarray, right: np.ndarray) -> float:
 def rows_of(
     spectra: dict[str, dict[str, Spectrum]], num_train: int, damping: float
 ) -> list[dict]:
-    """The rows of a checkpoint."""
     covariance = spectra["full"]["gradient_covariance"].matrix
     rows = []
     for approximation, matrices in spectra.items():
@@ -316,7 +313,6 @@ def penalty(
 def estimated_rows(
     problem: Problem, params: Any, key: jax.Array, damping: float
 ) -> list[dict[str, Any]]:
-    """The rows of a checkpoint."""
     make, num_train = operators(problem, params, key), len(problem.data.y_train)
     known: dict[tuple[str, str], Known] = {}
     for pair in itertools.product(APPROXIMATIONS, MATRICES):
@@ -446,7 +442,6 @@ DIGITS = 4
 
 
 def size_of(params: Any) -> int:
-    """The number of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
@@ -533,7 +528,6 @@ def no_rows() -> list[dict[str, Any]]:
 def checkpoint(
     config: SurveyConfig, problem: Problem, params: Any, key: jax.Array
 ) -> list[dict[str, Any]]:
-    """The rows of a checkpoint."""
     state = state_of(config, problem, params)
     finite = math.isfinite(state["train_loss"])
     rows = matrix_rows(config, problem, params, key) if finite else no_rows()

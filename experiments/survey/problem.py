@@ -141,7 +141,6 @@ def clipped(x: jax.Array, side: int) -> tuple[int, int]:
 
 
 def pool(x: jax.Array) -> jax.Array:
-    """Means over windows of 2 x 2."""
     window = clipped(x, 2)
     return nn.avg_pool(x, window, strides=window)
 
@@ -204,7 +203,6 @@ class Residual(nn.Module):
         return nn.Dense(self.classes)(x.mean((1, 2)))
 
     def conv(self, x: jax.Array) -> jax.Array:
-        """A convolution and its norm."""
         x = nn.Conv(self.width, clipped(x, 3), use_bias=False)(x)
         return nn.GroupNorm(num_groups=1)(x)
 
@@ -291,7 +289,6 @@ class Problem(NamedTuple):
 
 
 def make_problem(config: SurveyConfig, model: str, data: Data) -> Problem:
-    """Builds a cell's functions."""
     network = make_model(model, config.width, config.depth, data.classes)
     one = data.x_train[:1]
 

@@ -43,7 +43,6 @@ CHECKPOINTS = """
 
 
 def source_of(folder: Path) -> Path:
-    """Where a folder's records are."""
     if any(path.stat().st_size for path in folder.glob("*.jsonl")):
         return folder
     if (folder / PARQUET).is_file():

@@ -295,12 +295,10 @@ def fixed(value: float | None, places: int = 2) -> str:
 
 
 def plural(count: int, word: str) -> str:
-    """A count with its noun."""
     return f"{count:,} {word}{'' if count == 1 else 's'}"
 
 
 def what_was_run(base: Base) -> Section:
-    """Cells, settings and time."""
     (total,) = ask(base, TOTALS)
     spent = "" if total["hours"] is None else f", together {total['hours']:.2g} hours"
     lost = "All end with finite losses"
@@ -347,7 +345,6 @@ def cell_table(base: Base) -> Table:
 
 
 def setting_table(base: Base) -> Table:
-    """A row for every optimiser."""
     names = ("optimizer", "rates", "batch_sizes", "weight_decays", "seeds", "runs")
     rows = [
         tuple(show(r[name]) for name in (*names, "lost")) for r in ask(base, SETTINGS)
@@ -463,7 +460,6 @@ def squares(base: Base, field: str, when: str, dataset: str) -> dict[str, np.nda
 
 
 def pair_title(pair: tuple[int, int]) -> str:
-    """Two matrices."""
     return " – ".join(MATRIX_TITLES[MATRICES[i]] for i in pair)
 
 

@@ -62,7 +62,6 @@ def missing(config: SurveyConfig, cells: Cells, name: str) -> list[Setting]:
 def run_one(
     config: SurveyConfig, problem: Problem, program: Program, setting: Setting
 ) -> Record:
-    """Trains and measures."""
     start, rows, size = time.perf_counter(), [], 0
     data = problem.data
     key = jax.random.key(setting.seed)
@@ -127,7 +126,6 @@ Hear = Callable[[Cell, str, str, str], None]
 
 
 def run_survey(config: SurveyConfig, console: Console) -> list[str]:
-    """Runs what is missing."""
     cells = Cells(config)
     total = len(config.cells()) * len(config.settings())
     todo = {cell: missing(config, cells, cell_name(*cell)) for cell in config.cells()}

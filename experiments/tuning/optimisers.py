@@ -51,12 +51,10 @@ def make_sgd(rate: Any, values: dict[str, Any]) -> optax.GradientTransformation:
 
 
 def make_adam(rate: Any, values: dict[str, Any]) -> optax.GradientTransformation:
-    """Adam."""
     return optax.adam(rate, b1=values["beta1"], b2=BETA2)
 
 
 def make_adamw(rate: Any, values: dict[str, Any]) -> optax.GradientTransformation:
-    """AdamW."""
     decay = values["weight_decay"]
     return optax.adamw(rate, b1=values["beta1"], b2=BETA2, weight_decay=decay)
 

@@ -28,11 +28,9 @@ class Linear:
     """Value of the first trial; moved into the range if it lies outside."""
 
     def __post_init__(self) -> None:
-        """Checks the bounds."""
         check_bounds(self.low, self.high)
 
     def distribution(self) -> "BaseDistribution":
-        """The same for Optuna."""
         from optuna.distributions import FloatDistribution
 
         return FloatDistribution(self.low, self.high)
@@ -50,12 +48,10 @@ class Log:
     """Value of the first trial; moved into the range if it lies outside."""
 
     def __post_init__(self) -> None:
-        """Checks the bounds."""
         check_number("low", self.low, above=0)
         check_bounds(self.low, self.high)
 
     def distribution(self) -> "BaseDistribution":
-        """The same for Optuna."""
         from optuna.distributions import FloatDistribution
 
         return FloatDistribution(self.low, self.high, log=True)
@@ -71,12 +67,10 @@ class Choice:
     """Value of the first trial; the first of the values if it is none of them."""
 
     def __post_init__(self) -> None:
-        """Checks that there is a value."""
         if not self.values:
             raise ConfigError("values is empty; wanted at least one number.")
 
     def distribution(self) -> "BaseDistribution":
-        """The same for Optuna."""
         from optuna.distributions import CategoricalDistribution
 
         return CategoricalDistribution(self.values)
@@ -123,7 +117,6 @@ class Space:
     """Share of the run after which that is done."""
 
     def __post_init__(self) -> None:
-        """Checks what may not leave certain bounds."""
         for name, space in self.ranges().items():
             for bound in bounds(space):
                 if name in SHARES:

@@ -73,7 +73,6 @@ def open_storage(config: TuneConfig) -> BaseStorage:
 
 
 def open_database(config: TuneConfig, url: sqlalchemy.URL) -> RDBStorage:
-    """Connects once."""
     try:
         with experimental():
             return RDBStorage(
@@ -96,7 +95,6 @@ def open_database(config: TuneConfig, url: sqlalchemy.URL) -> RDBStorage:
 
 
 def checked_url(text: str) -> sqlalchemy.URL:
-    """Parses the URL of a database."""
     try:
         url = sqlalchemy.make_url(text)
         with contextlib.suppress(ImportError):  # told when the database is opened
@@ -114,7 +112,6 @@ def checked_url(text: str) -> sqlalchemy.URL:
 
 
 def shown(url: sqlalchemy.URL) -> str:
-    """The URL without its password."""
     return url.render_as_string(hide_password=True)
 
 
@@ -193,7 +190,6 @@ class Claims:
     """The trials of a study as one worker sees them."""
 
     def __init__(self, config: TuneConfig, identity: dict[str, Any]):
-        """Opens the storage and the study."""
         self.config = config
         self.storage: BaseStorage = open_storage(config)
         self.study = open_study(config, self.storage, identity)
@@ -334,5 +330,4 @@ def workers_folder(config: TuneConfig) -> Path:
 
 
 def working(config: TuneConfig) -> contextlib.AbstractContextManager[None]:
-    """Holds this worker's lock."""
     return locked(workers_folder(config) / str(config.worker))

@@ -45,7 +45,6 @@ class Problem:
         return self.every * self.config.evaluations
 
     def example(self) -> tuple[np.ndarray, np.ndarray]:
-        """The first batch."""
         rows = slice(self.config.batch_size)
         return self.data.x_train[rows], self.data.y_train[rows]
 
@@ -91,7 +90,6 @@ class Program:
     """Trains `count` trials at once."""
 
     def __init__(self, problem: Problem, count: int):
-        """Prepares the functions; each is compiled when it is first called."""
         self.problem, self.count = problem, count
         rule = make_rule(problem.config, problem.task, problem.example())
         self.key = jax.random.key(problem.config.seed + 1)

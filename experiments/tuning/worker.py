@@ -52,7 +52,6 @@ class Lane:
         return self.pruned or self.lost
 
     def tell(self, study: optuna.Study, facts: dict[str, Any]) -> None:
-        """Ends the trial."""
         if self.lost:
             return
         try:
@@ -185,7 +184,6 @@ def start_seed(config: TuneConfig, trial: optuna.Trial) -> int:
 
 
 def tell_user(claims: Claims, lanes: list[Lane], console: Console) -> None:
-    """Prints a line for a batch."""
     finished = claims.trials(*FINISHED)
     best = min((t.value for t in finished if t.value is not None), default=math.inf)
     pruned = sum(lane.pruned for lane in lanes)

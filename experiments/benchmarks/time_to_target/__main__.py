@@ -31,7 +31,6 @@ def use_core(core: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the study and makes its report."""
     study = tyro.cli(Study, args=argv, prog="time_to_target")
     try:
         if study.core is not None and not study.report:

@@ -15,14 +15,18 @@ from experiments.configs.checks import check_integer, digest, json_values
 from experiments.errors import ConfigError
 from experiments.tuning.spaces import Choice, Log
 
-SizeName = Literal["tiny", "small", "medium", "gpu"]
+SizeName = Literal["tiny", "small", "medium", "gpu", "reach"]
 TaskName = Literal["autoencoder", "mlp", "lenet", "resnet", "transformer"]
-OptimiserName = Literal["sgd", "adamw", "muon", "soap", "kfac_jax", "ours"]
+OptimiserName = Literal[
+    "sgd", "adamw", "muon", "soap", "kfac_jax", "ours", "kfac_jax_auto", "ours_auto"
+]
 
 TASKS: tuple[TaskName, ...] = ("autoencoder", "mlp", "lenet", "resnet", "transformer")
 OPTIMISERS: tuple[OptimiserName, ...] = (
     "sgd", "adamw", "muon", "soap", "kfac_jax", "ours"
 )  # fmt: skip
+# Both K-FACs with steps and damping of their own, only when they are asked for.
+AUTOMATIC: tuple[OptimiserName, ...] = ("kfac_jax_auto", "ours_auto")
 FIRST_ORDER: tuple[OptimiserName, ...] = ("sgd", "adamw")
 
 
@@ -60,12 +64,10 @@ class TaskSize:
     curvature: Curvature = Curvature()  # of the K-FACs
 
     def __post_init__(self) -> None:
-        """Checks the numbers."""
         for name in ("validation", "batch", "steps", "eval_every"):
             check_integer(name, getattr(self, name), at_least=1)
 
     def shared(self) -> dict[str, Any]:
-        """The values, as JSON values."""
         return json_values(self)
 
     def fingerprint(self, optimiser: str | None = None) -> str:
@@ -181,7 +183,30 @@ MEDIUM = Size(
 )  # fmt: skip
 # Ten minutes of one accelerator; compiling is most of it.
 GPU = dataclasses.replace(MEDIUM, trials=4)
+# The tasks of reach_loss: the autoencoder of the K-FAC paper, and two more.
+REACH = Size(
+    {
+        "autoencoder": TaskSize(
+            "autoencoder",
+            "mnist",
+            NetConfig(code=(1000, 500, 250, 30)),
+            None, 5_000, 1_000, 480, 10,
+        ),
+        "mlp": TaskSize(
+            "mlp", "mnist", NetConfig(hidden=(256, 256)), None, 5_000, 500, 1_200, 60
+        ),
+        "transformer": TaskSize(
+            "lm",
+            "tinyshakespeare",
+            NetConfig(context=64, layers=2, heads=4, features=96),
+            None, 640, 32, 400, 20,
+        ),
+    },
+    trials=8,
+    seeds=1,
+)  # fmt: skip
 SIZES: dict[str, Size] = {"tiny": TINY, "small": SMALL, "medium": MEDIUM, "gpu": GPU}
+SIZES["reach"] = REACH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +215,7 @@ class Study:
 
     size: SizeName = "small"
     """Rung of the ladder: small is an hour of one core, medium hours of two, gpu ten
-    minutes of an accelerator, tiny a test."""
+    minutes of an accelerator, reach that of reach_loss, tiny a test."""
     tasks: tuple[TaskName, ...] = TASKS
     """Tasks, in this order."""
     optimisers: tuple[OptimiserName, ...] = OPTIMISERS
@@ -211,19 +236,18 @@ class Study:
     """Only make summary and plots again from the records."""
 
     def __post_init__(self) -> None:
-        """Adds the optimisers that set the targets."""
         wrong = [name for name in self.redo if name in FIRST_ORDER]
         if wrong:
             raise ConfigError(
                 f"redo is {', '.join(wrong)}; the targets are theirs. Give another "
                 "folder with --out."
             )
-        every = [n for n in OPTIMISERS if n in (*FIRST_ORDER, *self.optimisers)]
+        wanted = *FIRST_ORDER, *self.optimisers
+        every = [n for n in (*OPTIMISERS, *AUTOMATIC) if n in wanted]
         object.__setattr__(self, "optimisers", tuple(every))
 
     @property
     def lines(self) -> Path:
-        """File of the records."""
         return self.out / "time_to_target.jsonl"
 
     @property
@@ -296,6 +320,7 @@ SPACES: dict[OptimiserName, Space] = {
     ),
     "kfac_jax": KFAC,
     "ours": KFAC,
+    **dict.fromkeys(AUTOMATIC, Space(Log(1.0, 1.0), {"learning_rate": 1.0})),
 }
 # The autoencoder's loss is a sum over 784 pixels: smaller steps of SGD, larger bounds.
 # SOAP's steps with AdamW's learning rates are too short for its plateau, as Muon's are.

@@ -68,7 +68,6 @@ class Problem:
     bernoulli: bool  # whether targets are probabilities of pixels
 
     def example(self) -> tuple[Any, Any]:
-        """The first batch."""
         rows = slice(self.size.batch)
         return self.data.x_train[rows], self.data.y_train[rows]
 
@@ -124,7 +123,6 @@ def load_split(size: TaskSize, data_dir: Path | None) -> tuple[Examples, Any, An
 
 
 def make_problem(size: TaskSize, data_dir: Path | None = None) -> Problem:
-    """Loads a task."""
     data, *held = load_split(size, data_dir)
     task = make_task(size.model, size.net, data)  # pyright: ignore[reportArgumentType]
     return Problem(
@@ -164,14 +162,14 @@ def peer_program(problem: Problem) -> tuple[Callable, Callable, Callable]:
     kfac_jax, reason = import_peer()
     if kfac_jax is None:
         raise ImportError(reason)
-    made: dict[float, tuple[Any, float]] = {}
+    made: dict[float | None, tuple[Any, float]] = {}
     key = jax.random.PRNGKey(1)
     schedule = jax.jit(rate_at)
     _, first_state = jax.jit(problem.task.init)(jax.random.key(0))
     kept = bool(first_state)
 
     def prepare(values):
-        bound = values["kl_clip"]
+        bound = values.get("kl_clip")
         if bound not in made:
             made[bound] = make_optimiser(problem, kfac_jax, bound), 0.0
             seconds = first_calls(problem, values, start, step)
@@ -181,28 +179,30 @@ def peer_program(problem: Problem) -> tuple[Callable, Callable, Callable]:
     def start(params, values):
         with_state = {"func_state": first_state} if kept else {}
         batch = tuple(map(jnp.asarray, problem.example()))
-        return made[values["kl_clip"]][0].init(params, key, batch, **with_state)
+        return made[values.get("kl_clip")][0].init(params, key, batch, **with_state)
 
     def step(carry, values, number, batch, unused):
         del unused  # it splits a key only to sample labels; raw keys are its habit
         params, model_state, state = carry
-        params, state, *rest = made[values["kl_clip"]][0].step(
+        given: dict[str, Any] = {"func_state": model_state} if kept else {}
+        if "damping" in values:
+            given["learning_rate"] = schedule(values, number)
+            for name in ("momentum", "damping"):
+                given[name] = jnp.asarray(values[name])
+        params, state, *rest = made[values.get("kl_clip")][0].step(
             params,
             state,
             jax.random.fold_in(key, number),
             batch=tuple(map(jnp.asarray, batch)),
-            learning_rate=schedule(values, number),
-            momentum=jnp.asarray(values["momentum"]),
-            damping=jnp.asarray(values["damping"]),
             global_step_int=number,
-            **({"func_state": model_state} if kept else {}),
+            **given,
         )
         return params, rest[0] if kept else model_state, state
 
     return prepare, start, step
 
 
-def make_optimiser(problem: Problem, kfac_jax: Any, bound: float) -> Any:
+def make_optimiser(problem: Problem, kfac_jax: Any, bound: float | None) -> Any:
     """Learning rate, momentum and damping are arguments of its step."""
 
     def mark(logits, targets):
@@ -221,15 +221,22 @@ def make_optimiser(problem: Problem, kfac_jax: Any, bound: float) -> Any:
         return whole(params, model_state, batch)[0]
 
     chosen = problem.size.curvature
+    options: dict[str, Any] = {
+        "norm_constraint": bound,
+        "curvature_ema": chosen.factor_decay,
+        "curvature_update_period": chosen.peer_interval,
+        "inverse_update_period": chosen.peer_inverse,
+    }
+    if bound is None:  # steps and damping of its own
+        names = ("learning_rate", "momentum", "damping")
+        options = {f"use_adaptive_{name}": True for name in names}
+        options |= {"initial_damping": 150.0, "min_damping": 1e-5}
     return kfac_jax.Optimizer(
         jax.value_and_grad(whole if kept else stateless, has_aux=kept),
         l2_reg=0.0,
         value_func_has_state=kept,
-        norm_constraint=bound,
         num_burnin_steps=0,
-        curvature_ema=chosen.factor_decay,
-        curvature_update_period=chosen.peer_interval,
-        inverse_update_period=chosen.peer_inverse,
+        **options,
     )
 
 
@@ -286,7 +293,6 @@ def make_sgd(rate: Any, values: dict[str, Any]) -> optax.GradientTransformation:
 
 
 def make_adamw(rate: Any, values: dict[str, Any]) -> optax.GradientTransformation:
-    """AdamW."""
     return optax.adamw(rate, b2=values["beta2"], weight_decay=values["weight_decay"])
 
 
@@ -309,7 +315,6 @@ def make_soap(rate: Any, values: dict[str, Any]) -> optax.GradientTransformation
 
 
 def import_soap() -> ModuleType:
-    """The package soap_jax."""
     try:
         return importlib.import_module("soap_jax")
     except ImportError as error:
@@ -332,7 +337,6 @@ def optax_program(problem: Problem, make_tx: MakeTx, names: tuple[str, ...]) -> 
 
 
 def ours_program(problem: Problem, names: tuple[str, ...]) -> Program:
-    """This package's K-FAC."""
     found: dict[str, Any] = {}
     chosen = problem.size.curvature
 
@@ -368,6 +372,42 @@ def ours_program(problem: Problem, names: tuple[str, ...]) -> Program:
 
     ones = {name: 0.5 for name in names}
     return compiled(problem, lambda p: make_tx(1.0, ones, 1).init(p), step, names)
+
+
+def automatic_program(problem: Problem, names: tuple[str, ...]) -> Program:
+    """This package's K-FAC with steps and damping from the quadratic model.
+
+    What is evaluated is the moving average of the parameters.
+
+    References:
+        Martens & Grosse, 2015, arXiv:1503.05671, Sec. 6, 7 and 13.
+    """
+    tagged, every = problem.tagged(), kfac.intervals.every(1)
+    rule = kfac.damping.levenberg_marquardt(0.03, 0.85, minimum=3e-3)
+    tx = kfac.kfac(
+        tagged.layers, "auto", damping=rule, interval=every, inverse_interval=6
+    )
+
+    def step(carry, values, number, batch, key):
+        del values, number
+        average, model_state, (params, state) = carry
+        loss, size = problem.task.loss, len(batch[0])
+        part, few = [x[-(size // 8) :] for x in batch], [x[: size // 16] for x in batch]
+        found = tagged.value_and_grad(
+            params, model_state, *part, opt_state=state, key=key
+        )
+        model = kfac.quadratic_model(tagged, params, model_state, *few)
+        grads, model_state = jax.grad(loss, has_aux=True)(params, model_state, *batch)
+        given = {"statistics": found[2], "model": model}
+        updates, state = tx.update(grads, state, params, **given)
+        params = optax.apply_updates(params, updates)
+        average = optax.incremental_update(params, average, 0.1)
+        return average, model_state, (params, state)
+
+    def start(params):
+        return jax.tree.map(jnp.copy, params), tx.init(params)
+
+    return compiled(problem, start, step, names)
 
 
 def growing(longest: int) -> kfac.intervals.Interval:
@@ -421,7 +461,9 @@ def make_program(name: str, problem: Problem, names: tuple[str, ...]) -> Program
     """Compiles an optimiser for a task."""
     if name == "ours":
         return ours_program(problem, names)
-    if name == "kfac_jax":
+    if name == "ours_auto":
+        return automatic_program(problem, names)
+    if name in ("kfac_jax", "kfac_jax_auto"):
         return Program(*peer_program(problem))
     if name == "soap":
         import_soap()

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from experiments import metrics
 from experiments.benchmarks.common import first_reach, text_table, write_json
-from experiments.benchmarks.time_to_target.config import OPTIMISERS, Study
+from experiments.benchmarks.time_to_target.config import Study
 from experiments.errors import MetricsError
 
 MEASURES = ("steps", "seconds", "with_compiling", "cpu_seconds")
@@ -91,6 +91,8 @@ TITLES = {
     "soap": "SOAP",
     "kfac_jax": "kfac-jax",
     "ours": "kfac_jax_lite",
+    "kfac_jax_auto": "kfac-jax, automatic",
+    "ours_auto": "kfac_jax_lite, automatic",
 }
 COLOURS = {
     "sgd": "#999999",
@@ -99,6 +101,8 @@ COLOURS = {
     "soap": "#e69f00",
     "kfac_jax": "#009e73",
     "ours": "#d55e00",
+    "kfac_jax_auto": "#009e73",
+    "ours_auto": "#d55e00",
 }
 AXES = {
     "steps": "steps",
@@ -121,7 +125,7 @@ def summarise(study: Study, records: Sequence[Record]) -> Record:
         result.setdefault("machine", seeds[0]["machine"])
         rows = {
             n: optimiser_row([r for r in seeds if r["optimiser"] == n], found["target"])
-            for n in OPTIMISERS
+            for n in TITLES
             if any(r["optimiser"] == n for r in seeds)
         }
         missing = {
@@ -147,7 +151,6 @@ def summarise(study: Study, records: Sequence[Record]) -> Record:
 
 
 def optimiser_row(runs: Sequence[Record], target: float) -> Record:
-    """A winner's seeds."""
     taken = [times(run, target) for run in runs]
     rates = [1e3 * r["curve"][-1]["seconds"] / r["curve"][-1]["step"] for r in runs]
     busy = [r["cores_busy"] for r in runs]

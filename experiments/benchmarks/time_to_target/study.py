@@ -51,7 +51,6 @@ class Records:
     """The file of the records: what is there, and what is added."""
 
     def __init__(self, study: Study):
-        """Reads what earlier calls have finished."""
         self.study, rung = study, study.rung
         metrics.keep_until(study.lines, max(t.steps for t in rung.tasks.values()))
         forget(study.lines, study.redo)
@@ -85,12 +84,10 @@ class Records:
         return record
 
     def close(self) -> None:
-        """Closes the file."""
         self.file.close()
 
 
 def key_of(record: Record) -> tuple[Any, ...]:
-    """What a record is found by."""
     return tuple(record.get(k) for k in ("kind", "task", "optimiser", "number"))
 
 
@@ -118,7 +115,6 @@ class TaskRun:
     """A task of the study, with the programs compiled so far."""
 
     def __init__(self, study: Study, name: TaskName, records: Records, tell: Callable):
-        """Remembers what is needed; data are loaded when a run wants them."""
         self.study, self.records, self.tell = study, records, tell
         self.name: TaskName = name
         self.size = study.rung.tasks[name]
@@ -126,13 +122,11 @@ class TaskRun:
         self.problem: problem.Problem | None = None
 
     def loaded(self) -> problem.Problem:
-        """The problem, loaded once."""
         if self.problem is None:
             self.problem = problem.make_problem(self.size, self.study.data_dir)
         return self.problem
 
     def program(self, optimiser: OptimiserName) -> problem.Program:
-        """The compiled optimiser."""
         if optimiser not in self.programs:
             names = tuple(space_of(self.name, optimiser).distributions())
             made = problem.make_program(optimiser, self.loaded(), names)
@@ -231,7 +225,6 @@ def ask(
 
 
 def run_study(study: Study, console: Console) -> Path:
-    """Runs what is missing."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     rung, shown = study.rung, console.is_terminal
     each = rung.trials + rung.seeds
@@ -248,8 +241,9 @@ def run_study(study: Study, console: Console) -> Path:
             console.print(f"[{done}/{total}] {text}", soft_wrap=True, markup=False)
 
         for name in study.tasks:
-            run_task(TaskRun(study, name, records, tell))
-            jax.clear_caches()
+            if name in rung.tasks:
+                run_task(TaskRun(study, name, records, tell))
+                jax.clear_caches()
     return study.lines
 
 

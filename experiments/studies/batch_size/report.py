@@ -115,7 +115,6 @@ class Result(NamedTuple):
         return np.mean([curve[:length] for curve in curves], 0)
 
     def steps(self) -> int:
-        """Iterations of an epoch."""
         record = next(iter(self.seeds.values()))
         return record["step"] // len(record["wall"])
 
@@ -154,7 +153,6 @@ def read_results(folder: Path) -> Results:
 
 
 def sizes_of(results: Results) -> list[int]:
-    """The batch sizes, ascending."""
     return sorted({cell.batch_size for cell in results})
 
 
@@ -253,7 +251,6 @@ def growth(found: Estimate | None) -> str:
 
 
 def answer(results: Results, config: dict[str, Any]) -> str:
-    """The answer in one paragraph."""
     over_sgd = differences(results, SGD)
     if not over_sgd:
         return "K-FAC and SGD have no finished runs at a common batch size yet."
@@ -447,7 +444,6 @@ def accuracy_table(results: Results) -> Table:
 
 
 def shown(result: Result | None, which: str) -> str:
-    """A cell's accuracy as text."""
     if result is None:
         return NOTHING
     if which == "test":
@@ -572,7 +568,6 @@ def setting(config: dict[str, Any]) -> str:
 def make_sections(
     results: Results, config: dict[str, Any], out: Path
 ) -> tuple[Section, ...]:
-    """What the page says."""
     plots = {name: Plot(out / f"{name}.png", text) for name, (_, text) in PLOTS.items()}
     compared = (lead_table(results),) if leads(results, SGD) else ()
     return (

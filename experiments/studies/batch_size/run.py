@@ -323,7 +323,6 @@ def seeds_of(records: list[Record], number: int) -> dict[int, Record]:
 
 
 def run_batch_size(config: BatchStudy, console: Console) -> Path:
-    """Runs what is missing."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     problem, cells, wanted = load(config), Cells(config), config.cells()
     data, sizes = problem.data, (config.train_examples, len(problem.data.x_test))

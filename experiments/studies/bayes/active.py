@@ -113,7 +113,6 @@ def of_pool(config: BayesStudy) -> BayesStudy:
 
 
 def run_one(active: ActiveLearning, pool: Pool, name: str, seed: int) -> Record:
-    """All rounds of a seed."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(pool.images))
     labelled, others = order[: active.start], order[active.start :]

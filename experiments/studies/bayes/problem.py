@@ -123,7 +123,6 @@ def shifted(config: BayesStudy, data: Dataset) -> dict[float, Pair]:
 
 
 def make_network(name: str, net: NetConfig, data: Dataset) -> Network:
-    """A network for a data set."""
     init, apply = linen_functions(linen_module(name, net, data))
     preprocess = make_preprocess(data, standardise=True)
 
@@ -274,7 +273,6 @@ def tag_for(settings: Settings, task: Task, example: tuple[Any, Any]) -> Any:
 def make_tx(
     settings: Settings, layers: Any, values: Values
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimiser of a method."""
     method, n, momentum = settings.method, settings.num_data, settings.momentum
     rate = optax.cosine_decay_schedule(values["learning_rate"], settings.steps)
     curved: Values = {

@@ -29,7 +29,6 @@ GAP, END, FARTHEST, POINTS = 0.3, 1.0, 1.4, 141
 
 
 def truth(x: Any) -> Any:
-    """The function behind the data."""
     return 2 * x**3 - x / 2
 
 

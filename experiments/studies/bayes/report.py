@@ -180,7 +180,6 @@ NAMES = ("accuracy", "nll", "ece")
 
 
 def p_text(p: float | None) -> str:
-    """A p-value in words."""
     if p is None:
         return "no p"
     return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}"
@@ -234,7 +233,6 @@ def on_problem(results: Results, dataset: str, network: str) -> str:
 
 
 def answer(results: Results) -> str:
-    """The answer in one paragraph."""
     parts = [on_problem(results, *problem) for problem in problems_of(results)]
     seeds = sorted(
         {len(r.runs) for c, r in results.items() if c.method in (ADAM, *NATURAL)}
@@ -522,19 +520,16 @@ def shown(values: np.ndarray, factor: float = 1, digits: int = 4) -> str:
 
 
 def names_of(result: Result) -> tuple[str, ...]:
-    """The first cells of a row."""
     cell = result.cell
     runs = str(len(result.runs))
     return cell.dataset, cell.network, TITLES[cell.method], runs
 
 
 def score(name: str, values: np.ndarray) -> str:
-    """A score of a table."""
     return shown(values, 100, 2) if name == "accuracy" else shown(values)
 
 
 def score_table(results: Results) -> Table:
-    """All scores: a row per cell."""
     rows = []
     adam_seconds = {}
     for cell, result in results.items():
@@ -551,7 +546,6 @@ def score_table(results: Results) -> Table:
 
 
 def comparison_table(results: Results) -> Table:
-    """Every method less Adam."""
     rows = []
     for cell, result in results.items():
         found = comparisons(results, cell, NAMES)
@@ -601,7 +595,6 @@ def strange_table(results: Results) -> Table:
 
 
 def search_table(results: Results) -> Table:
-    """What the searches found."""
     rows = []
     for result in results.values():
         if result.trials:
@@ -632,7 +625,6 @@ def setting(config: Record) -> str:
 
 
 def make_sections(results: Results, records: list[Record], out: Path) -> list[Section]:
-    """What the page says."""
     config = next(iter(results.values())).runs[0]["config"]
     reliability, shift = out / "reliability.png", out / "shift.png"
     plot_reliability(results, reliability)

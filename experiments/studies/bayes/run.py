@@ -81,7 +81,6 @@ def save(path: Path, tree: Any) -> None:
 
 
 def read(path: Path, like: Any) -> Any:
-    """Reads a tree."""
     if not path.exists():
         raise MetricsError(
             f"{path} does not exist: the weights are those of another cell, which has "
@@ -110,7 +109,6 @@ def runs(
     how: str,
     done: Any,
 ) -> Iterator[tuple[int, Record]]:
-    """Measures what is missing."""
     like = jax.eval_shape(network.task.init, jax.random.key(0))
 
     def trained(seed):
@@ -201,7 +199,6 @@ def settings_of(config: BayesStudy, method: str) -> Settings:
 
 
 def run_one(context: Context, program: Program, values: Values, seed: int) -> Run:
-    """A run on the training images."""
     config, data = context.config, context.images.data
     images, labels = on_device((data.x_train, data.y_train))
     epochs = orders(len(images), config.batch_size, config.epochs, seed)
@@ -361,7 +358,6 @@ def text_of(record: Record) -> str:
 
 
 def run_bayes(config: BayesStudy, console: Console) -> Path:
-    """Runs what is missing."""
     cells = Cells(config)
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("runs", total=total_runs(config))

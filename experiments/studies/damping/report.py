@@ -142,7 +142,6 @@ def wins(folder: Path) -> dict[str, Any]:
 
 
 def has_seeds(records: list[Record]) -> bool:
-    """Whether some winner was run."""
     return any(r["seed"] != SEARCH_SEED for r in records)
 
 
@@ -208,7 +207,6 @@ def best_third(records: list[Record]) -> list[Record]:
 
 
 def summary(cells: dict[str, list[Record]]) -> dict[str, Any]:
-    """Numbers of the table, by cell."""
     rows = {}
     for name, records in cells.items():
         trials = [r for r in records if r["kind"] == "trial"]

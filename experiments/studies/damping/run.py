@@ -54,7 +54,6 @@ class Images(NamedTuple):
 
 
 def load(config: DampingStudy) -> Images:
-    """The training images."""
     data = datasets.load(config.dataset, config.data_dir)
     x = np.asarray(data.x_train, np.float32) / data.maximum
     flat = jnp.asarray(x.reshape(len(x), -1))
@@ -101,7 +100,6 @@ class Program(NamedTuple):
 def make_program(
     config: DampingStudy, images: Images, method: str, kl_clip: float | None
 ) -> Program:
-    """Builds a method's functions."""
     init = make_init(config, images)
     shapes = jax.eval_shape(init, jax.random.key(0))
     part = images.x[: config.eval_examples], images.y[: config.eval_examples]
@@ -339,7 +337,6 @@ def sensitivity(
 
 
 def run_damping(config: DampingStudy, console: Console) -> Path:
-    """Runs what is missing."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     images, cells = load(config), Cells(config)
     console.print(f"Data: {images.title}, {len(images.x)} images")

@@ -122,7 +122,6 @@ def best_rate(records: list[Record], task: str, method: str) -> float:
 def run_tasks(
     config: DampingStudy, cells: Cells, tell: Callable[[Record], None]
 ) -> None:
-    """Runs what is missing."""
     sizes = SIZES["tiny" if config.size == "tiny" else "small"].tasks
     records = [r for r in cells.read(CELL) if r["kind"] == "run"]
     for task in config.tasks:

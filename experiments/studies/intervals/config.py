@@ -7,16 +7,13 @@ same in every cell.
 import dataclasses
 import itertools
 from pathlib import Path
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 from experiments.configs.checks import (
-    check_choice,
-    check_integer,
-    check_number,
-    digest,
-    json_values,
+    check,
 )
 from experiments.errors import ConfigError
+from experiments.studies.study import RESULTS, Study
 
 SizeName = Literal["tiny", "small", "medium", "paper"]
 RuleName = Literal["multiple", "elapsed", "staleness"]
@@ -25,12 +22,6 @@ DatasetName = Literal["digits", "mnist", "fashion_mnist", "cifar10", "imagenet"]
 
 EVERY = "every"
 RULES = ("multiple", "elapsed", "staleness")
-MODELS = ("resnet", "resnet50")
-DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "imagenet")
-RESULTS = Path("experiments/studies/results")
-
-# Which cells are run, and where files lie, decides nothing about a cell.
-NOT_IN_FINGERPRINT = ("size", "rules", "thresholds", "seeds", "data_dir", "out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +40,10 @@ class Cell:
 
 
 @dataclasses.dataclass(frozen=True)
-class IntervalStudy:
+class IntervalStudy(Study):
     """Factor traffic and accuracy of the refresh rules, beside every-step refreshes."""
+
+    LEFT_OUT: ClassVar[str] = "rules thresholds"
 
     size: SizeName = "small"
     """Rung of the ladder; decides the defaults of all other options."""
@@ -98,27 +91,15 @@ class IntervalStudy:
     """Where finished cells are appended, one per line."""
 
     def __post_init__(self) -> None:
-        """Checks the values."""
-        check_choice("dataset", self.dataset, DATASETS)
-        check_choice("model", self.model, MODELS)
-        for rule in self.rules:
-            check_choice("rules", rule, RULES)
-        for threshold in self.thresholds:
-            check_number("thresholds", threshold, above=0)
-        for seed in self.seeds:
-            check_integer("seeds", seed, at_least=0)
-        for name in ("pool", "width", "batch_size", "steps", "record_every"):
-            check_integer(name.replace("_", "-"), getattr(self, name), at_least=1)
-        check_integer("eval-every", self.eval_every, at_least=1)
-        check_number("learning-rate", self.learning_rate, above=0)
-        check_number("decay-power", self.decay_power, at_least=0)
-        check_number("damping", self.damping, above=0)
-        check_number("momentum", self.momentum, at_least=0, below=1)
-        check_number("factor-decay", self.factor_decay, at_least=0, below=1)
-        for optional in ("train_examples", "host_devices"):
-            value = getattr(self, optional)
-            if value is not None:
-                check_integer(optional.replace("_", "-"), value, at_least=1)
+        check(
+            self,
+            counts="pool width batch_size steps record_every eval_every train_examples "
+            "host_devices",
+            integers="seeds",
+            positive="thresholds learning_rate damping",
+            not_negative="decay_power",
+            decays="momentum factor_decay",
+        )
         if self.eval_every % self.record_every or self.steps % self.record_every:
             raise ConfigError(
                 f"steps is {self.steps}, eval-every {self.eval_every}; wanted "
@@ -138,14 +119,6 @@ class IntervalStudy:
             for seed in self.seeds
             for rule, threshold in [(EVERY, None), *grid]
         ]
-
-    def shared(self) -> dict[str, Any]:
-        """What decides a cell beside its rule, threshold and seed, as JSON values."""
-        return json_values(self, NOT_IN_FINGERPRINT)
-
-    def fingerprint(self) -> str:
-        """Short digest of `shared`."""
-        return digest(self.shared())
 
 
 # Two cells of a moment, for tests and to try the command.

@@ -74,7 +74,6 @@ def make_task(config: IntervalStudy, data: Dataset) -> Task:
 
 
 def make_interval(cell: Cell) -> kfac.intervals.Interval:
-    """The refresh rule of a cell."""
     if cell.threshold is None:
         return kfac.intervals.every(1)
     if cell.rule == "staleness":
@@ -83,7 +82,6 @@ def make_interval(cell: Cell) -> kfac.intervals.Interval:
 
 
 def make_mesh(config: IntervalStudy) -> Mesh:
-    """All devices in a row."""
     count = jax.device_count()
     if config.host_devices not in (None, count):
         raise ConfigError(
@@ -112,7 +110,6 @@ def tag_share(
 def make_program(
     config: IntervalStudy, cell: Cell, task: Task, data: Dataset, mesh: Mesh
 ) -> Program:
-    """Builds the step of a rule."""
     tagged = tag_share(config, task, data, mesh.size)
     tx = kfac.kfac(
         tagged.layers,
@@ -157,7 +154,6 @@ def run_cell(
     evaluate: Callable[[Any, Any], dict[str, float]],
     tell: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Trains one cell."""
     began, losses = time.perf_counter(), []
     carry = program.start(cell.seed)
     records, evaluations = [], []
@@ -284,7 +280,6 @@ def append(
     data: Dataset,
     result: dict[str, Any],
 ) -> None:
-    """Writes a finished cell."""
     file.append(
         "cell",
         config.steps,

@@ -114,7 +114,6 @@ def tag(config: PinnStudy) -> TaggedLoss:
 
 
 def make_program(config: PinnStudy, method: str) -> Program:
-    """Compiles nothing yet."""
     batch = points(config)
     step = {ADAM: adam, LBFGS: lbfgs, KFAC: kronecker, DUAL: dual}[method]
     # A number of pairs decides shapes.
@@ -267,7 +266,6 @@ def run_method(
 
 
 def run_pinn(config: PinnStudy, console: Console) -> Path:
-    """Runs what is missing."""
     cells = Cells(config)
     total = sum(len(config.settings(m)) + config.seeds for m in config.only)
     with (

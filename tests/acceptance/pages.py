@@ -5,7 +5,7 @@ A page's code defines the problem: ``make_params``, ``tagged``, ``next_batch``,
 with one seed; the setting with the lowest final score is trained with the other seeds.
 A final score is the mean over the last tenth of the steps.
 
-``python -m experiments.benchmarks.pages [page ...]`` writes ``results/pages.json``.
+``python -m tests.acceptance.pages [page ...]`` writes ``results/pages.json``.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import optax
 import kfac_jax_lite as kfac
 
 ROOT = Path(__file__).parents[2]
-OUT = Path(__file__).parent / "results" / "pages.json"
+OUT = ROOT / "experiments" / "benchmarks" / "results" / "pages.json"
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 PAGES = {
     # Steps, name of the first batch, what is measured.
