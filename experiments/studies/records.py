@@ -10,30 +10,18 @@ import contextlib
 import glob
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import duckdb
 
 from experiments import metrics
 from experiments.benchmarks.common import machine
 from experiments.errors import MetricsError
+from experiments.studies.study import Study
 
 Record = dict[str, Any]
-
-
-class Study(Protocol):
-    """What the files need to know of a study's configuration."""
-
-    @property
-    def out(self) -> Path: ...
-
-    def shared(self) -> dict[str, Any]:
-        """What decides a run beside its cell, as JSON values."""
-        ...
-
-    def fingerprint(self) -> str: ...
 
 
 class Cells:
@@ -42,30 +30,48 @@ class Cells:
     def __init__(self, config: Study):
         self.config, self.machine = config, machine()
 
+    def path(self, name: str) -> Path:
+        """The file of a cell; a study may have a single one."""
+        out = self.config.out
+        return out if out.suffix == ".jsonl" else out / f"{name}.jsonl"
+
     def read(self, name: str) -> list[Record]:
-        path = self.path(name)
+        """What a cell has finished."""
+        path, wanted = self.path(name), self.config.shared()
         found = metrics.read_records(path)
         for record in found:
             if record["fingerprint"] != self.config.fingerprint():
+                seen = record["config"]
+                fields = [k for k in wanted if seen.get(k) != wanted[k]]
+                apart = [f"{k} {seen.get(k)!r}, not {wanted[k]!r}" for k in fields]
                 raise MetricsError(
-                    f"{path} holds runs of another configuration: "
-                    f"{record['config']}, not {self.config.shared()}. Give another "
-                    "folder with --out."
+                    f"{path} holds runs of another configuration: {', '.join(apart)}. "
+                    "Give another place with --out."
                 )
         return found
 
-    def path(self, name: str) -> Path:
-        return self.config.out / f"{name}.jsonl"
-
     def append(self, name: str, kind: str, step: int, **values: Any) -> Record:
+        """Writes a finished run; the record as it can be read again."""
         shared = {"fingerprint": self.config.fingerprint()}
         shared |= {"config": self.config.shared(), "machine": self.machine}
         path = self.path(name)
         drop_half_line(path)
         file = metrics.MetricsFile(path)
-        file.append(kind, step, **values, **shared)
+        file.append(kind, step, **(shared | values))
         file.close()
         return {"kind": kind, "step": step, **metrics.to_json(values)}
+
+    def get(
+        self, name: str, kind: str, make: Callable[[], Record], **key: Any
+    ) -> tuple[Record, bool]:
+        """The finished run of a key, or a new one, and whether it is new.
+
+        A new one is made of `make`, whose values have their ``step``.
+        """
+        for record in self.read(name):
+            if all(record.get(k) == v for k, v in {"kind": kind, **key}.items()):
+                return record, False
+        return self.append(name, kind, **(key | make())), True
 
 
 def drop_half_line(path: Path) -> None:

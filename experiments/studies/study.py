@@ -15,6 +15,7 @@ class Study:
     """The configuration of a study, a frozen dataclass; its cells have names."""
 
     LEFT_OUT: ClassVar[str] = ""  # further fields that decide nothing about a run
+    out: Any  # folder of the finished runs, or their file
 
     def all_cells(self) -> list[Any]:
         """All cells, in the order in which they are run."""

@@ -18,15 +18,9 @@ def parse_survey(arguments: Sequence[str], prog: str) -> Command:
     if rest and rest[0] in OTHERS:
         name = rest[0]
         return tyro.cli(OTHERS[name], prog=f"{prog} {name}", args=rest[1:])
-    default = of_size(rest, SIZES)
     others = f"{prog} report --help, {prog} query --help"
-    return tyro.cli(
-        SurveyConfig,
-        prog=prog,
-        description=f"{SurveyConfig.__doc__}\n\nIts results: {others}",
-        default=default,
-        args=rest,
-    )
+    about = f"{SurveyConfig.__doc__}\n\nIts results: {others}"
+    return of_size(rest, SIZES, prog, about)
 
 
 def run_command(config: Command, console: Console) -> list[str]:

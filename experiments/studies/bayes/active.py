@@ -34,7 +34,6 @@ from experiments.studies.bayes.config import (
 )
 from experiments.studies.bayes.problem import (
     Network,
-    Program,
     Record,
     Settings,
     Values,
@@ -43,8 +42,8 @@ from experiments.studies.bayes.problem import (
     make_network,
     make_program,
     on_device,
-    train,
 )
+from experiments.studies.training import Program, train
 from kfac_jax_lite import bayes
 from kfac_jax_lite.bayes import metrics
 
@@ -121,7 +120,7 @@ def run_one(active: ActiveLearning, pool: Pool, name: str, seed: int) -> Record:
         steps = rng.integers(len(labelled), size=(active.steps, active.batch_size))
         rows = [labelled[steps].astype(np.int32)]
         values = pool.values | {"num_data": len(labelled)}
-        run = train(pool.program, values, seed, pool.images, pool.labels, rows)
+        run = train(pool.program, values, seed, (pool.images, pool.labels), rows)
         params, model_state, state = run.carry
         posterior = None if name == ENTROPY else WithState(state)
         given = posterior, (params, model_state)

@@ -4,7 +4,6 @@ All hyper-parameters are arguments of a method's program, so that it is compiled
 """
 
 import dataclasses
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,7 +34,7 @@ from experiments.studies.bayes.config import (
     BayesStudy,
 )
 from experiments.studies.images import Pair, load_split, shrunk
-from experiments.tuning.trials import as_floats
+from experiments.studies.training import Program
 from kfac_jax_lite import bayes
 from kfac_jax_lite.bayes import metrics
 
@@ -240,24 +239,6 @@ class Settings(NamedTuple):
     ivon_decay: float = 0.999  # weight of IVON's old curvature
 
 
-class Program(NamedTuple):
-    """A method, compiled once."""
-
-    # ``(seed, values) -> carry``: parameters, model state, optimiser's state.
-    start: Callable[..., Any]
-    # ``(carry, values, images, labels, rows, number, key) -> (carry, loss)``; the carry
-    # is donated.
-    step: Callable[..., tuple[Any, jax.Array]]
-
-
-class Run(NamedTuple):
-    """A finished run."""
-
-    carry: Any  # parameters, model state, optimiser's state
-    loss: float  # mean loss of the last epoch's batches
-    seconds: float  # wall-clock seconds of a step, the median after the first ones
-
-
 def tag_for(settings: Settings, task: Task, example: tuple[Any, Any]) -> Any:
     """The tagged loss of a method; None where it needs no statistics of layers."""
     if settings.method in (ADAM, SGD, IVON):
@@ -363,58 +344,3 @@ def make_program(settings: Settings, task: Task, example: tuple[Any, Any]) -> Pr
         return (optax.apply_updates(params, updates), model_state, state), loss
 
     return Program(jax.jit(start), jax.jit(step, donate_argnums=0))
-
-
-def train(
-    program: Program,
-    values: Values,
-    seed: int,
-    images: jax.Array,
-    labels: jax.Array,
-    epochs: list[np.ndarray],
-) -> Run:
-    """A run.
-
-    Args:
-        program: the method.
-        values: hyper-parameters.
-        seed: of parameters, drawn weights and sampled labels.
-        images: all training images.
-        labels: their labels.
-        epochs: numbers of the images of every step, ``[steps, batch]`` each.
-
-    Returns:
-        The run; it ends after an epoch whose loss is not finite.
-    """
-    numbers = as_floats(values)
-    carry = program.start(seed, numbers)
-    key, number, seconds, loss = jax.random.key(seed + 1), 0, [], np.nan
-    for rows_of_epoch in epochs:
-        losses = []
-        before = time.perf_counter()
-        for rows in rows_of_epoch:
-            at = jnp.int32(number)
-            carry, value = program.step(carry, numbers, images, labels, rows, at, key)
-            losses.append(value)
-            number += 1
-        loss = float(np.mean(jax.device_get(losses)))
-        seconds.append((time.perf_counter() - before) / len(rows_of_epoch))
-        if not np.isfinite(loss):
-            break
-    # The first epoch may have compiled.
-    return Run(carry, loss, float(np.median(seconds[1:] or seconds)))
-
-
-def orders(count: int, batch_size: int, epochs: int, seed: int) -> list[np.ndarray]:
-    """The order of the images in every epoch, the same for all methods of a seed.
-
-    Returns:
-        Integers ``[steps, batch]`` for every epoch.
-    """
-    steps = count // batch_size
-    found = []
-    for epoch in range(epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(count)
-        rows = order[: steps * batch_size].astype(np.int32)
-        found.append(rows.reshape(steps, batch_size))
-    return found

@@ -21,9 +21,10 @@ References:
     and strange images); Lakshminarayanan et al., 2017, arXiv:1612.01474 (ensembles).
 """
 
+import functools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,9 +48,7 @@ from experiments.studies.bayes.problem import (
     Images,
     Network,
     Predict,
-    Program,
     Record,
-    Run,
     Settings,
     Values,
     WithState,
@@ -58,10 +57,9 @@ from experiments.studies.bayes.problem import (
     measure,
     network_of,
     on_device,
-    orders,
-    train,
 )
 from experiments.studies.records import Cells
+from experiments.studies.training import Program, Run, orders, train
 from kfac_jax_lite import bayes
 from kfac_jax_lite.bayes import metrics
 
@@ -99,30 +97,6 @@ BASES = frozenset(base for base, _ in DERIVED.values())
 # Images whose Jacobians are in memory together.
 CHUNK = 250
 BATCH = 1_000
-
-
-def runs(
-    config: BayesStudy,
-    images: Images,
-    network: Network,
-    base: Cell,
-    how: str,
-    done: Any,
-) -> Iterator[tuple[int, Record]]:
-    like = jax.eval_shape(network.task.init, jax.random.key(0))
-
-    def trained(seed):
-        return read(path_of(config, base, seed), like)
-
-    if how == ENSEMBLE:
-        if 0 not in done:
-            members = [trained(seed) for seed in range(1, config.seeds + 1)]
-            yield 0, measure(config, images, ensemble(network, members))
-        return
-    for seed in range(1, config.seeds + 1):
-        if seed not in done:
-            own, fitted = linearised(config, images, network, trained(seed), how)
-            yield seed, measure(config, images, own) | fitted
 
 
 def ensemble(network: Network, members: list[Any]) -> Predict:
@@ -176,8 +150,8 @@ Tell = Callable[[str, Record], None]
 class Context(NamedTuple):
     """What the runs of a data set and a network share."""
 
-    config: BayesStudy  # the study
-    cells: Cells  # the files
+    config: BayesStudy
+    cells: Cells
     images: Images  # of the data set
     network: Network  # on them
     tell: Tell  # is given the name of a cell and a finished run's record
@@ -185,24 +159,9 @@ class Context(NamedTuple):
 
 def settings_of(config: BayesStudy, method: str) -> Settings:
     """What the runs of a method have in common."""
-    return Settings(
-        method,
-        config.train_examples,
-        config.steps,
-        config.damping,
-        config.vogn_damping,
-        config.refresh_every,
-        config.kl_clip,
-        config.momentum,
-        config.ivon_decay,
-    )
-
-
-def run_one(context: Context, program: Program, values: Values, seed: int) -> Run:
-    config, data = context.config, context.images.data
-    images, labels = on_device((data.x_train, data.y_train))
-    epochs = orders(len(images), config.batch_size, config.epochs, seed)
-    return train(program, values, seed, images, labels, epochs)
+    names = Settings._fields[3:]
+    own = {name: getattr(config, name) for name in names}
+    return Settings(method, config.train_examples, config.steps, **own)
 
 
 def predictor(context: Context, method: str, run: Run, seed: int, samples: int):
@@ -219,34 +178,6 @@ def predictor(context: Context, method: str, run: Run, seed: int, samples: int):
     return probabilities
 
 
-def search(
-    context: Context, cell: Cell, get_program: Callable[[], Program]
-) -> list[Record]:
-    """Runs the trials that are missing; all of them, in the grid's order."""
-    config, (held, labels) = context.config, context.images.held
-    done = [r for r in context.cells.read(cell.name) if r["kind"] == "trial"]
-    found = []
-    for values in config.trials(cell.method):
-        known = [r for r in done if r["values"] == values]
-        if not known:
-            run = run_one(context, get_program(), values, SEARCH_SEED)
-            own = predictor(context, cell.method, run, 0, config.search_samples)
-            p = own(held)
-            record = {
-                **identity(cell),
-                "values": values,
-                "seed": SEARCH_SEED,
-                "nll": float(metrics.nll(p, labels)),
-                "accuracy": float(metrics.accuracy(p, labels)),
-                "loss": run.loss,
-                "seconds": run.seconds,
-            }
-            known = [context.cells.append(cell.name, "trial", config.steps, **record)]
-            context.tell(cell.name, known[0])
-        found.append(known[0])
-    return found
-
-
 def of_trial(record: Record) -> float:
     """What a trial is judged by; infinite where it is not finite."""
     value = record["nll"]
@@ -258,48 +189,69 @@ def winner_of(trials: list[Record]) -> Record:
     return min(trials, key=of_trial)
 
 
-def identity(cell: Cell) -> Record:
-    """The fields of a cell in its records."""
-    return {"dataset": cell.dataset, "network": cell.network, "method": cell.method}
-
-
-def seeds_of(records: list[Record], values: Values) -> dict[int, Record]:
-    """The runs of some hyper-parameters on the test images, by seed, in order."""
-    found = {
-        r["seed"]: r for r in records if r["kind"] == "seed" and r["values"] == values
-    }
-    return dict(sorted(found.items()))
-
-
 def run_trained(context: Context, cell: Cell) -> None:
     """Runs what is missing of a trained method: its trials, then the winner's seeds."""
-    config, cells, images = context.config, context.cells, context.images
-    made: list[Program] = []
+    config, images, method = context.config, context.images, cell.method
+    data, size = images.data, config.batch_size
+    whole = on_device((data.x_train, data.y_train))
 
+    @functools.cache  # a finished cell is not compiled
     def get_program() -> Program:
-        if not made:  # a finished cell is not compiled
-            settings = settings_of(config, cell.method)
-            size = config.batch_size
-            example = images.data.x_train[:size], images.data.y_train[:size]
-            made.append(make_program(settings, context.network.task, example))
-        return made[0]
+        example = data.x_train[:size], data.y_train[:size]
+        settings = settings_of(config, method)
+        return make_program(settings, context.network.task, example)
 
-    values = winner_of(search(context, cell, get_program))["values"]
-    done = seeds_of(cells.read(cell.name), values)
-    for seed in range(1, config.seeds + 1):
-        if seed in done:
-            continue
-        run = run_one(context, get_program(), values, seed)
-        own = predictor(context, cell.method, run, seed, config.samples)
-        record: Record = {**identity(cell), "values": values, "seed": seed}
-        record |= measure(config, images, own)
-        if cell.method not in POINTS:
-            plain = predictor(context, cell.method, run, seed, 0)
+    def trained(values: Values, seed: int) -> tuple[Run, Record]:
+        epochs = orders(len(whole[0]), size, config.epochs, seed)
+        run = train(get_program(), values, seed, whole, epochs)
+        # The first epoch may have compiled.
+        walls = run.curves["wall"][1:] or run.curves["wall"]
+        seconds = float(np.median(walls)) / len(epochs[0])
+        loss = run.curves["batch_loss"][-1]
+        return run, {"step": config.steps, "loss": loss, "seconds": seconds}
+
+    def trial(values: Values) -> Record:
+        run, facts = trained(values, SEARCH_SEED)
+        held, labels = images.held
+        p = predictor(context, method, run, SEARCH_SEED, config.search_samples)(held)
+        nll, accuracy = metrics.nll(p, labels), metrics.accuracy(p, labels)
+        return facts | {"nll": float(nll), "accuracy": float(accuracy)}
+
+    def winner(values: Values, seed: int) -> Record:
+        run, facts = trained(values, seed)
+        own = predictor(context, method, run, seed, config.samples)
+        record = facts | measure(config, images, own)
+        if method not in POINTS:
+            plain = predictor(context, method, run, seed, 0)
             record["mean_weights"] = measure(config, images, plain)["test"]
-        record |= {"loss": run.loss, "seconds": run.seconds}
-        if cell.method in BASES:
+        if method in BASES:
             save(path_of(config, cell, seed), run.carry[:2])
-        context.tell(cell.name, cells.append(cell.name, "seed", config.steps, **record))
+        return record
+
+    trials = [
+        finish(context, cell, "trial", lambda v=v: trial(v), v, SEARCH_SEED)
+        for v in config.trials(method)
+    ]
+    values = winner_of(trials)["values"]
+    for seed in range(1, config.seeds + 1):
+        finish(context, cell, "seed", lambda s=seed: winner(values, s), values, seed)
+
+
+def finish(
+    context: Context,
+    cell: Cell,
+    kind: str,
+    make: Callable[[], Record],
+    values: Values,
+    seed: int,
+) -> Record:
+    """A run of a cell, new or from its file."""
+    key = {"dataset": cell.dataset, "network": cell.network, "method": cell.method}
+    key |= {"values": values, "seed": seed}
+    record, new = context.cells.get(cell.name, kind, make, **key)
+    if new:
+        context.tell(cell.name, record)
+    return record
 
 
 def run_cell(context: Context, cell: Cell) -> None:
@@ -308,15 +260,25 @@ def run_cell(context: Context, cell: Cell) -> None:
         run_trained(context, cell)
         return
     base, how = DERIVED[cell.method]
-    config, cells = context.config, context.cells
-    trials = [r for r in cells.read(cell.of(base).name) if r["kind"] == "trial"]
+    config, cells, base = context.config, context.cells, cell.of(base)
+    trials = [r for r in cells.read(base.name) if r["kind"] == "trial"]
     values = winner_of(trials)["values"] if trials else {}
-    done = seeds_of(cells.read(cell.name), values)
-    for seed, found in runs(
-        config, context.images, context.network, cell.of(base), how, done
-    ):
-        record = {**identity(cell), "values": values, "seed": seed, **found}
-        context.tell(cell.name, cells.append(cell.name, "seed", 0, **record))
+    like = jax.eval_shape(context.network.task.init, jax.random.key(0))
+
+    def derived(seed: int) -> Record:
+        shared = config, context.images
+        if how == ENSEMBLE:
+            seeds = range(1, config.seeds + 1)
+            members = [read(path_of(config, base, s), like) for s in seeds]
+            found = measure(*shared, ensemble(context.network, members))
+        else:
+            trained = read(path_of(config, base, seed), like)
+            own, fitted = linearised(*shared, context.network, trained, how)
+            found = measure(*shared, own) | fitted
+        return {"step": 0, **found}
+
+    for seed in [0] if how == ENSEMBLE else range(1, config.seeds + 1):
+        finish(context, cell, "seed", lambda s=seed: derived(s), values, seed)
 
 
 def run_further(config: BayesStudy, cells: Cells, name: str, tell: Tell) -> None:

@@ -12,6 +12,7 @@ References:
     Bergstra et al., 2011, "Algorithms for hyper-parameter optimization", NeurIPS.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from rich.progress import Progress
 
 import kfac_jax_lite as kfac
 from experiments import datasets
+from experiments.stepping import step as one_step
 from experiments.studies.damping import tasks
 from experiments.studies.damping.config import (
     ADAPTIVE,
@@ -37,6 +39,7 @@ from experiments.studies.damping.config import (
     DampingStudy,
 )
 from experiments.studies.records import Cells, Record
+from experiments.studies.search import ask
 from experiments.tuning.spaces import Linear, Log
 from kfac_jax_lite.tree import find_states
 
@@ -114,7 +117,8 @@ def make_program(
         if method == SGD:
             sgd = optax.sgd(rate, momentum=values["momentum"])
             return optax.with_extra_args_support(sgd)
-        rules = {ADAPTIVE: kfac.damping.adaptive, JUDGED: judged}
+        rules: dict[str, Any] = {ADAPTIVE: kfac.damping.adaptive}
+        rules[JUDGED] = kfac.damping.levenberg_marquardt
         return kfac.kfac(
             tagged.layers,
             rate,
@@ -127,18 +131,17 @@ def make_program(
 
     def step(carry, values, picked, key):
         params, state = carry
-        x, y = images.x[picked], images.y[picked]
-        if method == SGD:
-            grads = jax.grad(loss)(params, x, y)
-            updates, state = make_tx(values).update(grads, state, params)
-            return optax.apply_updates(params, updates), state
+        batch, tx = (images.x[picked], images.y[picked]), make_tx(values)
+        if method != JUDGED:
+            chosen: Any = loss if method == SGD else tagged
+            options = {"key": key, "deferred": True}
+            return one_step(chosen, tx, params, state, batch, **options)[:2]
         _, grads, statistics = tagged.value_and_grad(
-            params, x, y, opt_state=state, key=key, deferred=True
+            params, *batch, opt_state=state, key=key, deferred=True
         )
-        more = {"statistics": statistics}
-        if method == JUDGED:
-            more["model"] = kfac.quadratic_model(tagged, params, x, y)
-        updates, state = make_tx(values).update(grads, state, params, **more)
+        model = kfac.quadratic_model(tagged, params, *batch)
+        given = {"statistics": statistics, "model": model}
+        updates, state = tx.update(grads, state, params, **given)
         return optax.apply_updates(params, updates), state
 
     def advance(carry, values, picked, keys):
@@ -168,11 +171,6 @@ def damping_of(carry: Any) -> float | None:
         return kfac.report(carry[1])[0]["damping"]
     except ValueError:
         return None
-
-
-def judged() -> kfac.damping.LevenbergMarquardt:
-    """Levenberg-Marquardt with its defaults."""
-    return kfac.damping.levenberg_marquardt()
 
 
 def batches(config: DampingStudy, images: Images, seed: int) -> np.ndarray:
@@ -247,33 +245,26 @@ def final(record: Record) -> float:
 
 def search(
     config: DampingStudy, cells: Cells, cell: Cell, images: Images, tell: Callable
-) -> Program:
-    """Runs the trials of a cell that are missing."""
+) -> None:
+    """Runs the missing trials of a cell, and the best one with a look at it."""
     program = make_program(config, images, cell.method, config.kl_clip)
     found = [r for r in cells.read(cell.name) if r["kind"] == "trial"]
-    study = optuna.create_study(direction="minimize")
-    for record in found:
-        known = {k: record["values"][k] for k in SPACE}
-        study.add_trial(
-            optuna.trial.create_trial(
-                params=known, distributions=SPACE, value=final(record)
-            )
-        )
     for number in range(len(found), config.trials):
-        # What is drawn depends on the trials before alone: a search can go on.
-        study.sampler = optuna.samplers.TPESampler(
-            seed=number, n_startup_trials=STARTUP_TRIALS
-        )
-        if number == 0:
-            study.enqueue_trial(USUAL)
-        trial = study.ask(SPACE)
+        trial = ask(SPACE, found, final, USUAL, STARTUP_TRIALS)
         values = dict(trial.params)
-        if cell.method == FIXED:
-            values["damping"] = cell.damping
-        record = train(config, images, program, values, 0)
-        study.tell(trial, final(record))
-        tell(cells.append(cell.name, "trial", config.steps, number=number, **record))
-    return program
+        values |= {"damping": cell.damping} if cell.method == FIXED else {}
+        run = train(config, images, program, values, 0)
+        run |= {"number": number, "step": config.steps}
+        found.append(cells.append(cell.name, "trial", **run))
+        tell(found[-1])
+    best = min(found, key=final)
+    look = look_at(cell.method, program)
+
+    def make() -> Record:
+        run = train(config, images, program, best["values"], 0, look)
+        return run | {"number": best["number"], "step": config.steps}
+
+    cells.get(cell.name, "winner", make)
 
 
 def look_at(method: str, program: Program) -> Callable[[Any], Record]:
@@ -303,37 +294,23 @@ def eigenvalues(method: str, carry: Any) -> Record:
     return found
 
 
-def show_winner(
-    config: DampingStudy, cells: Cells, cell: Cell, images: Images, program: Program
-) -> None:
-    """Runs the best trial again, with histograms and eigenvalues."""
-    records = cells.read(cell.name)
-    if any(r["kind"] == "winner" for r in records):
-        return
-    best = min((r for r in records if r["kind"] == "trial"), key=final)
-    look = look_at(cell.method, program)
-    record = train(config, images, program, best["values"], 0, look)
-    cells.append(cell.name, "winner", config.steps, number=best["number"], **record)
-
-
 def sensitivity(
     config: DampingStudy, cells: Cells, images: Images, tell: Callable
 ) -> None:
     """Untuned settings, from every damping: fixed there, or adapted from there."""
-    done = {
-        (r["method"], r["values"]["damping"], r["seed"])
-        for r in cells.read("sensitivity")
-    }
     for method in (FIXED, ADAPTIVE):
         program = make_program(config, images, method, CLIP)
-        for damping in config.dampings:
-            for seed in range(config.seeds):
-                if (method, damping, seed) in done:
-                    continue
-                values = UNTUNED | {"damping": damping}
-                record = train(config, images, program, values, seed)
-                record = {"method": method, **record}
-                tell(cells.append("sensitivity", "run", config.steps, **record))
+        for damping, seed in itertools.product(config.dampings, range(config.seeds)):
+            key = {"method": method, "values": UNTUNED | {"damping": damping}}
+            key["seed"] = seed
+
+            def make(key: Record = key, program: Program = program) -> Record:
+                run = train(config, images, program, key["values"], key["seed"])
+                return {**run, "step": config.steps}
+
+            record, new = cells.get("sensitivity", "run", make, **key)
+            if new:
+                tell(record)
 
 
 def run_damping(config: DampingStudy, console: Console) -> Path:
@@ -360,8 +337,7 @@ def run_damping(config: DampingStudy, console: Console) -> Path:
             bar.update(task, description=cell.name)
             console.print(cell.name)
             bar.advance(task, len(cells.read(cell.name)))
-            program = search(config, cells, cell, images, tell)
-            show_winner(config, cells, cell, images, program)
+            search(config, cells, cell, images, tell)
             jax.clear_caches()
         if config.wants_sensitivity:
             console.print("sensitivity")

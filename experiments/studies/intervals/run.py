@@ -12,6 +12,7 @@ References:
     Osawa et al., 2019, arXiv:1811.12019 (distributed K-FAC with the empirical Fisher).
 """
 
+import dataclasses
 import re
 import time
 from collections.abc import Callable
@@ -33,14 +34,14 @@ from rich.progress import (
 
 import kfac_jax_lite as kfac
 from experiments import datasets, metrics
-from experiments.benchmarks.common import machine
 from experiments.datasets import Dataset
-from experiments.errors import ConfigError, MetricsError
+from experiments.errors import ConfigError
 from experiments.models import Task, architectures
 from experiments.models.networks import ResNet
 from experiments.models.task import classifier, linen_functions
 from experiments.studies.images import load_data
 from experiments.studies.intervals.config import Cell, IntervalStudy
+from experiments.studies.records import Cells
 
 AXIS = "batch"
 BLOCKS_OF_RESNET50 = (3, 4, 6, 3)
@@ -212,25 +213,10 @@ def on_first(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.addressable_shards[0].data, tree)
 
 
-def finished_cells(path: Path, config: IntervalStudy) -> set[Cell]:
-    """Reads which cells are there already."""
-    done = set()
-    for line in metrics.read_records(path):
-        if line["fingerprint"] != config.fingerprint():
-            wanted, seen = config.shared(), line["config"]
-            fields = [k for k in wanted if seen.get(k) != wanted[k]]
-            raise MetricsError(
-                f"{path} holds runs of another configuration: "
-                + ", ".join(f"{k} {seen.get(k)!r}, not {wanted[k]!r}" for k in fields)
-                + ". Give another file with --out."
-            )
-        done.add(Cell(**line["cell"]))
-    return done
-
-
 def run_intervals(config: IntervalStudy, console: Console) -> Path:
     """Runs the cells that are missing."""
-    done, cells = finished_cells(config.out, config), config.cells()
+    files, cells = Cells(config), config.cells()
+    done = [Cell(**line["cell"]) for line in files.read("")]
     missing = [cell for cell in cells if cell not in done]
     console.print(
         f"{len(cells) - len(missing)} cells finished, {len(missing)} to run: "
@@ -244,8 +230,11 @@ def run_intervals(config: IntervalStudy, console: Console) -> Path:
     task = make_task(config, data)
     evaluate = metrics.make_evaluate(task, data.x_test, data.y_test)
     programs: dict[tuple[str, float | None], Program] = {}
-    file = metrics.MetricsFile(config.out)
-    with open_progress(console) as bar:
+    files.machine |= {"device_count": jax.device_count()}
+    # A file's name, without the folders of this machine.
+    facts = {"title": data.title, "source": re.sub(r"\S*/", "", data.source)}
+    columns = TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
         whole = bar.add_task("cells", total=len(missing))
         for cell in missing:
             key = cell.rule, cell.threshold
@@ -256,39 +245,12 @@ def run_intervals(config: IntervalStudy, console: Console) -> Path:
                 config, cell, programs[key], data, evaluate,
                 lambda at, now=now: bar.update(now, completed=at),
             )  # fmt: skip
-            append(file, config, cell, data, result)
+            own = {"size": config.size, "cell": dataclasses.asdict(cell), "data": facts}
+            files.append("", "cell", config.steps, **own, **result)
             bar.remove_task(now)
             bar.advance(whole)
             console.print(
                 f"{cell.title}: accuracy {result['accuracy']:.4f}, traffic "
                 f"{result['ratio']:.3f}, {result['seconds']:.0f} s"
             )
-    file.close()
     return config.out
-
-
-def open_progress(console: Console) -> Progress:
-    """A progress bar for the cells and one for the steps of a cell."""
-    columns = TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn()
-    return Progress(*columns, TimeElapsedColumn(), console=console)
-
-
-def append(
-    file: metrics.MetricsFile,
-    config: IntervalStudy,
-    cell: Cell,
-    data: Dataset,
-    result: dict[str, Any],
-) -> None:
-    file.append(
-        "cell",
-        config.steps,
-        size=config.size,
-        fingerprint=config.fingerprint(),
-        cell={"rule": cell.rule, "threshold": cell.threshold, "seed": cell.seed},
-        config=config.shared(),
-        # A file's name, without the folders of this machine.
-        data={"title": data.title, "source": re.sub(r"\S*/", "", data.source)},
-        machine={**machine(), "device_count": jax.device_count()},
-        **result,
-    )

@@ -230,7 +230,7 @@ def run_one(
         for name, item in zip(curve, (taken, spent, found, distance), strict=True):
             curve[name].append(item)
         if spent >= config.seconds or not math.isfinite(found + distance):
-            return {"value": value, "seed": seed, **curve}
+            return curve
         before = time.process_time()
         carry = jax.block_until_ready(program.advance(carry, value))
         spent += time.process_time() - before
@@ -250,12 +250,13 @@ def run_method(
     program = make_program(config, method)
 
     def finish(kind: str, value: float, seed: int) -> Record:
-        for record in cells.read(method):
-            if (record["kind"], record["value"], record["seed"]) == (kind, value, seed):
-                return record
-        found = run_one(config, program, STEPS[method], value, seed)
-        record = cells.append(method, kind, found["steps"][-1], **found)
-        tell(record)
+        def make() -> Record:
+            found = run_one(config, program, STEPS[method], value, seed)
+            return {"step": found["steps"][-1], **found}
+
+        record, new = cells.get(method, kind, make, value=value, seed=seed)
+        if new:
+            tell(record)
         return record
 
     settings = config.settings(method)
