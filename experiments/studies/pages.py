@@ -8,12 +8,14 @@ import base64
 import html
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import quote
 
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from experiments.errors import MetricsError
@@ -58,8 +60,19 @@ class Table:
 
     header: tuple[str, ...]  # titles of the columns
     # Cells, as many in each row as there are columns; None is a dash.
-    rows: tuple[tuple[str, ...], ...]
+    rows: tuple[tuple[Any, ...], ...]
     caption: str = ""  # a line above it
+
+    @classmethod
+    def of(
+        cls,
+        items: Iterable[Any],
+        columns: Mapping[str, Callable[[Any], Any]],
+        caption: str = "",
+    ) -> Self:
+        """A row for every item, a cell for what each column makes of it."""
+        rows = [tuple(make(item) for make in columns.values()) for item in items]
+        return cls(tuple(columns), tuple(rows), caption)
 
     def __post_init__(self) -> None:
         for number, row in enumerate(self.rows, start=1):
@@ -137,6 +150,37 @@ def publish(
     page = Page(title, tuple(sections), config, *made_with)
     for path in (*save_page(page, folder), parquet):
         console.print(f"Written: {path}", soft_wrap=True, highlight=False)
+
+
+def finish(figure: Figure, path: Path, legend: str = "", dpi: int = 110) -> None:
+    """Writes a figure and forgets it; a legend, if it has a place, is one for all."""
+    if legend:
+        named = {}
+        for axes in figure.axes:
+            handles, labels = axes.get_legend_handles_labels()
+            named |= dict(zip(labels, handles, strict=True))
+        place: Any = {"loc": legend, "ncols": max(1, min(6, len(named)))}
+        figure.legend(list(named.values()), list(named), fontsize=8, **place)
+    figure.savefig(path, dpi=dpi)
+    plt.close(figure)
+
+
+def panels(rows: int, columns: int, **options: Any) -> tuple[Figure, Any]:
+    """A figure and its grid ``[rows, columns]`` of axes with lines behind them."""
+    given: Any = {"squeeze": False, "layout": "constrained", **options}
+    figure, grid = plt.subplots(rows, columns, **given)
+    for axes in grid.flat:
+        axes.grid(alpha=0.3)
+    return figure, grid
+
+
+def one_configuration(records: Iterable[Mapping[str, Any]], folder: Path) -> None:
+    """Raises where records are not of one configuration."""
+    marks = {record["fingerprint"] for record in records}
+    if len(marks) != 1:
+        raise MetricsError(
+            f"{folder} holds runs of {len(marks)} configurations; wanted one."
+        )
 
 
 def check_plot(plot: Plot, folder: Path) -> None:

@@ -34,7 +34,7 @@ MOMENTUM = Linear(0.7, 0.97, 0.9)
 class Cell:
     """What is searched: an optimiser at a batch size."""
 
-    optimizer: OptimizerName
+    optimizer: str
     batch_size: int  # examples per step
 
     @property

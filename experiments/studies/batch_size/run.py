@@ -74,8 +74,9 @@ def make_program(config: BatchStudy, problem: Problem, cell: Cell) -> Program:
     convolutions on CPUs ten times more slowly.
     """
     size, every = cell.batch_size, config.refresh_every(cell.batch_size)
+    chosen: Any = cell.optimizer
     tuned = TuneConfig(
-        optimizer=cell.optimizer,
+        optimizer=chosen,
         dataset=config.dataset,
         model=config.model,
         curvature=CurvatureConfig(
