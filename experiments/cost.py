@@ -16,10 +16,10 @@ from experiments.benchmarks.common import machine, write_json
 from experiments.configs.cost import CostConfig
 from experiments.errors import ConfigError, MetricsError
 from experiments.metrics import read_records
-from experiments.models.architectures import ARCHITECTURES, SMALL
 from kfac_jax_lite.cost import CostModel
 from kfac_jax_lite.simulate import DEVICES, Machine, StepTime, scale, step_time
 from kfac_jax_lite.types import LayerTag
+from tests.acceptance.architectures import ARCHITECTURES, SMALL
 
 MODELS = ARCHITECTURES | SMALL
 MODES = ("all", "owner", "grid")

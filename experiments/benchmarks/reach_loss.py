@@ -76,8 +76,8 @@ def compare(best: dict[str, Record], baseline: str) -> Record:
     found: Record = {name: first_reach(r["curve"], target) for name, r in best.items()}
     theirs, ours = found[baseline], found.get("ours")
     for field in ("step", "seconds"):
-        known = theirs is not None and ours is not None
-        found[f"{field}_ratio"] = ours[field] / theirs[field] if known else None
+        both = ours[field] / theirs[field] if ours and theirs else None
+        found[f"{field}_ratio"] = both
     return found | {"target": target}
 
 

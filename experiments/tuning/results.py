@@ -11,22 +11,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
+import numpy as np
 import optuna
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
+from optuna.visualization.matplotlib import plot_optimization_history, plot_slice
 from rich.console import Console
 from rich.table import Table
 
 from experiments.configs.tune import TuneConfig
 from experiments.errors import MetricsError
 from experiments.metrics import to_json
-from experiments.tuning.spaces import Log
-from experiments.tuning.store import retried
+from experiments.tuning.store import experimental, retried
 
 TRIALS, BEST = "trials.jsonl", "best.json"
 SHOWN = 5
-COMPLETE, PRUNED = "#0072b2", "#bbbbbb"
 
 
 def record_of(trial: FrozenTrial) -> dict[str, Any]:
@@ -86,13 +85,19 @@ def save_report(
     best = {"study": config.name(), "config": identity, **ranked[0]}
     paths = [replace(config, BEST, json.dumps(best, indent=2) + "\n")]
     console.print(best_table(config, ranked[:SHOWN]))
-    for name, draw in (("objective", draw_objective), ("slices", draw_slices)):
-        path = config.folder() / f"{name}.png"
-        try:
-            FigureCanvasAgg(draw(config, records)).print_png(path)
-        except OSError as error:
-            raise MetricsError(f"{path} cannot be written: {error}.") from error
-        paths.append(path)
+    draws = {"objective": plot_optimization_history, "slices": plot_slice}
+    for name, draw in draws.items():
+        paths.append(config.folder() / f"{name}.png")
+        # Optuna calls its plots experimental, and changes matplotlib's style for them.
+        with experimental(), plt.rc_context():
+            axes = np.ravel(np.asarray(draw(study)))
+            axes[0].set_yscale("log")
+            try:
+                axes[0].figure.savefig(paths[-1], dpi=120, bbox_inches="tight")
+            except OSError as error:
+                text = f"{paths[-1]} cannot be written: {error}."
+                raise MetricsError(text) from error
+            plt.close(axes[0].figure)
     paths.append(config.folder() / TRIALS)
     for path in paths:
         console.print(f"Written: {path}", soft_wrap=True, highlight=False)
@@ -119,58 +124,3 @@ def best_table(config: TuneConfig, ranked: Sequence[dict[str, Any]]) -> Table:
         texts = ["–" if value is None else f"{value:.3g}" for value in numbers]
         table.add_row(str(record["number"]), *texts)
     return table
-
-
-def finite(
-    records: Sequence[dict[str, Any]], state: str
-) -> tuple[list[dict[str, Any]], str]:
-    """The records in a state that have an objective, and their colour."""
-    found = [r for r in records if r["state"] == state and r["objective"] is not None]
-    return found, COMPLETE if state == "complete" else PRUNED
-
-
-def draw_objective(config: TuneConfig, records: Sequence[dict[str, Any]]) -> Figure:
-    """Draws the objective against the trial's number, and the best until then."""
-    figure = Figure(figsize=(7, 4), layout="constrained", dpi=120)
-    axis = figure.subplots()
-    for state in ("pruned", "complete"):
-        shown, colour = finite(records, state)
-        x, y = [r["number"] for r in shown], [r["objective"] for r in shown]
-        axis.scatter(x, y, color=colour, label=state, s=16)
-    complete, _ = finite(records, "complete")
-    best = [
-        min(r["objective"] for r in complete[: i + 1]) for i in range(len(complete))
-    ]
-    numbers = [r["number"] for r in complete]
-    axis.step(numbers, best, where="post", color="#d55e00", label="best until then")
-    axis.set_yscale("log")
-    axis.set_xlabel("trial")
-    axis.set_ylabel("held-out loss")
-    axis.set_title(f"{config.optimizer}, {config.dataset}, {config.model}")
-    axis.grid(True, which="both", alpha=0.3)
-    axis.legend()
-    return figure
-
-
-def draw_slices(config: TuneConfig, records: Sequence[dict[str, Any]]) -> Figure:
-    """Draws the objective against every hyper-parameter."""
-    ranges = config.space.ranges()
-    columns = math.ceil(len(ranges) / 2)
-    figure = Figure(figsize=(3 * columns, 6), layout="constrained", dpi=120)
-    axes = figure.subplots(2, columns, sharey=True, squeeze=False).flatten()
-    for axis in axes[len(ranges) :]:
-        axis.set_visible(False)
-    for axis, (name, space) in zip(axes, ranges.items(), strict=False):
-        for state in ("pruned", "complete"):
-            shown, colour = finite(records, state)
-            shown = [r for r in shown if name in r["values"]]
-            x, y = [r["values"][name] for r in shown], [r["objective"] for r in shown]
-            axis.scatter(x, y, color=colour, label=state, s=16)
-        if isinstance(space, Log):
-            axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.set_xlabel(name.replace("_", " "))
-        axis.grid(True, alpha=0.3)
-    axes[0].legend()
-    figure.supylabel("held-out loss")
-    return figure

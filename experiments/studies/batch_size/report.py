@@ -401,8 +401,10 @@ def lead_table(results: Results) -> Table:
     columns = {
         "batch": str,
         "K-FAC − SGD": lambda size: percent(over_sgd.get(size), True),
-        "best other": lambda size: best[size] and TITLES[best[size][0]],
-        "K-FAC − best other": lambda size: best[size] and percent(best[size][1], True),
+        "best other": lambda size: (found := best[size]) and TITLES[found[0]],
+        "K-FAC − best other": lambda size: (
+            (found := best[size]) and percent(found[1], True)
+        ),
     }
     caption = "Differences in points, paired by seed, ± Student's interval at 95 %"
     return Table.of(best, columns, caption)

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 import kfac_jax_lite as kfac
-from experiments.models.architectures import (
+from tests.acceptance.architectures import (
     ARCHITECTURES,
     GPT,
     Architecture,
