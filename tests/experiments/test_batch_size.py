@@ -20,6 +20,7 @@ from experiments.studies.batch_size.config import (
     Cell,
 )
 from experiments.tuning.optimisers import rate_at
+from experiments.tuning.trials import as_floats
 from tests.experiments.batch_runs import lines, make_record, write
 
 ARGUMENTS = [
@@ -182,32 +183,30 @@ def test_steps_are_those_of_the_optimiser():
         "weight_decay": 0.01,
     }  # fmt: skip
     measure, _ = run.measures(shared)
-    record = run.train(config, shared, cell, program, values, 3, measure)
+    record = run.run_one(config, shared, cell, program, values, 3, measure)
     params, state = shared.task.init(jax.random.key(3))
     velocity = jax.tree.map(jnp.zeros_like, params)
     for number in range(4):
-        rows = run.order_of(config, shared, 64, 3, number // 2)[number % 2]
-        batch = shared.images[rows], shared.labels[rows]
+        rows = run.orders(128, 64, 2, 3)[number // 2][number % 2]
+        batch = tuple(part[rows] for part in shared.images)
         grads = jax.grad(lambda p, b=batch: shared.task.loss(p, state, *b)[0])(params)
         rate = 0.2 if number < 2 else 0.02
-        assert float(rate_at(run.as_floats(values), number, 4)) == pytest.approx(rate)
+        assert float(rate_at(as_floats(values), number, 4)) == pytest.approx(rate)
         velocity = jax.tree.map(
             lambda v, g, p: 0.8 * v + g + 0.01 * p, velocity, grads, params
         )
         params = jax.tree.map(lambda p, v, r=rate: p - r * v, params, velocity)
     wanted = measure((params, state))
     np.testing.assert_allclose(record["loss"][-1], wanted["loss"], rtol=1e-5)
-    assert record["steps"] == 4
+    assert record["step"] == 4
 
 
-def test_optimisers_share_start_and_data(folder):
+def test_optimisers_share_start_and_data():
     """Runs of a seed have the same first images, whatever the batch size."""
-    shared = run.load(TINY)
-    small = run.order_of(TINY, shared, 32, 1, 0).ravel()
-    large = run.order_of(TINY, shared, 128, 1, 0).ravel()
+    small, other = (rows.ravel() for rows in run.orders(512, 32, 2, seed=1))
+    large = run.orders(512, 128, 1, seed=1)[0].ravel()
     np.testing.assert_array_equal(small, large)
     assert sorted(small) == list(range(512))
-    other = run.order_of(TINY, shared, 32, 1, 1).ravel()
     assert (small != other).any()
 
 
@@ -217,7 +216,7 @@ def test_a_run_that_diverges_ends_and_counts_as_chance():
     program = run.make_program(config, shared, cell)
     values = dict(config.sgd.usual(), learning_rate=1e30)
     measure, _ = run.measures(shared)
-    record = run.train(config, shared, cell, program, values, 0, measure)
+    record = run.run_one(config, shared, cell, program, values, 0, measure)
     assert record["diverged"] and not record["pruned"]
     assert len(record["accuracy"]) == 1
     assert run.final(record) == run.CHANCE
@@ -236,12 +235,12 @@ def test_a_pruned_trial_never_wins():
 
 def test_the_pruner_ends_what_is_below_the_median():
     config = dataclasses.replace(TINY, startup_trials=3, prune_from=1, epochs=2)
-    space = {"learning_rate": config.sgd.learning_rate.distribution()}
-    known = [make_record("trial", i, 0.5) for i in range(3)]
+    values = config.sgd.usual()
+    known = [make_record("trial", i, 0.5, values=values) for i in range(3)]
     for record, first in zip(known, (0.2, 0.3, 0.4), strict=True):
         record["accuracy"] = [first, 0.5]
     for accuracy, pruned in ((0.25, True), (0.35, False)):
-        trial = run.make_study(config, space, known).ask(space)
+        trial = run.next_trial(config, Cell("sgd", 64), known)
         trial.report(accuracy, 1)
         assert bool(trial.should_prune()) is pruned
 

@@ -14,6 +14,8 @@ from experiments.errors import ConfigError, MetricsError
 from experiments.main import main
 from experiments.studies.bayes import active, config, problem, regression, report, run
 from experiments.studies.bayes import config as configs
+from experiments.studies.training import orders
+from experiments.tuning.trials import as_floats
 from kfac_jax_lite import bayes
 
 SMALLEST = dataclasses.replace(config.TINY, seeds=1, epochs=1, search_samples=1)
@@ -72,7 +74,7 @@ def test_program_is_the_optimiser_with_its_prior(method, images, network):
     settings = problem.Settings(method, 256, 10, refresh_every=1)
     x, y = images.data.x_train[:32], images.data.y_train[:32]
     program = problem.make_program(settings, network.task, (x, y))
-    numbers = problem.as_floats(values)
+    numbers = as_floats(values)
     params, model_state, state = program.start(3, numbers)
     tagged = problem.tag_for(settings, network.task, (x, y))
     n, rate, prior, tau = 256, 0.05, 20.0, 0.3
@@ -111,12 +113,12 @@ def test_number_of_data_as_a_value():
 
 
 def test_orders_are_permutations_of_every_epoch():
-    epochs = problem.orders(10, 3, 2, seed=1)
+    epochs = orders(10, 3, 2, seed=1)
     assert [e.shape for e in epochs] == [(3, 3)] * 2
     for epoch in epochs:
         assert len(set(epoch.ravel())) == 9
     assert not np.array_equal(*epochs)
-    np.testing.assert_array_equal(epochs[0], problem.orders(10, 3, 1, seed=1)[0])
+    np.testing.assert_array_equal(epochs[0], orders(10, 3, 1, seed=1)[0])
 
 
 def test_images_are_apart_and_shifted(images):
