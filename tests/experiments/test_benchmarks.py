@@ -1,6 +1,5 @@
 """The benchmarks' arithmetic, and one tiny run of each."""
 
-import argparse
 import dataclasses
 import json
 import os
@@ -8,19 +7,14 @@ import platform
 import shutil
 import subprocess
 
-import jax.numpy as jnp
 import numpy as np
-import optuna
 import pytest
 
 import experiments
 from experiments.benchmarks import (
-    autoencoder,
     common,
     inverses,
     jobs,
-    low_rank_error,
-    mlp_target,
     scaling,
     step_time,
 )
@@ -127,15 +121,9 @@ def test_error_messages_lose_their_folders():
     assert common.without_paths(text) == "cannot import name 'x' from 'y'"
 
 
-def test_comma_list():
-    assert common.comma_list(("a", "b"))("b,a") == ["b", "a"]
-    with pytest.raises(argparse.ArgumentTypeError, match="'c'"):
-        common.comma_list(("a", "b"))("a,c")
-
-
 def test_settings_have_no_folders():
-    kept = common.settings(mlp_target.arguments([]))
-    assert "out" not in kept and kept["trials"] == 12
+    kept = common.settings(step_time.Config())
+    assert "out" not in kept and kept["rounds"] == 15
 
 
 def test_effect_of_a_step():
@@ -202,9 +190,12 @@ def test_step_time(tmp_path, monkeypatch):
 
 
 def test_step_time_of_chosen_rows():
+    def parse(arguments):
+        return common.parse(step_time.Config, arguments, "step_time")
+
     options = ["--inverses", "cholesky", "--fishers", "empirical", "--without-peer"]
     every, some = (
-        set(step_time.job_makers(None, step_time.arguments([*options, *rows])))
+        set(step_time.job_makers(None, parse([*options, *rows])))
         for rows in ([], ["--rows", "(10, 100)", "adaptive damping"])
     )
     found = {"ours empirical cholesky (10, 100)"}
@@ -224,72 +215,6 @@ def test_other_projects_failures_are_results():
         step_time.make_jobs({"ours": fail})
 
 
-def test_autoencoder_batches_are_one_permutation_per_epoch():
-    images = np.arange(6)
-    seen = list(autoencoder.batches(images, 2, 4))
-    assert sorted(np.concatenate(seen[:3])) == list(images)
-    again = autoencoder.batches(images, 2, 4)
-    assert all(np.array_equal(x, y) for x, y in zip(seen, again, strict=True))
-
-
-def test_autoencoder_code_and_output_are_linear():
-    params = [(jnp.eye(1), jnp.zeros(1))] * 4
-    x = jnp.full((1, 1), 5.0)
-    once = jnp.tanh(x)
-    np.testing.assert_allclose(autoencoder.logits(params, x), jnp.tanh(once), rtol=1e-6)
-
-
-def test_autoencoder(tmp_path, monkeypatch):
-    monkeypatch.setattr(autoencoder, "CODE", (2,))
-    options = ["--optimizers", "adam,ours", "--dataset", "digits", "--steps", "3"]
-    options += ["--adam-steps", "2", "--eval-every", "1", "--batch-size", "8"]
-    result = autoencoder.main([*options, "--model-batch", "4", "--out", str(tmp_path)])
-    for name in ("ours", autoencoder.AVERAGED):
-        assert [r["step"] for r in result["runs"][name]["curve"]] == [1, 2, 3]
-    assert result["targets"]["adam"]["adam_final"]["step"] <= 2
-    assert (tmp_path / "autoencoder.png").stat().st_size > 0
-    assert len((tmp_path / "autoencoder.jsonl").read_text().splitlines()) == 10
-
-
-def test_evaluations_of_the_mlp():
-    assert mlp_target.evaluation_steps(4, 2, False) == {4, 8}
-    assert mlp_target.evaluation_steps(4, 2, True) == {2, 4, 6, 8}
-    assert mlp_target.evaluation_steps(1, 2, True) == {1, 2}
-
-
-def test_comparison_of_best_trials():
-    def run(*losses):
-        curve = [
-            {"step": i, "seconds": 2.0 * i, "loss": x}
-            for i, x in enumerate(losses, start=1)
-        ]
-        return {"curve": curve, "best_loss": min(losses)}
-
-    best = {"adam": run(4.0, 3.0, 2.0, 2.5), "ours": run(3.0, 1.9, 1.0, 0.9)}
-    found = mlp_target.compare(best)
-    assert found["target"] == 2.0
-    assert found["step_ratio"] == pytest.approx(2 / 3)
-    assert mlp_target.compare(best | {"ours": run(5.0)})["step_ratio"] is None
-
-
-@pytest.mark.parametrize("name", mlp_target.OPTIMIZERS)
-def test_usual_settings_can_be_drawn(name):
-    trial = optuna.trial.FixedTrial(mlp_target.USUAL[name])
-    drawn = mlp_target.suggest(name, trial)
-    assert drawn == mlp_target.USUAL[name]
-
-
-def test_mlp_target(tmp_path):
-    options = ["--datasets", "digits", "--hidden", "3", "--train-examples", "16"]
-    options += ["--batch-size", "8", "--epochs", "1", "--our-epochs", "1"]
-    mlp_target.main([*options, "--trials", "1", "--out", str(tmp_path)])
-    lines = (tmp_path / "mlp_target.jsonl").read_text().splitlines()
-    trials = [json.loads(line) for line in lines[1:-1]]
-    assert [t["optimizer"] for t in trials] == ["adam", "ours"]
-    assert [t["values"] for t in trials] == list(mlp_target.USUAL.values())
-    assert (tmp_path / "mlp_target_digits.png").stat().st_size > 0
-
-
 def test_inverses(tmp_path, capsys):
     config = inverses.Config((6, 70), (2,), (4,), largest_eigh=6, rounds=2)
     result = inverses.main(dataclasses.replace(config, out=tmp_path))
@@ -298,23 +223,6 @@ def test_inverses(tmp_path, capsys):
     assert set(small) - set(large) == {"eigh"}
     assert small[inverses.BASELINE]["ratio"] == (1, 1, 1)
     assert "2 x 70 x 70, rank 32" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("shape", [(16, 64), (16, 9, 9, 3)])
-def test_low_rank_error(tmp_path, monkeypatch, shape):
-    """Factors of 65 are kept by 32 eigenpairs; on flat images and on square ones."""
-    spec = Spec(lambda: MLP((5,), 10), shape)
-    monkeypatch.setitem(low_rank_error.SPECS, "mlp", spec)
-    config = low_rank_error.Config(
-        ("mlp",), (0.25,), steps=3, every=2, dataset="digits", out=tmp_path
-    )
-    (run,) = low_rank_error.main(config)["runs"]
-    first, _ = run["layers"]
-    assert first["rank_a"] == (32 if len(shape) == 2 else 61)
-    assert 0.9 < first["retained_trace_a"] < 1
-    assert 0 < first["error"] < 0.5
-    assert np.isfinite(run["loss"])
-    assert json.loads((tmp_path / "low_rank_error.json").read_text())["runs"]
 
 
 def test_the_matrices_change_by_as_much_as_they_should():

@@ -20,14 +20,13 @@ from experiments.errors import ConfigError, DataError, MetricsError
 from experiments.metrics import read_records
 from experiments.studies import images
 from experiments.studies.commands import set_host_devices
-from experiments.studies.intervals import report
+from experiments.studies.intervals import report, run
 from experiments.studies.intervals.config import (
     SIZES,
     Cell,
     IntervalReport,
     IntervalStudy,
 )
-from experiments.studies.intervals.run import run
 
 DEVICES = 8
 
@@ -255,7 +254,7 @@ def test_summary_of_known_numbers():
     assert elapsed["inversions"] == 5
     assert elapsed["unlike"] == 1.5 and staleness["unlike"] is None
     assert elapsed["within_spread"] and not staleness["within_spread"]
-    assert re.search(r" 15\.0 +10\.0-20\.0 ", report.show(rows))
+    assert re.search(r" 15\.0 +10\.0-20\.0 ", report.summary_text(rows))
 
 
 def test_what_is_no_study(tmp_path):

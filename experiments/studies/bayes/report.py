@@ -5,18 +5,19 @@
 Everything is made from the records of the finished runs; nothing is trained.
 """
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.figure import Figure
 from rich.console import Console
 from scipy import stats
 
 from experiments import metrics
 from experiments.errors import MetricsError
+from experiments.studies import pages
 from experiments.studies.bayes.config import (
     ACTIVE,
     ADAM,
@@ -28,14 +29,7 @@ from experiments.studies.bayes.config import (
     Cell,
 )
 from experiments.studies.bayes.regression import truth
-from experiments.studies.pages import (
-    NOTHING,
-    Plot,
-    Section,
-    Table,
-    markdown_part,
-    publish,
-)
+from experiments.studies.pages import Plot, Section, Table
 from experiments.studies.records import query, without_nulls
 
 Record = dict[str, Any]
@@ -58,6 +52,66 @@ TITLES = {
 # The methods that the question is about.
 NATURAL = ("kfac", "noisy_kfac", "vogn", "ivon", "adam_laplace", "adam_last_layer")
 NATURAL += ("kfac_laplace", "kfac_last_layer")
+
+NAMES = ("accuracy", "nll", "ece")
+COLOURS = {
+    "adam": "#0072b2", "sgd": "#000000", "kfac": "#d55e00", "noisy_kfac": "#e69f00",
+    "vogn": "#009e73", "ivon": "#cc79a7", "adam_laplace": "#0072b2",
+    "adam_last_layer": "#56b4e9", "kfac_laplace": "#d55e00",
+    "kfac_last_layer": "#f0e442", "adam_ensemble": "#888888",
+}  # fmt: skip  # fmt: skip
+ACTIVE_TITLES = {
+    "active_bald": "noisy K-FAC, mutual information",
+    "active_random": "noisy K-FAC, random",
+    "active_entropy": "Adam, entropy",
+}
+REGRESSION_TITLES = {
+    "regression_noisy_kfac": "noisy K-FAC",
+    "regression_laplace": "Laplace, linearised network",
+}
+MEASURED = (
+    "Test images; mean over the winner's runs ± standard error. Accuracy in %; NLL in "
+    "nats; ECE with bins of equal width, adaptive ECE with bins of equal counts. "
+    "Methods with draws predict by the mean probability of all draws; Laplace's by the "
+    "linearised network with the probit approximation; the ensemble by the mean of all "
+    "of Adam's runs, so that it is a single one. Milliseconds are those of a training "
+    "step, the median over epochs; they depend on what else the machine did."
+)
+COMPARED = (
+    "Each method less the tuned Adam, with p-values of Welch's two-sided test over the "
+    "runs; not corrected for the number of comparisons."
+)
+MEANS = (
+    "The same runs' mean weights without draws: what the draws add to a prediction, "
+    "apart from what training with noise does to the mean."
+)
+STRANGE = (
+    "Images that belong to no class against test images: area under the receiver "
+    "operating characteristic (AUROC; 1 is perfect, 0.5 knows nothing) and false "
+    "positives at 95 % true positives (FPR95), by the largest probability; AUROC by "
+    "the entropy beside it. Shifted: test images under the strongest noise."
+)
+BEFORE = (
+    "The small size's grids were set by hand after short runs, mostly of LeNet on "
+    "CIFAR-10, judged on validation images: 22 of noisy K-FAC, 13 of Adam, 7 of IVON, "
+    "6 of VOGN, 3 of K-FAC, none of SGD. Noisy K-FAC had the most of them, which may "
+    "favour its grid. The damping and the trust region were not searched."
+)
+SEARCHED = (
+    "Every combination of a grid, seed 0, judged by the NLL of the method's own "
+    "predictions on validation images."
+)
+LEARNED = (
+    "The network is trained anew on all labelled images after every round; the first "
+    "ones of a seed are the same for all. Hyper-parameters were set by hand, not "
+    "searched. Area: mean test accuracy over all rounds. Differences are to noisy "
+    "K-FAC with a random order, with Welch's two-sided test."
+)
+SYNTHETIC = (
+    "Synthetic data of a fixed seed: noisy values of a cubic with a gap. The "
+    "observations' noise is known. Mean standard deviations of the function, the noise "
+    "taken off, where there are data, in the gap and outside. A single run each."
+)
 
 
 class Comparison(NamedTuple):
@@ -120,11 +174,7 @@ def read_all(folder: Path) -> list[Record]:
     if not any(path.stat().st_size for path in folder.glob("*.jsonl")):
         raise MetricsError(f"{folder} holds no results of the Bayesian study.")
     records = [without_nulls(r) for r in query(folder, "FROM runs")]
-    marks = {record["fingerprint"] for record in records}
-    if len(marks) > 1:
-        raise MetricsError(
-            f"{folder} holds runs of {len(marks)} configurations; wanted one."
-        )
+    pages.one_configuration(records, folder)
     return records
 
 
@@ -146,9 +196,7 @@ def problems_of(results: Results) -> list[tuple[str, str]]:
 
 def standard_error(values: np.ndarray) -> float | None:
     """``s / √n``; None for a single run."""
-    if len(values) < 2:
-        return None
-    return float(values.std(ddof=1) / np.sqrt(len(values)))
+    return float(stats.sem(values)) if len(values) > 1 else None
 
 
 def compare(ours: np.ndarray, theirs: np.ndarray) -> Comparison:
@@ -176,7 +224,7 @@ def comparisons(results: Results, cell: Cell, names: tuple[str, ...]) -> Any:
     }
 
 
-NAMES = ("accuracy", "nll", "ece")
+# ------------------------------------------------------------------------- the answer
 
 
 def p_text(p: float | None) -> str:
@@ -185,58 +233,38 @@ def p_text(p: float | None) -> str:
     return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}"
 
 
-def wins(found: dict[str, Comparison]) -> bool:
-    """Better NLL and ECE than Adam, significantly, at an accuracy that is no worse."""
-    return (
-        found["nll"].sign < 0
-        and found["ece"].sign < 0
-        and found["accuracy"].difference > -MARGIN
-    )
-
-
-def sentence(found: dict[str, Comparison]) -> str:
-    """The differences of one method to Adam."""
-    accuracy, nll, ece = (found[name] for name in NAMES)
-    return (
-        f"NLL {nll.difference:+.4f} ({p_text(nll.p)}), ECE {ece.difference:+.4f} "
-        f"({p_text(ece.p)}), accuracy {100 * accuracy.difference:+.2f} points "
-        f"({p_text(accuracy.p)})"
-    )
-
-
 def on_problem(results: Results, dataset: str, network: str) -> str:
-    """What is to be said of a data set and a network."""
-    where = f"On {dataset} with {network}"
+    """Which methods have a better NLL and ECE than Adam at an accuracy no worse."""
     better, known = [], 0
     for method in NATURAL:
-        cell = Cell(dataset, network, method)
-        found = comparisons(results, cell, NAMES)
+        found = comparisons(results, Cell(dataset, network, method), NAMES)
         if found is None:
             continue
         known += 1
-        if wins(found):
-            better.append((found["nll"].difference, TITLES[method], sentence(found)))
+        accuracy, nll, ece = (found[name] for name in NAMES)
+        if nll.sign < 0 and ece.sign < 0 and accuracy.difference > -MARGIN:
+            text = (
+                f"{TITLES[method]}: NLL {nll.difference:+.4f} ({p_text(nll.p)}), ECE "
+                f"{ece.difference:+.4f} ({p_text(ece.p)}), accuracy "
+                f"{100 * accuracy.difference:+.2f} points ({p_text(accuracy.p)})"
+            )
+            better.append((nll.difference, text))
+    where, below = f"On {dataset} with {network}", f"{100 * MARGIN:g} points below"
     if not known:
         return f"{where}, nothing can be compared with Adam yet."
-    if not better:
-        return (
-            f"{where}, none of {known} methods has a significantly better NLL and ECE "
-            f"than the tuned Adam at an accuracy no more than {100 * MARGIN:g} points "
-            "below."
-        )
-    shown = "; ".join(f"{title}: {text}" for _, title, text in sorted(better))
+    count, verb = (str(len(better)), "have") if better else ("none", "has")
+    shown = ": " + "; ".join(text for _, text in sorted(better)) if better else ""
     return (
-        f"{where}, {len(better)} of {known} methods have a significantly better NLL "
-        f"and ECE than the tuned Adam at an accuracy no more than {100 * MARGIN:g} "
-        f"points below: {shown}."
+        f"{where}, {count} of {known} methods {verb} a significantly better NLL and "
+        f"ECE than the tuned Adam at an accuracy no more than {below}{shown}."
     )
 
 
 def answer(results: Results) -> str:
+    """The answer in one paragraph."""
     parts = [on_problem(results, *problem) for problem in problems_of(results)]
-    seeds = sorted(
-        {len(r.runs) for c, r in results.items() if c.method in (ADAM, *NATURAL)}
-    )
+    compared = [r for c, r in results.items() if c.method in (ADAM, *NATURAL)]
+    seeds = sorted({len(r.runs) for r in compared})
     count = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     parts.append(
         f"Differences are those of means over {count} runs to Adam with decoupled "
@@ -248,33 +276,9 @@ def answer(results: Results) -> str:
     return " ".join(parts)
 
 
-COLOURS = {
-    "adam": "#0072b2", "sgd": "#000000", "kfac": "#d55e00", "noisy_kfac": "#e69f00",
-    "vogn": "#009e73", "ivon": "#cc79a7", "adam_laplace": "#0072b2",
-    "adam_last_layer": "#56b4e9", "kfac_laplace": "#d55e00",
-    "kfac_last_layer": "#f0e442", "adam_ensemble": "#888888",
-}  # fmt: skip
-ACTIVE_TITLES = {
-    "active_bald": "noisy K-FAC, mutual information",
-    "active_random": "noisy K-FAC, random",
-    "active_entropy": "Adam, entropy",
-}
-REGRESSION_TITLES = {
-    "regression_noisy_kfac": "noisy K-FAC",
-    "regression_laplace": "Laplace, linearised network",
-}
+# -------------------------------------------------------------------------- the plots
 
-
-def save(figure: Figure, path: Path) -> None:
-    """Writes a figure, with one legend for all of its plots, and forgets it."""
-    named = {}
-    for axes in figure.axes:
-        handles, labels = axes.get_legend_handles_labels()
-        named |= dict(zip(labels, handles, strict=True))
-    place: Any = {"loc": "outside lower center", "ncols": max(1, min(4, len(named)))}
-    figure.legend(list(named.values()), list(named), fontsize=8, **place)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+BOTTOM = "outside lower center"
 
 
 def style(method: str) -> Any:
@@ -283,32 +287,23 @@ def style(method: str) -> Any:
     return {"color": COLOURS[method], "label": TITLES[method], "ls": dashed}
 
 
-def grid_of(results: Results, rows: int = 1) -> Any:
+def grid_of(results: Results, rows: int) -> Any:
     """A column for every data set and network."""
     problems = problems_of(results)
-    figure, grid = plt.subplots(
-        rows,
-        len(problems),
-        sharex=True,
-        squeeze=False,
-        figsize=(max(6, 3 * len(problems)), 1.5 + 2.6 * rows),
-        layout="constrained",
-    )
+    size = max(6, 3 * len(problems)), 1.5 + 2.6 * rows
+    figure, grid = pages.panels(rows, len(problems), sharex=True, figsize=size)
     for axes, (dataset, network) in zip(grid[0], problems, strict=True):
         axes.set_title(f"{dataset}, {network}", fontsize=9)
-    for axes in grid.flat:
-        axes.grid(alpha=0.3)
     return figure, grid, problems
 
 
 def mean_bins(runs: list[Record]) -> tuple[np.ndarray, np.ndarray]:
     """Confidence and accuracy of all runs' examples together, by bin that has some."""
-    count = np.array([run["bins"]["count"] for run in runs], float)
-    total = count.sum(0)
+    bins = {k: np.array([r["bins"][k] for r in runs], float) for k in runs[0]["bins"]}
+    total = bins["count"].sum(0)
     full = total > 0
     means = [
-        (np.array([run["bins"][name] for run in runs]) * count).sum(0)[full]
-        / total[full]
+        (bins[name] * bins["count"]).sum(0)[full] / total[full]
         for name in ("confidence", "accuracy")
     ]
     return means[0], means[1]
@@ -318,9 +313,10 @@ def plot_reliability(results: Results, path: Path) -> None:
     """Accuracy less confidence by bin: trained methods above, others below."""
     figure, grid, problems = grid_of(results, 2)
     for row, methods in zip(grid, (TRAINED, ("adam", *DERIVED)), strict=True):
-        for axes, (dataset, network) in zip(row, problems, strict=True):
+        for axes, problem in zip(row, problems, strict=True):
             axes.axhline(0, color="k", lw=0.8)
             for method in methods:
+                dataset, network = problem
                 result = results.get(Cell(dataset, network, method))
                 if result is not None:
                     confidence, accuracy = mean_bins(result.runs)
@@ -329,185 +325,62 @@ def plot_reliability(results: Results, path: Path) -> None:
         row[0].set_ylabel("accuracy − confidence")
     for axes in grid[-1]:
         axes.set_xlabel("confidence")
-    save(figure, path)
+    pages.finish(figure, path, BOTTOM)
 
 
 def plot_shift(results: Results, path: Path) -> None:
     """Accuracy, NLL and ECE against the strength of the noise on the images."""
-    names = ("accuracy", "nll", "ece")
-    figure, grid, problems = grid_of(results, len(names))
-    for column, problem in zip(grid.T, problems, strict=True):
-        for cell, result in results.items():
-            if (cell.dataset, cell.network) != problem:
-                continue
-            at = [0.0, *result.runs[0]["shifted"]["severity"]]
-            for axes, name in zip(column, names, strict=True):
-                curves = [[r["test"][name], *r["shifted"][name]] for r in result.runs]
-                curve = np.mean(np.array(curves, float), 0)
-                axes.plot(at, curve, marker=".", lw=1, **style(cell.method))
+    figure, grid, problems = grid_of(results, len(NAMES))
+    for cell, result in results.items():
+        column = grid.T[problems.index((cell.dataset, cell.network))]
+        at = [0.0, *result.runs[0]["shifted"]["severity"]]
+        for axes, name in zip(column, NAMES, strict=True):
+            curves = [[r["test"][name], *r["shifted"][name]] for r in result.runs]
+            curve = np.mean(np.array(curves, float), 0)
+            axes.plot(at, curve, marker=".", lw=1, **style(cell.method))
         column[-1].set_xlabel("noise on the images")
     for axes, name in zip(grid[:, 0], ("accuracy", "NLL", "ECE"), strict=True):
         axes.set_ylabel(name)
-    save(figure, path)
+    pages.finish(figure, path, BOTTOM)
 
 
 def plot_active(records: dict[str, list[Record]], path: Path) -> None:
     """Test accuracy and NLL against the number of labels, with standard errors."""
-    figure, grid = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    figure, (grid,) = pages.panels(1, 2, figsize=(9, 4))
     for axes, name in zip(grid, ("accuracy", "nll"), strict=True):
         for number, (cell, runs) in enumerate(records.items()):
             curves = np.array([run[name] for run in runs], float)
-            mean = curves.mean(0)
+            mean, colour = curves.mean(0), f"C{number}"
             x, title = runs[0]["labelled"], ACTIVE_TITLES[cell]
-            axes.plot(x, mean, ".-", color=f"C{number}", label=title)
+            axes.plot(x, mean, ".-", color=colour, label=title)
             if len(curves) > 1:
-                error = curves.std(0, ddof=1) / np.sqrt(len(curves))
-                shade: Any = {"color": f"C{number}", "alpha": 0.2}
-                axes.fill_between(x, mean - error, mean + error, **shade)
-        axes.set_xlabel("labelled images")
-        axes.grid(alpha=0.3)
-    grid[0].set_ylabel("test accuracy")
-    grid[1].set_ylabel("test NLL")
-    save(figure, path)
+                error = stats.sem(curves)
+                lines = mean - error, mean + error
+                axes.fill_between(x, *lines, color=colour, alpha=0.2)
+        axes.set(xlabel="labelled images", ylabel=f"test {name}")
+    pages.finish(figure, path, BOTTOM)
 
 
-def plot_regression(records: dict[str, Record], truth: Any, path: Path) -> None:
+def plot_regression(records: dict[str, Record], path: Path) -> None:
     """Mean and two standard deviations of every method, with data and function."""
-    figure, grid = plt.subplots(
-        1,
-        len(records),
-        sharey=True,
-        squeeze=False,
-        figsize=(max(5, 4.5 * len(records)), 4),
-        layout="constrained",
-    )
+    size = max(5, 4.5 * len(records)), 4
+    figure, grid = pages.panels(1, len(records), sharey=True, figsize=size)
     for axes, (name, record) in zip(grid[0], records.items(), strict=True):
-        x = np.array(record["x"])
-        mean, deviation = np.array(record["mean"]), np.array(record["deviation"])
-        shade: Any = {"color": "C0", "alpha": 0.25}
-        lower, upper = mean - 2 * deviation, mean + 2 * deviation
-        axes.fill_between(x, lower, upper, label="± 2 standard deviations", **shade)
+        x, mean = np.array(record["x"]), np.array(record["mean"])
+        two = 2 * np.array(record["deviation"])
+        label = "± 2 standard deviations"
+        axes.fill_between(
+            x, mean - two, mean + two, color="C0", alpha=0.25, label=label
+        )
         axes.plot(x, mean, color="C0", label="predicted mean")
         axes.plot(x, truth(x), "k--", lw=1, label="function")
         axes.plot(record["data_x"], record["data_y"], "k.", ms=4, label="data")
         axes.set(title=REGRESSION_TITLES[name], xlabel="x", ylim=(-4, 4))
-        axes.grid(alpha=0.3)
     grid[0][0].set_ylabel("y")
-    save(figure, path)
+    pages.finish(figure, path, BOTTOM)
 
 
-LEARNED = (
-    "The network is trained anew on all labelled images after every round; the first "
-    "ones of a seed are the same for all. Hyper-parameters were set by hand, not "
-    "searched. Area: mean test accuracy over all rounds. Differences are to noisy "
-    "K-FAC with a random order, with Welch's two-sided test."
-)
-SYNTHETIC = (
-    "Synthetic data of a fixed seed: noisy values of a cubic with a gap. The "
-    "observations' noise is known. Mean standard deviations of the function, the noise "
-    "taken off, where there are data, in the gap and outside. A single run each."
-)
-
-
-def active_section(records: list[Record], out: Path) -> Section | None:
-    """Active learning; None if it has not been run."""
-    found = {
-        name: [r for r in records if r["kind"] == "active" and r["method"] == name]
-        for name in ACTIVE
-    }
-    found = {name: runs for name, runs in found.items() if runs}
-    if not found:
-        return None
-    path = out / "active.png"
-    plot_active(found, path)
-    base = found.get("active_random")
-    rows = []
-    for name, runs in found.items():
-        areas, last = areas_of(runs), np.array([r["accuracy"][-1] for r in runs])
-        against = None if base is None or runs is base else areas_of(base)
-        seen = None if against is None else compare(areas, against)
-        rows.append(
-            (
-                ACTIVE_TITLES[name],
-                str(len(runs)),
-                percent(last),
-                percent(areas),
-                NOTHING if seen is None else f"{100 * seen.difference:+.2f}",
-                NOTHING if seen is None else p_text(seen.p),
-            )
-        )
-    header = ("method", "runs", "accuracy at the end, %", "area, %", "Δ area", "")
-    picture = Plot(path, "Test images against labelled images, with standard errors")
-    return Section("Active learning", (LEARNED, Table(header, tuple(rows)), picture))
-
-
-def areas_of(runs: list[Record]) -> np.ndarray:
-    """Mean accuracy over the rounds, by run."""
-    return np.array([np.mean(run["accuracy"]) for run in runs])
-
-
-def percent(values: np.ndarray) -> str:
-    """Mean and standard error in points of a hundred."""
-    error = standard_error(values)
-    mean = f"{100 * values.mean():.2f}"
-    return mean if error is None else f"{mean} ± {100 * error:.2f}"
-
-
-def regression_section(records: list[Record], out: Path) -> Section | None:
-    """The regression example; None if it has not been run."""
-    found = {r["method"]: r for r in records if r["kind"] == "regression"}
-    found = {name: found[name] for name in REGRESSION if name in found}
-    if not found:
-        return None
-    path = out / "regression.png"
-    plot_regression(found, truth, path)
-    rows = tuple(
-        (
-            REGRESSION_TITLES[name],
-            f"{record['precision']:.3g}",
-            *(f"{record['where'][key]:.3f}" for key in ("data", "gap", "outside")),
-        )
-        for name, record in found.items()
-    )
-    header = ("method", "prior precision", "at data", "in the gap", "outside")
-    picture = Plot(path, "Predicted mean and two standard deviations")
-    return Section("Regression", (SYNTHETIC, Table(header, rows), picture))
-
-
-SCORES = ("accuracy", "nll", "brier", "ece", "adaptive_ece")
-HEADER = ("data", "network", "method", "runs")
-MEASURED = (
-    "Test images; mean over the winner's runs ± standard error. Accuracy in %; NLL in "
-    "nats; ECE with bins of equal width, adaptive ECE with bins of equal counts. "
-    "Methods with draws predict by the mean probability of all draws; Laplace's by the "
-    "linearised network with the probit approximation; the ensemble by the mean of all "
-    "of Adam's runs, so that it is a single one. Milliseconds are those of a training "
-    "step, the median over epochs; they depend on what else the machine did."
-)
-COMPARED = (
-    "Each method less the tuned Adam, with p-values of Welch's two-sided test over the "
-    "runs; not corrected for the number of comparisons."
-)
-MEANS = (
-    "The same runs' mean weights without draws: what the draws add to a prediction, "
-    "apart from what training with noise does to the mean."
-)
-STRANGE = (
-    "Images that belong to no class against test images: area under the receiver "
-    "operating characteristic (AUROC; 1 is perfect, 0.5 knows nothing) and false "
-    "positives at 95 % true positives (FPR95), by the largest probability; AUROC by "
-    "the entropy beside it. Shifted: test images under the strongest noise."
-)
-BEFORE = (
-    "The small size's grids were set by hand after short runs, mostly of LeNet on "
-    "CIFAR-10, judged on validation images: 22 of noisy K-FAC, 13 of Adam, 7 of IVON, "
-    "6 of VOGN, 3 of K-FAC, none of SGD. Noisy K-FAC had the most of them, which may "
-    "favour its grid. The damping and the trust region were not searched."
-)
-SEARCHED = (
-    "Every combination of a grid, seed 0, judged by the NLL of the method's own "
-    "predictions on validation images."
-)
+# --------------------------------------------------------------------------- the page
 
 
 def shown(values: np.ndarray, factor: float = 1, digits: int = 4) -> str:
@@ -519,94 +392,152 @@ def shown(values: np.ndarray, factor: float = 1, digits: int = 4) -> str:
     return mean if error is None else f"{mean} ± {factor * error:.{digits}f}"
 
 
-def names_of(result: Result) -> tuple[str, ...]:
-    cell = result.cell
-    runs = str(len(result.runs))
-    return cell.dataset, cell.network, TITLES[cell.method], runs
+def score(name: str) -> Callable[[Result], str]:
+    """What makes the cell of a score."""
+    options = (100, 2) if name == "accuracy" else ()
+    return lambda result: shown(result.figures(name), *options)
 
 
-def score(name: str, values: np.ndarray) -> str:
-    return shown(values, 100, 2) if name == "accuracy" else shown(values)
+CELL: dict[str, Callable[[Any], Any]] = {
+    "data": lambda r: r.cell.dataset,
+    "network": lambda r: r.cell.network,
+    "method": lambda r: TITLES[r.cell.method],
+    "runs": lambda r: str(len(r.runs)),
+}
+SCORED = {
+    "accuracy": score("accuracy"),
+    "NLL": score("nll"),
+    "Brier": score("brier"),
+    "ECE": score("ece"),
+    "adaptive ECE": score("adaptive_ece"),
+}
 
 
 def score_table(results: Results) -> Table:
-    rows = []
-    adam_seconds = {}
-    for cell, result in results.items():
-        seconds = result.seconds()
-        adam_seconds |= {cell: seconds} if cell.method == ADAM else {}
-        adam = adam_seconds.get(cell.of(ADAM))
-        known = seconds is not None
-        cost = f"{1e3 * seconds:.1f}" if known else NOTHING
-        ratio = f"{seconds / adam:.1f}" if known and adam else NOTHING
-        found = [score(name, result.figures(name)) for name in SCORES]
-        rows.append((*names_of(result), *found, cost, ratio))
-    header = (*HEADER, "accuracy", "NLL", "Brier", "ECE", "adaptive ECE")
-    return Table((*header, "ms per step", "of Adam's"), tuple(rows), MEASURED)
+    """All scores: a row per cell."""
+
+    def ratio(result):
+        adam, seconds = results.get(result.cell.of(ADAM)), result.seconds()
+        base = adam and adam.seconds()
+        return f"{seconds / base:.1f}" if seconds is not None and base else None
+
+    cost = {
+        "ms per step": lambda r: (s := r.seconds()) and f"{1e3 * s:.1f}",
+        "of Adam's": ratio,
+    }
+    return Table.of(results.values(), CELL | SCORED | cost, MEASURED)
 
 
 def comparison_table(results: Results) -> Table:
+    """Every method less Adam."""
     rows = []
     for cell, result in results.items():
         found = comparisons(results, cell, NAMES)
-        if found is None:
-            continue
-        texts = []
-        for name in NAMES:
-            percent = name == "accuracy"
-            value = found[name].difference * (100 if percent else 1)
-            texts.append(f"{value:+.{2 if percent else 4}f}")
-            texts.append(p_text(found[name].p))
-        rows.append((*names_of(result), *texts))
-    header = (*HEADER, "Δ accuracy", "", "Δ NLL", "", "Δ ECE", "")
+        if found is not None:
+            texts = []
+            for name, one in found.items():
+                factor, digits = (100, 2) if name == "accuracy" else (1, 4)
+                texts += [f"{factor * one.difference:+.{digits}f}", p_text(one.p)]
+            rows.append((*(make(result) for make in CELL.values()), *texts))
+    header = (*CELL, "Δ accuracy", "", "Δ NLL", "", "Δ ECE", "")
     return Table(header, tuple(rows), COMPARED)
 
 
 def mean_table(results: Results) -> Table:
     """The scores of mean weights, of methods that draw."""
-    rows = []
-    for result in results.values():
-        if all("mean_weights" in run for run in result.runs):
-            plain = result._replace(
-                runs=[{"test": run["mean_weights"]} for run in result.runs]
-            )
-            found = [score(name, plain.figures(name)) for name in SCORES]
-            rows.append((*names_of(result), *found))
-    header = (*HEADER, "accuracy", "NLL", "Brier", "ECE", "adaptive ECE")
-    return Table(header, tuple(rows), MEANS)
+    plain = [
+        result._replace(runs=[{"test": run["mean_weights"]} for run in result.runs])
+        for result in results.values()
+        if all("mean_weights" in run for run in result.runs)
+    ]
+    return Table.of(plain, CELL | SCORED, MEANS)
 
 
 def strange_table(results: Results) -> Table:
     """Strange images: a row per cell and set."""
     rows = []
     for result in results.values():
-        for name in result.runs[0]["strange"]:
-            seen = [run["strange"][name] for run in result.runs]
-            values = [
-                shown(np.array([s[key] for s in seen]), digits=3)
-                for key in ("auroc", "fpr95", "auroc_entropy")
-            ]
-            rows.append((*names_of(result), name, *values))
-        last = np.array([run["shifted"]["auroc"][-1] for run in result.runs])
-        end = (shown(last, digits=3), NOTHING, NOTHING)
-        rows.append((*names_of(result), "shifted", *end))
-    header = (*HEADER, "images", "AUROC", "FPR95", "AUROC, entropy")
+        first, runs = [make(result) for make in CELL.values()], result.runs
+        for name in runs[0]["strange"]:
+            keys = ("auroc", "fpr95", "auroc_entropy")
+            seen = [np.array([r["strange"][name][key] for r in runs]) for key in keys]
+            rows.append((*first, name, *(shown(values, digits=3) for values in seen)))
+        last = np.array([run["shifted"]["auroc"][-1] for run in runs])
+        rows.append((*first, "shifted", shown(last, digits=3), None, None))
+    header = (*CELL, "images", "AUROC", "FPR95", "AUROC, entropy")
     return Table(header, tuple(rows), STRANGE)
 
 
 def search_table(results: Results) -> Table:
+    """What the searches found."""
+
+    def winner(result):
+        values = result.runs[0]["values"].items()
+        return ", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in values)
+
+    def best(result):
+        losses = [r["nll"] for r in result.trials if r.get("nll") is not None]
+        return f"{min(losses):.4f}" if losses else None
+
+    columns = {name: CELL[name] for name in ("data", "network", "method")}
+    columns |= {"trials": lambda r: str(len(r.trials))}
+    columns |= {"winner": winner, "validation NLL": best}
+    return Table.of([r for r in results.values() if r.trials], columns, SEARCHED)
+
+
+def active_section(records: list[Record], out: Path) -> list[Section]:
+    """Active learning; nothing if it has not been run."""
+    found = {
+        name: [r for r in records if r["kind"] == "active" and r["method"] == name]
+        for name in ACTIVE
+    }
+    found = {name: runs for name, runs in found.items() if runs}
+    if not found:
+        return []
+    path = out / "active.png"
+    plot_active(found, path)
+    areas = {
+        n: np.array([np.mean(r["accuracy"]) for r in rs]) for n, rs in found.items()
+    }
+    base: Any = areas.get("active_random")
     rows = []
-    for result in results.values():
-        if result.trials:
-            values = result.runs[0]["values"]
-            text = ", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in values.items())
-            losses = [r["nll"] for r in result.trials if r.get("nll") is not None]
-            best = f"{min(losses):.4f}" if losses else NOTHING
-            count = str(len(result.trials))
-            first = names_of(result)[:3]
-            rows.append((*first, count, text, best))
-    header = (*HEADER[:3], "trials", "winner", "validation NLL")
-    return Table(header, tuple(rows), SEARCHED)
+    for name, runs in found.items():
+        last = np.array([run["accuracy"][-1] for run in runs])
+        apart = base is None or name == "active_random"
+        seen = None if apart else compare(areas[name], base)
+        rows.append(
+            (
+                ACTIVE_TITLES[name],
+                str(len(runs)),
+                shown(last, 100, 2),
+                shown(areas[name], 100, 2),
+                seen and f"{100 * seen.difference:+.2f}",
+                seen and p_text(seen.p),
+            )
+        )
+    header = ("method", "runs", "accuracy at the end, %", "area, %", "Δ area", "")
+    picture = Plot(path, "Test images against labelled images, with standard errors")
+    parts = LEARNED, Table(header, tuple(rows)), picture
+    return [Section("Active learning", parts)]
+
+
+def regression_section(records: list[Record], out: Path) -> list[Section]:
+    """The regression example; nothing if it has not been run."""
+    found = {r["method"]: r for r in records if r["kind"] == "regression"}
+    found = {name: found[name] for name in REGRESSION if name in found}
+    if not found:
+        return []
+    path = out / "regression.png"
+    plot_regression(found, path)
+    where = {"at data": "data", "in the gap": "gap", "outside": "outside"}
+    columns: dict[str, Callable[[Any], Any]] = {
+        "method": lambda r: REGRESSION_TITLES[r["method"]],
+        "prior precision": lambda r: f"{r['precision']:.3g}",
+        **{k: lambda r, v=v: f"{r['where'][v]:.3f}" for k, v in where.items()},
+    }
+    picture = Plot(path, "Predicted mean and two standard deviations")
+    parts = SYNTHETIC, Table.of(found.values(), columns), picture
+    return [Section("Regression", parts)]
 
 
 def setting(config: Record) -> str:
@@ -624,40 +555,18 @@ def setting(config: Record) -> str:
     )
 
 
-def make_sections(results: Results, records: list[Record], out: Path) -> list[Section]:
-    config = next(iter(results.values())).runs[0]["config"]
-    reliability, shift = out / "reliability.png", out / "shift.png"
-    plot_reliability(results, reliability)
-    plot_shift(results, shift)
-    gap = "Accuracy less confidence: below 0 a method is over-confident"
-    noise = "Test images under normal noise; its strength in units of the brightest"
-    sections = [
-        Section("Answer", (answer(results),)),
-        Section("Setting", (setting(config),)),
-        Section("Result", (score_table(results), comparison_table(results))),
-        Section("Calibration", (Plot(reliability, gap), mean_table(results))),
-        Section("Shifted images", (Plot(shift, noise),)),
-        Section("Strange images", (strange_table(results),)),
-        Section("The searches", (BEFORE, search_table(results))),
-    ]
-    further = active_section(records, out), regression_section(records, out)
-    return sections + [section for section in further if section is not None]
-
-
 def summary(results: Results) -> list[dict[str, Any]]:
     """Numbers of every cell as JSON values."""
     rows = []
     for cell, result in results.items():
         found = comparisons(results, cell, NAMES)
         row: dict[str, Any] = {
-            "dataset": cell.dataset,
-            "network": cell.network,
-            "method": cell.method,
+            **dataclasses.asdict(cell),
             "runs": len(result.runs),
             "values": result.runs[0].get("values"),
             "seconds_per_step": result.seconds(),
         }
-        for name in SCORES:
+        for name in ("accuracy", "nll", "brier", "ece", "adaptive_ece"):
             values = result.figures(name)
             row[name] = float(values.mean())
             row[f"{name}_error"] = standard_error(values)
@@ -672,10 +581,26 @@ def save_report(config: BayesReport, console: Console) -> None:
     out.mkdir(parents=True, exist_ok=True)
     results, records = read_results(config.folder), read_all(config.folder)
     shared = next(iter(results.values())).runs[0]["config"]
-    sections = make_sections(results, records, out)
-    facts = {"config": shared, "cells": summary(results), "answer": answer(results)}
+    reliability, shift = out / "reliability.png", out / "shift.png"
+    plot_reliability(results, reliability)
+    plot_shift(results, shift)
+    said, scores = answer(results), score_table(results)
+    gap = "Accuracy less confidence: below 0 a method is over-confident"
+    noise = "Test images under normal noise; its strength in units of the brightest"
+    sections = [
+        Section("Answer", (said,)),
+        Section("Setting", (setting(shared),)),
+        Section("Result", (scores, comparison_table(results))),
+        Section("Calibration", (Plot(reliability, gap), mean_table(results))),
+        Section("Shifted images", (Plot(shift, noise),)),
+        Section("Strange images", (strange_table(results),)),
+        Section("The searches", (BEFORE, search_table(results))),
+        *active_section(records, out),
+        *regression_section(records, out),
+    ]
+    facts = {"config": shared, "cells": summary(results), "answer": said}
     (out / "summary.json").write_text(json.dumps(metrics.to_json(facts), indent=1))
-    table = markdown_part(score_table(results))
-    console.print(table, markup=False, highlight=False, soft_wrap=True)
-    console.print(answer(results), markup=False, highlight=False)
-    publish("Bayesian study", sections, shared, config.folder, out, console)
+    look: dict[str, Any] = {"markup": False, "highlight": False}
+    console.print(pages.markdown_part(scores), soft_wrap=True, **look)
+    console.print(said, **look)
+    pages.publish("Bayesian study", sections, shared, config.folder, out, console)
