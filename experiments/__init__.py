@@ -17,9 +17,6 @@ def keep_freed_memory() -> bool:
     By default it returns buffers above 32 MB to the system, and the next step faults
     every page of its temporary buffers in again. Threads other than the first cannot
     keep more than 64 MB at all, unless they share the first one's heap.
-
-    Returns:
-        Whether this C library could be told so.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -27,16 +27,7 @@ TEMPORARY = "*.orbax-checkpoint-tmp*"
 
 
 def save(folder: Path, step: int, state: PyTree) -> None:
-    """Writes a checkpoint and removes all but the newest ones.
-
-    Args:
-        folder: folder of the checkpoints.
-        step: number of steps taken.
-        state: pytree of arrays and numbers.
-
-    Raises:
-        CheckpointError: if it could not be written; earlier ones are untouched.
-    """
+    """Writes a checkpoint and removes all but the newest ones."""
     path = (folder / f"{PREFIX}{step:08d}").absolute()
     leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(state).items()}
     # orbax refuses arrays without elements; there is nothing in them to restore.
@@ -55,7 +46,6 @@ def save(folder: Path, step: int, state: PyTree) -> None:
 
 
 def write(path: Path, leaves: dict[str, np.ndarray]) -> None:
-    """Writes one checkpoint."""
     with quiet(), checkpointer_of_this_process() as checkpointer:
         checkpointer.save(path, leaves, force=True)
 
@@ -71,19 +61,6 @@ def checkpointer_of_this_process() -> ocp.Checkpointer:
 
 
 def restore(folder: Path, step: int, like: PyTree) -> PyTree:
-    """Reads a checkpoint.
-
-    Args:
-        folder: folder of the checkpoints.
-        step: which one.
-        like: a state of the same structure, shapes and dtypes.
-
-    Returns:
-        The state, bit for bit as it was saved.
-
-    Raises:
-        CheckpointError: if it cannot be read, or belongs to another state.
-    """
     path = path_of(folder, step)
     wanted = {
         name: (tuple(np.shape(leaf)), str(np.asarray(leaf).dtype))
@@ -125,16 +102,7 @@ def restore(folder: Path, step: int, like: PyTree) -> PyTree:
 
 
 def damaged(folder: Path, step: int, why: str) -> str:
-    """Says that a checkpoint cannot be read, and where a run can continue without it.
-
-    Args:
-        folder: folder of the checkpoints.
-        step: which one.
-        why: what is wrong with it.
-
-    Returns:
-        The sentence.
-    """
+    """Says that a checkpoint is unreadable, and where a run can continue."""
     earlier = [other for other in complete(folder) if other < step]
     then = (
         f"continue from step {earlier[-1]}"
@@ -185,7 +153,6 @@ def reason(error: Exception) -> str:
 
 
 def last_good(folder: Path) -> str:
-    """Says which checkpoint is the last good one."""
     steps = complete(folder)
     if not steps:
         return "There is no earlier checkpoint."

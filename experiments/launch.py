@@ -18,9 +18,8 @@ from collections.abc import Mapping, Sequence
 
 import tyro
 
-from experiments.configs.checks import check_integer
+from experiments.configs.checks import check
 from experiments.errors import ConfigError
-from experiments.pipes import ended
 from experiments.processes import (
     ADDRESS,
     COUNT,
@@ -29,6 +28,7 @@ from experiments.processes import (
     LOCAL_DEVICES,
     NUMBER,
 )
+from experiments.progress import ended
 
 PROGRAM = "python -m experiments.launch"
 COMMAND = (sys.executable, "-m", "experiments.main")
@@ -58,9 +58,7 @@ class LaunchConfig:
     """Seconds without a sign of life after which a process counts as dead."""
 
     def __post_init__(self) -> None:
-        """Checks the values."""
-        for name in ("processes", "devices_per_process", "hosts", "heartbeat_seconds"):
-            check_integer(name.replace("_", "-"), getattr(self, name), at_least=1)
+        check(self, counts="processes devices_per_process hosts heartbeat_seconds")
         if self.processes % self.hosts:
             raise ConfigError(
                 f"processes is {self.processes}; wanted a multiple of the "
@@ -78,19 +76,10 @@ class LaunchConfig:
 
     @property
     def share(self) -> int:
-        """Processes of one host."""
         return self.processes // self.hosts
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line.
-
-    Args:
-        arguments: the arguments after the program's name; those of the process if None.
-
-    Returns:
-        The exit status: 0, or that of the first process that failed.
-    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     cut = given.index("--") if "--" in given else len(given)
     own, command = given[:cut], given[cut + 1 :]
@@ -102,14 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def environments(config: LaunchConfig) -> dict[int, dict[str, str]]:
-    """Returns what each process of this host finds in its environment.
-
-    Args:
-        config: the processes.
-
-    Returns:
-        The variables to add, by the number of the process.
-    """
+    """Returns what each process of this host finds in its environment."""
     shared = {
         COUNT: str(config.processes),
         HEARTBEAT: str(config.heartbeat_seconds),
@@ -143,15 +125,7 @@ def free_port() -> int:
 
 
 def run(command: Sequence[str], variables: Mapping[int, Mapping[str, str]]) -> int:
-    """Runs a command once for each environment, until all end or the first fails.
-
-    Args:
-        command: program and arguments.
-        variables: what to add to the environment, by the number of the process.
-
-    Returns:
-        0, or the status of the first that failed; 128 + n if signal n ended it.
-    """
+    """Runs a command once for each environment, until all end or the first fails."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     children: dict[int, subprocess.Popen[str]] = {}
     ended: Ended = queue.SimpleQueue()
@@ -198,15 +172,7 @@ def follow(number: int, child: subprocess.Popen[str], ended: Ended) -> None:
 
 
 def first_failure(count: int, ended: Ended) -> tuple[int, int]:
-    """Waits until all processes have ended or one has failed.
-
-    Args:
-        count: how many there are.
-        ended: numbers and statuses, in the order in which the processes end.
-
-    Returns:
-        The number and the status of the first that failed; status 0 if none did.
-    """
+    """Waits until all processes have ended or one has failed."""
     number, status = 0, 0
     for _ in range(count):
         number, status = ended.get()

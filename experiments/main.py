@@ -1,6 +1,5 @@
 """Command line: ``python -m experiments.main train --help``."""
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -15,19 +14,16 @@ from experiments.configs.cost import CostConfig
 from experiments.configs.train import OptimizerName
 from experiments.configs.tune import TuneConfig, default_tuning
 from experiments.errors import ExperimentError
-from experiments.pipes import ended
-from experiments.progress import open_console
+from experiments.progress import ended, open_console
 from experiments.studies.commands import (
-    RUNS,
     Command,
-    IntervalStudy,
-    described,
+    choose,
     parse_study,
     run_study,
 )
+from experiments.studies.study import Study
 from experiments.survey.commands import Command as SurveyCommand
 from experiments.survey.commands import parse_survey, run_command
-from experiments.survey.config import SurveyConfig
 
 PROGRAM = "python -m experiments.main"
 COMMANDS = {
@@ -53,69 +49,43 @@ class ReportConfig:
 def parse(
     arguments: Sequence[str],
 ) -> TrainConfig | ReportConfig | CostConfig | TuneConfig | Command | SurveyCommand:
-    """Parses the command line.
-
-    Args:
-        arguments: the arguments after the program's name.
-
-    Returns:
-        The configuration of the chosen command.
-    """
-    commands = argparse.ArgumentParser(
-        prog=PROGRAM,
-        description="Trains networks with K-FAC, SGD, Adam and AdamW side by side.",
-        epilog=described(COMMANDS, f"The options of a command: {PROGRAM} train --help"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands.add_argument("command", choices=COMMANDS, help="One of those below.")
-    command = commands.parse_args(arguments[:1]).command
-    rest = list(arguments[1:])
+    about = "Trains networks with K-FAC, SGD, Adam and AdamW side by side."
+    command, rest = choose(arguments, PROGRAM, about, COMMANDS)
+    prog = f"{PROGRAM} {command}"
     if command == "study":
-        return parse_study(rest, f"{PROGRAM} study")
+        return parse_study(rest, prog)
     if command == "survey":
-        return parse_survey(rest, f"{PROGRAM} survey")
-    if command == "report":
-        return tyro.cli(ReportConfig, prog=f"{PROGRAM} report", args=rest)
-    if command == "cost":
-        return tyro.cli(CostConfig, prog=f"{PROGRAM} cost", args=rest)
-    names = names_in(rest)
-    if command == "tune":
-        default = default_tuning(*names)
-        return tyro.cli(TuneConfig, prog=f"{PROGRAM} tune", default=default, args=rest)
-    default = default_config(*names)
-    return tyro.cli(TrainConfig, prog=f"{PROGRAM} train", default=default, args=rest)
+        return parse_survey(rest, prog)
+    if command in ("report", "cost"):
+        kind = {"report": ReportConfig, "cost": CostConfig}[command]
+        return tyro.cli(kind, prog=prog, args=rest)
+    make = {"tune": default_tuning, "train": default_config}[command]
+    default = make(*names_in(rest))
+    return tyro.cli(type(default), prog=prog, default=default, args=rest)
 
 
 def names_in(arguments: Sequence[str]) -> tuple[str, str]:
     """Reads the data set and the model, which decide the other options' defaults.
 
-    Args:
-        arguments: the arguments of ``train`` or ``tune``.
-
-    Returns:
-        The names; those without any argument if one is wrong, which the real parser
-        then tells with all it knows.
+    A wrong name is left to the real parser, which knows how to tell it.
     """
-    first = argparse.ArgumentParser(
-        add_help=False, allow_abbrev=False, exit_on_error=False
-    )
-    first.add_argument("--dataset", choices=DATASETS, default="mnist5k")
-    first.add_argument("--model", choices=MODELS, default="mlp")
-    try:
-        chosen, _ = first.parse_known_args(arguments)
-    except argparse.ArgumentError:
-        return "mnist5k", "mlp"
-    return chosen.dataset, chosen.model
+    names: dict[str, tuple[str, tuple[str, ...]]] = {
+        "--dataset": ("mnist5k", DATASETS),
+        "--model": ("mlp", MODELS),
+    }
+    found = []
+    for option, (default, known) in names.items():
+        given = [a.removeprefix(f"{option}=") for a in arguments if f"{option}=" in a]
+        pairs = zip(arguments, arguments[1:], strict=False)
+        given += [value for name, value in pairs if name == option]
+        found.append(given[0] if given else default)
+        if found[-1] not in known:
+            return "mnist5k", "mlp"
+    return found[0], found[1]
 
 
 def report(folder: Path, baseline: str, console: Console) -> None:
-    """Prints the table and writes the plots.
-
-    Args:
-        folder: the run folder.
-        baseline: the optimiser the others are measured by.
-        console: where to print.
-    """
+    """Prints the table and writes the plots."""
     from experiments import reports  # JAX starts here, not for --help
 
     runs = reports.read_runs(folder)
@@ -125,15 +95,7 @@ def report(folder: Path, baseline: str, console: Console) -> None:
 
 
 def train_and_report(config: TrainConfig, console: Console) -> list[str]:
-    """Trains, alone or with other processes; the first one reports.
-
-    Args:
-        config: what to run.
-        console: where to report.
-
-    Returns:
-        What went wrong without stopping a run.
-    """
+    """Trains, alone or with other processes; the first one reports."""
     from experiments import processes
 
     with processes.together():
@@ -148,14 +110,7 @@ def train_and_report(config: TrainConfig, console: Console) -> list[str]:
 
 
 def continuation(config: Any) -> str:
-    """Says what the same command does after an interruption.
-
-    Args:
-        config: the configuration, or None before it was read.
-
-    Returns:
-        A sentence; empty for a command without checkpoints.
-    """
+    """Says what the same command does after an interruption."""
     again = "The same command continues from the last checkpoint."
     if isinstance(config, TrainConfig):
         from experiments import checkpoints
@@ -168,19 +123,11 @@ def continuation(config: Any) -> str:
             f"The first one is written after {config.checkpoint_steps} steps "
             "(--checkpoint-every)."
         )
-    lasting = isinstance(config, (SurveyConfig, TuneConfig, IntervalStudy, *RUNS))
+    lasting = isinstance(config, (Study, TuneConfig))
     return again if lasting else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line.
-
-    Args:
-        arguments: the arguments after the program's name; those of the process if None.
-
-    Returns:
-        The exit status: 0, or 1 if something could not be kept, or 2 after an error.
-    """
     console = open_console()
     errors, config = Console(stderr=True), None
     try:

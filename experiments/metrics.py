@@ -28,14 +28,6 @@ class MetricsFile:
     """Appends records; what a full disk refuses is kept and tried again."""
 
     def __init__(self, path: Path):
-        """Opens the file for appending.
-
-        Args:
-            path: the file; made if it does not exist.
-
-        Raises:
-            MetricsError: if the file cannot be opened.
-        """
         self.path = path
         self.pending = ""
         try:
@@ -45,14 +37,7 @@ class MetricsFile:
             raise MetricsError(f"{path} cannot be written: {error}.") from error
 
     def append(self, kind: str, step: int, **values: Any) -> None:
-        """Writes a record, or keeps it for the next time if the disk is full.
-
-        Args:
-            kind: what the record is.
-            step: number of steps taken.
-            **values: JSON values, numpy numbers, or nested ones; a number that is not
-                finite is written as null.
-        """
+        """Writes a record, or keeps it for the next time if the disk is full."""
         record = {"kind": kind, "step": step, **values}
         self.pending += json.dumps(to_json(record), allow_nan=False) + "\n"
         try:
@@ -74,11 +59,6 @@ class MetricsFile:
         self.pending = ""
 
     def close(self) -> None:
-        """Closes the file.
-
-        Raises:
-            MetricsError: if records could not be written; it carries them.
-        """
         try:
             if self.pending:
                 self.flush()
@@ -105,17 +85,7 @@ def to_json(value: Any) -> Any:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Reads a metrics file; a last line without its end (a killed run) is left out.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The records in order; none if there is no file.
-
-    Raises:
-        MetricsError: if the file cannot be read or a line is not a record.
-    """
+    """Reads a metrics file; a last line without its end (a killed run) is left out."""
     if not path.exists():
         return []
     try:
@@ -145,15 +115,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drops the records after a step, which a continued run writes again.
-
-    Args:
-        path: the file.
-        step: the last step to keep; negative to keep nothing.
-
-    Raises:
-        MetricsError: if the file cannot be rewritten; it is left as it was.
-    """
+    """Drops the records after a step, which a continued run writes again."""
     if not path.exists():
         return
     records = [
@@ -184,9 +146,6 @@ def make_evaluate(
         images: images ``[n, h, w, c]``, or other inputs ``[n, ...]``.
         labels: labels ``[n]``, or whatever is to be predicted of the inputs.
         placement: devices that share the examples; None for one.
-
-    Returns:
-        A function of parameters and model state to the means over the examples.
     """
     evaluate = jax.jit(task.evaluate)
     count = 1 if placement is None else placement.count

@@ -22,32 +22,18 @@ TITLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """A transformation and, for K-FAC, the tagged loss that makes its statistics.
+    """A transformation and, for K-FAC, the tagged loss that makes its statistics."""
 
-    Attributes:
-        tx: the transformation; it takes and may ignore ``statistics``.
-        tagged: the tagged loss, or None.
-        needs_key: whether the statistics are sampled.
-    """
-
+    # The transformation; it takes and may ignore ``statistics``.
     tx: optax.GradientTransformationExtraArgs
-    tagged: Any = None
-    needs_key: bool = False
+    tagged: Any = None  # the tagged loss, or None
+    needs_key: bool = False  # whether the statistics are sampled
 
 
 def make_schedule(
     value: float, config: ScheduleConfig, total_steps: int
 ) -> optax.Schedule:
-    """Returns the schedule of a hyper-parameter.
-
-    Args:
-        value: where the decay starts.
-        config: shape of the decay.
-        total_steps: steps of the whole run, warm-up included.
-
-    Returns:
-        An optax schedule.
-    """
+    """Returns the schedule of a hyper-parameter."""
     steps = max(1, total_steps - config.warmup_steps)
     end = value * config.final_scale
     match config.kind:
@@ -74,13 +60,6 @@ def make_momentum(config: KFACConfig | SGDConfig, total_steps: int) -> Any:
 
     ``m(t) = m₀ η(t) / η₀`` with ``η₀`` the learning rate before it decays.
 
-    Args:
-        config: hyper-parameters.
-        total_steps: steps of the whole run.
-
-    Returns:
-        A number, or an optax schedule if the momentum is tied to the learning rate.
-
     References:
         Osawa et al., 2020, arXiv:2002.06015.
     """
@@ -90,15 +69,6 @@ def make_momentum(config: KFACConfig | SGDConfig, total_steps: int) -> Any:
 
 
 def make_sgd(config: SGDConfig, total_steps: int) -> optax.GradientTransformation:
-    """Builds SGD with momentum.
-
-    Args:
-        config: hyper-parameters.
-        total_steps: steps of the whole run.
-
-    Returns:
-        The transformation.
-    """
     rate = make_schedule(config.learning_rate, config.schedule, total_steps)
     momentum = make_momentum(config, total_steps)
     make: Any = optax.sgd
@@ -111,18 +81,7 @@ def make_sgd(config: SGDConfig, total_steps: int) -> optax.GradientTransformatio
 def make_optimizer(
     name: str, config: TrainConfig, task: Task, example: tuple, total_steps: int
 ) -> Optimizer:
-    """Builds one of the compared optimisers.
-
-    Args:
-        name: one of `OPTIMIZERS`.
-        config: the configuration of the comparison.
-        task: the network and its loss.
-        example: the arguments of the loss, arrays or their shapes.
-        total_steps: steps of the whole run.
-
-    Returns:
-        The optimiser.
-    """
+    """Builds one of the compared optimisers."""
     check_choice("optimizers", name, OPTIMIZERS)
     if name == "kfac":
         return make_kfac(config.kfac, task, example, total_steps)
@@ -148,17 +107,7 @@ def make_optimizer(
 def make_kfac(
     config: KFACConfig, task: Task, example: tuple, total_steps: int
 ) -> Optimizer:
-    """Tags the loss and builds K-FAC for its layers.
-
-    Args:
-        config: hyper-parameters.
-        task: the network and its loss.
-        example: the arguments of the loss, arrays or their shapes.
-        total_steps: steps of the whole run.
-
-    Returns:
-        The optimiser with its tagged loss.
-    """
+    """Tags the loss and builds K-FAC for its layers."""
     tagged = kfac.tag(
         task.loss,
         *jax.eval_shape(lambda *args: args, *example),
@@ -182,14 +131,7 @@ def make_kfac(
 
 
 def make_interval(config: KFACConfig) -> Any:
-    """Returns the rule for the steps at which factors are refreshed.
-
-    Args:
-        config: hyper-parameters of K-FAC.
-
-    Returns:
-        An interval rule of `kfac_jax_lite.intervals`.
-    """
+    """Returns the rule for the steps at which factors are refreshed."""
     if config.interval == "every":
         return kfac.intervals.every(config.every)
     if config.interval == "adaptive":

@@ -19,18 +19,13 @@ AXIS = "batch"
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where batches and state lie.
+    """Where batches and state lie."""
 
-    Attributes:
-        mesh: the devices in one row; as many of every process, in the order of the
-            processes.
-    """
-
+    # The devices in one row; as many of every process, in the order of the processes.
     mesh: Mesh
 
     @property
     def count(self) -> int:
-        """Devices of all processes."""
         return self.mesh.size
 
     @property
@@ -44,14 +39,7 @@ class Placement:
         return NamedSharding(self.mesh, PartitionSpec())
 
     def check_batch(self, batch_size: int) -> None:
-        """Raises unless every device gets the same number of examples.
-
-        Args:
-            batch_size: examples of a batch over all devices.
-
-        Raises:
-            ConfigError: naming both numbers.
-        """
+        """Raises unless every device gets the same number of examples."""
         if batch_size % self.count:
             raise ConfigError(
                 f"batch-size is {batch_size}; wanted a multiple of the "
@@ -64,10 +52,6 @@ class Placement:
         Args:
             *arrays: the same in every process, ``[n, ...]``; each process copies only
                 what its own devices need.
-
-        Returns:
-            The arrays over all devices; unchanged for one device, because a compiled
-            function copies them faster itself.
         """
         if self.count == 1:
             return arrays
@@ -83,14 +67,7 @@ class Placement:
         return tuple(place(array) for array in arrays)
 
     def everywhere(self, tree: PyTree) -> PyTree:
-        """Copies the arrays of a state to every device.
-
-        Args:
-            tree: the same in every process; what is not an array stays as it is.
-
-        Returns:
-            The tree over all devices.
-        """
+        """Copies the arrays of a state to every device."""
 
         def place(leaf: Any) -> Any:
             if not isinstance(leaf, jax.Array):
@@ -105,13 +82,6 @@ def replicate(array: np.ndarray, sharding: Any) -> jax.Array:
 
     Unlike `jax.device_put`, it does not compare the copies of the processes: that takes
     a collective for every array.
-
-    Args:
-        array: the same in every process.
-        sharding: a sharding over the devices of one or several processes.
-
-    Returns:
-        The array over all of them.
     """
     return jax.make_array_from_callback(
         array.shape, sharding, lambda index: array[index], dtype=array.dtype
@@ -119,19 +89,7 @@ def replicate(array: np.ndarray, sharding: Any) -> jax.Array:
 
 
 def place_on(devices: int | None) -> Placement:
-    """Chooses the devices, as many of every process.
-
-    Args:
-        devices: how many over all processes; 0 for all; None for one, or for all if
-            there are several processes.
-
-    Returns:
-        The placement.
-
-    Raises:
-        ConfigError: if there are not so many, or the processes cannot have the same
-            number.
-    """
+    """Chooses the devices, as many of every process."""
     processes = jax.process_count()
     if devices is None:
         devices = 1 if processes == 1 else 0

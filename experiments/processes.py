@@ -42,9 +42,6 @@ def together() -> Iterator[None]:
     A process that fails must not wait for the others at the end, as JAX does when
     Python ends: they wait for it in a collective. It leaves at once, and they get an
     error.
-
-    Yields:
-        Nothing.
     """
     join()
     try:
@@ -62,9 +59,6 @@ def join() -> None:
     """Connects to the other processes; does nothing if this one is alone.
 
     The launcher's variables come first, then those of a SLURM step with several tasks.
-
-    Raises:
-        ConfigError: if a variable is missing or not a number.
     """
     heartbeat = whole(HEARTBEAT, str(DEFAULT_HEARTBEAT), 1)
     slurm = all(name in os.environ for name in SLURM_TASK)
@@ -89,19 +83,7 @@ def join() -> None:
 
 
 def whole(name: str, default: str | None, at_least: int) -> int:
-    """Reads a whole number from the environment.
-
-    Args:
-        name: the variable.
-        default: its value if it is not set; None if it has to be.
-        at_least: inclusive lower bound.
-
-    Returns:
-        The number.
-
-    Raises:
-        ConfigError: naming the variable and what was seen.
-    """
+    """Reads a whole number from the environment."""
     text = os.environ.get(name, default)
     if text is None or not text.isdecimal() or int(text) < at_least:
         raise ConfigError(f"{name} is {text!r}; wanted a whole number >= {at_least}.")
@@ -114,18 +96,7 @@ def is_first() -> bool:
 
 
 def told_by_first(ask: Callable[[], int]) -> int:
-    """Lets the first process find something out for all.
-
-    Args:
-        ask: returns a number that is not negative; called in the first process only.
-
-    Returns:
-        The number, in every process.
-
-    Raises:
-        error: what `ask` raised, in the first process.
-        ProcessError: that it did, in the others.
-    """
+    """Lets the first process find something out for all."""
     if jax.process_count() == 1:
         return ask()
     number, error = FAILED, None
@@ -143,15 +114,7 @@ def told_by_first(ask: Callable[[], int]) -> int:
 
 
 def check_same(what: str, number: int) -> None:
-    """Raises in every process unless all have the same number.
-
-    Args:
-        what: what the number stands for, as the user knows it.
-        number: from 0 to 2**32 - 1.
-
-    Raises:
-        ProcessError: naming a process that differs from the first.
-    """
+    """Raises in every process unless all have the same number."""
     if jax.process_count() == 1:
         return
     seen: Any = multihost_utils.process_allgather(np.uint32(number))

@@ -1,6 +1,9 @@
 """What the user sees during a run."""
 
+import os
+import sys
 import types
+from collections.abc import Callable
 from typing import Any, Self
 
 from rich.console import Console
@@ -11,6 +14,23 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+
+# What a shell reports of a program that SIGPIPE has ended.
+BROKEN_PIPE = 128 + 13
+
+
+def ended(main: Callable[[], Any]) -> Any:
+    """Runs a program; a pipe that was closed ends it without a traceback."""
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()  # here, not when Python ends and nothing is caught
+    except BrokenPipeError:
+        # What is still buffered goes nowhere when Python closes its files.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
 
 # Without a terminal the table would be cut at 80 columns.
 WIDTH_OF_FILES = 110
@@ -29,14 +49,6 @@ class RunProgress:
     """A progress bar for one run; plain lines where there is no terminal."""
 
     def __init__(self, console: Console, title: str, total: int, start: int):
-        """Makes the bar.
-
-        Args:
-            console: where to draw.
-            title: name of the run.
-            total: steps of the whole run.
-            start: steps already taken.
-        """
         self.console = console
         self.title = title
         self.total = total
@@ -55,7 +67,6 @@ class RunProgress:
         )
 
     def __enter__(self) -> Self:
-        """Starts drawing."""
         self.progress.start()
         return self
 
@@ -65,28 +76,16 @@ class RunProgress:
         error: BaseException | None,
         traceback: types.TracebackType | None,
     ) -> None:
-        """Leaves the bar as it is."""
         self.progress.stop()
 
     def step(self, step: int, loss: float, steps_per_second: float) -> None:
-        """Shows the batch loss and the speed.
-
-        Args:
-            step: steps taken.
-            loss: mean batch loss of the last steps.
-            steps_per_second: speed of the last steps.
-        """
+        """Shows the batch loss and the speed."""
         self.texts["loss"] = f"loss {loss:.4g}"
         self.texts["speed"] = f"{steps_per_second:.3g} steps/s"
         self.draw(step)
 
     def evaluated(self, step: int, values: dict[str, Any]) -> None:
-        """Shows an evaluation; without a terminal, prints it.
-
-        Args:
-            step: steps taken.
-            values: the record of the evaluation.
-        """
+        """Shows an evaluation; without a terminal, prints it."""
         if values.get("test_accuracy") is not None:
             self.texts["score"] = f"test accuracy {values['test_accuracy']:.2%}"
         elif values.get("test_squared_error") is not None:
@@ -116,7 +115,6 @@ class RunProgress:
         return ", ".join(self.texts[name] for name in names if self.texts[name])
 
     def draw(self, step: int) -> None:
-        """Moves the bar."""
         text = self.text("loss", "score", "speed", "kfac")
         self.progress.update(self.task, completed=step, text=text)
 

@@ -11,16 +11,7 @@ from experiments.errors import RunFolderError
 def check_same_run(
     folder: Path, records: list[dict[str, Any]], wanted: dict[str, Any]
 ) -> None:
-    """Raises if a run folder holds a run of another configuration or other data.
-
-    Args:
-        folder: folder of the run.
-        records: its records.
-        wanted: the values that the first of them must have, nested.
-
-    Raises:
-        RunFolderError: naming the first value that differs.
-    """
+    """Raises if a run folder holds a run of another configuration or other data."""
     if not records:
         return
     seen = flatten(records[0])
@@ -45,17 +36,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds a run folder for this process alone.
-
-    Args:
-        folder: the run folder; made if it does not exist.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        RunFolderError: if the folder cannot be made or another process holds it.
-    """
+    """Holds a run folder for this process alone."""
     try:
         import fcntl
     except ImportError:  # Windows: no lock

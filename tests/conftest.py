@@ -55,9 +55,9 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def precision(request):
-    """The experiments run in JAX's default precision, everything else in float64."""
-    experiments = "experiments" in request.path.parts
-    with jax.enable_x64(not experiments):
+    """Programs run in JAX's default precision, everything else in float64."""
+    single = {"experiments", "soak", "coverage", "checkouts"} & {*request.path.parts}
+    with jax.enable_x64(not single):
         yield
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import kfac_jax_lite as kfac
-from experiments.benchmarks import pages
+from tests.acceptance import pages
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

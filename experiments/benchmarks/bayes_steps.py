@@ -1,15 +1,15 @@
 """Time per step of the variational optimisers, as ratios to Adam.
 
-    python -m experiments.benchmarks.bayes_steps --models mlp,lenet5,resnet
+    python -m experiments.benchmarks.bayes_steps --models mlp lenet5 resnet
 
 All rows train in one process, a cycle of real steps each per round, in an order that
 rotates. K-FAC refreshes every 10 and inverts every 100 steps, so that a cycle of 100
 steps holds every kind; ratios are made round by round.
 """
 
-import argparse
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,132 +19,84 @@ import optax
 import kfac_jax_lite as kfac
 from experiments.benchmarks.common import (
     OUT,
-    comma_list,
+    begin,
     copy_tree,
-    machine,
-    make_parser,
+    in_turns,
     megabytes,
-    positive_int,
+    parse,
     quartiles,
-    settings,
+    ratios,
+    spread,
     text_table,
     write_json,
 )
-from experiments.benchmarks.networks import SPECS, Problem, make_problem
-from experiments.pipes import ended
+from experiments.benchmarks.networks import Problem, make_problem
+from experiments.progress import ended
+from experiments.stepping import step as one_step
 
 RATE, DAMPING, NUM_DATA = 1e-3, 1e-2, 50_000
 REFRESH, INVERT = 10, 100
 BASELINE = "Adam"
-Step = Callable[..., tuple[Any, Any]]
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("--models", type=comma_list(list(SPECS)), default="mlp,lenet5,resnet")
-    add("--rounds", type=positive_int, default=5, help="timed cycles of every row")
-    add("--cycle", type=positive_int, default=INVERT, help="steps of a cycle")
-    add("--samples", type=positive_int, default=1, help="draws per step")
-    add("--out", type=Path, default=OUT, help="folder of the result")
-    return parser.parse_args(argv)
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Times the steps of the variational optimisers."""
+
+    models: tuple[str, ...] = ("mlp", "lenet5", "resnet")
+    """Networks of step_time."""
+    rounds: int = 5
+    """Timed cycles of every row."""
+    cycle: int = INVERT
+    """Steps of a cycle."""
+    samples: int = 1
+    """Draws per step."""
+    out: Path = OUT
+    """Folder of the result."""
 
 
 def optimisers(problem: Problem) -> dict[str, tuple[Any, Any]]:
-    """Loss and optimiser of every row.
-
-    Args:
-        problem: the network.
-
-    Returns:
-        By name, what the gradient is taken of and the optax transformation.
-    """
+    """Loss and optimiser of every row."""
     marked, first = problem.marked_loss(), problem.batches[0]
     tagged = kfac.tag(marked, problem.params, first, fisher="mc")
     squares = kfac.tag(marked, problem.params, first, statistics="squares")
     every = {"interval": kfac.intervals.every(REFRESH), "inverse_interval": INVERT}
-    exact = {**every, "inverse": "eigh"}
     layers, bayes = tagged.layers, kfac.bayes
+    noisy = {"damping": DAMPING, **every}
+    exact = bayes.noisy_kfac(layers, NUM_DATA, RATE, inverse="eigh", **noisy)
     return {
         BASELINE: (problem.plain_loss(), optax.adam(RATE)),
         "K-FAC": (tagged, kfac.kfac(layers, RATE, damping=DAMPING, **every)),
-        "noisy K-FAC": (
-            tagged,
-            bayes.noisy_kfac(layers, NUM_DATA, RATE, damping=DAMPING, **every),
-        ),
-        "noisy K-FAC eigh": (
-            tagged,
-            bayes.noisy_kfac(layers, NUM_DATA, RATE, damping=DAMPING, **exact),
-        ),
+        "noisy K-FAC": (tagged, bayes.noisy_kfac(layers, NUM_DATA, RATE, **noisy)),
+        "noisy K-FAC eigh": (tagged, exact),
         "VOGN": (squares, bayes.vogn(squares.layers, NUM_DATA, RATE)),
         "IVON": (problem.plain_loss(), bayes.ivon(NUM_DATA, RATE)),
     }
-
-
-def make_step(loss: Any, tx: Any, bayesian: bool, samples: int) -> Step:
-    """A compiled step.
-
-    Args:
-        loss: tagged, or a function.
-        tx: the optimiser.
-        bayesian: whether weights are drawn.
-        samples: draws per step.
-
-    Returns:
-        ``(params, state, batch, key) -> (params, state)``; it donates the first two.
-    """
-
-    def step(params, state, batch, key):
-        statistics: dict[str, Any] = {}
-        if bayesian:
-            options = {"opt_state": state, "key": key, "deferred": True}
-            _, grads, found = kfac.bayes.value_and_grad(
-                loss, params, batch, num_samples=samples, **options
-            )
-            statistics = {"statistics": found}
-        elif isinstance(loss, kfac.TaggedLoss):
-            options = {"opt_state": state, "key": key, "deferred": True}
-            _, grads, found = loss.value_and_grad(params, batch, **options)
-            statistics = {"statistics": found}
-        else:
-            grads = jax.grad(loss)(params, batch)
-        updates, state = tx.update(grads, state, params, **statistics)
-        return optax.apply_updates(params, updates), state
-
-    return jax.jit(step, donate_argnums=(0, 1))
 
 
 class Row:
     """One optimiser in training."""
 
     def __init__(self, problem: Problem, name: str, loss: Any, tx: Any, samples: int):
-        """Compiles its step and takes it once.
-
-        Args:
-            problem: what it trains.
-            name: of the row.
-            loss: tagged, or a function.
-            tx: the optimiser.
-            samples: draws per step.
-        """
-        bayesian = name not in (BASELINE, "K-FAC")
         self.problem, self.taken = problem, 0
-        self.step = make_step(loss, tx, bayesian, samples)
+
+        def step(params, state, batch, key):
+            options = {"key": key, "deferred": True}
+            if name in (BASELINE, "K-FAC"):
+                return one_step(loss, tx, params, state, (batch,), **options)[:2]
+            options |= {"opt_state": state, "num_samples": samples}
+            _, grads, found = kfac.bayes.value_and_grad(loss, params, batch, **options)
+            updates, state = tx.update(grads, state, params, statistics=found)
+            return optax.apply_updates(params, updates), state
+
+        self.step = jax.jit(step, donate_argnums=(0, 1))
         self.now = copy_tree((problem.params, tx.init(problem.params)))
         self.state_mb, start = megabytes(self.now[1]), time.perf_counter()
         self.run(1)
         self.first_seconds = time.perf_counter() - start
 
     def run(self, steps: int) -> float:
-        """Goes on training.
-
-        Args:
-            steps: how many steps.
-
-        Returns:
-            Seconds per step.
-        """
+        """Goes on training; the seconds of a step."""
         batches, key = self.problem.batches, jax.random.key(0)
         start = time.perf_counter()
         for _ in range(steps):
@@ -156,36 +108,18 @@ class Row:
         return (time.perf_counter() - start) / steps
 
 
-def benchmark(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Measures one network.
-
-    Args:
-        name: its name.
-        args: the command line.
-
-    Returns:
-        The rows, as JSON values.
-    """
+def benchmark(name: str, config: Config) -> dict[str, Any]:
     problem = make_problem(name)
     rows = {
-        row: Row(problem, row, loss, tx, args.samples)
+        row: Row(problem, row, loss, tx, config.samples)
         for row, (loss, tx) in optimisers(problem).items()
     }
-    seconds: dict[str, list[float]] = {row: [] for row in rows}
-    names = list(rows)
-    for number in range(args.rounds + 1):
-        shift = number % len(names)
-        for row in names[shift:] + names[:shift]:
-            found = rows[row].run(args.cycle)
-            if number:  # the first round warms up
-                seconds[row].append(found)
-    base = seconds[BASELINE]
+    calls = {n: lambda row=row: row.run(config.cycle) for n, row in rows.items()}
+    seconds = in_turns(calls, config.rounds, warm_up=1)
     found = {
         row: {
             "ms": 1e3 * quartiles(values)[1],
-            "ratio_to_adam": quartiles(
-                [x / y for x, y in zip(values, base, strict=True)]
-            ),
+            "ratio_to_adam": ratios(values, seconds[BASELINE]),
             "first_seconds": rows[row].first_seconds,
             "state_mb": rows[row].state_mb,
         }
@@ -193,35 +127,25 @@ def benchmark(name: str, args: argparse.Namespace) -> dict[str, Any]:
     }
     print(f"\n{name}, batch {problem.batches[0][0].shape}")
     header = ("optimiser", "ms/step", "ratio to Adam", "quartiles", "state MB")
-    print(text_table(header, [line(row, values) for row, values in found.items()]))
+    lines = [
+        (n, r["ms"], r["ratio_to_adam"][1], spread(r["ratio_to_adam"]), r["state_mb"])
+        for n, r in found.items()
+    ]
+    print(text_table(header, lines))
     return found
 
 
-def line(name: str, row: dict[str, Any]) -> tuple:
-    """A row of the table."""
-    low, middle, high = row["ratio_to_adam"]
-    return name, row["ms"], middle, f"{low:.2f}-{high:.2f}", row["state_mb"]
-
-
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Measures the networks asked for and writes ``bayes_steps.json``.
-
-    Args:
-        argv: the command line; that of the process by default.
-
-    Returns:
-        The result.
-    """
-    args = arguments(argv)
-    result: dict[str, Any] = {"machine": machine(), "settings": settings(args)}
-    result["models"] = {}
-    for name in args.models:
-        result["models"][name] = benchmark(name, args)
-        write_json(args.out / "bayes_steps.json", result)
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measures the networks asked for and writes ``bayes_steps.json``."""
+    config = parse(Config, argv, "bayes_steps")
+    result = begin(config, models={})
+    for name in config.models:
+        result["models"][name] = benchmark(name, config)
+        write_json(config.out / "bayes_steps.json", result)
         jax.clear_caches()
-    print(f"\nWritten to {args.out / 'bayes_steps.json'}.")
+    print(f"\nWritten to {config.out / 'bayes_steps.json'}.")
     return result
 
 
 if __name__ == "__main__":
-    raise SystemExit(ended(main))
+    raise SystemExit(ended(lambda: main() and 0))

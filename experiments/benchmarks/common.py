@@ -1,7 +1,7 @@
 """What the benchmarks share: the clock, the machine's description, tables, files."""
 
-import argparse
 import contextlib
+import dataclasses
 import datetime
 import importlib
 import importlib.metadata
@@ -10,22 +10,55 @@ import os
 import platform
 import re
 import statistics
+import subprocess
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import kfac_jax_lite as kfac
-from experiments.benchmarks.commits import commit
 from experiments.metrics import to_json
 
+HERE = Path(__file__).parent
+# Where this folder lies in the repository; a copy elsewhere, such as one installed into
+# an environment inside another repository, has no commit.
+PLACE = "experiments/benchmarks/"
+
+
+def commit(folder: Path = HERE, place: str = PLACE) -> str | None:
+    """The commit of a checkout, as git says it.
+
+    Files that git does not track and those in folders called ``results``, which the
+    measurements themselves write, do not count as modified.
+    """
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if git(folder, "rev-parse", "--show-prefix") != place:
+            return None
+        found = git(folder, "rev-parse", "--short", "HEAD")
+        kept = (":(top)", ":(top,exclude,glob)**/results/**")
+        changed = git(folder, "status", "--porcelain", "-uno", "--", *kept)
+        return f"{found}, modified" if changed else found
+    return None
+
+
+def git(folder: Path, *arguments: str) -> str:
+    """What git prints, without spaces around it."""
+    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=30
+    )
+    return done.stdout.strip()
+
+
+T = TypeVar("T")
 OUT = Path("runs/benchmarks")
 PEER = "kfac_jax"
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -45,55 +78,21 @@ COLOURS = {
 }
 
 
-def comma_list(choices: Sequence[str]) -> Callable[[str], list[str]]:
-    """Returns an argparse type: names separated by commas, each one of `choices`."""
-
-    def parse(text: str) -> list[str]:
-        names = [name.strip() for name in text.split(",") if name.strip()]
-        unknown = [name for name in names if name not in choices]
-        if unknown or not names:
-            raise argparse.ArgumentTypeError(
-                f"{unknown or text}: wanted some of {','.join(choices)}"
-            )
-        return names
-
-    return parse
-
-
-def make_parser(doc: str | None) -> argparse.ArgumentParser:
-    """A parser that shows the defaults; its description is a docstring's first line."""
-    return argparse.ArgumentParser(
-        description=(doc or "").split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-
-
-def positive_int(text: str) -> int:
-    """The argparse type of a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: wanted a number of at least 1")
-    return value
-
-
-def settings(args: argparse.Namespace) -> dict[str, Any]:
+def settings(args: Any) -> dict[str, Any]:
     """Returns the arguments of a run, without the folders of this machine."""
-    return {k: v for k, v in vars(args).items() if not isinstance(v, Path)}
+    values = dataclasses.asdict(args)
+    return {
+        k: v
+        for k, v in values.items()
+        if not isinstance(v, Path) and k not in ("data_dir", "report")
+    }
 
 
 # --------------------------------------------------------------------------- the clock
 
 
 def timed(function: Callable, *args: Any) -> tuple[float, Any]:
-    """Calls a function and waits for its arrays.
-
-    Args:
-        function: what to call.
-        *args: its arguments.
-
-    Returns:
-        The seconds it took, and its result.
-    """
+    """Calls a function and waits for its arrays."""
     start = time.perf_counter()
     result = jax.block_until_ready(function(*args))
     return time.perf_counter() - start, result
@@ -117,32 +116,16 @@ class CompileCounter:
     """Counts compilations in this process; install it once."""
 
     def __init__(self) -> None:
-        """Starts counting."""
         self.count = 0
         jax.monitoring.register_event_duration_secs_listener(self.listen)
 
     def listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
-        """Called by JAX.
-
-        Args:
-            event: what took the time.
-            duration_secs: how long.
-            **kwargs: whatever else JAX says.
-        """
         del duration_secs, kwargs
         self.count += event == COMPILE_EVENT
 
 
 def compile_seconds(seconds: Sequence[float], compiled: Sequence[bool]) -> float:
-    """Estimates the time spent compiling inside timed steps.
-
-    Args:
-        seconds: duration of every step.
-        compiled: whether something was compiled during the step.
-
-    Returns:
-        What the compiling steps took beyond the median of the others.
-    """
+    """Estimates the time spent compiling inside timed steps."""
     pairs = list(zip(seconds, compiled, strict=True))
     usual = [s for s, c in pairs if not c]
     typical = statistics.median(usual) if usual else 0.0
@@ -155,14 +138,7 @@ Samples = Sequence[tuple[str, float]]
 
 
 def kind_medians(samples: Samples) -> dict[str, float]:
-    """Median seconds of each kind of step.
-
-    Args:
-        samples: pairs of kind and seconds.
-
-    Returns:
-        Seconds by kind.
-    """
+    """Median seconds of each kind of step."""
     groups: dict[str, list[float]] = {}
     for kind, seconds in samples:
         groups.setdefault(kind, []).append(seconds)
@@ -170,19 +146,7 @@ def kind_medians(samples: Samples) -> dict[str, float]:
 
 
 def amortised(samples: Samples, cycle: Mapping[str, int] | None = None) -> float:
-    """Mean seconds of a step over one cycle of its kinds.
-
-    Args:
-        samples: pairs of kind and seconds.
-        cycle: how many steps of each kind a cycle has; None to take the kinds as often
-            as they were seen, for optimisers without a fixed cycle.
-
-    Returns:
-        ``Σ_k n_k median_k / Σ_k n_k``.
-
-    Raises:
-        ValueError: if a kind of the cycle was not measured.
-    """
+    """Mean seconds of a step over one cycle of its kinds."""
     medians = kind_medians(samples)
     if cycle is None:
         kinds = [kind for kind, _ in samples]
@@ -195,18 +159,7 @@ def amortised(samples: Samples, cycle: Mapping[str, int] | None = None) -> float
 
 
 def cycle_of(factor: int, inverse: int) -> dict[str, int]:
-    """Steps of each kind in one cycle of fixed intervals.
-
-    Args:
-        factor: steps between refreshes of the statistics.
-        inverse: steps between inversions, a multiple of `factor`.
-
-    Returns:
-        Numbers of steps by kind, without kinds that do not occur.
-
-    Raises:
-        ValueError: if `inverse` is not a multiple of `factor`.
-    """
+    """Steps of each kind in one cycle of fixed intervals."""
     if inverse % factor:
         raise ValueError(f"inverse interval {inverse} is no multiple of {factor}.")
     refreshes = inverse // factor
@@ -226,22 +179,37 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
+def ratios(values: Sequence[float], base: Sequence[float]) -> tuple[float, ...]:
+    """Quartiles of the quotients, round by round."""
+    return quartiles([x / y for x, y in zip(values, base, strict=True)])
+
+
+def spread(three: Sequence[float]) -> str:
+    """Lower and upper quartile as text."""
+    return f"{three[0]:.2f}-{three[-1]:.2f}"
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 0
+) -> dict[str, list[Any]]:
+    """Calls all once per round, in an order that rotates: what is slow slows all."""
+    names, found = list(calls), {name: [] for name in calls}
+    for number in range(-warm_up, rounds):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            value = calls[name]()
+            if number >= 0:
+                found[name].append(value)
+    return found
+
+
 # --------------------------------------------------------------------- reaching a loss
 
 
 def first_reach(
     evaluations: Sequence[Mapping[str, Any]], target: float, field: str = "loss"
 ) -> Mapping[str, Any] | None:
-    """The first evaluation that is at a target or below it.
-
-    Args:
-        evaluations: records in the order of the steps.
-        target: the value to reach.
-        field: name of the value in the records.
-
-    Returns:
-        The record, or None.
-    """
+    """The first evaluation that is at a target or below it."""
     for record in evaluations:
         if record[field] is not None and record[field] <= target:
             return record
@@ -252,11 +220,7 @@ def first_reach(
 
 
 def import_peer() -> tuple[ModuleType | None, str]:
-    """Imports kfac-jax, whatever the Python path has.
-
-    Returns:
-        The module and "", or None and why it is missing.
-    """
+    """Imports kfac-jax, whatever the Python path has."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -274,11 +238,7 @@ def without_paths(message: str) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Describes what a measurement was made with.
-
-    Returns:
-        JSON values: processor, cores, devices, versions, date, commit of the code.
-    """
+    """Describes what a measurement was made with."""
     peer, reason = import_peer()
     versions = {
         name: importlib.metadata.version(name)
@@ -301,7 +261,6 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Name of the processor."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -312,13 +271,18 @@ def processor() -> str:
 # ------------------------------------------------------------------------------ output
 
 
-def write_json(path: Path, values: Any) -> None:
-    """Writes a result, whole or not at all.
+def parse(kind: type[T], argv: Sequence[str] | None, name: str) -> T:
+    """Reads the command line of a benchmark."""
+    return tyro.cli(kind, args=argv, prog=f"python -m experiments.benchmarks.{name}")
 
-    Args:
-        path: the file; its folder is made.
-        values: JSON values and numpy numbers, nested.
-    """
+
+def begin(config: Any, **more: Any) -> dict[str, Any]:
+    """A result before anything is measured: the machine and the settings."""
+    return {"machine": machine(), "settings": settings(config), **more}
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes a result, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(to_json(values), indent=1, allow_nan=False) + "\n")
@@ -326,15 +290,7 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Lays out a table: the first column to the left, the others to the right.
-
-    Args:
-        header: column titles.
-        rows: cells; floats get three digits, None is a dash.
-
-    Returns:
-        Lines of text.
-    """
+    """Lays out a table: the first column to the left, the others to the right."""
     cells = [list(header)] + [[cell(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
@@ -347,7 +303,6 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def cell(value: Any) -> str:
-    """A table cell as text."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -361,14 +316,7 @@ def save_curves(
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
     loss: str = "training loss",
 ) -> None:
-    """Plots a loss against steps and against seconds.
-
-    Args:
-        path: the PNG file; its folder is made.
-        title: title of the figure.
-        curves: evaluations by optimiser, each with step, seconds and loss.
-        loss: what the loss is called.
-    """
+    """Plots a loss against steps and against seconds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(10, 4), layout="constrained", dpi=120)
     figure.suptitle(title)

@@ -15,17 +15,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from experiments.benchmarks.common import (
     OUT,
-    machine,
+    begin,
+    in_turns,
+    parse,
     quartiles,
+    ratios,
+    spread,
     text_table,
     timed,
     write_json,
 )
-from experiments.pipes import ended
+from experiments.progress import ended
 from kfac_jax_lite.core.linalg import newton_schulz_inverse, spd_inverse
 from kfac_jax_lite.kronecker import factors as forms
 from kfac_jax_lite.kronecker import low_rank as eigenpairs
@@ -36,36 +39,23 @@ BASELINE = "product"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is measured.
+    """What is measured."""
 
-    Attributes:
-        sizes: widths of the matrices.
-        batches: how many of equal shape are inverted in one call.
-        leaves: blocks up to which Cholesky halves a matrix, beside the default.
-        rank: share of the eigenpairs that the low-rank method keeps.
-        largest_eigh: above this size no eigendecomposition is measured.
-        change: relative change of a matrix between two inversions.
-        rounds: timed rounds.
-        out: folder of the result.
-    """
-
+    # Widths of the matrices.
     sizes: tuple[int, ...] = (32, 64, 128, 256, 512, 1000, 2048)
+    # How many of equal shape are inverted in one call.
     batches: tuple[int, ...] = (1, 4)
+    # Blocks up to which Cholesky halves a matrix, beside the default.
     leaves: tuple[int, ...] = (64, 256, 512)
-    rank: float = SHARE
-    largest_eigh: int = 1024
-    change: float = 0.05
-    rounds: int = 15
-    out: Path = OUT
+    rank: float = SHARE  # share of the eigenpairs that the low-rank method keeps
+    largest_eigh: int = 1024  # above this size no eigendecomposition is measured
+    change: float = 0.05  # relative change of a matrix between two inversions
+    rounds: int = 15  # timed rounds
+    out: Path = OUT  # folder of the result
 
 
 def matrices(size: int, batch: int, change: float) -> tuple[np.ndarray, np.ndarray]:
     """Damped factors with eigenvalues that fall like ``1 / i``, before and after.
-
-    Args:
-        size: their width.
-        batch: how many.
-        change: relative change.
 
     Returns:
         Two arrays ``[batch, size, size]``, float32.
@@ -83,16 +73,7 @@ def matrices(size: int, batch: int, change: float) -> tuple[np.ndarray, np.ndarr
 
 
 def cases(size: int, batch: int, config: Config) -> dict[str, tuple[Callable, tuple]]:
-    """Functions to time and their arguments.
-
-    Args:
-        size: width of the matrices.
-        batch: how many.
-        config: what is measured.
-
-    Returns:
-        ``(function, arguments)`` by name.
-    """
+    """Functions to time and their arguments."""
     old, new = (jnp.asarray(m) for m in matrices(size, batch, config.change))
     start = jnp.linalg.inv(old)
     rank = kept_pairs(config.rank, size)
@@ -116,7 +97,7 @@ def cases(size: int, batch: int, config: Config) -> dict[str, tuple[Callable, tu
         "apply low_rank": (eigenpairs.solve, (side, side, new, damping)),
     }
     if size <= config.largest_eigh:
-        found["eigh"] = (lambda m: forms.eigh(m, forms.FULL), (new,))
+        found["eigh"] = (forms.FULL.eigh, (new,))
     for leaf in config.leaves:
         if leaf < size:
             found[f"cholesky, leaf {leaf}"] = (
@@ -127,66 +108,37 @@ def cases(size: int, batch: int, config: Config) -> dict[str, tuple[Callable, tu
 
 
 def measure(size: int, batch: int, config: Config) -> dict[str, dict[str, Any]]:
-    """Times all methods in turn.
-
-    Args:
-        size: width of the matrices.
-        batch: how many.
-        config: what is measured.
-
-    Returns:
-        By method: ``ms`` (median) and ``ratio``, quartiles of its ratio to a product.
-    """
     found = {k: (jax.jit(f), x) for k, (f, x) in cases(size, batch, config).items()}
-    for function, args in found.values():
-        jax.block_until_ready(function(*args))
-    samples: dict[str, list[float]] = {name: [] for name in found}
-    names = list(found)
-    for number in range(config.rounds):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
-            function, args = found[name]
-            samples[name].append(timed(function, *args)[0])
-    base = samples[BASELINE]
+    calls = {k: lambda f=f, x=x: timed(f, *x)[0] for k, (f, x) in found.items()}
+    samples = in_turns(calls, config.rounds, warm_up=1)
     return {
         name: {
             "ms": 1e3 * quartiles(seconds)[1],
-            "ratio": quartiles([x / y for x, y in zip(seconds, base, strict=True)]),
+            "ratio": ratios(seconds, samples[BASELINE]),
         }
         for name, seconds in samples.items()
     }
 
 
-def show(rows: dict[str, dict[str, Any]]) -> str:
-    """The table of one size."""
-    table = []
-    for name, row in rows.items():
-        low, middle, high = row["ratio"]
-        table.append((name, row["ms"], middle, f"{low:.2f}-{high:.2f}"))
-    return text_table(("method", "ms", "ratio to a product", "quartiles"), table)
-
-
 def main(config: Config) -> dict[str, Any]:
-    """Measures every size and writes ``inverses.json``.
-
-    Args:
-        config: what is measured.
-
-    Returns:
-        The result.
-    """
-    settings = {k: v for k, v in vars(config).items() if k != "out"}
-    result: dict[str, Any] = {"machine": machine(), "settings": settings, "cases": []}
+    """Measures every size and writes ``inverses.json``."""
+    result = begin(config, cases=[])
+    header = ("method", "ms", "ratio to a product", "quartiles")
     for size in config.sizes:
         for batch in config.batches:
             rows = measure(size, batch, config)
             rank = kept_pairs(config.rank, size)
             case = {"size": size, "batch": batch, "rank": rank, "rows": rows}
             result["cases"].append(case)
-            print(f"\n{batch} x {size} x {size}, rank {rank}\n{show(rows)}", flush=True)
+            print(f"\n{batch} x {size} x {size}, rank {rank}")
+            lines = [
+                (name, row["ms"], row["ratio"][1], spread(row["ratio"]))
+                for name, row in rows.items()
+            ]
+            print(text_table(header, lines), flush=True)
             write_json(config.out / "inverses.json", result)
     return result
 
 
 if __name__ == "__main__":
-    raise SystemExit(ended(lambda: main(tyro.cli(Config, description=__doc__))))
+    raise SystemExit(ended(lambda: main(parse(Config, None, "inverses")) and 0))

@@ -1,14 +1,15 @@
 """Seconds of several trials of a search trained as one program, and one after another.
 
-    python -m experiments.benchmarks.mapped_trials --datasets digits,mnist5k --count 8
+    python -m experiments.benchmarks.mapped_trials --datasets digits mnist5k --count 8
 
 Whole trials with their evaluations, compiled before. Each round has one call of the
 program of all trials, and as many calls of the program of one, in turns.
 """
 
-import argparse
 import dataclasses
+import itertools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,47 +19,41 @@ import optuna
 
 from experiments.benchmarks.common import (
     OUT,
-    comma_list,
-    machine,
-    make_parser,
-    positive_int,
+    begin,
+    parse,
     quartiles,
-    settings,
+    ratios,
+    spread,
     text_table,
     write_json,
 )
-from experiments.configs.tune import TUNED, default_tuning
-from experiments.pipes import ended
-from experiments.tuning.problem import make_problem
-from experiments.tuning.trials import Program, in_loop, stacked
-
-DATASETS = ["digits", "mnist5k"]
+from experiments.configs.train import DatasetName, ModelName
+from experiments.configs.tune import TUNED, TunedName, default_tuning
+from experiments.progress import ended
+from experiments.tuning.trials import Program, in_loop, make_problem, stacked
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("--datasets", type=comma_list(DATASETS), default=",".join(DATASETS))
-    add("--optimizers", type=comma_list(list(TUNED)), default=",".join(TUNED))
-    add("--model", default="mlp", help="network, as in train")
-    add("--epochs", type=positive_int, help="of a trial; that of tune if not given")
-    add("--count", type=positive_int, default=8, help="trials")
-    add("--rounds", type=positive_int, default=5, help="timed calls")
-    add("--out", type=Path, default=OUT, help="folder of the result")
-    return parser.parse_args(argv)
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Times trials trained as one program, and one after another."""
+
+    datasets: tuple[DatasetName, ...] = ("digits", "mnist5k")
+    """Data sets."""
+    optimizers: tuple[TunedName, ...] = TUNED
+    """Optimisers."""
+    model: ModelName = "mlp"
+    """Network, as in train."""
+    epochs: int | None = None
+    """Of a trial; that of tune if not given."""
+    count: int = 8
+    """Trials."""
+    rounds: int = 5
+    """Timed calls."""
+    out: Path = OUT
+    """Folder of the result."""
 
 
 def run(program: Program, trials: list[dict[str, float]]) -> tuple[float, np.ndarray]:
-    """Trains some trials at once.
-
-    Args:
-        program: trains as many.
-        trials: their values.
-
-    Returns:
-        Seconds, and their held-out losses at the end.
-    """
     began, problem = time.perf_counter(), program.problem
     values = stacked(trials, program.count)
     carry, found = program.start(values, [0] * program.count), {}
@@ -68,17 +63,8 @@ def run(program: Program, trials: list[dict[str, float]]) -> tuple[float, np.nda
     return time.perf_counter() - began, found["loss"]
 
 
-def benchmark(args: argparse.Namespace, dataset: str, name: str) -> dict[str, Any]:
-    """Measures an optimiser on a data set.
-
-    Args:
-        args: the command line.
-        dataset: name of the data set.
-        name: of the optimiser.
-
-    Returns:
-        JSON values.
-    """
+def benchmark(args: Config, dataset: str, name: str) -> dict[str, Any]:
+    """Measures an optimiser on a data set."""
     config = dataclasses.replace(default_tuning(dataset, args.model), optimizer=name)
     if args.epochs is not None:
         config = dataclasses.replace(config, epochs=args.epochs)
@@ -98,55 +84,35 @@ def benchmark(args: argparse.Namespace, dataset: str, name: str) -> dict[str, An
         same = np.isfinite(losses) & np.isfinite(apart)
         gap = np.abs(losses - apart)[same] / np.abs(apart)[same]
         largest = max(largest, float(gap.max(initial=0.0)))
-    ratios = [x / y for x, y in zip(alone, together, strict=True)]
     jax.clear_caches()
     return {
         "mapping": "loop" if in_loop(config) else "vmap",
         "steps": problem.steps,
         "seconds_together": quartiles(together),
         "seconds_one_by_one": quartiles(alone),
-        "speedup": quartiles(ratios),
+        "speedup": ratios(alone, together),
         "first_call_seconds": first,
         "largest_relative_difference": largest,
     }
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Measures what is asked for and writes ``mapped_trials.json``.
-
-    Args:
-        argv: the command line; that of the process by default.
-
-    Returns:
-        The result.
-    """
-    args = arguments(argv)
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measures what is asked for and writes ``mapped_trials.json``."""
+    config = parse(Config, argv, "mapped_trials")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    result: dict[str, Any] = {"machine": machine(), "settings": settings(args)}
-    result["rows"], table = {}, []
-    for dataset in args.datasets:
-        for name in args.optimizers:
-            row = benchmark(args, dataset, name)
-            result["rows"][f"{dataset}, {name}"] = row
-            write_json(args.out / "mapped_trials.json", result)
-            low, middle, high = row["speedup"]
-            seconds = row["seconds_together"][1], row["seconds_one_by_one"][1]
-            table.append(
-                (
-                    dataset,
-                    name,
-                    row["mapping"],
-                    *seconds,
-                    middle,
-                    f"{low:.2f}-{high:.2f}",
-                )
-            )
+    result, table = begin(config, rows={}), []
+    for dataset, name in itertools.product(config.datasets, config.optimizers):
+        row = benchmark(config, dataset, name)
+        result["rows"][f"{dataset}, {name}"] = row
+        write_json(config.out / "mapped_trials.json", result)
+        seconds = row["seconds_together"][1], row["seconds_one_by_one"][1]
+        speedup = row["speedup"][1], spread(row["speedup"])
+        table.append((dataset, name, row["mapping"], *seconds, *speedup))
     header = ("data", "optimiser", "mapping", "together, s", "one by one, s")
-    header += ("ratio", "quartiles")
-    print(text_table(header, table))
-    print(f"Written to {args.out / 'mapped_trials.json'}.")
+    print(text_table((*header, "ratio", "quartiles"), table))
+    print(f"Written to {config.out / 'mapped_trials.json'}.")
     return result
 
 
 if __name__ == "__main__":
-    raise SystemExit(ended(main))
+    raise SystemExit(ended(lambda: main() and 0))

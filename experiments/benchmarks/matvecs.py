@@ -10,39 +10,312 @@ compile and are given apart. curvlinops runs as it comes, without ``torch.compil
 """
 
 import dataclasses
+import importlib
 import importlib.metadata
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import tyro
 
+import kfac_jax_lite as kfac
 from experiments.benchmarks.common import (
     OUT,
     machine,
     quartiles,
     text_table,
     timed,
+    without_paths,
     write_json,
 )
-from experiments.benchmarks.matvec_cases import (
-    EMPIRICAL,
-    HIDDEN,
-    MC,
-    Problem,
-    carried,
-    drawn_labels,
-    make_problem,
-    normal_vectors,
-    our_operators,
-    with_labels,
-)
-from experiments.benchmarks.matvec_peer import Peer, import_torch, make_peer
-from experiments.datasets import load
-from experiments.pipes import ended
+from experiments.datasets import Dataset, load
+from experiments.models.networks import MLP, LeNet5
+from experiments.progress import ended
+from kfac_jax_lite import curvature
+from kfac_jax_lite.curvature.laws import samples
+from kfac_jax_lite.curvature.operator import Kept, Operator
+from kfac_jax_lite.statistics.outputs import marked_loss
+
+HIDDEN = 512
+CLASSES = 10
+MC = "MC Fisher"
+EMPIRICAL = "empirical Fisher"
+KFAC = {"K-FAC, GGN": "type-2", "K-FAC, empirical": "empirical"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A layer whose weights PyTorch keeps in another order."""
+
+    name: str  # of its parameters in flax
+    # Height, width and channels that were flattened before a dense layer; PyTorch
+    # flattens channels first.
+    image: tuple[int, int, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network that both libraries have."""
+
+    module: nn.Module  # the flax module
+    layers: tuple[Layer, ...]  # in the order of the PyTorch module
+
+
+def mlp(width: int) -> Network:
+    """Two hidden layers of this width, rectified linear units."""
+    layers = tuple(Layer(f"Dense_{i}") for i in range(3))
+    return Network(MLP((width, width), CLASSES), layers)
+
+
+def lenet5(width: int) -> Network:
+    """LeNet-5 on images of 28 x 28 pixels; its widths are its own."""
+    del width
+    convolutions = Layer("Conv_0"), Layer("Conv_1")
+    dense = Layer("Dense_0", (5, 5, 16)), Layer("Dense_1"), Layer("Dense_2")
+    return Network(LeNet5(CLASSES), (*convolutions, *dense))
+
+
+NETWORKS = {"mlp": mlp, "lenet5": lenet5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A network with its loss, at a point, on a data set."""
+
+    name: str  # of the network
+    network: Network  # its module and layers
+    tagged: kfac.TaggedLoss  # the tagged loss
+    params: Any  # the point
+    # Images ``[batch, 28, 28, 1]`` in [0, 1], and labels.
+    batches: list[tuple[jax.Array, jax.Array]]
+    key: jax.Array  # PRNG key of the labels that the MC Fisher draws
+
+
+def make_problem(
+    name: str, data: Dataset, batch_size: int, width: int = HIDDEN
+) -> Problem:
+    """Builds a network at its initial weights."""
+    network = NETWORKS[name](width)
+    images = data.x_train.astype(np.float32) / np.float32(data.maximum)
+    starts = range(0, len(images), batch_size)
+    batches = [
+        (
+            jnp.asarray(images[i : i + batch_size]),
+            jnp.asarray(data.y_train[i:][:batch_size]),
+        )
+        for i in starts
+    ]
+    params = network.module.init(jax.random.key(0), batches[0][0][:1])["params"]
+
+    def loss(params, x, y):
+        logits: Any = network.module.apply({"params": params}, x)
+        logits = kfac.categorical(logits)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    tagged = kfac.tag(loss, params, *batches[0])
+    return Problem(name, network, tagged, params, batches, jax.random.key(1))
+
+
+def our_operators(problem: Problem) -> dict[str, Callable[[], Operator]]:
+    """Functions that make this package's operators, by matrix."""
+    at = problem.tagged, problem.params, problem.batches
+    return {
+        "Hessian": lambda: curvature.hessian(*at),
+        "GGN": lambda: curvature.ggn(*at),
+        MC: lambda: curvature.mc_fisher(*at, key=problem.key),
+        EMPIRICAL: lambda: curvature.empirical_fisher(*at),
+        "K-FAC, GGN": lambda: ready(curvature.ggn(*at, "kronecker")),
+        "K-FAC, empirical": lambda: ready(curvature.empirical_fisher(*at, "kronecker")),
+    }
+
+
+def ready(operator: Operator) -> Operator:
+    """Waits for the factors of an operator."""
+    assert isinstance(operator.form, Kept)
+    jax.block_until_ready(operator.form.parts)
+    return operator
+
+
+def drawn_labels(operator: Operator) -> list[np.ndarray]:
+    """The labels that our MC Fisher with one sample has drawn, batch by batch."""
+    stream = operator.stream
+    found = []
+    for number, batch in enumerate(stream.batches):
+        model = marked_loss(stream.tagged, stream.params, batch)
+        outputs = model.outputs(model.values(stream.params)[1])
+        key = stream.batch_key(number)
+        ((gradient,),) = samples(stream.law, model, stream.params, outputs, key)
+        # The gradient is p - e_y: negative at the label only.
+        found.append(np.asarray(jnp.argmin(gradient, -1)))
+    return found
+
+
+def with_labels(problem: Problem, labels: Sequence[np.ndarray]) -> Problem:
+    """The same problem with other labels."""
+    pairs = zip(problem.batches, labels, strict=True)
+    batches = [(x, jnp.asarray(y, jnp.int32)) for (x, _), y in pairs]
+    return dataclasses.replace(problem, batches=batches)
+
+
+def normal_vectors(problem: Problem, seed: int, several: int | None = None) -> Any:
+    """Standard normal vectors shaped like the parameters."""
+    leaves, structure = jax.tree.flatten(problem.params)
+    lead = () if several is None else (several,)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    pairs = zip(keys, leaves, strict=True)
+    drawn = [jax.random.normal(k, (*lead, *x.shape), x.dtype) for k, x in pairs]
+    return jax.tree.unflatten(structure, drawn)
+
+
+def carried(tree: Any, network: Network, several: bool = False) -> list[np.ndarray]:
+    """A tree like our parameters in the shapes and the order of PyTorch's.
+
+    Args:
+        tree: kernels ``[in, out]`` or ``[h, w, in, out]``, and biases.
+        network: the network.
+        several: whether every leaf has a leading axis; it becomes the last.
+
+    Returns:
+        Weights ``[out, in]`` or ``[out, in, h, w]`` and biases, layer by layer.
+    """
+    arrays = []
+    for layer in network.layers:
+        for part in ("kernel", "bias"):
+            x = np.asarray(tree[layer.name][part])
+            x = x if several else x[None]
+            x = np.moveaxis(turned(x, layer) if part == "kernel" else x, 0, -1)
+            arrays.append(np.array(x if several else x[..., 0], order="C"))
+    return arrays
+
+
+def turned(kernels: np.ndarray, layer: Layer) -> np.ndarray:
+    """Kernels with a leading axis, output channels first, then input channels."""
+    if kernels.ndim == 5:
+        return kernels.transpose(0, 4, 3, 1, 2)
+    if layer.image is None:
+        return kernels.swapaxes(1, 2)
+    count, size, width = kernels.shape
+    images = kernels.reshape(count, *layer.image, width)
+    return images.transpose(0, 4, 3, 1, 2).reshape(count, width, size)
+
+
+SEED = 5  # of the labels that its MC Fisher draws
+
+
+def import_torch() -> tuple[Any, Any, str]:
+    """Imports PyTorch and curvlinops."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch = importlib.import_module("torch")
+            curvlinops = importlib.import_module("curvlinops")
+    except Exception as error:  # noqa: BLE001 - a broken installation is no error here
+        return None, None, without_paths(f"{type(error).__name__}: {error}")
+    return torch, curvlinops, ""
+
+
+def torch_mlp(nn: Any, width: int) -> Any:
+    first, second = nn.Linear(784, width), nn.Linear(width, width)
+    last = nn.Linear(width, CLASSES)
+    return nn.Sequential(nn.Flatten(), first, nn.ReLU(), second, nn.ReLU(), last)
+
+
+def torch_lenet5(nn: Any, width: int) -> Any:
+    del width
+    return nn.Sequential(
+        *(nn.Conv2d(1, 6, 5, padding=2), nn.Tanh(), nn.AvgPool2d(2)),
+        *(nn.Conv2d(6, 16, 5), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten()),
+        *(nn.Linear(400, 120), nn.Tanh(), nn.Linear(120, 84), nn.Tanh()),
+        nn.Linear(84, CLASSES),
+    )
+
+
+TORCH_NETWORKS = {"mlp": torch_mlp, "lenet5": torch_lenet5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """A problem as PyTorch sees it."""
+
+    torch: Any  # the module
+    curvlinops: Any  # the module
+    problem: Problem  # ours
+    network: Any  # the same network with the same weights
+    data: list[tuple[Any, Any]]  # the same batches, channels first
+
+    def tensors(self, tree: Any, several: bool = False) -> list[Any]:
+        """A tree shaped like our parameters as a list of tensors."""
+        found = carried(tree, self.problem.network, several)
+        return [self.torch.from_numpy(x) for x in found]
+
+    def operator(self, name: str, **options: Any) -> Any:
+        """An operator of the network; the checks for determinism are left out."""
+        make = getattr(self.curvlinops, name)
+        params = list(self.network.parameters())
+        loss = self.torch.nn.CrossEntropyLoss()
+        given = self.network, loss, params, self.data
+        return make(*given, check_deterministic=False, **options)
+
+    def kfac(self, fisher_type: str) -> Any:
+        """K-FAC with its factors; weights and biases are one block, as with us."""
+        options = {"fisher_type": fisher_type, "separate_weight_and_bias": False}
+        found = self.operator("KFACLinearOperator", **options)
+        found.compute_kronecker_factors()
+        return found
+
+    def operators(self) -> dict[str, Callable[[], Any]]:
+        """Functions that make its operators, by matrix."""
+        makers = {
+            "Hessian": lambda: self.operator("HessianLinearOperator"),
+            "GGN": lambda: self.operator("GGNLinearOperator"),
+            MC: lambda: self.operator("FisherMCLinearOperator", seed=SEED),
+            EMPIRICAL: lambda: self.operator("EFLinearOperator"),
+        }
+        more = {name: lambda kind=kind: self.kfac(kind) for name, kind in KFAC.items()}
+        return makers | more
+
+    def drawn_labels(self) -> list[np.ndarray]:
+        """The labels that its MC Fisher draws for every product, batch by batch."""
+        generator = self.torch.Generator().manual_seed(SEED)
+        found = []
+        with self.torch.no_grad():
+            for x, _ in self.data:
+                p = self.torch.softmax(self.network(x), 1)
+                drawn = p.multinomial(1, replacement=True, generator=generator)
+                found.append(drawn[:, 0].numpy())
+        return found
+
+    def with_labels(self, labels: Sequence[np.ndarray]) -> "Peer":
+        tensor = self.torch.as_tensor
+        pairs = zip(self.data, labels, strict=True)
+        data = [(x, tensor(np.array(y, np.int64))) for (x, _), y in pairs]
+        return dataclasses.replace(self, data=data)
+
+
+def make_peer(torch: Any, curvlinops: Any, problem: Problem, width: int) -> Peer:
+    """Carries a problem over to PyTorch."""
+    network = TORCH_NETWORKS[problem.name](torch.nn, width)
+    weights = carried(problem.params, problem.network)
+    with torch.no_grad():
+        for old, new in zip(network.parameters(), weights, strict=True):
+            old.copy_(torch.from_numpy(new))
+    data = [
+        (
+            torch.from_numpy(np.array(np.asarray(x).transpose(0, 3, 1, 2), order="C")),
+            torch.from_numpy(np.array(y, np.int64)),
+        )
+        for x, y in problem.batches
+    ]
+    return Peer(torch, curvlinops, problem, network, data)
+
 
 PROGRAM = "python -m experiments.benchmarks.matvecs"
 SET_UP, ONE = "set-up", "1 vector"
@@ -81,22 +354,14 @@ class Config:
 
 @dataclasses.dataclass
 class Row:
-    """What is timed, once per round.
+    """What is timed, once per round."""
 
-    Attributes:
-        matrix: which one.
-        event: set-up or product.
-        calls: what is called, by library.
-        first: seconds of the first calls, by library.
-        difference: of the two products, relative.
-        seconds: of the timed calls, by library.
-    """
-
-    matrix: str
-    event: str
-    calls: dict[str, Callable[[], Any]]
-    first: dict[str, float]
-    difference: float | None = None
+    matrix: str  # which one
+    event: str  # set-up or product
+    calls: dict[str, Callable[[], Any]]  # what is called, by library
+    first: dict[str, float]  # seconds of the first calls, by library
+    difference: float | None = None  # of the two products, relative
+    # Of the timed calls, by library.
     seconds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
     def run(self, number: int) -> None:
@@ -126,7 +391,6 @@ class Row:
 
 
 def product(operator: Any, vectors: Any, several: bool) -> Callable[[], Any]:
-    """A call of ours."""
     apply = operator.mm if several else operator.mv
     return lambda: apply(vectors)
 
@@ -148,16 +412,6 @@ def comparable(
 
     The two MC Fishers draw other labels; each is the other library's empirical Fisher
     with the labels that it drew.
-
-    Args:
-        matrix: its name.
-        ours: our operator.
-        theirs: their operator.
-        problem: our problem.
-        peer: their problem.
-
-    Returns:
-        Pairs of ours and theirs.
     """
     if matrix != MC:
         return [(ours, theirs)]
@@ -169,17 +423,7 @@ def comparable(
 def make_rows(
     matrix: str, problem: Problem, peer: Peer | None, vectors: int
 ) -> list[Row]:
-    """Makes the operators of a matrix, multiplies once, and compares.
-
-    Args:
-        matrix: its name.
-        problem: our problem.
-        peer: their problem.
-        vectors: how many are multiplied at once.
-
-    Returns:
-        Set-up, a product with one vector and one with several.
-    """
+    """Makes the operators of a matrix, multiplies once, and compares."""
     makers: dict[str, Callable[[], Any]] = {OURS: our_operators(problem)[matrix]}
     if peer is not None:
         makers[THEIRS] = peer.operators()[matrix]
@@ -208,17 +452,6 @@ def make_rows(
 
 
 def benchmark(name: str, config: Config, torch: Any, curvlinops: Any) -> dict[str, Any]:
-    """Measures one network.
-
-    Args:
-        name: of the network.
-        config: what is measured.
-        torch: the module, or None.
-        curvlinops: the module, or None.
-
-    Returns:
-        JSON values.
-    """
     data = load(config.dataset, config.data_dir).first(config.examples)
     problem = make_problem(name, data, config.batch_size, config.width)
     peer = make_peer(torch, curvlinops, problem, config.width) if torch else None
@@ -243,17 +476,7 @@ def benchmark(name: str, config: Config, torch: Any, curvlinops: Any) -> dict[st
 
 
 def keep_to(threads: int | None) -> int:
-    """Keeps this process to some of its cores; before JAX and PyTorch make threads.
-
-    Args:
-        threads: how many cores; None: all.
-
-    Returns:
-        How many it has.
-
-    Raises:
-        SystemExit: if there are not so many.
-    """
+    """Keeps this process to some of its cores; before JAX and PyTorch make threads."""
     allowed = sorted(os.sched_getaffinity(0))
     if threads is None:
         return len(allowed)
@@ -264,7 +487,6 @@ def keep_to(threads: int | None) -> int:
 
 
 def show(rows: Sequence[dict[str, Any]]) -> str:
-    """The table of one network."""
     header = ("matrix", "event", "ours ms", "quartiles", "first s", "theirs ms")
     header += ("quartiles", "first s", "theirs/ours", "quartiles", "difference")
     table = []
@@ -286,14 +508,7 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures the networks and writes ``matvecs_threads_<n>.json``.
-
-    Args:
-        arguments: the arguments after the program's name; those of the process if None.
-
-    Returns:
-        The exit status: 1 if products differ.
-    """
+    """Measures the networks and writes ``matvecs_threads_<n>.json``."""
     config = tyro.cli(Config, prog=PROGRAM, args=arguments)
     threads = keep_to(config.threads)
     torch, curvlinops, reason = import_torch()

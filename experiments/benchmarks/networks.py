@@ -24,7 +24,6 @@ class LeNet5(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps images to ten logits."""
         for channels in (6, 16):
             x = nn.relu(nn.Conv(channels, (5, 5), padding="VALID")(x))
             x = nn.avg_pool(x, (2, 2), (2, 2))
@@ -39,7 +38,6 @@ class ResNet8(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps images to ten logits."""
         x = nn.relu(nn.Conv(16, (3, 3))(x))
         for channels, stride in ((16, 1), (32, 2), (64, 2)):
             strides = (stride, stride)
@@ -53,32 +51,17 @@ class ResNet8(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A network with a loss and synthetic batches.
+    """A network with a loss and synthetic batches."""
 
-    Attributes:
-        name: name on the command line.
-        apply: ``(params, inputs) -> logits``.
-        params: initial parameters.
-        batches: pairs of inputs and targets.
-        bernoulli: whether the targets are the inputs, each a probability; else they
-            are labels.
-    """
-
-    name: str
-    apply: Callable[[Any, jax.Array], jax.Array]
-    params: Any
-    batches: list[tuple[jax.Array, jax.Array]]
+    name: str  # name on the command line
+    apply: Callable[[Any, jax.Array], jax.Array]  # ``(params, inputs) -> logits``
+    params: Any  # initial parameters
+    batches: list[tuple[jax.Array, jax.Array]]  # pairs of inputs and targets
+    # Whether the targets are the inputs, each a probability; else they are labels.
     bernoulli: bool
 
     def loss(self, mark: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable:
-        """Returns the mean loss, as a function of parameters and batch.
-
-        Args:
-            mark: ``(logits, targets) -> logits``; how an optimiser is told the output.
-
-        Returns:
-            ``loss(params, batch)``.
-        """
+        """Returns the mean loss, as a function of parameters and batch."""
 
         def loss(params, batch):
             x, targets = batch
@@ -115,17 +98,11 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """How to build a problem.
+    """How to build a problem."""
 
-    Attributes:
-        module: makes the network.
-        shape: shape of a batch of inputs.
-        bernoulli: see `Problem`.
-    """
-
-    module: Callable[[], nn.Module]
-    shape: tuple[int, ...]
-    bernoulli: bool = False
+    module: Callable[[], nn.Module]  # makes the network
+    shape: tuple[int, ...]  # shape of a batch of inputs
+    bernoulli: bool = False  # see `Problem`
 
 
 SPECS = {
@@ -137,15 +114,7 @@ SPECS = {
 
 
 def make_problem(name: str, spec: Spec | None = None) -> Problem:
-    """Builds a problem with random images and labels.
-
-    Args:
-        name: its name.
-        spec: how to build it; by default the one of that name.
-
-    Returns:
-        The problem.
-    """
+    """Builds a problem with random images and labels."""
     spec = SPECS[name] if spec is None else spec
     module, rng = spec.module(), np.random.default_rng(0)
     batches = []

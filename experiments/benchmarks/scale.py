@@ -10,33 +10,33 @@ longer than a limit, or its time is over; the result says so.
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
-import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from scipy import stats
 
 from experiments.benchmarks.common import (
     OUT,
     amortised,
+    begin,
     import_peer,
     kind_medians,
-    machine,
+    parse,
     text_table,
     write_json,
 )
-from experiments.benchmarks.jobs import Job, optax_job, peer_job
+from experiments.benchmarks.jobs import Job, optax_job, ours_job, peer_job
 from experiments.benchmarks.networks import Problem, Spec, make_problem
-from experiments.benchmarks.ours import ours_job
 from experiments.benchmarks.step_time import make_jobs, measure
 from experiments.models.networks import MLP
-from experiments.pipes import ended
+from experiments.progress import ended
 from kfac_jax_lite.kronecker.inverses import METHODS
 
 BASELINE, RATE = "AdamW", 1e-3
@@ -82,31 +82,12 @@ AXES = ("width", "depth", "batch", "classes")
 
 
 def problem_at(width: int, depth: int, batch: int, classes: int) -> Problem:
-    """A network of dense layers with random data.
-
-    Args:
-        width: of the input and the hidden layers.
-        depth: number of dense layers.
-        batch: examples per step.
-        classes: width of the output.
-
-    Returns:
-        The problem.
-    """
+    """A network of dense layers with random data."""
     hidden = (width,) * (depth - 1)
     return make_problem("mlp", Spec(lambda: MLP(hidden, classes), (batch, width)))
 
 
 def job_makers(problem: Problem, config: Scale) -> dict[str, Callable[[], Job]]:
-    """The rows of a point.
-
-    Args:
-        problem: the network.
-        config: the command line.
-
-    Returns:
-        Functions that make the jobs, by name.
-    """
     adamw = optax.adamw(RATE)
     makers: dict[str, Callable[[], Job]] = {
         BASELINE: lambda: optax_job(BASELINE, adamw, problem)
@@ -125,15 +106,6 @@ def job_makers(problem: Problem, config: Scale) -> dict[str, Callable[[], Job]]:
 
 
 def measure_point(config: Scale, sizes: Sequence[int]) -> dict[str, Any]:
-    """Measures one network.
-
-    Args:
-        config: the command line.
-        sizes: width, depth, batch, classes.
-
-    Returns:
-        Milliseconds by row and kind of step, and seconds of compiling; what failed.
-    """
     jobs, failed = make_jobs(job_makers(problem_at(*sizes), config))
     samples = measure(jobs, config.rounds)
     rows = {}
@@ -148,17 +120,7 @@ def measure_point(config: Scale, sizes: Sequence[int]) -> dict[str, Any]:
 
 
 def work(width: int, depth: int, batch: int, classes: int) -> float:
-    """Operations of K-FAC's longest step, to tell when a point would take too long.
-
-    Args:
-        width: of the input and the hidden layers.
-        depth: number of dense layers.
-        batch: examples per step.
-        classes: width of the output.
-
-    Returns:
-        ``Σ 10/3 (a³ + g³) + 2 B (a² + g²) + 6 B a g + 2 a g (a + g)`` over the layers.
-    """
+    """Operations of K-FAC's longest step, to tell when a point would take too long."""
     outputs = [width] * (depth - 1) + [classes]
     total = 0.0
     for g in outputs:
@@ -174,15 +136,7 @@ def slowest(point: dict[str, Any]) -> float:
 
 
 def measure_axis(config: Scale, axis: str) -> dict[str, Any]:
-    """Measures the points of an axis, as far as limits allow.
-
-    Args:
-        config: the command line.
-        axis: one of `AXES`.
-
-    Returns:
-        The points, why the axis ended early (or None), exponents by row and kind.
-    """
+    """Measures the points of an axis, as far as limits allow."""
     started, points, stopped = time.perf_counter(), [], None
     last: tuple[float, float] | None = None
     for value in getattr(config, axis):
@@ -205,15 +159,7 @@ def measure_axis(config: Scale, axis: str) -> dict[str, Any]:
 
 
 def exponents(axis: str, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Fits a power law to every row and kind of step that two points have.
-
-    Args:
-        axis: what varies.
-        points: as in the result.
-
-    Returns:
-        By row and kind, the exponent and its standard error (None for two points).
-    """
+    """Fits a power law to every row and kind of step that two points have."""
     found: dict[str, Any] = {}
     names = {(n, k) for p in points for n, row in p["rows"].items() for k in row["ms"]}
     for name, kind in sorted(names):
@@ -228,25 +174,10 @@ def exponents(axis: str, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def power_law(pairs: Sequence[tuple[float, float]]) -> dict[str, float | None]:
-    """Least squares of ``log y = c + p log x``.
-
-    Args:
-        pairs: positive ``x`` and ``y``, at least two different ``x``.
-
-    Returns:
-        The exponent ``p`` and its standard error, from the residuals; None for two.
-    """
-    xs = [math.log(x) for x, _ in pairs]
-    ys = [math.log(y) for _, y in pairs]
-    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
-    spread = sum((x - mean_x) ** 2 for x in xs)
-    products = [(x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)]
-    slope = sum(products) / spread
-    rest = [y - mean_y - slope * (x - mean_x) for x, y in zip(xs, ys, strict=True)]
-    if len(pairs) < 3:
-        return {"exponent": slope, "standard_error": None}
-    variance = sum(r * r for r in rest) / (len(pairs) - 2)
-    return {"exponent": slope, "standard_error": math.sqrt(variance / spread)}
+    """Least squares of ``log y = c + p log x``."""
+    found: Any = stats.linregress(*np.log(pairs).T)
+    error = None if len(pairs) < 3 else float(found.stderr)
+    return {"exponent": float(found.slope), "standard_error": error}
 
 
 def show(axis: str, found: dict[str, Any]) -> str:
@@ -267,12 +198,7 @@ def fit_text(fit: dict[str, float | None]) -> str:
 
 
 def plot(path: Path, axes: dict[str, Any]) -> None:
-    """Draws milliseconds against size: amortised as lines, kinds of step thinner.
-
-    Args:
-        path: the PNG file.
-        axes: what `measure_axis` returned, by axis.
-    """
+    """Draws milliseconds against size: amortised as lines, kinds of step thinner."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(5 * len(axes), 4.5), layout="constrained", dpi=110)
     panels = figure.subplots(1, len(axes), squeeze=False)[0]
@@ -304,18 +230,9 @@ def plot(path: Path, axes: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures all axes; writes ``scale.json`` and ``scale.png``.
-
-    Args:
-        argv: the command line; that of the process by default.
-
-    Returns:
-        The result.
-    """
-    config = tyro.cli(Scale, args=argv, prog="scale")
-    values = dataclasses.asdict(config)
-    del values["out"]
-    result: dict[str, Any] = {"machine": machine(), "settings": values, "axes": {}}
+    """Measures all axes; writes ``scale.json`` and ``scale.png``."""
+    config = parse(Scale, argv, "scale")
+    result = begin(config, axes={})
     for axis in AXES:
         found = measure_axis(config, axis)
         result["axes"][axis] = found
@@ -326,4 +243,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(ended(main))
+    raise SystemExit(ended(lambda: main() and 0))

@@ -1,6 +1,6 @@
 """Time per step on 1, 2, 4, 8 devices, by mode of `kfac.Reduction`.
 
-    python -m experiments.benchmarks.scaling --devices 1,2,4,8 --rounds 15
+    python -m experiments.benchmarks.scaling --devices 1 2 4 8 --rounds 15
 
 The batch is the same for every number of devices (strong scaling). Where JAX has no
 accelerators, the devices are host devices that share this machine's cores: work that
@@ -8,10 +8,10 @@ every device repeats then shows as time, and what is divided does not. All rows 
 measured in one process, one step of each kind per round, in an order that rotates.
 """
 
-import argparse
+import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,18 @@ from jax.sharding import AxisType, PartitionSpec  # noqa: E402
 import kfac_jax_lite as kfac  # noqa: E402
 from experiments.benchmarks.common import (  # noqa: E402
     OUT,
+    begin,
+    in_turns,
     kind_medians,
-    machine,
-    make_parser,
-    positive_int,
+    parse,
     quartiles,
-    settings,
     text_table,
     timed,
     write_json,
 )
 from experiments.benchmarks.networks import Problem, Spec, make_problem  # noqa: E402
 from experiments.models.networks import MLP  # noqa: E402
-from experiments.pipes import ended  # noqa: E402
+from experiments.progress import ended  # noqa: E402
 
 AXIS = "batch"
 KINDS = {
@@ -50,30 +49,27 @@ KINDS = {
 FACTORS, INVERSES = 10, 100
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("--devices", type=numbers, default="1,2,4,8", help="numbers of devices")
-    add("--rounds", type=positive_int, default=15, help="timed steps of each kind")
-    add("--batch", type=positive_int, default=512, help="examples of all devices")
-    add("--width", type=positive_int, default=512, help="of the hidden layers")
-    add("--layers", type=positive_int, default=6, help="hidden layers")
-    add("--out", type=Path, default=OUT, help="folder of the result")
-    return parser.parse_args(argv)
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Times the steps on several devices, by mode of ``kfac.Reduction``."""
 
-
-def numbers(text: str) -> list[int]:
-    """The argparse type of whole numbers separated by commas."""
-    return [positive_int(part) for part in text.split(",")]
+    devices: tuple[int, ...] = (1, 2, 4, 8)
+    """Numbers of devices."""
+    rounds: int = 15
+    """Timed steps of each kind."""
+    batch: int = 512
+    """Examples of all devices."""
+    width: int = 512
+    """Of the hidden layers."""
+    layers: int = 6
+    """Hidden layers."""
+    out: Path = OUT
+    """Folder of the result."""
 
 
 def reductions(devices: int) -> dict[str, kfac.Reduction]:
-    """The modes compared."""
     make, rows = kfac.Reduction, "gradients"
     found = {"all": make(), "owner": make("owner", devices=devices)}
-    if devices > 2:
-        found["grid, 1/2"] = make("grid", fraction=0.5, share=rows, devices=devices)
     found["owner, rows"] = make("owner", share=rows, devices=devices)
     return found
 
@@ -121,10 +117,9 @@ class Runner:
             self.take(kind)
 
     def step(self, loss: Callable, params: Any, state: Any, batch: Any) -> Any:
-        """One step of one device."""
+        value, statistics = None, None
         if self.tagged is None:
             value, grads = jax.value_and_grad(loss)(params, batch)
-            statistics = None
         else:
             value, grads, statistics = self.tagged.value_and_grad(
                 params, batch, opt_state=state
@@ -167,24 +162,14 @@ def sent_megabytes(runner: Runner, reduction: Any, devices: int) -> dict[str, fl
 
 
 def measure(problem: Problem, devices: int, rounds: int) -> dict[str, Any]:
-    """Measures all rows on some devices.
-
-    Args:
-        problem: the network and its batches.
-        devices: number of devices.
-        rounds: how many rounds count; one more goes first.
-
-    Returns:
-        Rows by name: milliseconds by kind with quartiles, ratios to SGD, megabytes.
-    """
+    """Measures all rows on some devices."""
     modes: dict[str, Any] = {"SGD": None} | reductions(devices)
     runners = [Runner(name, problem, devices, r) for name, r in modes.items()]
-    samples: dict[str, list[tuple[str, float]]] = {name: [] for name in modes}
-    for number in range(rounds + 1):
-        shift = number % len(runners)
-        for runner in runners[shift:] + runners[:shift]:
-            seen = [(kind, runner.take(kind)) for kind in runner.kinds]
-            samples[runner.name] += seen if number else []
+    turns = {
+        r.name: lambda r=r: [(kind, r.take(kind)) for kind in r.kinds] for r in runners
+    }
+    seen = in_turns(turns, rounds, warm_up=1)
+    samples = {name: sum(found, []) for name, found in seen.items()}
     sgd = kind_medians(samples["SGD"])["step"]
     rows = {}
     for runner in runners:
@@ -222,37 +207,28 @@ def show(devices: int, rows: dict[str, Any]) -> str:
     return f"\n{devices} devices, milliseconds\n{text_table(header, table)}"
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Measures and writes ``scaling.json``.
-
-    Args:
-        argv: the command line; that of the process by default.
-
-    Returns:
-        The result.
-
-    Raises:
-        SystemExit: if there are fewer devices, or they do not divide the batch.
-    """
-    args = arguments(argv)
-    too_many = [n for n in args.devices if n > jax.device_count() or args.batch % n]
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measures and writes ``scaling.json``."""
+    config = parse(Config, argv, "scaling")
+    count, batch = jax.device_count(), config.batch
+    too_many = [n for n in config.devices if n > count or batch % n]
     if too_many:
         raise SystemExit(
-            f"--devices {too_many[0]}: there are {jax.device_count()}, and they must "
-            f"divide the batch of {args.batch}."
+            f"--devices {too_many[0]}: there are {count}, and they must divide the "
+            f"batch of {batch}."
         )
-    result: dict[str, Any] = {"machine": machine(), "settings": settings(args)}
-    spec = Spec(lambda: MLP((args.width,) * args.layers, 10), (args.batch, 784))
-    problem, result["rows"] = make_problem("mlp", spec), {}
-    for devices in args.devices:
-        rows = measure(problem, devices, args.rounds)
+    result = begin(config, rows={})
+    hidden = (config.width,) * config.layers
+    problem = make_problem("mlp", Spec(lambda: MLP(hidden, 10), (batch, 784)))
+    for devices in config.devices:
+        rows = measure(problem, devices, config.rounds)
         print(show(devices, rows), flush=True)
         result["rows"][str(devices)] = rows
-        write_json(args.out / "scaling.json", result)
+        write_json(config.out / "scaling.json", result)
         jax.clear_caches()
-    print(f"\nWritten to {args.out / 'scaling.json'}.")
+    print(f"\nWritten to {config.out / 'scaling.json'}.")
     return result
 
 
 if __name__ == "__main__":
-    raise SystemExit(ended(main))
+    raise SystemExit(ended(lambda: main() and 0))

@@ -29,8 +29,7 @@ from experiments.configs import NetConfig
 from experiments.datasets import Dataset, batches, load
 from experiments.metrics import to_json
 from experiments.models import Task, make_task
-from experiments.pipes import ended
-from experiments.progress import open_console
+from experiments.progress import ended, open_console
 from kfac_jax_lite import curvature
 from kfac_jax_lite.curvature.operator import Operator
 from kfac_jax_lite.curvature.spectra import Eigenpairs
@@ -114,17 +113,6 @@ def train(task: Task, data: Dataset, config: Config, bar: Progress) -> tuple[Any
 
 
 def make_operator(task: Task, data: Dataset, params: Any, config: Config) -> Operator:
-    """The matrix over all examples.
-
-    Args:
-        task: the network.
-        data: the images.
-        params: the point.
-        config: the command line.
-
-    Returns:
-        The operator.
-    """
     x, y, size = data.x_train, data.y_train, config.batch_size
     parts = [
         (jnp.asarray(x[i : i + size]), jnp.asarray(y[i : i + size]))
@@ -141,16 +129,7 @@ def make_operator(task: Task, data: Dataset, params: Any, config: Config) -> Ope
 def eigenpairs(
     operator: Operator, config: Config, bar: Progress
 ) -> tuple[Eigenpairs, int]:
-    """The eigenpairs, and how many products they took.
-
-    Args:
-        operator: the matrix.
-        config: the command line.
-        bar: where progress is shown.
-
-    Returns:
-        Both.
-    """
+    """The eigenpairs, and how many products they took."""
     shown, last = bar.add_task("products"), 0
 
     def progress(done: int, total: int) -> None:
@@ -165,15 +144,7 @@ def eigenpairs(
 
 
 def measure(config: Config, console: Console) -> dict[str, Any]:
-    """Trains the network and finds the eigenvalues.
-
-    Args:
-        config: the command line.
-        console: where progress goes.
-
-    Returns:
-        The result as JSON values.
-    """
+    """Trains the network and finds the eigenvalues."""
     data = load(config.dataset, config.data_dir).first(config.examples)
     task = make_task(config.model, NetConfig(hidden=config.hidden), data)
     with make_bar(console) as bar:
@@ -227,14 +198,6 @@ def show(result: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line.
-
-    Args:
-        arguments: the arguments after the program's name; those of the process if None.
-
-    Returns:
-        The exit status.
-    """
     config = tyro.cli(Config, prog=PROGRAM, args=arguments)
     console = open_console()
     result = measure(config, console)

@@ -1,6 +1,6 @@
 """Time per step of SGD, Adam, kfac-jax and this package, as ratios to SGD.
 
-    python -m experiments.benchmarks.step_time --models mlp,lenet5 --rounds 15
+    python -m experiments.benchmarks.step_time --models mlp lenet5 --rounds 15
 
 All rows are measured in one process, one step of each kind per round, in an order that
 rotates, so that whatever else slows the machine hits all of them. A row's time is the
@@ -11,11 +11,13 @@ gradient's (operations from ``kfac.cost_model``); "nothing/products" compares a 
 with nothing due with the gradient and two products per layer, measured.
 """
 
-import argparse
+import dataclasses
+import functools
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
@@ -25,14 +27,13 @@ from experiments.benchmarks.common import (
     OUT,
     PEER,
     amortised,
-    comma_list,
+    begin,
     import_peer,
+    in_turns,
     kind_medians,
-    machine,
-    make_parser,
-    positive_int,
-    quartiles,
-    settings,
+    parse,
+    ratios,
+    spread,
     text_table,
     write_json,
 )
@@ -40,111 +41,86 @@ from experiments.benchmarks.jobs import (
     MOMENTUM,
     RATE,
     Job,
+    adaptive_job,
     optax_job,
+    ours_job,
     peer_job,
     products_job,
+    staggered_job,
 )
 from experiments.benchmarks.networks import SPECS, Problem, make_problem
-from experiments.benchmarks.ours import adaptive_job, ours_job, staggered_job
-from experiments.pipes import ended
+from experiments.progress import ended
 
 INTERVALS = ((1, 5), (10, 100))
-METHODS = ("cholesky", "eigh", "ekfac", "newton_schulz", "low_rank", "auto")
-FISHERS = ("empirical", "mc", "exact")
 BASELINE, FLOOR = "SGD + momentum", "gradient + products"
+Method = Literal["cholesky", "eigh", "ekfac", "newton_schulz", "low_rank", "auto"]
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("--models", type=comma_list(list(SPECS)), default=",".join(SPECS))
-    add("--rounds", type=positive_int, default=15, help="timed steps of each kind")
-    add("--inverses", type=comma_list(METHODS), default="cholesky,low_rank")
-    add("--fishers", type=comma_list(FISHERS), default="empirical,mc")
-    add("--threshold", type=float, default=0.3, help="of the adaptive intervals")
-    add("--together", type=float, default=0.5, help="of the adaptive intervals")
-    add("--warm-up", type=positive_int, default=50, help="adaptive steps, not timed")
-    add("--adaptive-steps", type=positive_int, default=10, help="per round")
-    add("--staggered-steps", type=positive_int, default=20, help="per round")
-    add("--without-peer", action="store_true", help="leave kfac-jax out")
-    add(
-        "--rows",
-        nargs="*",
-        default=(),
-        help="of ours and Adam, only those with this in them",
-    )
-    add("--out", type=Path, default=OUT, help="folder of the result")
-    return parser.parse_args(argv)
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Times the steps of SGD, Adam, kfac-jax and this package."""
+
+    models: tuple[str, ...] = tuple(SPECS)
+    """Networks: mlp, autoencoder, lenet5, resnet."""
+    rounds: int = 15
+    """Timed steps of each kind."""
+    inverses: tuple[Method, ...] = ("cholesky", "low_rank")
+    """How factors are inverted."""
+    fishers: tuple[Literal["empirical", "mc", "exact"], ...] = ("empirical", "mc")
+    """How factors are estimated."""
+    threshold: float = 0.3
+    """Of the adaptive intervals."""
+    together: float = 0.5
+    """Of the adaptive intervals."""
+    warm_up: int = 50
+    """Adaptive steps that are not timed."""
+    adaptive_steps: int = 10
+    """Adaptive steps per round."""
+    staggered_steps: int = 20
+    """Staggered steps per round."""
+    without_peer: bool = False
+    """Leave kfac-jax out."""
+    rows: tuple[str, ...] = ()
+    """Of ours and Adam, only rows with this in their names."""
+    out: Path = OUT
+    """Folder of the result."""
 
 
-def job_makers(problem: Problem, args: argparse.Namespace) -> dict[str, Callable]:
-    """Lists the rows of a network.
-
-    Args:
-        problem: the network.
-        args: the command line.
-
-    Returns:
-        Functions that make the jobs, by name.
-    """
+def job_makers(problem: Problem, config: Config) -> dict[str, Callable[[], Job]]:
     sgd, adam = optax.sgd(RATE, MOMENTUM), optax.adam(RATE)
+    part = functools.partial
     makers: dict[str, Callable[[], Job]] = {
-        BASELINE: lambda: optax_job(BASELINE, sgd, problem),
-        "Adam": lambda: optax_job("Adam", adam, problem),
-        FLOOR: lambda: products_job(problem),
+        BASELINE: part(optax_job, BASELINE, sgd, problem),
+        "Adam": part(optax_job, "Adam", adam, problem),
+        FLOOR: part(products_job, problem),
     }
     peer, _ = import_peer()
-    if peer is not None and not args.without_peer:
+    if peer is not None and not config.without_peer:
         for pair in INTERVALS:
-            name = f"kfac-jax {pair}"
-            makers[name] = lambda pair=pair: peer_job(problem, peer, *pair)
-    for fisher in args.fishers:
-        for method in args.inverses:
-            for pair in INTERVALS:
-                makers[f"ours {fisher} {method} {pair}"] = (
-                    lambda pair=pair, fisher=fisher, method=method: ours_job(
-                        problem, *pair, fisher, method
-                    )
-                )
-            makers[f"ours {fisher} {method} adaptive damping"] = (
-                lambda fisher=fisher, method=method: ours_job(
-                    problem, *INTERVALS[-1], fisher, method, kfac.damping.adaptive()
-                )
-            )
-            makers[f"ours {fisher} {method} staggered"] = (
-                lambda fisher=fisher, method=method: staggered_job(
-                    problem, fisher, method, args.staggered_steps
-                )
-            )
-            makers[f"ours {fisher} {method} adaptive"] = (
-                lambda fisher=fisher, method=method: adaptive_job(
-                    problem,
-                    fisher,
-                    method,
-                    args.warm_up,
-                    args.adaptive_steps,
-                    args.threshold,
-                    args.together,
-                )
-            )
-    if not args.rows:
+            makers[f"kfac-jax {pair}"] = part(peer_job, problem, peer, *pair)
+    for kind in itertools.product(config.fishers, config.inverses):
+        name, rule = f"ours {kind[0]} {kind[1]}", kfac.damping.adaptive()
+        for pair in INTERVALS:
+            makers[f"{name} {pair}"] = part(ours_job, problem, *pair, *kind)
+        makers[f"{name} adaptive damping"] = part(
+            ours_job, problem, *INTERVALS[-1], *kind, rule
+        )
+        makers[f"{name} staggered"] = part(
+            staggered_job, problem, *kind, config.staggered_steps
+        )
+        steps = config.warm_up, config.adaptive_steps
+        makers[f"{name} adaptive"] = part(
+            adaptive_job, problem, *kind, *steps, config.threshold, config.together
+        )
+    if not config.rows:
         return makers
-    wanted = (BASELINE, FLOOR, *args.rows)
+    wanted = (BASELINE, FLOOR, *config.rows)
     return {n: make for n, make in makers.items() if any(w in n for w in wanted)}
 
 
 def make_jobs(
     makers: dict[str, Callable[[], Job]],
 ) -> tuple[list[Job], dict[str, str]]:
-    """Makes and compiles the jobs.
-
-    Args:
-        makers: from `job_makers`.
-
-    Returns:
-        The jobs, and what went wrong with those that failed, by name.
-    """
     jobs, failed = [], {}
     for name, make in makers.items():
         start = time.perf_counter()
@@ -162,35 +138,12 @@ def make_jobs(
 
 
 def measure(jobs: list[Job], rounds: int) -> dict[str, list[list[tuple[str, float]]]]:
-    """Runs all jobs in turn, once per round.
-
-    Args:
-        jobs: the jobs, compiled.
-        rounds: how many rounds count; one more goes first.
-
-    Returns:
-        By job, the samples of each round.
-    """
-    samples: dict[str, list] = {job.name: [] for job in jobs}
-    for number in range(rounds + 1):
-        shift = number % len(jobs)
-        for job in jobs[shift:] + jobs[:shift]:
-            seen = job.run()
-            if number:
-                samples[job.name].append(seen)
-    return samples
+    """Runs all jobs in turn, once per round."""
+    return in_turns({job.name: job.run for job in jobs}, rounds, warm_up=1)
 
 
 def summarise(jobs: list[Job], samples: dict[str, list]) -> dict[str, dict[str, Any]]:
-    """Turns samples into the rows of the result.
-
-    Args:
-        jobs: the jobs.
-        samples: from `measure`.
-
-    Returns:
-        Rows by name.
-    """
+    """Turns samples into the rows of the result."""
     flat = {name: sum(rounds, []) for name, rounds in samples.items()}
     base = amortised(flat[BASELINE])
     bases = [amortised(one) for one in samples[BASELINE]]
@@ -199,12 +152,11 @@ def summarise(jobs: list[Job], samples: dict[str, list]) -> dict[str, dict[str, 
     for job in jobs:
         seconds = amortised(flat[job.name], job.cycle)
         rounds = [amortised(one, job.cycle) for one in samples[job.name]]
-        ratios = [x / y for x, y in zip(rounds, bases, strict=True)]
         kinds = kind_medians(flat[job.name])
         row = {
             "amortised_ms": 1e3 * seconds,
             "ratio_to_sgd": seconds / base,
-            "ratio_quartiles": quartiles(ratios),
+            "ratio_quartiles": ratios(rounds, bases),
             "kinds_ms": {kind: 1e3 * value for kind, value in kinds.items()},
             "cycle": job.cycle,
             "compile_seconds": job.compile_seconds(flat[job.name]),
@@ -217,70 +169,46 @@ def summarise(jobs: list[Job], samples: dict[str, list]) -> dict[str, dict[str, 
             row["nothing_to_floor"] = kinds["nothing"] / amortised(flat[FLOOR])
             if job.cycle is not None and job.cycle.get("nothing"):
                 nothing = [dict(one)["nothing"] for one in samples[job.name]]
-                pairs = zip(nothing, floors, strict=True)
-                row["nothing_to_floor_quartiles"] = quartiles([x / y for x, y in pairs])
+                row["nothing_to_floor_quartiles"] = ratios(nothing, floors)
         rows[job.name] = row
     return rows
 
 
 def show(rows: dict[str, dict[str, Any]]) -> str:
-    """The table of one network."""
-    header = (
-        "optimiser",
-        "ms/step",
-        "ratio to SGD",
-        "quartiles",
-        "flop floor",
-        "to floor",
-        "refresh+invert",
-        "refresh",
-        "nothing",
-        "nothing/products",
-        "slowest/median",
-        "compile s",
-        "state MB",
-    )
-    table = []
-    for name, row in rows.items():
-        kinds = row["kinds_ms"]
-        low, _, high = row["ratio_quartiles"]
-        table.append(
-            (
-                name,
-                row["amortised_ms"],
-                row["ratio_to_sgd"],
-                f"{low:.2f}-{high:.2f}",
-                row.get("flop_floor"),
-                row.get("ratio_to_flop_floor"),
-                *(kinds.get(k) for k in ("refresh+invert", "refresh", "nothing")),
-                row.get("nothing_to_floor"),
-                row.get("slowest_to_median"),
-                row["compile_seconds"],
-                row["state_mb"],
-            )
+    kinds = ("refresh+invert", "refresh", "nothing")
+    fields = {"flop floor": "flop_floor", "to floor": "ratio_to_flop_floor"}
+    later = {
+        "nothing/products": "nothing_to_floor",
+        "slowest/median": "slowest_to_median",
+        "compile s": "compile_seconds",
+        "state MB": "state_mb",
+    }
+    table = [
+        (
+            name,
+            row["amortised_ms"],
+            row["ratio_to_sgd"],
+            spread(row["ratio_quartiles"]),
+            *(row.get(field) for field in fields.values()),
+            *(row["kinds_ms"].get(kind) for kind in kinds),
+            *(row.get(field) for field in later.values()),
         )
-    return text_table(header, table)
+        for name, row in rows.items()
+    ]
+    header = ("optimiser", "ms/step", "ratio to SGD", "quartiles", *fields, *kinds)
+    return text_table((*header, *later), table)
 
 
-def benchmark(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Measures one network.
-
-    Args:
-        name: its name.
-        args: the command line.
-
-    Returns:
-        The rows and the failures, as JSON values.
-    """
+def benchmark(name: str, config: Config) -> dict[str, Any]:
     start, problem = time.perf_counter(), make_problem(name)
-    jobs, failed = make_jobs(job_makers(problem, args))
-    rows = summarise(jobs, measure(jobs, args.rounds))
+    jobs, failed = make_jobs(job_makers(problem, config))
+    rows = summarise(jobs, measure(jobs, config.rounds))
     _, reason = import_peer()
     if reason:
         failed[PEER] = reason
     parameters = sum(leaf.size for leaf in jax.tree.leaves(problem.params))
     shape = problem.batches[0][0].shape
-    print(f"\n{name}: {parameters} parameters, batch {shape}, {args.rounds} rounds")
+    print(f"\n{name}: {parameters} parameters, batch {shape}, {config.rounds} rounds")
     print(show(rows))
     for row, why in failed.items():
         print(f"{row}: missing, {why}")
@@ -293,26 +221,18 @@ def benchmark(name: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Measures the networks asked for and writes ``step_time.json``.
-
-    Args:
-        argv: the command line; that of the process by default.
-
-    Returns:
-        The result.
-    """
-    args = arguments(argv)
-    result: dict[str, Any] = {"machine": machine(), "settings": settings(args)}
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measures the networks asked for and writes ``step_time.json``."""
+    config = parse(Config, argv, "step_time")
+    result = begin(config, models={})
     print(" ".join(f"{k}={v}" for k, v in result["machine"].items()))
-    result["models"] = {}
-    for name in args.models:
-        result["models"][name] = benchmark(name, args)
-        write_json(args.out / "step_time.json", result)
+    for name in config.models:
+        result["models"][name] = benchmark(name, config)
+        write_json(config.out / "step_time.json", result)
         jax.clear_caches()
-    print(f"\nfloor: {FLOOR}, with SGD. Written to {args.out / 'step_time.json'}.")
+    print(f"\nfloor: {FLOOR}, with SGD. Written to {config.out / 'step_time.json'}.")
     return result
 
 
 if __name__ == "__main__":
-    raise SystemExit(ended(main))
+    raise SystemExit(ended(lambda: main() and 0))

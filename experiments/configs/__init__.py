@@ -1,19 +1,17 @@
 """Configurations: frozen dataclasses, checked when they are made."""
 
-from experiments.configs.defaults import default_config
-from experiments.configs.optimizers import (
-    AdamConfig,
-    AdamWConfig,
-    KFACConfig,
-    ScheduleConfig,
-    SGDConfig,
-)
 from experiments.configs.train import (
     DATASETS,
     MODELS,
     OPTIMIZERS,
+    AdamConfig,
+    AdamWConfig,
+    KFACConfig,
     NetConfig,
+    ScheduleConfig,
+    SGDConfig,
     TrainConfig,
+    default_config,
 )
 
 __all__ = [

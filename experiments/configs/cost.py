@@ -4,8 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from experiments.configs.checks import check_integer, check_number
-from experiments.errors import ConfigError
+from experiments.configs.checks import check
 
 CostModelName = Literal[
     "resnet50",
@@ -43,10 +42,7 @@ class MachineConfig:
     """What tables and the plot call it."""
 
     def __post_init__(self) -> None:
-        """Checks the values."""
-        check_number("machine.bandwidth", self.bandwidth, above=0)
-        check_number("machine.latency", self.latency, at_least=0)
-        check_number("machine.flops", self.flops, above=0)
+        check(self, "machine.", positive="bandwidth flops", not_negative="latency")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +59,8 @@ class CostConfig:
     """Steps of the run."""
     devices: int = 128
     """Number of devices."""
-    mode: Literal["all", "owner", "grid"] = "all"
+    mode: Literal["all", "owner"] = "all"
     """How statistics travel."""
-    slices: int = 8
-    """Devices among which mode grid divides the rows of a layer."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of statistics on the wire."""
     inverse: Literal[
@@ -89,15 +83,8 @@ class CostConfig:
     """JSON file for all that is printed and plotted."""
 
     def __post_init__(self) -> None:
-        """Checks the values that no type checks."""
-        for name in ("steps", "devices", "slices", "inverse_interval"):
-            check_integer(name, getattr(self, name), at_least=1)
-        if self.batch is not None:
-            check_integer("batch", self.batch, at_least=1)
-        for name in ("rate", "adaptive"):
-            check_number(name, getattr(self, name), at_least=0, at_most=1)
-        if self.mode == "grid" and self.devices % self.slices:
-            raise ConfigError(
-                f"devices is {self.devices}; mode grid wants a multiple of slices, "
-                f"{self.slices}."
-            )
+        check(
+            self,
+            counts="steps devices inverse_interval batch",
+            shares="rate adaptive",
+        )

@@ -1,25 +1,172 @@
-"""The configuration of one comparison: data, network, optimisers, bookkeeping."""
+"""The configuration of one comparison, and its defaults by data set and model."""
 
 import dataclasses
 import json
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.configs.checks import check_choice, check_integer, check_number
-from experiments.configs.fingerprint import digest
-from experiments.configs.optimizers import (
-    AdamConfig,
-    AdamWConfig,
-    KFACConfig,
-    SGDConfig,
+from experiments.configs.checks import (
+    check,
+    check_choice,
+    digest,
 )
 from experiments.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """How a value changes over the run, from its start to `final_scale` times it."""
+
+    kind: Literal["constant", "linear", "cosine", "exponential", "polynomial"] = (
+        "constant"
+    )
+    """Shape of the decay over all steps of the run."""
+    warmup_steps: int = 0
+    """Steps of linear growth from zero before the decay starts."""
+    final_scale: float = 0.1
+    """Last value divided by the first; not used by a constant schedule. Zero only for
+    a polynomial one."""
+    power: float = 2.0
+    """Power of a polynomial schedule."""
+
+    def __post_init__(self) -> None:
+        check(
+            self,
+            "schedule.",
+            integers="warmup_steps",
+            positive="power",
+            shares="final_scale",
+        )
+        if self.kind != "polynomial":
+            check(self, "schedule.", positive="final_scale")
+
+
+@dataclasses.dataclass(frozen=True)
+class SGDConfig:
+    """Stochastic gradient descent with momentum."""
+
+    learning_rate: float = 0.1
+    """Step size at the start of the schedule."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Schedule of the learning rate."""
+    momentum: float = 0.9
+    """Decay of the velocity."""
+    tie_momentum: bool = False
+    """Let the momentum follow the learning rate's schedule, warm-up included."""
+    nesterov: bool = True
+    """Use Nesterov's form of momentum."""
+
+    def __post_init__(self) -> None:
+        check(self, "sgd.", positive="learning_rate", decays="momentum")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamConfig:
+    """Adam."""
+
+    learning_rate: float = 1e-3
+    """Step size at the start of the schedule."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Schedule of the learning rate."""
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+
+    def __post_init__(self) -> None:
+        check(self, "adam.", positive="learning_rate eps", decays="b1 b2")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamWConfig:
+    """Adam with decoupled weight decay."""
+
+    learning_rate: float = 1e-3
+    """Step size at the start of the schedule."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Schedule of the learning rate."""
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 1e-2
+    """Decoupled weight decay, multiplied by the learning rate."""
+
+    def __post_init__(self) -> None:
+        names = {"positive": "learning_rate eps", "not_negative": "weight_decay"}
+        check(self, "adamw.", decays="b1 b2", **names)
+
+
+@dataclasses.dataclass(frozen=True)
+class KFACConfig:
+    """K-FAC as built by `kfac_jax_lite.kfac`."""
+
+    learning_rate: float = 0.02
+    """Step size at the start of the schedule."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Schedule of the learning rate."""
+    damping: float = 0.05
+    """Added to the curvature; at the start of its schedule."""
+    damping_schedule: ScheduleConfig = ScheduleConfig()
+    """Schedule of the damping."""
+    momentum: float = 0.9
+    """Decay of the velocity."""
+    tie_momentum: bool = False
+    """Let the momentum follow the learning rate's schedule, warm-up included."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, multiplied by the learning rate."""
+    kl_clip: float | None = 3e-3
+    """Bound of the step's quadratic form (trust region); None for no bound."""
+    factor_decay: float = 0.95
+    """Weight of the old value in the factors' moving average."""
+    fisher: Literal["empirical", "mc", "exact"] = "empirical"
+    """Which Fisher matrix the factors estimate."""
+    weight_sharing: Literal["expand", "reduce"] = "expand"
+    """How positions that share a weight enter the factors."""
+    interval: Literal["every", "adaptive", "staleness"] = "every"
+    """Rule for the steps at which a layer's factors are refreshed."""
+    every: int = 5
+    """Steps between refreshes under interval=every."""
+    threshold: float = 0.1
+    """Relative change below which an interval grows (adaptive, staleness)."""
+    rule: Literal["multiple", "elapsed"] = "elapsed"
+    """When an adaptive interval is due: at its multiples, or once it has passed."""
+    max_interval: int | None = None
+    """Longest interval (adaptive, staleness)."""
+    inverse: Literal[
+        "cholesky", "eigh", "ekfac", "newton_schulz", "low_rank", "auto"
+    ] = "cholesky"
+    """How the damped curvature is inverted."""
+    inverse_interval: int = 10
+    """Steps between inverse refreshes."""
+
+    def __post_init__(self) -> None:
+        check(
+            self,
+            "kfac.",
+            counts="every max_interval inverse_interval",
+            positive="learning_rate damping kl_clip threshold",
+            not_negative="weight_decay",
+            decays="momentum factor_decay",
+        )
+        schedule = self.damping_schedule
+        if schedule.warmup_steps:
+            raise ConfigError(
+                f"kfac.damping-schedule.warmup-steps is "
+                f"{schedule.warmup_steps}; wanted 0, because a warm-up starts at zero "
+                "and the damping must stay positive."
+            )
+        check(schedule, "kfac.damping-schedule.", positive="final_scale")
+
 
 IMAGES = ("digits", "mnist5k", "mnist", "fashion_mnist", "cifar10")
 TEXTS = ("tinyshakespeare", "pydoc")
 DATASETS = IMAGES + TEXTS
 MODELS = ("mlp", "mlp_nnx", "lenet5", "resnet", "autoencoder", "lm")
-AUGMENTATIONS = ("none", "crop-flip")
 OPTIMIZERS = ("kfac", "sgd", "adam", "adamw")
 
 DatasetName = Literal[
@@ -62,14 +209,13 @@ class NetConfig:
     """Width of lm; a multiple of the number of heads."""
 
     def __post_init__(self) -> None:
-        """Checks the values."""
-        for name in ("hidden", "blocks", "code"):
-            for width in getattr(self, name):
-                check_integer(f"net.{name}", width, at_least=1)
+        check(
+            self,
+            "net.",
+            counts="hidden blocks code width context layers heads features",
+        )
         if not self.blocks or not self.code:
             raise ConfigError("net.blocks and net.code need at least one number.")
-        for name in ("width", "context", "layers", "heads", "features"):
-            check_integer(f"net.{name}", getattr(self, name), at_least=1)
         if self.features % self.heads:
             raise ConfigError(
                 f"net.features is {self.features}; wanted a multiple of net.heads, "
@@ -130,34 +276,24 @@ class TrainConfig:
     """AdamW."""
 
     def __post_init__(self) -> None:
-        """Checks the values."""
-        check_choice("dataset", self.dataset, DATASETS)
-        check_choice("model", self.model, MODELS)
+        check(
+            self,
+            counts="epochs batch_size eval_examples evals_per_epoch log_every "
+            "checkpoint_every train_examples",
+            integers="seed devices",
+            not_negative="mixup_alpha",
+        )
         if not self.optimizers:
             raise ConfigError(
                 f"optimizers is empty; choose of {', '.join(OPTIMIZERS)}."
             )
-        for name in self.optimizers:
-            check_choice("optimizers", name, OPTIMIZERS)
         if len(set(self.optimizers)) != len(self.optimizers):
             raise ConfigError(f"optimizers has a name twice: {self.optimizers}.")
-        check_choice("baseline", self.baseline, OPTIMIZERS)
-        for name in ("epochs", "batch_size", "eval_examples", "evals_per_epoch"):
-            check_integer(name.replace("_", "-"), getattr(self, name), at_least=1)
-        check_integer("log-every", self.log_every, at_least=1)
-        check_integer("checkpoint-every", self.checkpoint_every, at_least=1)
-        check_integer("seed", self.seed, at_least=0)
-        if self.devices is not None:
-            check_integer("devices", self.devices, at_least=0)
-        check_choice("augment", self.augment, AUGMENTATIONS)
-        check_number("mixup-alpha", self.mixup_alpha, at_least=0)
         if self.dataset in TEXTS and (self.augment != "none" or self.mixup_alpha):
             raise ConfigError(
                 f"augment is {self.augment} and mixup-alpha {self.mixup_alpha}; wanted "
                 f"none and 0, because {self.dataset} is a text."
             )
-        if self.train_examples is not None:
-            check_integer("train-examples", self.train_examples, at_least=1)
 
     @property
     def checkpoint_steps(self) -> int:
@@ -173,14 +309,7 @@ class TrainConfig:
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
     def run_dict(self, optimizer: str) -> dict[str, Any]:
-        """Returns what decides the curve of one optimiser's run, as JSON values.
-
-        Args:
-            optimizer: the optimiser; the others' hyper-parameters are left out.
-
-        Returns:
-            Nested dict of JSON values.
-        """
+        """Returns what decides the curve of one optimiser's run, as JSON values."""
         values = self.to_dict()
         for name in (*NOT_IN_FINGERPRINT, *OPTIMIZERS):
             values.pop(name)
@@ -194,3 +323,94 @@ class TrainConfig:
         for name in NOT_IN_FINGERPRINT:
             values.pop(name)
         return Path("runs") / f"{self.dataset}-{self.model}-{digest(values)[:8]}"
+
+
+# How long to train: smaller sets get more epochs.
+LENGTH: dict[str, dict[str, Any]] = {
+    "digits": {"epochs": 20, "batch_size": 100},
+    "mnist5k": {"epochs": 10, "batch_size": 200},
+    "mnist": {"epochs": 10, "batch_size": 512},
+    "fashion_mnist": {"epochs": 10, "batch_size": 512},
+    "cifar10": {"epochs": 10, "batch_size": 128},
+    "tinyshakespeare": {
+        "epochs": 1,
+        "batch_size": 32,
+        "eval_examples": 512,
+        "evals_per_epoch": 10,
+    },
+    "pydoc": {
+        "epochs": 2,
+        "batch_size": 32,
+        "eval_examples": 512,
+        "evals_per_epoch": 5,
+    },
+}
+
+COSINE = ScheduleConfig("cosine", warmup_steps=50, final_scale=0.01)
+LONG_WARMUP = ScheduleConfig("cosine", warmup_steps=150, final_scale=0.01)
+
+OPTIMISERS: dict[str, dict[str, Any]] = {
+    "mlp": {
+        "kfac": KFACConfig(),
+        "sgd": SGDConfig(learning_rate=0.1),
+        "adam": AdamConfig(learning_rate=2e-3),
+        "adamw": AdamWConfig(learning_rate=2e-3),
+    },
+    "lenet5": {
+        "kfac": KFACConfig(),
+        "sgd": SGDConfig(learning_rate=0.03),
+        "adam": AdamConfig(learning_rate=2e-3),
+        "adamw": AdamWConfig(learning_rate=2e-3),
+    },
+    "resnet": {
+        "kfac": KFACConfig(every=10, inverse_interval=20),
+        "sgd": SGDConfig(learning_rate=0.1),
+        "adam": AdamConfig(learning_rate=2e-3),
+        "adamw": AdamWConfig(learning_rate=2e-3),
+    },
+    "autoencoder": {
+        "kfac": KFACConfig(damping=1.0, kl_clip=None),
+        "sgd": SGDConfig(learning_rate=0.01),
+        "adam": AdamConfig(learning_rate=1e-3),
+        "adamw": AdamWConfig(learning_rate=1e-3),
+    },
+    "lm": {
+        # The curvature of the inner layers is small and changes fast at the start:
+        # little damping, no momentum, and a warm-up beside the trust region.
+        "kfac": KFACConfig(
+            learning_rate=0.02,
+            schedule=COSINE,
+            damping=4e-5,
+            momentum=0.0,
+            kl_clip=2.5e-3,
+            factor_decay=0.9,
+            fisher="mc",
+            inverse_interval=5,
+        ),
+        "sgd": SGDConfig(learning_rate=0.1, schedule=COSINE),
+        "adam": AdamConfig(learning_rate=8e-3, b2=0.98, schedule=LONG_WARMUP),
+        "adamw": AdamWConfig(learning_rate=8e-3, b2=0.98, schedule=LONG_WARMUP),
+    },
+}
+OPTIMISERS["mlp_nnx"] = OPTIMISERS["mlp"]
+
+
+def default_config(dataset: str = "mnist5k", model: str = "mlp") -> TrainConfig:
+    """Returns the default configuration of a data set and a model."""
+    check_choice("dataset", dataset, DATASETS)
+    check_choice("model", model, MODELS)
+    config = TrainConfig(
+        dataset=dataset,  # pyright: ignore[reportArgumentType]
+        model=model,  # pyright: ignore[reportArgumentType]
+        **LENGTH[dataset],
+        **OPTIMISERS[model],
+    )
+    if dataset == "mnist5k":
+        config = dataclasses.replace(config, net=NetConfig(hidden=(500, 300)))
+    if dataset == "digits":
+        config = dataclasses.replace(
+            config, net=NetConfig(hidden=(128, 128), code=(64, 16))
+        )
+    if model == "autoencoder" and dataset in ("mnist", "fashion_mnist"):
+        config = dataclasses.replace(config, batch_size=1000, epochs=8)
+    return config

@@ -4,15 +4,16 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.configs.checks import check_choice, check_integer, check_number
-from experiments.configs.defaults import default_config
-from experiments.configs.fingerprint import digest, json_values
+from experiments.configs.checks import (
+    check,
+    digest,
+    json_values,
+)
 from experiments.configs.train import (
-    DATASETS,
-    MODELS,
     DatasetName,
     ModelName,
     NetConfig,
+    default_config,
 )
 from experiments.errors import ConfigError
 from experiments.tuning.spaces import (
@@ -63,12 +64,7 @@ class CurvatureConfig:
     """Bound of the step's quadratic form (trust region); None for no bound."""
 
     def __post_init__(self) -> None:
-        """Checks the values."""
-        check_choice("curvature.fisher", self.fisher, ("empirical", "mc"))
-        check_integer("curvature.every", self.every, at_least=1)
-        check_integer("curvature.inverse-interval", self.inverse_interval, at_least=1)
-        if self.kl_clip is not None:
-            check_number("curvature.kl-clip", self.kl_clip, above=0)
+        check(self, "curvature.", counts="every inverse_interval", positive="kl_clip")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,24 +135,12 @@ class TuneConfig:
     """Ranges of Muon."""
 
     def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-            ConfigError: if a value is out of range.
-        """
-        check_choice("optimizer", self.optimizer, TUNED)
-        check_choice("dataset", self.dataset, DATASETS)
-        check_choice("model", self.model, MODELS)
-        check_choice("mapping", self.mapping, ("auto", "vmap", "loop"))
-        for name in ("trials", "batch", "epochs", "batch_size", "evaluations"):
-            check_integer(name.replace("_", "-"), getattr(self, name), at_least=1)
-        for name in ("startup_trials", "heartbeat", "grace"):
-            check_integer(name.replace("_", "-"), getattr(self, name), at_least=1)
-        for name in ("seed", "prune_from", "worker", "retries"):
-            check_integer(name.replace("_", "-"), getattr(self, name), at_least=0)
-        for name in ("validation_examples", "train_examples"):
-            if getattr(self, name) is not None:
-                check_integer(name.replace("_", "-"), getattr(self, name), at_least=1)
+        check(
+            self,
+            counts="trials batch epochs batch_size evaluations startup_trials "
+            "heartbeat grace validation_examples train_examples",
+            integers="seed prune_from worker retries",
+        )
         if self.grace < 2 * self.heartbeat:
             raise ConfigError(
                 f"grace is {self.grace}; wanted at least twice the heartbeat, "
@@ -188,15 +172,7 @@ class TuneConfig:
 
 
 def default_tuning(dataset: str = "mnist5k", model: str = "mlp") -> TuneConfig:
-    """The default search on a data set with a model.
-
-    Args:
-        dataset: one of `DATASETS`.
-        model: one of `MODELS`.
-
-    Returns:
-        A configuration whose every field may be replaced.
-    """
+    """The default search on a data set with a model."""
     train = default_config(dataset, model)
     return TuneConfig(
         dataset=train.dataset,

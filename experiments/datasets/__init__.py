@@ -11,8 +11,7 @@
 from experiments.datasets.arrays import Dataset, Examples, batches
 from experiments.datasets.augment import Augmentation, make_augmentation
 from experiments.datasets.lookup import load
-from experiments.datasets.text import TextDataset
-from experiments.datasets.textsources import load_text
+from experiments.datasets.text import TextDataset, load_text
 
 __all__ = [
     "Augmentation",

@@ -11,41 +11,20 @@ from experiments.errors import ConfigError, DataError
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """What data sets of every type have; the rows of an array are the examples.
+    """What data sets of every type have; the rows of an array are the examples."""
 
-    Attributes:
-        noun: what an example is called, in the plural.
-        name: name on the command line.
-        title: name in tables and plots.
-        source: where the data was found.
-        x_train: training inputs, ``[n, ...]``.
-        y_train: what is to be predicted, ``[n, ...]``, int32.
-        x_test: test inputs.
-        y_test: the same for them.
-    """
+    noun: ClassVar[str] = "examples"  # what an example is called, in the plural
 
-    noun: ClassVar[str] = "examples"
-
-    name: str
-    title: str
-    source: str
-    x_train: np.ndarray
-    y_train: np.ndarray
-    x_test: np.ndarray
-    y_test: np.ndarray
+    name: str  # name on the command line
+    title: str  # name in tables and plots
+    source: str  # where the data was found
+    x_train: np.ndarray  # training inputs, ``[n, ...]``
+    y_train: np.ndarray  # what is to be predicted, ``[n, ...]``, int32
+    x_test: np.ndarray  # test inputs
+    y_test: np.ndarray  # the same for them
 
     def first(self, train: int | None) -> Self:
-        """Returns the data set with only its first `train` training examples.
-
-        Args:
-            train: how many to keep; None keeps all.
-
-        Returns:
-            The smaller data set.
-
-        Raises:
-            ConfigError: if there are not so many.
-        """
+        """Returns the data set with only its first `train` training examples."""
         if train is None:
             return self
         if train > len(self.x_train):
@@ -59,17 +38,12 @@ class Examples:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset(Examples):
-    """Images ``[n, height, width, channels]`` and labels ``[n]``, loaded once.
-
-    Attributes:
-        maximum: the value of the brightest pixel.
-        num_classes: number of labels.
-    """
+    """Images ``[n, height, width, channels]`` and labels ``[n]``, loaded once."""
 
     noun: ClassVar[str] = "images"
 
-    maximum: float = 255.0
-    num_classes: int = 10
+    maximum: float = 255.0  # the value of the brightest pixel
+    num_classes: int = 10  # number of labels
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -94,12 +68,6 @@ def make_dataset(
         train: images ``[n, h, w]`` or ``[n, h, w, c]``, and labels ``[n]``.
         test: the same for testing.
         maximum: the value of the brightest pixel.
-
-    Returns:
-        The data set.
-
-    Raises:
-        DataError: if the two splits do not fit together.
     """
     x_train, y_train = check_split(f"{source}, training set", *train, maximum)
     x_test, y_test = check_split(f"{source}, test set", *test, maximum)
@@ -124,9 +92,6 @@ def check_split(
 
     Returns:
         Images ``[n, h, w, c]`` and int32 labels.
-
-    Raises:
-        DataError: saying what was seen and what was wanted.
     """
     x, y = np.asarray(x), np.asarray(y)
     x = x[..., None] if x.ndim == 3 else x
@@ -158,16 +123,6 @@ def batches(
 
     Each epoch has its own permutation, made from the seed and the number of the epoch
     alone, so that a run continued at any step sees the batches it would have seen.
-
-    Args:
-        data: the data set.
-        batch_size: examples per batch; an incomplete last batch is left out.
-        seed: seed of the permutations.
-        start: number of steps already taken.
-        stop: number of steps after the last batch.
-
-    Yields:
-        Inputs and what is to be predicted, such as images and labels.
     """
     per_epoch = len(data.x_train) // batch_size
     epoch, order = -1, np.arange(0)

@@ -19,29 +19,20 @@ Batch = tuple[jax.Array, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """A random change of batches.
+    """A random change of batches."""
 
-    Attributes:
-        init: ``batch -> state`` before the first batch, of arrays or their shapes.
-        apply: ``(state, batch, key) -> (state, batch)``.
-    """
-
+    # ``batch -> state`` before the first batch, of arrays or their shapes.
     init: Callable[[Any], PyTree]
+    # ``(state, batch, key) -> (state, batch)``.
     apply: Callable[[PyTree, Batch, jax.Array], tuple[PyTree, Batch]]
 
 
 class Mixture(NamedTuple):
-    """What running mixup remembers.
+    """What running mixup remembers."""
 
-    Attributes:
-        images: the last mixed images ``[batch, ...]``.
-        labels: their labels ``[batch, classes]``.
-        steps: batches mixed so far.
-    """
-
-    images: jax.Array
-    labels: jax.Array
-    steps: jax.Array
+    images: jax.Array  # the last mixed images ``[batch, ...]``
+    labels: jax.Array  # their labels ``[batch, classes]``
+    steps: jax.Array  # batches mixed so far
 
 
 def running_mixup(alpha: float, num_classes: int) -> Augmentation:
@@ -49,10 +40,6 @@ def running_mixup(alpha: float, num_classes: int) -> Augmentation:
 
     ``x̃_t = λ x_t + (1 − λ) x̃_{t−1}``, ``ỹ_t = λ y_t + (1 − λ) ỹ_{t−1}`` with ``y``
     one-hot and ``λ ~ Beta(α, α)`` drawn for every example; ``x̃_0 = x_0``.
-
-    Args:
-        alpha: ``α``.
-        num_classes: number of labels.
 
     Returns:
         The augmentation. Images become floats of the same scale, labels
@@ -95,13 +82,6 @@ def blend(share: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
 def crop_and_flip(padding: int) -> Augmentation:
     """Cuts a random window out of every padded image and mirrors half of them.
 
-    Args:
-        padding: rows and columns of zeros on every side; windows have the size of the
-            image.
-
-    Returns:
-        The augmentation; dtype and labels stay as they are.
-
     References:
         He, Zhang, Ren & Sun, 2015, arXiv:1512.03385, Sec. 4.2.
     """
@@ -122,14 +102,7 @@ def crop_and_flip(padding: int) -> Augmentation:
 
 
 def chain(*parts: Augmentation) -> Augmentation:
-    """One augmentation after another.
-
-    Args:
-        *parts: the augmentations; none of them gives the identity.
-
-    Returns:
-        The whole; its state is the tuple of theirs.
-    """
+    """One augmentation after another."""
 
     def init(batch):
         states = []
@@ -149,16 +122,7 @@ def chain(*parts: Augmentation) -> Augmentation:
 
 
 def make_augmentation(kind: str, alpha: float, data: Examples) -> Augmentation:
-    """Builds the augmentation of a run.
-
-    Args:
-        kind: ``"none"`` or ``"crop-flip"``, with an eighth of the image as padding.
-        alpha: parameter of running mixup; 0 for none.
-        data: the data set; texts are left as they are.
-
-    Returns:
-        The augmentation; the identity without state if nothing was chosen.
-    """
+    """Builds the augmentation of a run."""
     parts = []
     if isinstance(data, Dataset) and kind == "crop-flip":
         parts.append(crop_and_flip(max(data.image_shape[:2]) // 8))

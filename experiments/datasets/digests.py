@@ -79,16 +79,6 @@ def verified(name: str, path: Path) -> bytes:
     """Reads a file whose SHA-256 is known.
 
     The bytes returned are those that were hashed: the file is read once.
-
-    Args:
-        name: name of the data set.
-        path: the file.
-
-    Returns:
-        Its content.
-
-    Raises:
-        DataError: if its digest is another, or none is known.
     """
     content = path.read_bytes()
     stated = stated_digests(path.parent).get(path.name)
@@ -98,14 +88,7 @@ def verified(name: str, path: Path) -> bytes:
 
 
 def check_folder(folder: Path) -> None:
-    """Checks every file that a folder's ``SHA256SUMS`` lists, if there is one.
-
-    Args:
-        folder: the folder.
-
-    Raises:
-        DataError: if one is missing, lies outside the folder or has another digest.
-    """
+    """Checks every file that a folder's ``SHA256SUMS`` lists, if there is one."""
     for relative, stated in stated_digests(folder).items():
         path = folder / relative
         if not path.resolve().is_relative_to(folder.resolve()):
@@ -118,17 +101,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_arrays(name: str, x: np.ndarray, y: np.ndarray, source: str) -> None:
-    """Checks data that a package brings: another release may bring others.
-
-    Args:
-        name: name of the data set.
-        x: images, as bytes.
-        y: labels.
-        source: where they come from.
-
-    Raises:
-        DataError: if they are not those that all results were made with.
-    """
+    """Checks data that a package brings: another release may bring others."""
     total = hashlib.sha256(x.tobytes())
     total.update(y.astype("<i8").tobytes())
     if total.hexdigest() != ARRAYS[name]:
@@ -140,17 +113,7 @@ def check_arrays(name: str, x: np.ndarray, y: np.ndarray, source: str) -> None:
 
 
 def stated_digests(folder: Path) -> dict[str, str]:
-    """Reads a folder's ``SHA256SUMS``.
-
-    Args:
-        folder: the folder.
-
-    Returns:
-        Digests by file name, none without such a file.
-
-    Raises:
-        DataError: if a line is not one of ``sha256sum``.
-    """
+    """Reads a folder's ``SHA256SUMS``."""
     path = folder / SUMS
     if not path.exists():
         return {}
@@ -171,16 +134,7 @@ def stated_digests(folder: Path) -> dict[str, str]:
 
 
 def compare(path: Path, known: tuple[str, ...], found: str) -> None:
-    """Refuses a file whose digest is none of those known.
-
-    Args:
-        path: the file.
-        known: digests that are expected.
-        found: its digest.
-
-    Raises:
-        DataError: saying what was expected, what was found, and what to do.
-    """
+    """Refuses a file whose digest is none of those known."""
     if found in known:
         return
     wanted = " or ".join(known) if known else "none is known for this file"

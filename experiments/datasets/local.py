@@ -36,16 +36,7 @@ UNREADABLE = (
 
 
 def not_found(title: str, tried: list[str], packaged: tuple[str, ...]) -> str:
-    """What to say of data that is nowhere.
-
-    Args:
-        title: title of the data set.
-        tried: where it was looked for.
-        packaged: names of data sets that come inside a package, to use instead.
-
-    Returns:
-        The message of an error.
-    """
+    """What to say of data that is nowhere."""
     places = "\n  ".join(tried)
     instead = " or ".join(f"--dataset {name}" for name in packaged)
     return (
@@ -56,18 +47,7 @@ def not_found(title: str, tried: list[str], packaged: tuple[str, ...]) -> str:
 
 
 def load_local(name: str, folder: Path) -> tuple[Dataset | None, list[str]]:
-    """Looks for a data set in a folder.
-
-    Args:
-        name: name of the data set.
-        folder: folder to look in; it must exist.
-
-    Returns:
-        The data set, or None, and the places that were looked at.
-
-    Raises:
-        DataError: if the folder is missing, or a file is there but cannot be used.
-    """
+    """Looks for a data set in a folder."""
     if not folder.is_dir():
         raise DataError(f"The data folder {folder} does not exist or is not a folder.")
     tried = []
@@ -100,15 +80,7 @@ def load_local(name: str, folder: Path) -> tuple[Dataset | None, list[str]]:
 
 
 def read_npz(name: str, path: Path) -> Dataset:
-    """Reads an archive with x_train, y_train, x_test and y_test.
-
-    Args:
-        name: name of the data set.
-        path: the archive.
-
-    Returns:
-        The data set.
-    """
+    """Reads an archive with x_train, y_train, x_test and y_test."""
     content = io.BytesIO(digests.verified(name, path))
     with np.load(content, allow_pickle=False) as archive:
         train = archive["x_train"], archive["y_train"]
@@ -122,16 +94,6 @@ def read_jpeg_archive(name: str, path: Path) -> Dataset:
     For each split: ``<split>_len`` the length of each file, ``<split>_blob`` the files
     one after the other, ``<split>_y`` the labels; ``header`` goes before every file.
     JPEG loses detail, so the data set says so in its title.
-
-    Args:
-        name: name of the data set.
-        path: the archive.
-
-    Returns:
-        The data set.
-
-    Raises:
-        ValueError: if the lengths do not fit the files.
     """
     from PIL import Image
 
@@ -155,15 +117,7 @@ def read_jpeg_archive(name: str, path: Path) -> Dataset:
 
 
 def read_idx(name: str, path: Path) -> Dataset:
-    """Reads the four idx files of MNIST and Fashion-MNIST, gzipped or not.
-
-    Args:
-        name: name of the data set.
-        path: the file of the training images.
-
-    Returns:
-        The data set.
-    """
+    """Reads the four idx files of MNIST and Fashion-MNIST, gzipped or not."""
     suffix = ".gz" if path.suffix == ".gz" else ""
     arrays = {
         key: read_idx_file(name, path.with_name(file + suffix))
@@ -175,18 +129,7 @@ def read_idx(name: str, path: Path) -> Dataset:
 
 
 def read_idx_file(name: str, path: Path) -> np.ndarray:
-    """Reads one idx file of unsigned bytes.
-
-    Args:
-        name: name of the data set.
-        path: the file.
-
-    Returns:
-        Its array.
-
-    Raises:
-        ValueError: if the content is not what the header announces.
-    """
+    """Reads one idx file of unsigned bytes."""
     content = digests.verified(name, path)
     if path.suffix == ".gz":
         content = gzip.decompress(content)
@@ -198,15 +141,7 @@ def read_idx_file(name: str, path: Path) -> np.ndarray:
 
 
 def read_tfds(name: str, path: Path) -> Dataset:
-    """Reads a directory prepared by TFDS.
-
-    Args:
-        name: name of the data set.
-        path: the directory of the data set, with its versions inside.
-
-    Returns:
-        The data set.
-    """
+    """Reads a directory prepared by TFDS."""
     train, test = prepared.read(name, path.parent)
     source = f"TFDS directory {path}"
     return make_dataset(name, TITLES[name], source, train, test)

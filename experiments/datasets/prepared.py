@@ -28,23 +28,12 @@ def default_directory() -> Path:
 
 
 def is_complete(path: Path) -> bool:
-    """Tells whether a directory holds a version that was prepared to the end.
-
-    Args:
-        path: the directory of a data set.
-
-    Returns:
-        False if it does not exist, or has only what an interrupted preparation leaves.
-    """
+    """Tells whether a directory holds a version that was prepared to the end."""
     return path.is_dir() and any(path.glob("*.*.*/dataset_info.json"))
 
 
 def read(name: str, directory: Path) -> tuple[Split, Split]:
     """Reads both splits of prepared images; works without TensorFlow.
-
-    Args:
-        name: name of the data set in TFDS.
-        directory: the directory that holds the folder of the data set.
 
     Returns:
         Training and test split, each images ``[n, h, w, c]`` and labels ``[n]``.
@@ -54,15 +43,7 @@ def read(name: str, directory: Path) -> tuple[Split, Split]:
 
 
 def read_text(name: str, directory: Path) -> str:
-    """Reads a prepared text, its splits one after the other.
-
-    Args:
-        name: name of the text in TFDS.
-        directory: the directory that holds the folder of the text.
-
-    Returns:
-        The text.
-    """
+    """Reads a prepared text, its splits one after the other."""
 
     def join(source) -> str:
         texts = (source[index]["text"] for index in range(len(source)))
@@ -74,21 +55,7 @@ def read_text(name: str, directory: Path) -> str:
 def read_parts(
     name: str, directory: Path, parts: tuple[str, ...], read_part: Callable[..., T]
 ) -> list[T]:
-    """Reads splits of a prepared data set.
-
-    Args:
-        name: name of the data set in TFDS.
-        directory: the directory that holds the folder of the data set.
-        parts: names of the splits.
-        read_part: from a random-access data source of TFDS to what is wanted.
-
-    Returns:
-        What is wanted of every split.
-
-    Raises:
-        DataError: if TFDS is missing or cannot read the directory, or a file is not
-            what the directory's ``SHA256SUMS`` says.
-    """
+    """Reads splits of a prepared data set."""
     digests.check_folder(directory / name)
     try:
         import tensorflow_datasets as tfds
@@ -113,17 +80,6 @@ def read_parts(
 
 
 def read_split(source) -> Split:
-    """Decodes one split into arrays.
-
-    Args:
-        source: a random-access data source of TFDS.
-
-    Returns:
-        Images and labels.
-
-    Raises:
-        ValueError: if the split is empty.
-    """
     images, labels = None, np.empty(len(source), np.int64)
     for index in range(len(source)):
         record = source[index]
@@ -140,9 +96,6 @@ def obstacle_to_download() -> str | None:
 
     Without a network TFDS retries for minutes before it fails, so the network is
     probed first.
-
-    Returns:
-        The obstacle, or None if there is none.
     """
     if importlib.util.find_spec("tensorflow_datasets") is None:
         return "tensorflow-datasets is not installed"
@@ -154,15 +107,7 @@ def obstacle_to_download() -> str | None:
 
 
 def network_answers(url: str = PROBE_URL, seconds: float = PROBE_SECONDS) -> bool:
-    """Tells whether a web server answers within a few seconds.
-
-    Args:
-        url: the server to ask.
-        seconds: how long to wait in total, name look-up included.
-
-    Returns:
-        True if there was an answer, whatever it was.
-    """
+    """Tells whether a web server answers within a few seconds."""
     answered = threading.Event()
 
     def ask() -> None:
@@ -183,15 +128,7 @@ def network_answers(url: str = PROBE_URL, seconds: float = PROBE_SECONDS) -> boo
 
 
 def download(name: str, directory: Path) -> None:
-    """Lets TFDS download and prepare a data set.
-
-    Args:
-        name: name of the data set in TFDS.
-        directory: where TFDS keeps it.
-
-    Raises:
-        DataError: if that fails.
-    """
+    """Lets TFDS download and prepare a data set."""
     import tensorflow_datasets as tfds
 
     try:
@@ -207,30 +144,14 @@ def download(name: str, directory: Path) -> None:
 
 
 def find(name: str, tried: list[str]) -> Path | None:
-    """Looks for a data set in the directory of TFDS.
-
-    Args:
-        name: the data set, as TFDS calls it.
-        tried: where was looked; this place is added.
-
-    Returns:
-        The data set's directory, or None if it is not there in full.
-    """
+    """Looks for a data set in the directory of TFDS."""
     path = default_directory() / name
     tried.append(f"{path} (prepared by TFDS)")
     return path if is_complete(path) else None
 
 
 def find_download(name: str, tried: list[str]) -> Path | None:
-    """Lets TFDS download a data set, if nothing stands in the way.
-
-    Args:
-        name: the data set, as TFDS calls it.
-        tried: where was looked; what stands in the way is added.
-
-    Returns:
-        The directory of TFDS, or None.
-    """
+    """Lets TFDS download a data set, if nothing stands in the way."""
     obstacle = obstacle_to_download()
     if obstacle is not None:
         tried.append(f"TFDS download: {obstacle}")

@@ -1,6 +1,5 @@
 """Networks and the losses they are trained with."""
 
-from experiments.models.registry import make_task
-from experiments.models.task import Task
+from experiments.models.task import Task, make_task
 
 __all__ = ["Task", "make_task"]

@@ -1,106 +1,64 @@
 """The ``study`` commands of the command line; JAX starts only when one runs."""
 
-import argparse
 import importlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
-from experiments.studies.batch_size.config import SIZES as BATCH_SIZES
-from experiments.studies.batch_size.config import BatchReport, BatchStudy
-from experiments.studies.bayes.config import BayesReport, BayesStudy
-from experiments.studies.bayes.sizes import SIZES as BAYES_SIZES
-from experiments.studies.damping.config import SIZES as DAMPING_SIZES
-from experiments.studies.damping.config import DampingReport, DampingStudy
-from experiments.studies.pinn.config import SIZES as PINN_SIZES
-from experiments.studies.pinn.config import PinnReport, PinnStudy
-from experiments.studies.sizes import SIZES, IntervalReport, IntervalStudy
+from experiments.studies.batch_size import config as batch_size
+from experiments.studies.bayes import config as bayes
+from experiments.studies.damping import config as damping
+from experiments.studies.intervals import config as intervals
+from experiments.studies.pinn import config as pinn
+from experiments.studies.study import Report, Study
 
 HOST_DEVICES = "--xla_force_host_platform_device_count"
-Study = IntervalStudy | DampingStudy | BatchStudy | PinnStudy | BayesStudy
-Report = IntervalReport | DampingReport | BatchReport | PinnReport | BayesReport
-Command = Study | Report
-REPORTS = {
-    "intervals-report": IntervalReport,
-    "damping-report": DampingReport,
-    "batch-size-report": BatchReport,
-    "pinn-report": PinnReport,
-    "bayes-report": BayesReport,
+# Name to configurations by size, and to the report. A study's folder has its name.
+STUDIES: dict[str, Mapping[str, Study]] = {
+    "intervals": intervals.SIZES,
+    "damping": damping.SIZES,
+    "batch-size": batch_size.SIZES,
+    "pinn": pinn.SIZES,
+    "bayes": bayes.SIZES,
 }
-# Name to configurations by size.
-STUDIES = {
-    "intervals": SIZES,
-    "damping": DAMPING_SIZES,
-    "batch-size": BATCH_SIZES,
-    "pinn": PINN_SIZES,
-    "bayes": BAYES_SIZES,
+REPORTS: dict[str, type[Any]] = {
+    "intervals-report": intervals.IntervalReport,
+    "damping-report": damping.DampingReport,
+    "batch-size-report": batch_size.BatchReport,
+    "pinn-report": pinn.PinnReport,
+    "bayes-report": bayes.BayesReport,
 }
+Command = Study | Report | intervals.IntervalReport
 
 
-# What runs a study and returns its folder, and the report of such a folder.
-RUNS: dict[type, tuple[str, Callable[[Path], Report]]] = {
-    DampingStudy: ("damping.run.run_damping", DampingReport),
-    BatchStudy: ("batch_size.run.run_batch_size", BatchReport),
-    PinnStudy: ("pinn.run.run_pinn", PinnReport),
-    BayesStudy: ("bayes.run.run_bayes", BayesReport),
-}
-SAVERS: dict[type, str] = {
-    IntervalReport: "interval_report.save_report",
-    DampingReport: "damping.report.save_report",
-    BatchReport: "batch_size.report.save_report",
-    PinnReport: "pinn.report.save_report",
-    BayesReport: "bayes.report.save_report",
-}
-
-
-def parse_study(arguments: Sequence[str], prog: str) -> Command:
-    """Parses what follows ``study``.
+def choose(
+    arguments: Sequence[str], prog: str, about: str, commands: Mapping[str, str]
+) -> tuple[str, list[str]]:
+    """The first argument, one of some commands, and the others.
 
     Args:
-        arguments: name of the study, then its options.
-        prog: the program's name in the help.
-
-    Returns:
-        The configuration.
-    """
-    names = argparse.ArgumentParser(
-        prog=prog,
-        description="Runs a study, or makes the table and the plots of one again.",
-        epilog=described(
-            {name: summary(kinds["small"]) for name, kinds in STUDIES.items()}
-            | {name: summary(kind) for name, kind in REPORTS.items()},
-            f"The options of a study: {prog} intervals --help",
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    names.add_argument(
-        "study", choices=(*STUDIES, *REPORTS), help="One of those below."
-    )
-    study = names.parse_args(arguments[:1]).study
-    rest = list(arguments[1:])
-    if study in REPORTS:
-        return tyro.cli(REPORTS[study], prog=f"{prog} {study}", args=rest)
-    default = of_size(rest, STUDIES[study])
-    return tyro.cli(type(default), prog=f"{prog} {study}", default=default, args=rest)
-
-
-def described(commands: Mapping[str, str], last: str) -> str:
-    """A line for each command, for the help.
-
-    Args:
+        arguments: of the command line.
+        prog: the program in the help.
+        about: what it does.
         commands: what each does, by name.
-        last: what comes after them.
-
-    Returns:
-        The lines.
     """
     width = max(map(len, commands))
     lines = [f"  {name:<{width}}  {text}" for name, text in commands.items()]
-    return "\n".join([*lines, "", last])
+    first = next(iter(commands))
+    lines += ["", f"The options of one: {prog} {first} --help"]
+    names: Any = Literal[tuple(commands)]  # pyright: ignore[reportInvalidTypeForm]
+    kind: Any = Annotated[names, tyro.conf.Positional]
+    found = tyro.cli(
+        kind,
+        prog=prog,
+        description="\n".join([about, "", *lines]),
+        args=list(arguments[:1]),
+    )
+    return found, list(arguments[1:])
 
 
 def summary(config: Any) -> str:
@@ -108,55 +66,46 @@ def summary(config: Any) -> str:
     return (config.__doc__ or "").strip().split("\n")[0]
 
 
-def of_size(arguments: Sequence[str], known: Mapping[str, Any]) -> Any:
-    """The configuration that ``--size`` chooses, whose values are the other defaults.
-
-    Args:
-        arguments: the options of a command.
-        known: configurations by size, ``small`` among them.
-
-    Returns:
-        The configuration; the small one for a wrong name, which is left to the real
-        parser, which knows how to tell it.
-    """
-    sizes = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    sizes.add_argument("--size", default="small")
-    return known.get(sizes.parse_known_args(arguments)[0].size, known["small"])
+def parse_study(arguments: Sequence[str], prog: str) -> Command:
+    """Parses what follows ``study``."""
+    commands = {name: summary(kinds["small"]) for name, kinds in STUDIES.items()}
+    commands |= {name: summary(kind) for name, kind in REPORTS.items()}
+    about = "Runs a study, or makes the table and the plots of one again."
+    name, rest = choose(arguments, prog, about, commands)
+    if name in REPORTS:
+        return tyro.cli(REPORTS[name], prog=f"{prog} {name}", args=rest)
+    return of_size(rest, STUDIES[name], f"{prog} {name}")
 
 
-def function(path: str) -> Callable[..., Any]:
-    """A function by its path under ``experiments.studies``."""
-    module, name = path.rsplit(".", 1)
-    return getattr(importlib.import_module(f"experiments.studies.{module}"), name)
+def of_size(
+    arguments: Sequence[str], known: Mapping[str, Any], prog: str, about: str = ""
+) -> Any:
+    """Parses a study's options; the defaults are those of its ``--size``."""
+    given = list(arguments)
+    found = [b for a, b in zip(given, given[1:], strict=False) if a == "--size"]
+    found += [a.split("=", 1)[1] for a in given if a.startswith("--size=")]
+    default = known.get(found[0] if found else "small", known["small"])
+    more: Any = {"description": about} if about else {}
+    return tyro.cli(type(default), prog=prog, default=default, args=given, **more)
 
 
-def run_study(config: Command, console: Console) -> int:
-    """Runs a study, or reports one.
-
-    Args:
-        config: from `parse_study`.
-        console: where to print.
-
-    Returns:
-        The exit status.
-    """
-    if isinstance(config, IntervalStudy):
-        set_host_devices(config.host_devices)
-        function("intervals.run_intervals")(config, console)
-        config = IntervalReport(file=config.out, out=config.out.parent)
-    for study, (path, report) in RUNS.items():
-        if isinstance(config, study):
-            config = report(function(path)(config, console))
-    function(SAVERS[type(config)])(config, console)
+def run_study(config: Any, console: Console) -> int:
+    """Runs a study and reports it, or reports one."""
+    for name, sizes in STUDIES.items():
+        folder, report = name.replace("-", "_"), REPORTS[f"{name}-report"]
+        package = f"experiments.studies.{folder}"
+        if isinstance(config, type(sizes["small"])):
+            set_host_devices(getattr(config, "host_devices", None))
+            run = getattr(importlib.import_module(f"{package}.run"), f"run_{folder}")
+            out: Path = run(config, console)
+            config = report(out)
+        if isinstance(config, report):
+            importlib.import_module(f"{package}.report").save_report(config, console)
     return 0
 
 
 def set_host_devices(count: int | None) -> None:
-    """Splits the CPU into devices; JAX reads this when it is first used.
-
-    Args:
-        count: how many; None leaves everything as it is.
-    """
+    """Splits the CPU into devices; JAX reads this when it is first used."""
     flags = os.environ.get("XLA_FLAGS", "")
     if count is not None and HOST_DEVICES not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {HOST_DEVICES}={count}".strip()

@@ -10,7 +10,7 @@ import numpy as np
 from experiments import datasets
 from experiments.datasets import Dataset, digests
 from experiments.errors import ConfigError, DataError
-from experiments.studies.sizes import IntervalStudy
+from experiments.studies.intervals.config import IntervalStudy
 
 SPLIT_SEED = 0
 Pair = tuple[np.ndarray, np.ndarray]
@@ -46,19 +46,7 @@ class Split(Protocol):
 
 
 def load_split(config: Split, name: str) -> tuple[Dataset, Pair]:
-    """Loads images, averaged over squares, and splits the training set.
-
-    Args:
-        config: the study.
-        name: of the data set.
-
-    Returns:
-        The data set, and validation images with their labels. Training images are the
-        first of a fixed permutation, validation images its last.
-
-    Raises:
-        ConfigError: if there are too few images, or the squares do not fit.
-    """
+    """Loads images, averaged over squares, and splits the training set."""
     data = datasets.load(name, config.data_dir)
     total, wanted = len(data.x_train), config.train_examples
     if wanted + config.validation_examples > total:
@@ -80,11 +68,7 @@ def load_split(config: Split, name: str) -> tuple[Dataset, Pair]:
 
 
 def check_pool(data: Dataset, pool: int) -> None:
-    """The squares must fit into the images.
-
-    Raises:
-        ConfigError: if they do not.
-    """
+    """The squares must fit into the images."""
     height, width, _ = data.image_shape
     if height % pool or width % pool:
         raise ConfigError(
@@ -94,17 +78,7 @@ def check_pool(data: Dataset, pool: int) -> None:
 
 
 def load_data(config: IntervalStudy) -> Dataset:
-    """Loads the images of a study and averages them over squares of pixels.
-
-    Args:
-        config: the study.
-
-    Returns:
-        The data set.
-
-    Raises:
-        ConfigError: if the squares do not fit, or the batch is larger than the set.
-    """
+    """Loads the images of a study and averages them over squares of pixels."""
     if config.dataset == "imagenet":
         data = load_imagenet(config.data_dir)
     else:
@@ -144,17 +118,7 @@ def pooled(images: np.ndarray, size: int) -> np.ndarray:
 
 
 def load_imagenet(data_dir: Path | None) -> Dataset:
-    """Opens ImageNet without reading it.
-
-    Args:
-        data_dir: folder that holds ``imagenet/*.npy``; KFAC_DATA_DIR if None.
-
-    Returns:
-        The data set; its images are memory maps.
-
-    Raises:
-        DataError: if a file is missing or not what it should be, saying what is wanted.
-    """
+    """Opens ImageNet without reading it."""
     given = data_dir or os.environ.get("KFAC_DATA_DIR")
     if not given:
         raise DataError(f"No data folder was given. {WANTED}")

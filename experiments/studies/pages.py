@@ -8,12 +8,14 @@ import base64
 import html
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import quote
 
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from experiments.errors import MetricsError
@@ -54,24 +56,25 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
+    """A table."""
 
-    Attributes:
-        header: titles of the columns.
-        rows: cells, as many in each row as there are columns; None is a dash.
-        caption: a line above it.
-    """
+    header: tuple[str, ...]  # titles of the columns
+    # Cells, as many in each row as there are columns; None is a dash.
+    rows: tuple[tuple[Any, ...], ...]
+    caption: str = ""  # a line above it
 
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    caption: str = ""
+    @classmethod
+    def of(
+        cls,
+        items: Iterable[Any],
+        columns: Mapping[str, Callable[[Any], Any]],
+        caption: str = "",
+    ) -> Self:
+        """A row for every item, a cell for what each column makes of it."""
+        rows = [tuple(make(item) for make in columns.values()) for item in items]
+        return cls(tuple(columns), tuple(rows), caption)
 
     def __post_init__(self) -> None:
-        """Checks the rows.
-
-        Raises:
-            ValueError: if a row is longer or shorter than the header.
-        """
         for number, row in enumerate(self.rows, start=1):
             if len(row) != len(self.header):
                 raise ValueError(
@@ -82,15 +85,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture.
+    """A picture."""
 
-    Attributes:
-        path: a PNG file in the page's folder.
-        caption: a line below it.
-    """
-
-    path: Path
-    caption: str = ""
+    path: Path  # a PNG file in the page's folder
+    caption: str = ""  # a line below it
 
     @property
     def title(self) -> str:
@@ -103,47 +101,25 @@ Part = str | Table | Plot
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page.
+    """A part of a page."""
 
-    Attributes:
-        title: its heading.
-        parts: paragraphs of plain text, tables and plots.
-    """
-
-    title: str
-    parts: tuple[Part, ...]
+    title: str  # its heading
+    parts: tuple[Part, ...]  # paragraphs of plain text, tables and plots
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page.
+    """A page."""
 
-    Attributes:
-        title: its heading.
-        sections: what it says.
-        config: what the runs share, JSON values.
-        machine: what they were made with, see `benchmarks.common.machine`.
-        commits: of the code that made them; "not recorded" if there is none.
-    """
-
-    title: str
-    sections: tuple[Section, ...]
-    config: dict[str, Any]
-    machine: dict[str, Any]
+    title: str  # its heading
+    sections: tuple[Section, ...]  # what it says
+    config: dict[str, Any]  # what the runs share, JSON values
+    machine: dict[str, Any]  # what they were made with, see `benchmarks.common.machine`
+    # Of the code that made them; "not recorded" if there is none.
     commits: tuple[str, ...]
 
 
 def save_page(page: Page, folder: Path, name: str = "page") -> tuple[Path, Path]:
-    """Writes a page twice.
-
-    Args:
-        page: what it says.
-        folder: where; made if it does not exist.
-        name: of the files, without suffix.
-
-    Returns:
-        The HTML file, which holds its plots, and the Markdown file, which links them.
-    """
     folder.mkdir(parents=True, exist_ok=True)
     sections = (*page.sections, how_it_was_made(page))
     for section in sections:
@@ -167,16 +143,7 @@ def publish(
     folder: Path,
     console: Console,
 ) -> None:
-    """Writes a study's page, and its runs as ``runs.parquet``; tells where they are.
-
-    Args:
-        title: of the page.
-        sections: what it says.
-        config: what the runs share.
-        source: folder of the records.
-        folder: where to write.
-        console: where to tell.
-    """
+    """Writes a study's page, and its runs as ``runs.parquet``; tells where they are."""
     parquet = folder / "runs.parquet"
     save_parquet(source, parquet)
     made_with = machines(source), commits(source)
@@ -185,16 +152,39 @@ def publish(
         console.print(f"Written: {path}", soft_wrap=True, highlight=False)
 
 
+def finish(figure: Figure, path: Path, legend: str = "", dpi: int = 110) -> None:
+    """Writes a figure and forgets it; a legend, if it has a place, is one for all."""
+    if legend:
+        named = {}
+        for axes in figure.axes:
+            handles, labels = axes.get_legend_handles_labels()
+            named |= dict(zip(labels, handles, strict=True))
+        place: Any = {"loc": legend, "ncols": max(1, min(6, len(named)))}
+        figure.legend(list(named.values()), list(named), fontsize=8, **place)
+    figure.savefig(path, dpi=dpi)
+    plt.close(figure)
+
+
+def panels(rows: int, columns: int, **options: Any) -> tuple[Figure, Any]:
+    """A figure and its grid ``[rows, columns]`` of axes with lines behind them."""
+    given: Any = {"squeeze": False, "layout": "constrained", **options}
+    figure, grid = plt.subplots(rows, columns, **given)
+    for axes in grid.flat:
+        axes.grid(alpha=0.3)
+    return figure, grid
+
+
+def one_configuration(records: Iterable[Mapping[str, Any]], folder: Path) -> None:
+    """Raises where records are not of one configuration."""
+    marks = {record["fingerprint"] for record in records}
+    if len(marks) != 1:
+        raise MetricsError(
+            f"{folder} holds runs of {len(marks)} configurations; wanted one."
+        )
+
+
 def check_plot(plot: Plot, folder: Path) -> None:
-    """Checks that a plot can be shown.
-
-    Args:
-        plot: the plot.
-        folder: of the page.
-
-    Raises:
-        MetricsError: if it is missing, not in the page's folder or not a PNG.
-    """
+    """Checks that a plot can be shown."""
     if not plot.path.is_file():
         raise MetricsError(f"The plot {plot.path} of the page does not exist.")
     if plot.path.resolve().parent != folder.resolve():
@@ -208,14 +198,6 @@ def check_plot(plot: Plot, folder: Path) -> None:
 
 
 def how_it_was_made(page: Page) -> Section:
-    """The section at the end.
-
-    Args:
-        page: the page.
-
-    Returns:
-        Configuration, device and versions as tables; commits and date.
-    """
     machine = {k: v for k, v in page.machine.items() if k not in ("date", "commit")}
     versions = {name: machine.pop(name) for name in VERSIONS if name in machine}
     commits = page.commits or (NOT_RECORDED,)
@@ -239,14 +221,7 @@ def two_columns(title: str, values: dict[str, Any], caption: str) -> Table:
 
 
 def show(value: Any) -> str:
-    """A JSON value as the text of a cell.
-
-    Args:
-        value: the value.
-
-    Returns:
-        A dash for None, items with commas between them, short numbers.
-    """
+    """A JSON value as the text of a cell."""
     if value is None:
         return NOTHING
     if isinstance(value, bool):
@@ -264,7 +239,6 @@ def show(value: Any) -> str:
 
 
 def html_of(title: str, sections: Iterable[Section]) -> str:
-    """The whole HTML file."""
     body = [f"<h1>{html.escape(title)}</h1>"]
     for section in sections:
         body.append(f"<h2>{html.escape(section.title)}</h2>")
@@ -313,7 +287,6 @@ def html_cell(text: str) -> str:
 
 
 def markdown_of(title: str, sections: Iterable[Section]) -> str:
-    """The whole Markdown file."""
     blocks = [f"# {plain(title)}"]
     for section in sections:
         blocks.append(f"## {plain(section.title)}")

@@ -1,22 +1,88 @@
-"""Queries over the JSON lines of a study, through DuckDB.
+"""The records of studies: files of finished runs, and queries over them by DuckDB.
 
-Every study appends a line per finished run. `query` makes them one table, ``runs``,
-whatever file they are in: columns go by name, a field that a record lacks is null, and
-so is a number that was not finite when it was written. A Parquet file is read, too: its
-rows are the table.
+Every study appends a line per finished run to its cell's file. `query` makes them one
+table, ``runs``, whatever file they are in: columns go by name, a field that a record
+lacks is null, and so is a number that was not finite when it was written. A Parquet
+file is read, too: its rows are the table.
 """
 
 import contextlib
 import glob
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import duckdb
 
+from experiments import metrics
+from experiments.benchmarks.common import machine
 from experiments.errors import MetricsError
+from experiments.studies.study import Study
+
+Record = dict[str, Any]
+
+
+class Cells:
+    """The files of the finished runs, one for each cell."""
+
+    def __init__(self, config: Study):
+        self.config, self.machine = config, machine()
+
+    def path(self, name: str) -> Path:
+        """The file of a cell; a study may have a single one."""
+        out = self.config.out
+        return out if out.suffix == ".jsonl" else out / f"{name}.jsonl"
+
+    def read(self, name: str) -> list[Record]:
+        """What a cell has finished."""
+        path, wanted = self.path(name), self.config.shared()
+        found = metrics.read_records(path)
+        for record in found:
+            if record["fingerprint"] != self.config.fingerprint():
+                seen = record["config"]
+                fields = [k for k in wanted if seen.get(k) != wanted[k]]
+                apart = [f"{k} {seen.get(k)!r}, not {wanted[k]!r}" for k in fields]
+                raise MetricsError(
+                    f"{path} holds runs of another configuration: {', '.join(apart)}. "
+                    "Give another place with --out."
+                )
+        return found
+
+    def append(self, name: str, kind: str, step: int, **values: Any) -> Record:
+        """Writes a finished run; the record as it can be read again."""
+        shared = {"fingerprint": self.config.fingerprint()}
+        shared |= {"config": self.config.shared(), "machine": self.machine}
+        path = self.path(name)
+        drop_half_line(path)
+        file = metrics.MetricsFile(path)
+        file.append(kind, step, **(shared | values))
+        file.close()
+        return {"kind": kind, "step": step, **metrics.to_json(values)}
+
+    def get(
+        self, name: str, kind: str, make: Callable[[], Record], **key: Any
+    ) -> tuple[Record, bool]:
+        """The finished run of a key, or a new one, and whether it is new.
+
+        A new one is made of `make`, whose values have their ``step``.
+        """
+        for record in self.read(name):
+            if all(record.get(k) == v for k, v in {"kind": kind, **key}.items()):
+                return record, False
+        return self.append(name, kind, **(key | make())), True
+
+
+def drop_half_line(path: Path) -> None:
+    """Cuts off a last line without its end, which a killed run has left."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    if content and not content.endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(content.rfind(b"\n") + 1)
+
 
 Source = Path | Iterable[Path]
 # Types are inferred from all records, and objects are structs however few records have
@@ -38,17 +104,7 @@ NOT_RECORDED = "not recorded"
 
 
 def files_of(source: Source) -> list[Path]:
-    """The files with records, by name.
-
-    Args:
-        source: a folder with ``*.jsonl``, a file, or several files.
-
-    Returns:
-        The files that are not empty.
-
-    Raises:
-        MetricsError: if there is none.
-    """
+    """The files with records, by name."""
     if isinstance(source, Path):
         found = sorted(source.glob("*.jsonl")) if source.is_dir() else [source]
     else:
@@ -61,15 +117,7 @@ def files_of(source: Source) -> list[Path]:
 
 
 def whole_lines(path: Path, scratch: Path) -> Path:
-    """A file without a last line that has no end (a killed run).
-
-    Args:
-        path: the file.
-        scratch: folder for a shortened copy.
-
-    Returns:
-        The file itself, or the copy of the same name.
-    """
+    """A file without a last line that has no end (a killed run)."""
     content = path.read_bytes()
     if content.endswith(b"\n"):
         return path
@@ -81,17 +129,7 @@ def whole_lines(path: Path, scratch: Path) -> Path:
 
 @contextlib.contextmanager
 def connect(source: Source) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A database in memory with the records in the table ``runs``.
-
-    Args:
-        source: a folder with ``*.jsonl``, a file, or several files; or a Parquet file.
-
-    Yields:
-        The connection; rows are in the order of the files and their lines.
-
-    Raises:
-        MetricsError: if there are no records, or a line is not one.
-    """
+    """A database in memory with the records in the table ``runs``."""
     with duckdb.connect(config=SETTINGS) as base:
         if isinstance(source, Path) and source.suffix == ".parquet":
             read_parquet(base, source)
@@ -101,15 +139,7 @@ def connect(source: Source) -> Iterator[duckdb.DuckDBPyConnection]:
 
 
 def read_parquet(base: duckdb.DuckDBPyConnection, path: Path) -> None:
-    """Makes ``runs`` of the rows of a Parquet file.
-
-    Args:
-        base: the database.
-        path: the file.
-
-    Raises:
-        MetricsError: if it cannot be read.
-    """
+    """Makes ``runs`` of the rows of a Parquet file."""
     name = {"file": glob.escape(str(path))}
     try:
         base.execute("CREATE TABLE runs AS FROM read_parquet($file)", name)
@@ -118,15 +148,7 @@ def read_parquet(base: duckdb.DuckDBPyConnection, path: Path) -> None:
 
 
 def read_lines(base: duckdb.DuckDBPyConnection, files: list[Path]) -> None:
-    """Makes ``runs`` of JSON lines.
-
-    Args:
-        base: the database.
-        files: with the lines.
-
-    Raises:
-        MetricsError: if a line is not a record.
-    """
+    """Makes ``runs`` of JSON lines."""
     shown = ", ".join(map(str, files))
     with tempfile.TemporaryDirectory() as scratch:
         whole = [whole_lines(p, Path(scratch, str(i))) for i, p in enumerate(files)]
@@ -144,17 +166,6 @@ def read_lines(base: duckdb.DuckDBPyConnection, files: list[Path]) -> None:
 
 
 def query(source: Source, sql: str, **parameters: Any) -> list[dict[str, Any]]:
-    """Asks the records.
-
-    Args:
-        source: a folder with ``*.jsonl``, a file, or several files.
-        sql: DuckDB's SQL over ``runs``: the records, with the stem of their file as
-            ``cell`` unless they have a field of that name.
-        **parameters: values of ``$name`` in the query.
-
-    Returns:
-        The rows as JSON values: nested columns are dicts and lists.
-    """
     with connect(source) as base:
         return ask(base, sql, **parameters)
 
@@ -162,16 +173,6 @@ def query(source: Source, sql: str, **parameters: Any) -> list[dict[str, Any]]:
 def ask(
     base: duckdb.DuckDBPyConnection, sql: str, **parameters: Any
 ) -> list[dict[str, Any]]:
-    """Asks an open database.
-
-    Args:
-        base: from `connect`.
-        sql: DuckDB's SQL.
-        **parameters: values of ``$name`` in the query.
-
-    Returns:
-        The rows as JSON values: nested columns are dicts and lists.
-    """
     rows = base.execute(
         f"SELECT to_json(answer) FROM ({sql}) AS answer", parameters or None
     ).fetchall()
@@ -179,14 +180,7 @@ def ask(
 
 
 def without_nulls(value: Any) -> Any:
-    """Drops the null fields of objects, as of records that lack what others have.
-
-    Args:
-        value: JSON value of a query.
-
-    Returns:
-        The same without the fields; nulls in lists stay.
-    """
+    """Drops the null fields of objects, as of records that lack what others have."""
     if isinstance(value, dict):
         return {k: without_nulls(v) for k, v in value.items() if v is not None}
     if isinstance(value, list):
@@ -195,16 +189,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def flat_columns(name: str, kind: Any, path: str = "") -> list[tuple[str, str]]:
-    """Columns for Parquet: structs are unfolded, numbers and lists of them are kept.
-
-    Args:
-        name: of the column, such as ``values``.
-        kind: its type.
-        path: what selects the struct that it is in, with a dot.
-
-    Returns:
-        Pairs of an expression and a dotted name; none for what is nested in lists.
-    """
+    """Columns for Parquet: structs are unfolded, numbers and lists of them are kept."""
     expression = path + '"' + name.replace('"', '""') + '"'
     if kind.id == "struct":
         return [
@@ -219,13 +204,7 @@ def flat_columns(name: str, kind: Any, path: str = "") -> list[tuple[str, str]]:
 
 
 def save_parquet(source: Source, path: Path) -> None:
-    """Writes the flat columns of the records, for any program that reads Parquet.
-
-    Args:
-        source: a folder with ``*.jsonl``, a file, or several files.
-        path: the file; its folder is made. The columns of an object have dotted names
-            such as ``values.rate``; lists of lists or objects are left out.
-    """
+    """Writes the flat columns of the records, for any program that reads Parquet."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with connect(source) as base:
         runs = base.table("runs")
@@ -247,15 +226,6 @@ def all_machines(source: Source) -> list[dict[str, Any]]:
 
 
 def machines(source: Source) -> dict[str, Any]:
-    """What all runs were made with.
-
-    Args:
-        source: a folder with ``*.jsonl``, a file, or several files.
-
-    Returns:
-        The fields of ``machine``, without the commit; a field that differs between runs
-        is the list of its values, or says the range if there are more than three.
-    """
     found = all_machines(source)
     merged = {}
     for name in found[0] if found else ():
@@ -280,13 +250,6 @@ def text_of(value: Any) -> str:
 
 
 def commits(source: Source) -> tuple[str, ...]:
-    """The commits of the code that made the runs.
-
-    Args:
-        source: a folder with ``*.jsonl``, a file, or several files.
-
-    Returns:
-        Each once, sorted; runs that do not know theirs count as "not recorded".
-    """
+    """The commits of the code that made the runs."""
     found = {machine.get("commit") or NOT_RECORDED for machine in all_machines(source)}
     return tuple(sorted(found))

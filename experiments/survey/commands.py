@@ -13,40 +13,18 @@ OTHERS = {"report": SurveyReport, "query": SurveyQuery}
 
 
 def parse_survey(arguments: Sequence[str], prog: str) -> Command:
-    """Parses what follows ``survey``.
-
-    Args:
-        arguments: ``report`` or ``query`` and its options, or the options of a survey.
-        prog: the program's name in the help.
-
-    Returns:
-        The configuration.
-    """
+    """Parses what follows ``survey``."""
     rest = list(arguments)
     if rest and rest[0] in OTHERS:
         name = rest[0]
         return tyro.cli(OTHERS[name], prog=f"{prog} {name}", args=rest[1:])
-    default = of_size(rest, SIZES)
     others = f"{prog} report --help, {prog} query --help"
-    return tyro.cli(
-        SurveyConfig,
-        prog=prog,
-        description=f"{SurveyConfig.__doc__}\n\nIts results: {others}",
-        default=default,
-        args=rest,
-    )
+    about = f"{SurveyConfig.__doc__}\n\nIts results: {others}"
+    return of_size(rest, SIZES, prog, about)
 
 
 def run_command(config: Command, console: Console) -> list[str]:
-    """Runs the survey, or looks at its results.
-
-    Args:
-        config: from `parse_survey`.
-        console: where to print.
-
-    Returns:
-        What went wrong without stopping the others.
-    """
+    """Runs the survey, or looks at its results."""
     if isinstance(config, SurveyReport):
         from experiments.survey.report import save_report
 

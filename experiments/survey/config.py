@@ -1,14 +1,16 @@
-"""The survey's configuration and its sizes; JAX is not needed."""
+"""The survey's configuration, its sizes and its columns; JAX is not needed."""
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import tyro
 
-from experiments.configs.checks import check_choice, check_integer, check_number
-from experiments.configs.fingerprint import digest, json_values
+from experiments.configs.checks import (
+    check,
+)
 from experiments.errors import ConfigError
+from experiments.studies.study import Study
 
 SizeName = Literal["tiny", "small", "full"]
 DatasetName = Literal[
@@ -43,45 +45,18 @@ APPROXIMATIONS = ("full", "block_diagonal", "kronecker", "diagonal")
 TOP = 10
 
 RESULTS = Path("experiments/survey/results")
-INTEGERS = (
-    "seeds", "steps", "width", "depth", "rows", "sharpness_steps", "workers"
-)  # fmt: skip
-# Which runs are wanted, how they are spread and where files lie decides nothing about
-# a run: a run's own setting is in its record.
-NOT_IN_FINGERPRINT = (
-    "size",
-    "datasets",
-    "models",
-    "optimizers",
-    "sgd_rates",
-    "adam_rates",
-    "kfac_rates",
-    "batch_sizes",
-    "weight_decays",
-    "seeds",
-    "workers",
-    "data_dir",
-    "out",
-)
+INTEGERS = ("seeds", "steps", "width", "depth", "rows", "sharpness_steps", "workers")
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """The hyper-parameters of a run.
+    """The hyper-parameters of a run."""
 
-    Attributes:
-        optimizer: ``sgd`` (with momentum), ``adam`` or ``kfac``.
-        learning_rate: constant.
-        batch_size: examples of a step.
-        weight_decay: decoupled, multiplied by the learning rate.
-        seed: of the parameters, the batches and the sampled labels.
-    """
-
-    optimizer: OptimizerName
-    learning_rate: float
-    batch_size: int
-    weight_decay: float
-    seed: int
+    optimizer: OptimizerName  # ``sgd`` (with momentum), ``adam`` or ``kfac``
+    learning_rate: float  # constant
+    batch_size: int  # examples of a step
+    weight_decay: float  # decoupled, multiplied by the learning rate
+    seed: int  # of the parameters, the batches and the sampled labels
 
     @property
     def name(self) -> str:
@@ -93,8 +68,13 @@ class Setting:
 
 
 @dataclasses.dataclass(frozen=True)
-class SurveyConfig:
+class SurveyConfig(Study):
     """Curvature matrices of many networks, measured while they are trained."""
+
+    LEFT_OUT: ClassVar[str] = (
+        "datasets models optimizers sgd_rates adam_rates kfac_rates "
+        "batch_sizes weight_decays workers "
+    )
 
     size: SizeName = "small"
     """Rung of the ladder; decides the defaults of all other options."""
@@ -150,30 +130,16 @@ class SurveyConfig:
     """Folder of the finished runs, a file for each cell."""
 
     def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-            ConfigError: if a value is out of range.
-        """
-        for name in INTEGERS:
-            check_integer(name.replace("_", "-"), getattr(self, name), at_least=1)
-        for name in ("train_examples", "test_examples"):
-            if getattr(self, name) is not None:
-                check_integer(name.replace("_", "-"), getattr(self, name), at_least=1)
-        for size in self.batch_sizes:
-            check_integer("batch-sizes", size, at_least=1)
-        for name in ("sgd_rates", "adam_rates", "kfac_rates"):
-            for value in getattr(self, name):
-                check_number(name.replace("_", "-"), value, above=0)
-        for value in self.weight_decays:
-            check_number("weight-decays", value, at_least=0)
-        for name in ("damping", "kfac_damping", "sharpness_radius"):
-            check_number(name.replace("_", "-"), getattr(self, name), above=0)
-        for share in self.checkpoints:
-            check_number("checkpoints", share, at_least=0, at_most=1)
+        check(
+            self,
+            counts="seeds steps width depth rows sharpness_steps workers batch_sizes "
+            "train_examples test_examples",
+            positive="sgd_rates adam_rates kfac_rates damping kfac_damping "
+            "sharpness_radius",
+            not_negative="weight_decays",
+            shares="checkpoints",
+        )
         for name, known in (("datasets", DATASETS), ("models", MODELS)):
-            for value in getattr(self, name):
-                check_choice(name, value, known)
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty; wanted some of {', '.join(known)}")
 
@@ -200,14 +166,6 @@ class SurveyConfig:
     def measured_steps(self) -> list[int]:
         """The steps after which matrices are measured, ascending."""
         return sorted({round(share * self.steps) for share in self.checkpoints})
-
-    def shared(self) -> dict[str, Any]:
-        """What decides a run beside its cell and setting, as JSON values."""
-        return json_values(self, NOT_IN_FINGERPRINT)
-
-    def fingerprint(self) -> str:
-        """Short digest of `shared`."""
-        return digest(self.shared())
 
 
 TINY = SurveyConfig(
@@ -267,3 +225,86 @@ class SurveyQuery:
     """DuckDB's SQL over the view ``survey``."""
     folder: Path = RESULTS
     """The survey's results: a file for each cell, or the table."""
+
+
+MATRIX_TITLES = {
+    "hessian": "Hessian",
+    "fisher": "Fisher",
+    "mc_fisher": "MC Fisher",
+    "gradient_covariance": "gradient covariance",
+}
+APPROXIMATION_TITLES = {
+    "full": "full",
+    "block_diagonal": "block diagonal",
+    "kronecker": "Kronecker",
+    "diagonal": "diagonal",
+}
+ORDER = ", ".join(MATRICES)
+
+
+class Column(NamedTuple):
+    """A column."""
+
+    name: str  # in the table
+    kind: str  # DuckDB's type
+    meaning: str  # one line
+    field: str | None = None  # of the JSON lines, where it is not the name
+
+    @property
+    def source(self) -> str:
+        return self.field or self.name
+
+
+RUN_COLUMNS = (
+    Column("run", "VARCHAR", "name of the run"),
+    Column("dataset", "VARCHAR", "data set"),
+    Column("data", "VARCHAR", "the data set in full: what it is, in words"),
+    Column("model", "VARCHAR", "network"),
+    Column("num_params", "INTEGER", "parameters of the network, P"),
+    Column("num_train", "INTEGER", "training examples, N"),
+    Column("num_test", "INTEGER", "test examples"),
+    Column("optimizer", "VARCHAR", "sgd, adam or kfac"),
+    Column("learning_rate", "DOUBLE", "learning rate"),
+    Column("batch_size", "INTEGER", "examples of a step"),
+    Column("weight_decay", "DOUBLE", "decoupled weight decay"),
+    Column("seed", "INTEGER", "of parameters, batches and sampled labels"),
+    Column("damping", "DOUBLE", "λ of the measures"),
+    Column("seconds", "FLOAT", "wall-clock seconds of the run with its measurements"),
+)
+CHECKPOINT_COLUMNS = (
+    Column("step", "INTEGER", "steps taken"),
+    Column("epoch", "FLOAT", "epochs taken"),
+    Column("train_loss", "FLOAT", "mean loss of the training examples"),
+    Column("test_loss", "FLOAT", "mean loss of the test examples"),
+    Column("train_accuracy", "FLOAT", "share of the training examples that are right"),
+    Column("test_accuracy", "FLOAT", "share of the test examples that are right"),
+    Column("gradient_norm", "FLOAT", "length of the training loss's gradient"),
+    Column("sharpness", "FLOAT", "greatest rise of the training loss in a small ball"),
+)
+MATRIX_COLUMNS = (
+    Column("matrix", "VARCHAR", f"M: {ORDER}"),
+    Column("approximation", "VARCHAR", f"A, of M: {', '.join(APPROXIMATIONS)}"),
+    Column("eigenvalues", "FLOAT[]", "the ten largest of A, descending"),
+    Column("trace", "FLOAT", "tr A"),
+    Column("frobenius", "FLOAT", "‖A‖ of Frobenius"),
+    Column("stable_rank", "FLOAT", "‖A‖² of Frobenius over that of the spectral norm"),
+    Column("effective_dimension", "FLOAT", "tr A (A + λI)⁻¹"),
+    Column("condition_number", "FLOAT", "of A + λI"),
+    Column("log_det", "FLOAT", "log det(A + λI)"),
+    Column("tic", "FLOAT", "tr C (A + λI)⁻¹ / N, C the full gradient covariance"),
+    Column("error", "FLOAT", "‖A − M‖ / ‖M‖, Frobenius norms"),
+    Column("spectral_error", "FLOAT", "‖A − M‖ / ‖M‖, spectral norms"),
+    Column("cosine", "FLOAT", "⟨A, M⟩ / (‖A‖ ‖M‖), Frobenius norms"),
+    Column("overlap", "FLOAT", "‖UᵀV‖² / 10, ten leading eigenvectors of A and of M"),
+    Column("cosines", "FLOAT[]", f"cosine of A with the same of {ORDER}"),
+    # OVERLAPS is a reserved word of SQL.
+    Column(
+        "subspace_overlaps",
+        "FLOAT[]",
+        f"overlap of A with the same of {ORDER}",
+        "overlaps",
+    ),
+)
+ROW_COLUMNS = CHECKPOINT_COLUMNS + MATRIX_COLUMNS
+# Nested, the same in all rows of a run.
+RECORD_COLUMNS = ("fingerprint", "config", "machine")

@@ -20,8 +20,12 @@ from rich.text import Text
 
 from experiments.errors import MetricsError
 from experiments.studies.records import connect
-from experiments.survey.config import SurveyQuery
-from experiments.survey.schema import RECORD_COLUMNS, ROW_COLUMNS, RUN_COLUMNS
+from experiments.survey.config import (
+    RECORD_COLUMNS,
+    ROW_COLUMNS,
+    RUN_COLUMNS,
+    SurveyQuery,
+)
 
 PARQUET = "survey.parquet"
 MOST_ROWS = 200
@@ -39,17 +43,6 @@ CHECKPOINTS = """
 
 
 def source_of(folder: Path) -> Path:
-    """Where a folder's records are.
-
-    Args:
-        folder: of the results.
-
-    Returns:
-        The folder if it has JSON lines, otherwise its Parquet file.
-
-    Raises:
-        MetricsError: if it has neither.
-    """
     if any(path.stat().st_size for path in folder.glob("*.jsonl")):
         return folder
     if (folder / PARQUET).is_file():
@@ -62,17 +55,7 @@ def source_of(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def open_survey(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A database in memory with ``survey`` and ``checkpoints``.
-
-    Args:
-        folder: with the JSON lines of the runs, or `PARQUET`.
-
-    Yields:
-        The connection.
-
-    Raises:
-        MetricsError: if there are no records, or they lack a column.
-    """
+    """A database in memory with ``survey`` and ``checkpoints``."""
     source = source_of(folder)
     with connect(source) as base:
         try:
@@ -99,12 +82,7 @@ def unfold() -> str:
 
 
 def save_survey(folder: Path, path: Path) -> None:
-    """Writes the table for any program that reads Parquet.
-
-    Args:
-        folder: with the JSON lines of the runs.
-        path: the file; its folder is made.
-    """
+    """Writes the table for any program that reads Parquet."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     name = str(temporary).replace("'", "''")
@@ -115,15 +93,7 @@ def save_survey(folder: Path, path: Path) -> None:
 
 
 def run_query(config: SurveyQuery, console: Console) -> None:
-    """Prints the answer of a query; ``COPY (...) TO 'file.csv'`` writes it instead.
-
-    Args:
-        config: the query and the results.
-        console: where to print.
-
-    Raises:
-        MetricsError: if DuckDB refuses the query.
-    """
+    """Prints the answer of a query; ``COPY (...) TO 'file.csv'`` writes it instead."""
     with open_survey(config.folder) as base:
         try:
             answer = base.sql(config.sql)

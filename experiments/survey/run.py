@@ -8,9 +8,12 @@ writer; several machines may run disjoint parts (``--datasets``, ``--models``) i
 folders whose files are then put together.
 """
 
+import itertools
+import math
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
@@ -27,9 +30,88 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from experiments.studies.cells import Cells
-from experiments.survey.cell import cell_name, missing, run_cell
-from experiments.survey.config import Cell, SurveyConfig
+from experiments.errors import ExperimentError
+from experiments.studies.records import Cells, Record
+from experiments.survey.config import Cell, Setting, SurveyConfig
+from experiments.survey.measure import checkpoint, size_of
+from experiments.survey.problem import (
+    Problem,
+    Program,
+    load,
+    make_problem,
+    make_program,
+    train,
+)
+
+KIND = "run"
+# ``(what happened, setting, text)``: "done", or "failed" with the reason.
+Tell = Callable[[str, str, str], None]
+
+
+def cell_name(dataset: str, model: str) -> str:
+    """The name of a cell and of its file."""
+    return f"{dataset}-{model}"
+
+
+def missing(config: SurveyConfig, cells: Cells, name: str) -> list[Setting]:
+    """The settings of a cell that have no run yet."""
+    done = {record["run"] for record in cells.read(name)}
+    return [s for s in config.settings() if f"{name}-{s.name}" not in done]
+
+
+def run_one(
+    config: SurveyConfig, problem: Problem, program: Program, setting: Setting
+) -> Record:
+    start, rows, size = time.perf_counter(), [], 0
+    data = problem.data
+    key = jax.random.key(setting.seed)
+    for step, params in train(config, problem, program, setting):
+        size = size_of(params)
+        epoch = step * setting.batch_size / len(data.y_train)
+        found = checkpoint(config, problem, params, key)
+        rows += [{"step": step, "epoch": round(epoch, 3), **row} for row in found]
+        if not math.isfinite(found[0]["train_loss"]):
+            break  # it has diverged: these rows have no figures
+    return {
+        "num_params": size,
+        "num_train": len(data.y_train),
+        "num_test": len(data.y_test),
+        "optimizer": setting.optimizer,
+        "learning_rate": setting.learning_rate,
+        "batch_size": setting.batch_size,
+        "weight_decay": setting.weight_decay,
+        "seed": setting.seed,
+        "damping": config.damping,
+        "data": data.title,
+        "source": data.source,
+        "seconds": round(time.perf_counter() - start, 3),
+        "rows": rows,
+    }
+
+
+def run_cell(config: SurveyConfig, dataset: str, model: str, tell: Tell) -> None:
+    """Runs what is missing of a cell; a run that fails does not stop the others."""
+    name, cells = cell_name(dataset, model), Cells(config)
+    try:
+        wanted = missing(config, cells, name)
+        problem = make_problem(config, model, load(dataset, config)) if wanted else None
+    except ExperimentError as error:
+        tell("failed", "", str(error))
+        return
+    for optimizer, settings in itertools.groupby(wanted, lambda s: s.optimizer):
+        assert problem is not None  # there are settings
+        program = make_program(config, problem, optimizer)
+        for setting in settings:
+            try:
+                found = run_one(config, problem, program, setting)
+                facts = {"run": f"{name}-{setting.name}", "dataset": dataset}
+                facts |= {"model": model, **found}
+                cells.append(name, KIND, config.steps, **facts)
+            except Exception as error:  # noqa: BLE001 - named, and the others go on
+                tell("failed", setting.name, f"{type(error).__name__}: {error}")
+            else:
+                tell("done", setting.name, f"{found['seconds']:.1f} s")
+
 
 # Worker processes share the processor by cells, not inside of a program.
 ONE_THREAD = {
@@ -44,15 +126,6 @@ Hear = Callable[[Cell, str, str, str], None]
 
 
 def run_survey(config: SurveyConfig, console: Console) -> list[str]:
-    """Runs what is missing.
-
-    Args:
-        config: the survey.
-        console: where to report.
-
-    Returns:
-        The runs that failed, and why.
-    """
     cells = Cells(config)
     total = len(config.cells()) * len(config.settings())
     todo = {cell: missing(config, cells, cell_name(*cell)) for cell in config.cells()}
@@ -122,13 +195,7 @@ def for_workers() -> dict[str, str]:
 
 
 def work(config: SurveyConfig, cell: Cell, pipe: Connection) -> None:
-    """What a worker process does: one cell.
-
-    Args:
-        config: the survey.
-        cell: data set and network.
-        pipe: where it tells of its runs.
-    """
+    """What a worker process does: one cell."""
     # The first process is interrupted too, and ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     run_cell(config, *cell, tell=lambda *told: pipe.send(told))
@@ -136,13 +203,7 @@ def work(config: SurveyConfig, cell: Cell, pipe: Connection) -> None:
 
 
 def run_workers(config: SurveyConfig, cells: list[Cell], hear: Hear) -> None:
-    """Runs cells in processes of their own, so many at once as there are workers.
-
-    Args:
-        config: the survey.
-        cells: those with missing runs.
-        hear: is told what the workers tell.
-    """
+    """Runs cells in processes of their own, so many at once as there are workers."""
     context: Any = multiprocessing.get_context("spawn")
     waiting: list[Cell] = list(cells)
     running: Workers = {}

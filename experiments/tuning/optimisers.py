@@ -26,30 +26,17 @@ MakeTx = Callable[[Any, dict[str, Any]], optax.GradientTransformation]
 
 
 class Rule(NamedTuple):
-    """How one trial is trained.
+    """How one trial is trained."""
 
-    Attributes:
-        init: parameters and hyper-parameters to the optimiser's state.
-        step: ``(carry, values, rate, batch, key) -> (carry, loss)`` with the carry
-            ``(params, model_state, state)``.
-    """
-
+    # Parameters and hyper-parameters to the optimiser's state.
     init: Callable[[Any, dict[str, Any]], Any]
+    # ``(carry, values, rate, batch, key) -> (carry, loss)`` with the carry ``(params,
+    # model_state, state)``.
     step: Callable[..., tuple[Any, jax.Array]]
 
 
 def rate_at(values: dict[str, Any], number: Any, steps: int) -> jax.Array:
-    """The learning rate of a step: ``η``, from step ``e T`` on ``γ η``.
-
-    Args:
-        values: ``learning_rate`` η, ``lr_decay`` γ and ``decay_epoch`` e, the share of
-            the run; may be traced.
-        number: steps taken, from 0.
-        steps: ``T``, those of the whole run.
-
-    Returns:
-        A scalar.
-    """
+    """The learning rate of a step: ``η``, from step ``e T`` on ``γ η``."""
     late = jnp.asarray(number, jnp.float32) >= values["decay_epoch"] * steps
     return values["learning_rate"] * jnp.where(late, values["lr_decay"], 1.0)
 
@@ -64,12 +51,10 @@ def make_sgd(rate: Any, values: dict[str, Any]) -> optax.GradientTransformation:
 
 
 def make_adam(rate: Any, values: dict[str, Any]) -> optax.GradientTransformation:
-    """Adam."""
     return optax.adam(rate, b1=values["beta1"], b2=BETA2)
 
 
 def make_adamw(rate: Any, values: dict[str, Any]) -> optax.GradientTransformation:
-    """AdamW."""
     decay = values["weight_decay"]
     return optax.adamw(rate, b1=values["beta1"], b2=BETA2, weight_decay=decay)
 
@@ -109,16 +94,7 @@ MAKERS: dict[str, MakeTx] = {
 
 
 def make_rule(config: TuneConfig, task: Task, example: tuple[Any, Any]) -> Rule:
-    """The chosen optimiser as a rule.
-
-    Args:
-        config: the optimiser, and what K-FAC's trials have in common.
-        task: the network and its loss.
-        example: inputs and targets of a batch, arrays or their shapes.
-
-    Returns:
-        The rule.
-    """
+    """The chosen optimiser as a rule."""
     if config.optimizer == "kfac":
         return kfac_rule(config, task, example)
     make_tx = MAKERS[config.optimizer]
@@ -142,14 +118,6 @@ def kfac_rule(config: TuneConfig, task: Task, example: tuple[Any, Any]) -> Rule:
 
     Statistics are left to ``update``, whose gates are loops: mapped over trials, a loop
     turns if any trial wants it, where a conditional would compute both branches always.
-
-    Args:
-        config: what the trials have in common.
-        task: the network and its loss.
-        example: inputs and targets of a batch, arrays or their shapes.
-
-    Returns:
-        The rule.
     """
     chosen = config.curvature
     start = jax.eval_shape(task.init, jax.random.key(0))

@@ -11,34 +11,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
+import numpy as np
 import optuna
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
+from optuna.visualization.matplotlib import plot_optimization_history, plot_slice
 from rich.console import Console
 from rich.table import Table
 
 from experiments.configs.tune import TuneConfig
 from experiments.errors import MetricsError
 from experiments.metrics import to_json
-from experiments.tuning.ranges import Log
-from experiments.tuning.store import retried
+from experiments.tuning.store import experimental, retried
 
 TRIALS, BEST = "trials.jsonl", "best.json"
 SHOWN = 5
-COMPLETE, PRUNED = "#0072b2", "#bbbbbb"
 
 
 def record_of(trial: FrozenTrial) -> dict[str, Any]:
-    """A finished trial as JSON values.
-
-    Args:
-        trial: complete or pruned.
-
-    Returns:
-        Its values, the held-out loss at its end and along the way (null where it is
-        not finite), what else was measured at the end, and who trained it.
-    """
+    """A finished trial as JSON values."""
     points = sorted(trial.intermediate_values.items())
     curve = [{"step": step, "loss": loss} for step, loss in points]
     facts = trial.user_attrs
@@ -61,16 +52,7 @@ def record_of(trial: FrozenTrial) -> dict[str, Any]:
 def write_trials(
     study: optuna.Study, config: TuneConfig, identity: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Writes all finished trials, one to a line, below a line of the configuration.
-
-    Args:
-        study: the study.
-        config: the search.
-        identity: what all its trials have in common.
-
-    Returns:
-        The records of the trials, in order.
-    """
+    """Writes all finished trials, one to a line, below a line of the configuration."""
     states = (TrialState.COMPLETE, TrialState.PRUNED)
     records = [record_of(t) for t in study.get_trials(deepcopy=False, states=states)]
     first = {"kind": "config", "step": 0, "study": config.name(), "config": identity}
@@ -80,19 +62,7 @@ def write_trials(
 
 
 def replace(config: TuneConfig, name: str, text: str) -> Path:
-    """Writes a file of the run folder in one piece.
-
-    Args:
-        config: the search.
-        name: of the file.
-        text: its content.
-
-    Returns:
-        The file.
-
-    Raises:
-        MetricsError: if it cannot be written.
-    """
+    """Writes a file of the run folder in one piece."""
     path = config.folder() / name
     temporary = path.with_suffix(f".{config.worker}.tmp")
     try:
@@ -106,17 +76,7 @@ def replace(config: TuneConfig, name: str, text: str) -> Path:
 def save_report(
     study: optuna.Study, config: TuneConfig, identity: dict[str, Any], console: Console
 ) -> None:
-    """Writes the records, the best trial and the plots; prints the best trials.
-
-    Args:
-        study: the study.
-        config: the search.
-        identity: what all its trials have in common.
-        console: where to print.
-
-    Raises:
-        MetricsError: if a file cannot be written.
-    """
+    """Writes the records, the best trial and the plots; prints the best trials."""
     records = write_trials(study, config, identity)
     ranked = sorted(records, key=rank)
     if not ranked or rank(ranked[0]) >= (False, math.inf):
@@ -125,13 +85,19 @@ def save_report(
     best = {"study": config.name(), "config": identity, **ranked[0]}
     paths = [replace(config, BEST, json.dumps(best, indent=2) + "\n")]
     console.print(best_table(config, ranked[:SHOWN]))
-    for name, draw in (("objective", draw_objective), ("slices", draw_slices)):
-        path = config.folder() / f"{name}.png"
-        try:
-            FigureCanvasAgg(draw(config, records)).print_png(path)
-        except OSError as error:
-            raise MetricsError(f"{path} cannot be written: {error}.") from error
-        paths.append(path)
+    draws = {"objective": plot_optimization_history, "slices": plot_slice}
+    for name, draw in draws.items():
+        paths.append(config.folder() / f"{name}.png")
+        # Optuna calls its plots experimental, and changes matplotlib's style for them.
+        with experimental(), plt.rc_context():
+            axes = np.ravel(np.asarray(draw(study)))
+            axes[0].set_yscale("log")
+            try:
+                axes[0].figure.savefig(paths[-1], dpi=120, bbox_inches="tight")
+            except OSError as error:
+                text = f"{paths[-1]} cannot be written: {error}."
+                raise MetricsError(text) from error
+            plt.close(axes[0].figure)
     paths.append(config.folder() / TRIALS)
     for path in paths:
         console.print(f"Written: {path}", soft_wrap=True, highlight=False)
@@ -144,15 +110,7 @@ def rank(record: dict[str, Any]) -> tuple[bool, float]:
 
 
 def best_table(config: TuneConfig, ranked: Sequence[dict[str, Any]]) -> Table:
-    """The best trials with their values.
-
-    Args:
-        config: the search.
-        ranked: records, the best first.
-
-    Returns:
-        The table.
-    """
+    """The best trials with their values."""
     title = f"{config.optimizer} on {config.dataset}, {config.model}: best trials"
     table = Table(title=title, title_justify="left")
     others = [name for name in ranked[0]["measured"] or {} if name != "loss"]
@@ -166,74 +124,3 @@ def best_table(config: TuneConfig, ranked: Sequence[dict[str, Any]]) -> Table:
         texts = ["–" if value is None else f"{value:.3g}" for value in numbers]
         table.add_row(str(record["number"]), *texts)
     return table
-
-
-def finite(
-    records: Sequence[dict[str, Any]], state: str
-) -> tuple[list[dict[str, Any]], str]:
-    """The records in a state that have an objective, and their colour."""
-    found = [r for r in records if r["state"] == state and r["objective"] is not None]
-    return found, COMPLETE if state == "complete" else PRUNED
-
-
-def draw_objective(config: TuneConfig, records: Sequence[dict[str, Any]]) -> Figure:
-    """Draws the objective against the trial's number, and the best until then.
-
-    Args:
-        config: the search.
-        records: the trials, in order.
-
-    Returns:
-        The figure.
-    """
-    figure = Figure(figsize=(7, 4), layout="constrained", dpi=120)
-    axis = figure.subplots()
-    for state in ("pruned", "complete"):
-        shown, colour = finite(records, state)
-        x, y = [r["number"] for r in shown], [r["objective"] for r in shown]
-        axis.scatter(x, y, color=colour, label=state, s=16)
-    complete, _ = finite(records, "complete")
-    best = [
-        min(r["objective"] for r in complete[: i + 1]) for i in range(len(complete))
-    ]
-    numbers = [r["number"] for r in complete]
-    axis.step(numbers, best, where="post", color="#d55e00", label="best until then")
-    axis.set_yscale("log")
-    axis.set_xlabel("trial")
-    axis.set_ylabel("held-out loss")
-    axis.set_title(f"{config.optimizer}, {config.dataset}, {config.model}")
-    axis.grid(True, which="both", alpha=0.3)
-    axis.legend()
-    return figure
-
-
-def draw_slices(config: TuneConfig, records: Sequence[dict[str, Any]]) -> Figure:
-    """Draws the objective against every hyper-parameter.
-
-    Args:
-        config: the search.
-        records: the trials, in order.
-
-    Returns:
-        The figure.
-    """
-    ranges = config.space.ranges()
-    columns = math.ceil(len(ranges) / 2)
-    figure = Figure(figsize=(3 * columns, 6), layout="constrained", dpi=120)
-    axes = figure.subplots(2, columns, sharey=True, squeeze=False).flatten()
-    for axis in axes[len(ranges) :]:
-        axis.set_visible(False)
-    for axis, (name, space) in zip(axes, ranges.items(), strict=False):
-        for state in ("pruned", "complete"):
-            shown, colour = finite(records, state)
-            shown = [r for r in shown if name in r["values"]]
-            x, y = [r["values"][name] for r in shown], [r["objective"] for r in shown]
-            axis.scatter(x, y, color=colour, label=state, s=16)
-        if isinstance(space, Log):
-            axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.set_xlabel(name.replace("_", " "))
-        axis.grid(True, alpha=0.3)
-    axes[0].legend()
-    figure.supylabel("held-out loss")
-    return figure

@@ -8,6 +8,7 @@ K-FAC on a CPU trains them in a loop of the same program instead: with jaxlib 0.
 two threads the program of mapped inversions stops for ever.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,23 +16,80 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import datasets
+from experiments.configs.train import TEXTS
 from experiments.configs.tune import TuneConfig
-from experiments.datasets import batches
+from experiments.datasets import Examples, batches
+from experiments.errors import ConfigError
 from experiments.metrics import EVAL_BATCH
+from experiments.models import Task, make_task
 from experiments.tuning.optimisers import Rule, make_rule, rate_at
-from experiments.tuning.problem import Problem
+
+HELD_OUT = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Data and network of a search."""
+
+    config: TuneConfig  # the search
+    data: Examples  # the data set; its training part has no held-out examples
+    # Inputs and targets held out of the training set.
+    held: tuple[np.ndarray, np.ndarray]
+    task: Task  # network and loss
+    every: int  # steps between evaluations
+
+    @property
+    def steps(self) -> int:
+        """Steps of a trial, a multiple of `every`."""
+        return self.every * self.config.evaluations
+
+    def example(self) -> tuple[np.ndarray, np.ndarray]:
+        rows = slice(self.config.batch_size)
+        return self.data.x_train[rows], self.data.y_train[rows]
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for all trials of a study, as JSON values."""
+        sizes = {"train": len(self.data.x_train), "held_out": len(self.held[0])}
+        shape = list(self.data.x_train.shape[1:])
+        data = {"title": self.data.title, "shape": shape, **sizes}
+        return {**self.config.shared(), "data": data, "steps": self.steps}
+
+
+def make_problem(config: TuneConfig) -> Problem:
+    """Loads the data and holds examples out; the test set takes no part."""
+    data: Examples
+    if config.dataset in TEXTS:
+        data = datasets.load_text(config.dataset, config.data_dir, config.net.context)
+    else:
+        data = datasets.load(config.dataset, config.data_dir)
+    data = data.first(config.train_examples)
+    total = len(data.x_train)
+    count = config.validation_examples
+    count = total // HELD_OUT if count is None else count
+    left = total - count
+    if count < 1 or left < config.batch_size:
+        raise ConfigError(
+            f"validation-examples is {count}; {data.title} has {total} training "
+            f"{data.noun}, and a batch takes {config.batch_size}."
+        )
+    held = data.x_train[left:], data.y_train[left:]
+    data = dataclasses.replace(
+        data, x_train=data.x_train[:left], y_train=data.y_train[:left]
+    )
+    steps = config.epochs * (left // config.batch_size)
+    if steps < config.evaluations:
+        raise ConfigError(
+            f"evaluations is {config.evaluations}; a trial has only {steps} steps."
+        )
+    task = make_task(config.model, config.net, data)  # pyright: ignore[reportArgumentType]
+    return Problem(config, data, held, task, steps // config.evaluations)
 
 
 class Program:
     """Trains `count` trials at once."""
 
     def __init__(self, problem: Problem, count: int):
-        """Prepares the functions; each is compiled when it is first called.
-
-        Args:
-            problem: data and network.
-            count: number of trials.
-        """
         self.problem, self.count = problem, count
         rule = make_rule(problem.config, problem.task, problem.example())
         self.key = jax.random.key(problem.config.seed + 1)
@@ -74,9 +132,6 @@ class Program:
 
     def evaluate(self, carry: Any) -> dict[str, np.ndarray]:
         """Means over the held-out examples.
-
-        Args:
-            carry: from `start` or `advance`.
 
         Returns:
             What the task evaluates, by name, ``[count]`` each.
@@ -145,10 +200,6 @@ def as_floats(values: Mapping[str, Any]) -> dict[str, jax.Array]:
 
 def stacked(trials: Sequence[Mapping[str, float]], count: int) -> dict[str, np.ndarray]:
     """Hyper-parameters of some trials side by side, the last one's again to fill up.
-
-    Args:
-        trials: at most `count` trials, at least one.
-        count: number of trials of the program.
 
     Returns:
         By name, ``[count]`` each.

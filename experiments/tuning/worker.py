@@ -16,11 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from experiments import metrics
 from experiments.configs.tune import TuneConfig
-from experiments.tuning.claims import TAKEN, Claims, working
-from experiments.tuning.problem import Problem, make_problem
 from experiments.tuning.results import save_report, write_trials
-from experiments.tuning.store import StorageError
-from experiments.tuning.trials import Program, stacked
+from experiments.tuning.store import TAKEN, Claims, StorageError, working
+from experiments.tuning.trials import Problem, Program, make_problem, stacked
 
 POLL = 5.0
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -28,29 +26,17 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 @dataclasses.dataclass
 class Lane:
-    """A trial among those that are trained together.
+    """A trial among those that are trained together."""
 
-    Attributes:
-        trial: to report to.
-        loss: the last held-out loss; infinite once one was not finite.
-        measured: what else was evaluated last, by name.
-        pruned: whether it is worse than the median.
-        lost: whether another worker has taken it over.
-    """
-
-    trial: optuna.Trial
-    loss: float = math.inf
+    trial: optuna.Trial  # to report to
+    loss: float = math.inf  # the last held-out loss; infinite once one was not finite
+    # What else was evaluated last, by name.
     measured: dict[str, float] = dataclasses.field(default_factory=dict)
-    pruned: bool = False
-    lost: bool = False
+    pruned: bool = False  # whether it is worse than the median
+    lost: bool = False  # whether another worker has taken it over
 
     def report(self, step: int, found: dict[str, float]) -> None:
-        """Reports an evaluation and asks whether to go on.
-
-        Args:
-            step: steps taken.
-            found: means over the held-out examples.
-        """
+        """Reports an evaluation and asks whether to go on."""
         self.measured = found
         loss = found["loss"]
         self.loss = loss if math.isfinite(loss) else math.inf
@@ -66,12 +52,6 @@ class Lane:
         return self.pruned or self.lost
 
     def tell(self, study: optuna.Study, facts: dict[str, Any]) -> None:
-        """Ends the trial.
-
-        Args:
-            study: the study.
-            facts: written into the trial, JSON values.
-        """
         if self.lost:
             return
         try:
@@ -87,18 +67,7 @@ class Lane:
 
 
 def search(config: TuneConfig, console: Console) -> Path:
-    """Works on a study until all its trials are finished, and reports.
-
-    Args:
-        config: the search.
-        console: where to report.
-
-    Returns:
-        The run folder.
-
-    Raises:
-        StorageError: if the storage goes away.
-    """
+    """Works on a study until all its trials are finished, and reports."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     problem = make_problem(config)
     count, noun = len(problem.data.x_train), problem.data.noun
@@ -123,13 +92,7 @@ def search(config: TuneConfig, console: Console) -> Path:
 
 
 def work(claims: Claims, problem: Problem, console: Console) -> None:
-    """Trains batches of trials until none is left, of this worker or another.
-
-    Args:
-        claims: the study as this worker sees it.
-        problem: what the trials train on.
-        console: where to report.
-    """
+    """Trains batches of trials until none is left, of this worker or another."""
     config = claims.config
     program = Program(problem, min(config.batch, config.trials))
     with progress_bars(console) as bars:
@@ -221,7 +184,6 @@ def start_seed(config: TuneConfig, trial: optuna.Trial) -> int:
 
 
 def tell_user(claims: Claims, lanes: list[Lane], console: Console) -> None:
-    """Prints a line for a batch."""
     finished = claims.trials(*FINISHED)
     best = min((t.value for t in finished if t.value is not None), default=math.inf)
     pruned = sum(lane.pruned for lane in lanes)

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from experiments.main import main
-from experiments.studies import cells
-from experiments.studies.batch_size import problem, report, results, run
+from experiments.studies import records
+from experiments.studies.batch_size import report, run
 from experiments.studies.batch_size.config import (
     SIZES,
     TINY,
@@ -20,6 +20,7 @@ from experiments.studies.batch_size.config import (
     Cell,
 )
 from experiments.tuning.optimisers import rate_at
+from experiments.tuning.trials import as_floats
 from tests.experiments.batch_runs import lines, make_record, write
 
 ARGUMENTS = [
@@ -110,7 +111,7 @@ def test_more_trials_and_another_winner(folder, tmp_path):
         ("seed", 2, 1),
         ("seed", 2, 2),
     ]
-    result = results.read_results(tmp_path)[Cell("sgd", 64)]
+    result = report.read_results(tmp_path)[Cell("sgd", 64)]
     assert old["number"] != result.winner["number"] == 2
     assert [r["number"] for r in result.seeds.values()] == [2, 2]
 
@@ -158,7 +159,7 @@ def test_wrong_values_are_told(wrong, tmp_path, capsys):
 def test_the_images_are_split(tmp_path):
     """Training, validation and test images are distinct, and always the same."""
     config = dataclasses.replace(TINY, train_examples=1_000)
-    first, again = problem.load(config), problem.load(TINY)
+    first, again = run.load(config), run.load(TINY)
     held = first.held[0]
     np.testing.assert_array_equal(held, again.held[0])
     np.testing.assert_array_equal(first.data.x_train[:512], again.data.x_train)
@@ -175,51 +176,47 @@ def test_steps_are_those_of_the_optimiser():
     config = dataclasses.replace(
         TINY, train_examples=128, epochs=2, augmentation="none", hidden=(4,)
     )
-    cell, shared = Cell("sgd", 64), problem.load(config)
-    program = problem.make_program(config, shared, cell)
+    cell, shared = Cell("sgd", 64), run.load(config)
+    program = run.make_program(config, shared, cell)
     values = {
         "learning_rate": 0.2, "lr_decay": 0.1, "decay_epoch": 0.5, "momentum": 0.8,
         "weight_decay": 0.01,
     }  # fmt: skip
-    measure, _ = problem.measures(shared)
-    record = run.train(config, shared, cell, program, values, 3, measure)
+    measure, _ = run.measures(shared)
+    record = run.run_one(config, shared, cell, program, values, 3, measure)
     params, state = shared.task.init(jax.random.key(3))
     velocity = jax.tree.map(jnp.zeros_like, params)
     for number in range(4):
-        rows = problem.order_of(config, shared, 64, 3, number // 2)[number % 2]
-        batch = shared.images[rows], shared.labels[rows]
+        rows = run.orders(128, 64, 2, 3)[number // 2][number % 2]
+        batch = tuple(part[rows] for part in shared.images)
         grads = jax.grad(lambda p, b=batch: shared.task.loss(p, state, *b)[0])(params)
         rate = 0.2 if number < 2 else 0.02
-        assert float(rate_at(problem.as_floats(values), number, 4)) == pytest.approx(
-            rate
-        )
+        assert float(rate_at(as_floats(values), number, 4)) == pytest.approx(rate)
         velocity = jax.tree.map(
             lambda v, g, p: 0.8 * v + g + 0.01 * p, velocity, grads, params
         )
         params = jax.tree.map(lambda p, v, r=rate: p - r * v, params, velocity)
     wanted = measure((params, state))
     np.testing.assert_allclose(record["loss"][-1], wanted["loss"], rtol=1e-5)
-    assert record["steps"] == 4
+    assert record["step"] == 4
 
 
-def test_optimisers_share_start_and_data(folder):
+def test_optimisers_share_start_and_data():
     """Runs of a seed have the same first images, whatever the batch size."""
-    shared = problem.load(TINY)
-    small = problem.order_of(TINY, shared, 32, 1, 0).ravel()
-    large = problem.order_of(TINY, shared, 128, 1, 0).ravel()
+    small, other = (rows.ravel() for rows in run.orders(512, 32, 2, seed=1))
+    large = run.orders(512, 128, 1, seed=1)[0].ravel()
     np.testing.assert_array_equal(small, large)
     assert sorted(small) == list(range(512))
-    other = problem.order_of(TINY, shared, 32, 1, 1).ravel()
     assert (small != other).any()
 
 
 def test_a_run_that_diverges_ends_and_counts_as_chance():
     config = dataclasses.replace(TINY, train_examples=128, epochs=3)
-    cell, shared = Cell("sgd", 64), problem.load(config)
-    program = problem.make_program(config, shared, cell)
+    cell, shared = Cell("sgd", 64), run.load(config)
+    program = run.make_program(config, shared, cell)
     values = dict(config.sgd.usual(), learning_rate=1e30)
-    measure, _ = problem.measures(shared)
-    record = run.train(config, shared, cell, program, values, 0, measure)
+    measure, _ = run.measures(shared)
+    record = run.run_one(config, shared, cell, program, values, 0, measure)
     assert record["diverged"] and not record["pruned"]
     assert len(record["accuracy"]) == 1
     assert run.final(record) == run.CHANCE
@@ -238,12 +235,12 @@ def test_a_pruned_trial_never_wins():
 
 def test_the_pruner_ends_what_is_below_the_median():
     config = dataclasses.replace(TINY, startup_trials=3, prune_from=1, epochs=2)
-    space = {"learning_rate": config.sgd.learning_rate.distribution()}
-    known = [make_record("trial", i, 0.5) for i in range(3)]
+    values = config.sgd.usual()
+    known = [make_record("trial", i, 0.5, values=values) for i in range(3)]
     for record, first in zip(known, (0.2, 0.3, 0.4), strict=True):
         record["accuracy"] = [first, 0.5]
     for accuracy, pruned in ((0.25, True), (0.35, False)):
-        trial = run.make_study(config, space, known).ask(space)
+        trial = run.next_trial(config, Cell("sgd", 64), known)
         trial.report(accuracy, 1)
         assert bool(trial.should_prune()) is pruned
 
@@ -251,9 +248,9 @@ def test_the_pruner_ends_what_is_below_the_median():
 def test_a_half_line_is_dropped(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"a": 1}\n{"b"')
-    cells.drop_half_line(path)
+    records.drop_half_line(path)
     assert path.read_text() == '{"a": 1}\n'
-    cells.drop_half_line(path)
+    records.drop_half_line(path)
     assert path.read_text() == '{"a": 1}\n'
 
 

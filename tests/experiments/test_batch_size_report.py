@@ -9,9 +9,9 @@ from rich.console import Console
 from scipy import stats
 
 from experiments.main import main
-from experiments.studies.batch_size import answer, report, results
+from experiments.studies.batch_size import report
 from experiments.studies.batch_size.config import TINY, BatchReport
-from experiments.studies.batch_size.statistics import estimate, paired, slope
+from experiments.studies.batch_size.report import estimate, paired, slope
 from tests.experiments.batch_runs import write_two_cells
 
 # --------------------------------------------------------------------- the statistics
@@ -99,10 +99,10 @@ def test_the_growth_is_what_the_numbers_say(grows, words, tmp_path):
     for doublings, size in enumerate((64, 128, 256)):
         ours = {s: a + grows * doublings + 1e-3 * s for s, a in theirs.items()}
         write_two_cells(tmp_path, ours, theirs, size)
-    found = results.read_results(tmp_path)
-    text = answer.answer(found, TINY.shared())
+    found = report.read_results(tmp_path)
+    text = report.answer(found, TINY.shared())
     assert words in text
-    seen = slope(results.leads(found, "sgd"))
+    seen = slope(report.leads(found, "sgd"))
     assert seen is not None
     assert math.isclose(seen.mean, grows, rel_tol=1e-6)
 
@@ -125,6 +125,6 @@ def test_the_papers_table_is_beside_ours(tmp_path):
     for path in tmp_path.glob("*.jsonl"):
         text = path.read_text().replace('"dataset": "digits"', '"dataset": "cifar10"')
         path.write_text(text)
-    table = report.accuracy_table(results.read_results(tmp_path))
+    table = report.accuracy_table(report.read_results(tmp_path))
     assert table.header[-3:] == ("paper: SGD", "paper: Adam", "paper: K-FAC")
     assert table.rows[0] == ("512", "2", "50.00", "60.00", "85.00", "81.93", "71.32")

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from experiments.benchmarks import bayes_steps
+from experiments.benchmarks import bayes_steps, common
 
 
 def test_the_usual_command_line():
-    args = bayes_steps.arguments([])
-    assert args.models == ["mlp", "lenet5", "resnet"]
+    args = common.parse(bayes_steps.Config, [], "bayes_steps")
+    assert args.models == ("mlp", "lenet5", "resnet")
     assert args.cycle == bayes_steps.INVERT
 
 

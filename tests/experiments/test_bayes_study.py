@@ -12,24 +12,13 @@ from rich.console import Console
 
 from experiments.errors import ConfigError, MetricsError
 from experiments.main import main
-from experiments.studies.bayes import (
-    active,
-    answer,
-    derived,
-    measures,
-    problem,
-    regression,
-    report,
-    results,
-    run,
-    sizes,
-    training,
-    weights,
-)
+from experiments.studies.bayes import active, config, problem, regression, report, run
 from experiments.studies.bayes import config as configs
+from experiments.studies.training import orders
+from experiments.tuning.trials import as_floats
 from kfac_jax_lite import bayes
 
-SMALLEST = dataclasses.replace(sizes.TINY, seeds=1, epochs=1, search_samples=1)
+SMALLEST = dataclasses.replace(config.TINY, seeds=1, epochs=1, search_samples=1)
 CELLS = ("digits_mlp_adam", "digits_mlp_noisy_kfac", "digits_mlp_adam_last_layer")
 CELLS += ("digits_mlp_adam_ensemble", "active_bald", "regression_noisy_kfac")
 ARGUMENTS = ["study", "bayes", "--size", "tiny", "--seeds", "2", "--only", *CELLS]
@@ -57,7 +46,7 @@ def network(images):
     return problem.network_of(SMALLEST, "mlp", images)
 
 
-@pytest.mark.parametrize("config", sizes.SIZES.values(), ids=sizes.SIZES)
+@pytest.mark.parametrize("config", config.SIZES.values(), ids=config.SIZES)
 def test_adam_has_the_most_trials(config):
     counts = {m: len(config.trials(m)) for m in configs.TRAINED}
     assert max(counts.values()) == counts["adam"]
@@ -68,7 +57,7 @@ def test_adam_has_the_most_trials(config):
 def test_a_grid_larger_than_adams_is_refused():
     grid = configs.PointGrid((0.1, 0.2, 0.3), (1e-3,))
     with pytest.raises(ConfigError, match="sgd has 3 trials; wanted from 1 to 2"):
-        dataclasses.replace(sizes.TINY, sgd=grid)
+        dataclasses.replace(config.TINY, sgd=grid)
 
 
 def test_grid_is_the_product():
@@ -82,12 +71,12 @@ def test_program_is_the_optimiser_with_its_prior(method, images, network):
     """One step equals that of the library's optimiser made for these numbers."""
     values = {"learning_rate": 0.05, "prior_precision": 20.0, "temperature": 0.3}
     values |= {"initial": 0.2} if method == configs.IVON else {}
-    settings = training.Settings(method, 256, 10, refresh_every=1)
+    settings = problem.Settings(method, 256, 10, refresh_every=1)
     x, y = images.data.x_train[:32], images.data.y_train[:32]
-    program = training.make_program(settings, network.task, (x, y))
-    numbers = training.as_floats(values)
+    program = problem.make_program(settings, network.task, (x, y))
+    numbers = as_floats(values)
     params, model_state, state = program.start(3, numbers)
-    tagged = training.tag_for(settings, network.task, (x, y))
+    tagged = problem.tag_for(settings, network.task, (x, y))
     n, rate, prior, tau = 256, 0.05, 20.0, 0.3
     shared = (n, rate, prior, tau)
     if method == configs.NOISY:
@@ -114,22 +103,22 @@ def test_program_is_the_optimiser_with_its_prior(method, images, network):
 
 
 def test_number_of_data_as_a_value():
-    settings = training.Settings(configs.IVON, 100, 10)
+    settings = problem.Settings(configs.IVON, 100, 10)
     values = {"temperature": 0.5, "prior_precision": 8.0, "learning_rate": 0.1}
     for more, wanted in (({}, (0.005, 0.04)), ({"num_data": 10}, (0.05, 0.4))):
-        tx = training.make_tx(settings, None, {**values, "initial": 0.3, **more})
+        tx = problem.make_tx(settings, None, {**values, "initial": 0.3, **more})
         state = tx.init({"w": jnp.zeros(2)})
         np.testing.assert_allclose((state.variance, state.damping), wanted, rtol=1e-6)
         np.testing.assert_allclose(state.hessian["w"], 0.3, rtol=1e-6)
 
 
 def test_orders_are_permutations_of_every_epoch():
-    epochs = training.orders(10, 3, 2, seed=1)
+    epochs = orders(10, 3, 2, seed=1)
     assert [e.shape for e in epochs] == [(3, 3)] * 2
     for epoch in epochs:
         assert len(set(epoch.ravel())) == 9
     assert not np.array_equal(*epochs)
-    np.testing.assert_array_equal(epochs[0], training.orders(10, 3, 1, seed=1)[0])
+    np.testing.assert_array_equal(epochs[0], orders(10, 3, 1, seed=1)[0])
 
 
 def test_images_are_apart_and_shifted(images):
@@ -158,7 +147,7 @@ def test_measures_of_an_oracle_and_of_chance(images):
             return np.eye(10)[data.y_test]
         return np.full((len(x), 10), 0.1)
 
-    found = measures.measure(SMALLEST, images, oracle)
+    found = problem.measure(SMALLEST, images, oracle)
     assert found["test"]["accuracy"] == 1 and found["test"]["ece"] == 0
     assert found["strange"]["noise"]["auroc"] == 1
     assert found["strange"]["noise"]["fpr95"] == 0
@@ -179,19 +168,19 @@ def test_model_state_is_not_drawn():
 def test_weights_come_back(tmp_path, network):
     tree = network.task.init(jax.random.key(1))
     path = tmp_path / "folder" / "cell_1.npz"
-    weights.save(path, tree)
-    close(weights.read(path, jax.eval_shape(lambda: tree)), tree, rtol=0)
+    run.save(path, tree)
+    close(run.read(path, jax.eval_shape(lambda: tree)), tree, rtol=0)
     with pytest.raises(MetricsError, match="another network"):
-        weights.read(path, {"w": jnp.ones(3)})
+        run.read(path, {"w": jnp.ones(3)})
     with pytest.raises(MetricsError, match="run first"):
-        weights.read(tmp_path / "none.npz", tree)
+        run.read(tmp_path / "none.npz", tree)
 
 
 def test_ensemble_is_the_mean_of_probabilities(network, images):
     members = [network.task.init(jax.random.key(seed)) for seed in range(2)]
     x = images.data.x_test[:5]
     each = [jax.nn.softmax(network.logits(member, x)) for member in members]
-    found = derived.ensemble(network, members)(x)
+    found = run.ensemble(network, members)(x)
     np.testing.assert_allclose(found, (each[0] + each[1]) / 2, rtol=1e-5)
 
 
@@ -241,7 +230,7 @@ def result(method, accuracy, nll, ece):
         {"test": dict(zip(names, figures, strict=True)), "seed": seed}
         for seed, figures in enumerate(zip(accuracy, nll, ece, strict=True))
     ]
-    return {cell: results.Result(cell, [], runs)}
+    return {cell: report.Result(cell, [], runs)}
 
 
 ADAM = result("adam", [0.8, 0.81, 0.8], [0.6, 0.61, 0.62], [0.05, 0.06, 0.055])
@@ -250,12 +239,12 @@ ADAM = result("adam", [0.8, 0.81, 0.8], [0.6, 0.61, 0.62], [0.05, 0.06, 0.055])
 def test_comparison_is_welchs_test():
     rng = np.random.default_rng(0)
     ours, theirs = rng.normal(size=5), 3 * rng.normal(size=4) + 1
-    found = results.compare(ours, theirs)
+    found = report.compare(ours, theirs)
     wanted = scipy.stats.ttest_ind(ours, theirs, equal_var=False)
     assert found.p == pytest.approx(wanted.pvalue)
     assert found.difference == pytest.approx(ours.mean() - theirs.mean())
-    assert results.compare(ours[:1], theirs).p is None
-    assert results.compare(np.ones(3), np.zeros(3)).p is None
+    assert report.compare(ours[:1], theirs).p is None
+    assert report.compare(np.ones(3), np.zeros(3)).p is None
 
 
 @pytest.mark.parametrize(
@@ -270,7 +259,7 @@ def test_comparison_is_welchs_test():
 )
 def test_answer_follows_from_the_numbers(accuracy, nll, ece, wins):
     both = ADAM | result("noisy_kfac", accuracy, nll, ece)
-    text = answer.answer(both)
+    text = report.answer(both)
     assert ("1 of 1 methods have" in text) == wins
     assert ("none of 1 methods has" in text) == (not wins)
     assert ("noisy K-FAC: NLL -0.1000 (p = " in text) == wins
@@ -278,7 +267,7 @@ def test_answer_follows_from_the_numbers(accuracy, nll, ece, wins):
 
 def test_answer_without_adam():
     lone = result("noisy_kfac", [0.8, 0.9], [0.5, 0.6], [0.1, 0.2])
-    assert "nothing can be compared with Adam yet" in answer.answer(lone)
+    assert "nothing can be compared with Adam yet" in report.answer(lone)
 
 
 def test_winner_is_the_least_loss_and_never_a_diverged_one():
@@ -299,7 +288,7 @@ def test_records(folder):
         records = lines(folder / f"{name}.jsonl")
         trials = [r for r in records if r["kind"] == "trial"]
         seeds = [r for r in records if r["kind"] == "seed"]
-        assert [r["values"] for r in trials] == sizes.TINY.trials(trials[0]["method"])
+        assert [r["values"] for r in trials] == config.TINY.trials(trials[0]["method"])
         best = min(trials, key=run.of_trial)["values"]
         assert [(r["seed"], r["values"]) for r in seeds] == [(1, best), (2, best)]
         assert all(("mean_weights" in r) == ("noisy" in name) for r in seeds)
@@ -322,7 +311,7 @@ def test_page(folder):
     values = [r["test"]["nll"] for r in seeds]
     assert f"{np.mean(values):.4f} ± {scipy.stats.sem(values):.4f}" in page
     facts = json.loads((folder / "summary.json").read_text())
-    assert facts["answer"] == answer.answer(results.read_results(folder))
+    assert facts["answer"] == report.answer(report.read_results(folder))
 
 
 def test_finished_runs_are_not_run_again(folder):
@@ -363,10 +352,10 @@ def test_every_method(tmp_path):
     """The whole tiny study."""
     arguments = ["study", "bayes", "--size", "tiny", "--out", str(tmp_path)]
     assert main(arguments) == 0
-    for cell in sizes.TINY.all_cells():
+    for cell in config.TINY.all_cells():
         assert lines(tmp_path / f"{cell.name}.jsonl")
     for name in configs.FURTHER:
         assert lines(tmp_path / f"{name}.jsonl")
     page = (tmp_path / "page.md").read_text()
-    for title in results.TITLES.values():
+    for title in report.TITLES.values():
         assert title in page

@@ -1,6 +1,5 @@
 """The benchmarks' arithmetic, and one tiny run of each."""
 
-import argparse
 import dataclasses
 import json
 import os
@@ -8,20 +7,14 @@ import platform
 import shutil
 import subprocess
 
-import jax.numpy as jnp
 import numpy as np
-import optuna
 import pytest
 
 import experiments
 from experiments.benchmarks import (
-    autoencoder,
-    commits,
     common,
     inverses,
-    low_rank_error,
-    mlp_target,
-    ours,
+    jobs,
     scaling,
     step_time,
 )
@@ -51,26 +44,26 @@ def test_the_commit_of_a_checkout(tmp_path):
 
     folder = tmp_path / "some" / "code"
     (folder / "results").mkdir(parents=True)
-    assert commits.commit(folder, "some/code/") is None  # no checkout
+    assert common.commit(folder, "some/code/") is None  # no checkout
     git("init", "-q")
-    assert commits.commit(folder, "some/code/") is None  # nothing committed
+    assert common.commit(folder, "some/code/") is None  # nothing committed
     for name in ("a.py", "results/b.json"):
         (folder / name).write_text("1\n")
     git("add", "-A")
     git("commit", "-q", "-m", "first")
     found = git("rev-parse", "--short", "HEAD").strip()
-    assert commits.commit(folder, "some/code/") == found
-    assert commits.commit(folder, "other/") is None  # in another repository
+    assert common.commit(folder, "some/code/") == found
+    assert common.commit(folder, "other/") is None  # in another repository
     (folder / "results" / "b.json").write_text("2\n")
     (folder / "new.txt").write_text("2\n")
-    assert commits.commit(folder, "some/code/") == found
+    assert common.commit(folder, "some/code/") == found
     (folder / "a.py").write_text("2\n")
-    assert commits.commit(folder, "some/code/") == f"{found}, modified"
+    assert common.commit(folder, "some/code/") == f"{found}, modified"
 
 
 def test_no_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert commits.commit() is None
+    assert common.commit() is None
     assert common.machine()["commit"] is None
 
 
@@ -128,28 +121,22 @@ def test_error_messages_lose_their_folders():
     assert common.without_paths(text) == "cannot import name 'x' from 'y'"
 
 
-def test_comma_list():
-    assert common.comma_list(("a", "b"))("b,a") == ["b", "a"]
-    with pytest.raises(argparse.ArgumentTypeError, match="'c'"):
-        common.comma_list(("a", "b"))("a,c")
-
-
 def test_settings_have_no_folders():
-    kept = common.settings(mlp_target.arguments([]))
-    assert "out" not in kept and kept["trials"] == 12
+    kept = common.settings(step_time.Config())
+    assert "out" not in kept and kept["rounds"] == 15
 
 
 def test_effect_of_a_step():
     before = np.array([1, 1]), np.array([1, 1])
-    assert ours.effect(before, before) == "nothing"
-    assert ours.effect(before, (np.array([2, 2]), before[1])) == "refresh"
-    assert ours.effect(before, (np.array([2, 2]),) * 2) == "refresh+invert"
-    assert ours.effect(before, (np.array([2, 1]),) * 2) == "30"
+    assert jobs.effect(before, before) == "nothing"
+    assert jobs.effect(before, (np.array([2, 2]), before[1])) == "refresh"
+    assert jobs.effect(before, (np.array([2, 2]),) * 2) == "refresh+invert"
+    assert jobs.effect(before, (np.array([2, 1]),) * 2) == "30"
 
 
 @pytest.mark.parametrize(("factor", "inverse"), [(1, 2), (2, 4)])
 def test_steps_do_what_their_kind_says(factor, inverse):
-    job = ours.ours_job(tiny(), factor, inverse, "empirical", "cholesky")
+    job = jobs.ours_job(tiny(), factor, inverse, "empirical", "cholesky")
     samples = job.run()
     assert [kind for kind, _ in samples] == list(common.cycle_of(factor, inverse))
     assert all(seconds > 0 for _, seconds in samples)
@@ -158,20 +145,20 @@ def test_steps_do_what_their_kind_says(factor, inverse):
 
 def test_adaptive_damping_has_a_job_of_its_own():
     """Its kinds of step are those of a fixed damping; its damping moves."""
-    rule = ours.kfac.damping.adaptive()
-    job = ours.ours_job(tiny(), 2, 4, "empirical", "cholesky", rule)
+    rule = jobs.kfac.damping.adaptive()
+    job = jobs.ours_job(tiny(), 2, 4, "empirical", "cholesky", rule)
     assert job.name.endswith("(2, 4), adaptive damping")
     assert {kind for kind, _ in job.run()} == {"refresh+invert", "refresh", "nothing"}
 
 
 def test_adaptive_job_goes_on_training():
-    job = ours.adaptive_job(tiny(True), "mc", "cholesky", 2, 3, 0.3, 0.5)
+    job = jobs.adaptive_job(tiny(True), "mc", "cholesky", 2, 3, 0.3, 0.5)
     assert len(job.run()) == 3
     assert job.notes()["steps"] == [3, 5]
 
 
 def test_staggered_job_knows_its_slowest_step():
-    job = ours.staggered_job(tiny(), "empirical", "cholesky", 4, warm_up=3)
+    job = jobs.staggered_job(tiny(), "empirical", "cholesky", 4, warm_up=3)
     assert len(job.run()) == 4
     notes = job.notes()
     assert notes["slowest_to_median"] >= 1 and notes["flop_floor"] > 1
@@ -180,12 +167,12 @@ def test_staggered_job_knows_its_slowest_step():
 def test_flop_floor_by_hand():
     """One layer 3 → 2, four rows, refreshed every 2, inverted every 4 steps."""
     problem = make_problem("one", Spec(lambda: MLP((), 2), (4, 3)))
-    parts = ours.Ours(problem, "mc")
+    parts = jobs.Ours(problem, "mc")
     gradient, products = 6 * 4 * 3 * 2, 2 * (4 * 4 * 2 + 4 * 2 * 2)
     refresh = 2 * 4 * (4 * 4 + 2 * 2) + gradient / 3
     inversion = 0  # up to 8 × 8 row by row, without a product
     total = gradient + products + refresh / 2 + inversion / 4
-    got = ours.flop_floor(problem, parts.tagged, 2, 4, "cholesky")
+    got = jobs.flop_floor(problem, parts.tagged, 2, 4, "cholesky")
     assert got == pytest.approx(total / gradient, rel=1e-9)
 
 
@@ -203,9 +190,12 @@ def test_step_time(tmp_path, monkeypatch):
 
 
 def test_step_time_of_chosen_rows():
+    def parse(arguments):
+        return common.parse(step_time.Config, arguments, "step_time")
+
     options = ["--inverses", "cholesky", "--fishers", "empirical", "--without-peer"]
     every, some = (
-        set(step_time.job_makers(None, step_time.arguments([*options, *rows])))
+        set(step_time.job_makers(None, parse([*options, *rows])))
         for rows in ([], ["--rows", "(10, 100)", "adaptive damping"])
     )
     found = {"ours empirical cholesky (10, 100)"}
@@ -225,72 +215,6 @@ def test_other_projects_failures_are_results():
         step_time.make_jobs({"ours": fail})
 
 
-def test_autoencoder_batches_are_one_permutation_per_epoch():
-    images = np.arange(6)
-    seen = list(autoencoder.batches(images, 2, 4))
-    assert sorted(np.concatenate(seen[:3])) == list(images)
-    again = autoencoder.batches(images, 2, 4)
-    assert all(np.array_equal(x, y) for x, y in zip(seen, again, strict=True))
-
-
-def test_autoencoder_code_and_output_are_linear():
-    params = [(jnp.eye(1), jnp.zeros(1))] * 4
-    x = jnp.full((1, 1), 5.0)
-    once = jnp.tanh(x)
-    np.testing.assert_allclose(autoencoder.logits(params, x), jnp.tanh(once), rtol=1e-6)
-
-
-def test_autoencoder(tmp_path, monkeypatch):
-    monkeypatch.setattr(autoencoder, "CODE", (2,))
-    options = ["--optimizers", "adam,ours", "--dataset", "digits", "--steps", "3"]
-    options += ["--adam-steps", "2", "--eval-every", "1", "--batch-size", "8"]
-    result = autoencoder.main([*options, "--model-batch", "4", "--out", str(tmp_path)])
-    for name in ("ours", autoencoder.AVERAGED):
-        assert [r["step"] for r in result["runs"][name]["curve"]] == [1, 2, 3]
-    assert result["targets"]["adam"]["adam_final"]["step"] <= 2
-    assert (tmp_path / "autoencoder.png").stat().st_size > 0
-    assert len((tmp_path / "autoencoder.jsonl").read_text().splitlines()) == 10
-
-
-def test_evaluations_of_the_mlp():
-    assert mlp_target.evaluation_steps(4, 2, False) == {4, 8}
-    assert mlp_target.evaluation_steps(4, 2, True) == {2, 4, 6, 8}
-    assert mlp_target.evaluation_steps(1, 2, True) == {1, 2}
-
-
-def test_comparison_of_best_trials():
-    def run(*losses):
-        curve = [
-            {"step": i, "seconds": 2.0 * i, "loss": x}
-            for i, x in enumerate(losses, start=1)
-        ]
-        return {"curve": curve, "best_loss": min(losses)}
-
-    best = {"adam": run(4.0, 3.0, 2.0, 2.5), "ours": run(3.0, 1.9, 1.0, 0.9)}
-    found = mlp_target.compare(best)
-    assert found["target"] == 2.0
-    assert found["step_ratio"] == pytest.approx(2 / 3)
-    assert mlp_target.compare(best | {"ours": run(5.0)})["step_ratio"] is None
-
-
-@pytest.mark.parametrize("name", mlp_target.OPTIMIZERS)
-def test_usual_settings_can_be_drawn(name):
-    trial = optuna.trial.FixedTrial(mlp_target.USUAL[name])
-    drawn = mlp_target.suggest(name, trial)
-    assert drawn == mlp_target.USUAL[name]
-
-
-def test_mlp_target(tmp_path):
-    options = ["--datasets", "digits", "--hidden", "3", "--train-examples", "16"]
-    options += ["--batch-size", "8", "--epochs", "1", "--our-epochs", "1"]
-    mlp_target.main([*options, "--trials", "1", "--out", str(tmp_path)])
-    lines = (tmp_path / "mlp_target.jsonl").read_text().splitlines()
-    trials = [json.loads(line) for line in lines[1:-1]]
-    assert [t["optimizer"] for t in trials] == ["adam", "ours"]
-    assert [t["values"] for t in trials] == list(mlp_target.USUAL.values())
-    assert (tmp_path / "mlp_target_digits.png").stat().st_size > 0
-
-
 def test_inverses(tmp_path, capsys):
     config = inverses.Config((6, 70), (2,), (4,), largest_eigh=6, rounds=2)
     result = inverses.main(dataclasses.replace(config, out=tmp_path))
@@ -299,23 +223,6 @@ def test_inverses(tmp_path, capsys):
     assert set(small) - set(large) == {"eigh"}
     assert small[inverses.BASELINE]["ratio"] == (1, 1, 1)
     assert "2 x 70 x 70, rank 32" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("shape", [(16, 64), (16, 9, 9, 3)])
-def test_low_rank_error(tmp_path, monkeypatch, shape):
-    """Factors of 65 are kept by 32 eigenpairs; on flat images and on square ones."""
-    spec = Spec(lambda: MLP((5,), 10), shape)
-    monkeypatch.setitem(low_rank_error.SPECS, "mlp", spec)
-    config = low_rank_error.Config(
-        ("mlp",), (0.25,), steps=3, every=2, dataset="digits", out=tmp_path
-    )
-    (run,) = low_rank_error.main(config)["runs"]
-    first, _ = run["layers"]
-    assert first["rank_a"] == (32 if len(shape) == 2 else 61)
-    assert 0.9 < first["retained_trace_a"] < 1
-    assert 0 < first["error"] < 0.5
-    assert np.isfinite(run["loss"])
-    assert json.loads((tmp_path / "low_rank_error.json").read_text())["runs"]
 
 
 def test_the_matrices_change_by_as_much_as_they_should():

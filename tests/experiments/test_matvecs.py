@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import matvecs, spectrum
-from experiments.benchmarks.matvec_cases import (
+from experiments.benchmarks.matvecs import (
     EMPIRICAL,
     MC,
     Layer,
     Network,
     carried,
     drawn_labels,
+    import_torch,
     make_problem,
     normal_vectors,
     our_operators,
     with_labels,
 )
-from experiments.benchmarks.matvec_peer import import_torch
 from experiments.datasets import load
 
 TINY = ["--dataset", "mnist5k", "--examples", "6", "--batch-size", "4", "--width", "2"]

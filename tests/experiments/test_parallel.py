@@ -13,8 +13,7 @@ from experiments.configs import KFACConfig, TrainConfig
 from experiments.errors import ConfigError
 from experiments.models import make_task
 from experiments.parallel import place_on
-from experiments.runs import make_run
-from experiments.train import make_step, train
+from experiments.train import make_run, make_step, train
 from tests.experiments.curves import close_curves, curve, interrupted, records_of
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")

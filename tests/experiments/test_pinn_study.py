@@ -11,7 +11,7 @@ from rich.console import Console
 
 from experiments.main import main
 from experiments.studies.pinn import config as configs
-from experiments.studies.pinn import problem, report, run
+from experiments.studies.pinn import report, run
 
 SMALLEST = dataclasses.replace(
     configs.TINY, width=4, interior=2, boundary=1, step_sizes=3, seconds=1e-3
@@ -26,27 +26,27 @@ def lines(path):
 
 def test_laplacian_is_the_trace_of_the_hessian():
     with jax.enable_x64(True):
-        params, (x, _, _) = problem.start(SMALLEST, 0), problem.points(SMALLEST)
-        u = lambda y: problem.network(params, y[None])[0]  # noqa: E731
+        params, (x, _, _) = run.start(SMALLEST, 0), run.points(SMALLEST)
+        u = lambda y: run.network(params, y[None])[0]  # noqa: E731
         wanted = [jnp.trace(jax.hessian(u)(y)) for y in x]
-        np.testing.assert_allclose(problem.laplacian(params, x), wanted, rtol=1e-10)
+        np.testing.assert_allclose(run.laplacian(params, x), wanted, rtol=1e-10)
 
 
 def test_loss_of_the_solution_is_zero(monkeypatch):
     """And that of zero is the mean square of ``f``; the boundary adds nothing."""
     with jax.enable_x64(True):
         config = dataclasses.replace(SMALLEST, interior=64, boundary=3)
-        batch = problem.points(config)
-        monkeypatch.setattr(problem, "network", lambda _, x: problem.solution(x))
-        assert float(problem.loss(None, *batch)) < 1e-25
-        assert float(problem.error(None)) == 0
-        monkeypatch.setattr(problem, "network", lambda _, x: 0 * x[:, 0])
+        batch = run.points(config)
+        monkeypatch.setattr(run, "network", lambda _, x: run.solution(x))
+        assert float(run.loss(None, *batch)) < 1e-25
+        assert float(run.error(None)) == 0
+        monkeypatch.setattr(run, "network", lambda _, x: 0 * x[:, 0])
         # The square of sin πx sin πy has the mean 1/4.
         np.testing.assert_allclose(
-            problem.loss(None, *batch), 0.5 * (2 * np.pi**2) ** 2 / 4, rtol=1e-10
+            run.loss(None, *batch), 0.5 * (2 * np.pi**2) ** 2 / 4, rtol=1e-10
         )
-        monkeypatch.setattr(problem, "network", lambda _, x: 1 + 0 * x[:, 0])
-        more = problem.loss(None, *batch) - 0.5 * (2 * np.pi**2) ** 2 / 4
+        monkeypatch.setattr(run, "network", lambda _, x: 1 + 0 * x[:, 0])
+        more = run.loss(None, *batch) - 0.5 * (2 * np.pi**2) ** 2 / 4
         np.testing.assert_allclose(more, 0.5 * config.boundary_weight, rtol=1e-10)
 
 
@@ -55,7 +55,7 @@ def test_steps_lower_the_loss_of_the_equation(method):
     """From the same start, every method is a descent method here."""
     with jax.enable_x64(True):
         config = dataclasses.replace(SMALLEST, step_sizes=20)
-        program = problem.make_program(config, method)
+        program = run.make_program(config, method)
         value = SMALLEST.settings(method)[-1]
         carry = program.start(0, value)
         before, _ = program.measure(carry)
@@ -65,15 +65,15 @@ def test_steps_lower_the_loss_of_the_equation(method):
 
 def test_best_step_is_the_best_of_those_tried():
     with jax.enable_x64(True):
-        batch, params = problem.points(SMALLEST), problem.start(SMALLEST, 0)
-        direction = jax.grad(problem.loss)(params, *batch)
-        found = problem.best_step(SMALLEST, batch, params, direction)
+        batch, params = run.points(SMALLEST), run.start(SMALLEST, 0)
+        direction = jax.grad(run.loss)(params, *batch)
+        found = run.best_step(SMALLEST, batch, params, direction)
         tried = [
             jax.tree.map(lambda p, d, r=rate: p - r * d, params, direction)
             for rate in (1.0, 0.5, 0.25)
         ]
-        losses = [float(problem.loss(p, *batch)) for p in tried]
-        assert float(problem.loss(found, *batch)) == pytest.approx(min(losses))
+        losses = [float(run.loss(p, *batch)) for p in tried]
+        assert float(run.loss(found, *batch)) == pytest.approx(min(losses))
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_every_method_has_its_trials_and_runs(folder):
         for record in records:
             sizes = {len(record[k]) for k in ("steps", "seconds", "losses", "errors")}
             assert len(sizes) == 1
-            assert record["steps"][1] == problem.STEPS[method]
+            assert record["steps"][1] == run.STEPS[method]
             assert record["step"] == record["steps"][-1]
 
 

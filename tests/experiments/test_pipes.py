@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from experiments.main import COMMANDS, main
-from experiments.pipes import BROKEN_PIPE
+from experiments.progress import BROKEN_PIPE
 from experiments.studies.commands import REPORTS, STUDIES
 
 
@@ -56,7 +56,7 @@ def test_a_closed_pipe_is_no_error(flush):
     """Whether the program meets it itself, or only with what is left at the end."""
     code = f"""
 import sys, time
-from experiments.pipes import ended
+from experiments.progress import ended
 def main():
     print("first", flush=True)
     time.sleep(0.5)

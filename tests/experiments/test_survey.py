@@ -15,8 +15,8 @@ from experiments import datasets
 from experiments.benchmarks.common import CompileCounter
 from experiments.errors import ConfigError, DataError
 from experiments.main import main
-from experiments.survey import cell, data, models, problem, run
 from experiments.survey import config as configs
+from experiments.survey import problem, run
 
 SHAPES = {
     "digits": ((8, 8, 1), 10),
@@ -92,7 +92,7 @@ def test_values_out_of_range(wrong):
 
 def test_averages_are_means_of_squares_of_pixels():
     images = np.arange(2 * 5 * 7 * 1, dtype=np.uint8).reshape(2, 5, 7, 1)
-    found = data.averaged(images, 2)
+    found = problem.averaged(images, 2)
     assert found.shape == (2, 2, 3, 1)
     # The fifth row and the seventh column fill no square.
     np.testing.assert_allclose(found[0, 0, 0, 0], np.mean([0, 1, 7, 8]))
@@ -101,7 +101,7 @@ def test_averages_are_means_of_squares_of_pixels():
 
 @pytest.mark.parametrize("name", ["digits", "wine", "breast_cancer"])
 def test_packaged_sets(name):
-    found = data.load(name, configs.SMALL)
+    found = problem.load(name, configs.SMALL)
     shape, classes = SHAPES[name]
     assert found.x_train.shape[1:] == found.x_test.shape[1:] == shape
     assert found.classes == classes == len(np.unique(found.y_train))
@@ -121,21 +121,21 @@ def test_records_say_where_images_were_found(monkeypatch):
         "cifar10", "CIFAR-10 (JPEG)", "/a/b/c.npz", (images, labels), (images, labels)
     )
     monkeypatch.setattr(datasets, "load", lambda name, folder: given)
-    data.load_images.cache_clear()
-    found = data.load("cifar10", configs.SMALL)
-    data.load_images.cache_clear()
+    problem.load_images.cache_clear()
+    found = problem.load("cifar10", configs.SMALL)
+    problem.load_images.cache_clear()
     assert (found.title, found.source) == ("CIFAR-10 (JPEG)", "c.npz")
     assert found.x_train.shape == (30, 6, 6, 3)
 
 
 def test_batches_are_epochs_one_after_the_other():
-    rows = data.batch_rows(10, 4, 5, seed=0)
+    rows = problem.batch_rows(10, 4, 5, seed=0)
     assert rows.shape == (5, 4)
     for epoch in rows.reshape(2, 10):
         assert sorted(epoch) == list(range(10))
-    assert data.batch_rows(3, 5, 2, seed=0).shape == (2, 5)
-    np.testing.assert_array_equal(rows, data.batch_rows(10, 4, 5, seed=0))
-    assert (rows != data.batch_rows(10, 4, 5, seed=1)).any()
+    assert problem.batch_rows(3, 5, 2, seed=0).shape == (2, 5)
+    np.testing.assert_array_equal(rows, problem.batch_rows(10, 4, 5, seed=0))
+    assert (rows != problem.batch_rows(10, 4, 5, seed=1)).any()
 
 
 # ---------------------------------------------------------------------------- networks
@@ -144,7 +144,7 @@ def test_batches_are_epochs_one_after_the_other():
 @pytest.mark.parametrize("name", configs.MODELS)
 def test_every_network_takes_every_set_and_is_covered(name):
     for (h, w, c), classes in SHAPES.values():
-        network = models.make_model(name, 6, 1, classes)
+        network = problem.make_model(name, 6, 1, classes)
         x, y = jnp.zeros((4, h, w, c)), jnp.zeros(4, jnp.int32)
         params = jax.eval_shape(network.init, jax.random.key(0), x)
 
@@ -166,7 +166,7 @@ def test_examples_do_not_mix():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((3, 4, 4, 1), np.float32)
     for name in ("norm_mlp", "residual", "attention"):
-        network = models.make_model(name, 2, 1, 3)
+        network = problem.make_model(name, 2, 1, 3)
         params = network.init(jax.random.key(0), x)
         apart = [network.apply(params, one[None])[0] for one in x]
         np.testing.assert_allclose(network.apply(params, x), apart, atol=1e-5)
@@ -178,7 +178,7 @@ def test_examples_do_not_mix():
 def test_hyperparameters_are_arguments():
     """Rate and decay change the steps, not the program; the decay is decoupled."""
     config = dataclasses.replace(configs.TINY, steps=1, train_examples=16)
-    found = problem.make_problem(config, "linear", data.load("wine", config))
+    found = problem.make_problem(config, "linear", problem.load("wine", config))
     program = problem.make_program(config, found, "sgd")
     ends, counter, counts = {}, CompileCounter(), []
     for rate, decay in ((0.1, 0.0), (0.2, 0.0), (0.1, 0.5)):
@@ -260,7 +260,7 @@ def test_failed_run_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys)
         return [{"train_loss": 1.0}]
 
     seen = []
-    monkeypatch.setattr(cell, "checkpoint", checkpoint)
+    monkeypatch.setattr(run, "checkpoint", checkpoint)
     assert main([*ARGUMENTS, "--out", str(tmp_path)]) == 1
     records = lines(tmp_path / "wine-linear.jsonl")
     assert [record["run"] for record in records] == NAMES[1:]
@@ -272,7 +272,7 @@ def test_set_that_is_missing_does_not_stop_the_others(monkeypatch, tmp_path, qui
     def load(name, config):
         raise DataError(f"{name} was not found")
 
-    monkeypatch.setattr(cell, "load", load)
+    monkeypatch.setattr(run, "load", load)
     config = dataclasses.replace(configs.TINY, out=tmp_path, models=("linear",))
     assert run.run_survey(config, quiet) == [
         "digits-linear: digits was not found",
@@ -284,10 +284,10 @@ def test_diverged_run_ends_without_figures():
     config = dataclasses.replace(
         configs.TINY, steps=2, checkpoints=(0.5, 1.0), train_examples=16
     )
-    found = problem.make_problem(config, "linear", data.load("wine", config))
+    found = problem.make_problem(config, "linear", problem.load("wine", config))
     program = problem.make_program(config, found, "sgd")
     setting = configs.Setting("sgd", 1e38, 16, 0.0, 0)
-    record = cell.run_one(config, found, program, setting)
+    record = run.run_one(config, found, program, setting)
     last = record["rows"][-1]
     assert last["trace"] is None and last["eigenvalues"] == []
     assert not np.isfinite(last["train_loss"])

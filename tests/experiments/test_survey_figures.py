@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 import kfac_jax_lite as kfac
 from experiments.survey import config as configs
-from experiments.survey import data, dense, estimates, matrices, measure, problem
+from experiments.survey import measure, problem
 
 CLASSES, DAMPING = 3, 0.1
 
@@ -30,7 +30,7 @@ def cell(single):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((14, 1, 3, 1), np.float32)
     y = rng.integers(0, CLASSES, 14).astype(np.int32)
-    given = data.Data("random", "numpy", CLASSES, x, y, x[:5], y[:5])
+    given = problem.Data("random", "numpy", CLASSES, x, y, x[:5], y[:5])
     config = dataclasses.replace(configs.TINY, rows=8, width=2)
     found = problem.make_problem(config, "norm_mlp", given)
     assert [len(labels) for _, labels in found.batches] == [7, 7]
@@ -43,7 +43,7 @@ def cell(single):
 
 @pytest.fixture(scope="module")
 def full(cell):
-    return matrices.full_matrices(*cell)
+    return measure.full_matrices(*cell)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def hand_made():
 
 def test_blocks_are_cut_out_and_decomposed():
     wanted, places, around = hand_made()
-    found = dense.decompose(around, places)
+    found = measure.decompose(around, places)
     mask = np.zeros((15, 15), bool)
     for place in places:
         mask[np.ix_(place, place)] = True
@@ -130,7 +130,7 @@ def test_blocks_are_cut_out_and_decomposed():
     np.testing.assert_allclose(
         found.top @ found.top.T, vectors[:, -10:] @ vectors[:, -10:].T, atol=1e-8
     )
-    diagonal = dense.decompose(around, None)
+    diagonal = measure.decompose(around, None)
     np.testing.assert_allclose(diagonal.matrix, np.diag(np.diag(around)))
     best = np.argsort(-np.diag(around))[:10]
     np.testing.assert_allclose(diagonal.top, np.eye(15)[:, best])
@@ -140,11 +140,11 @@ def test_blocks_are_cut_out_and_decomposed():
 def test_measures_by_their_definitions(which):
     """With a matrix whose negative eigenvalues are taken as zero."""
     _, places, around = hand_made()
-    one = dense.decompose(around, places if which == "blocks" else None)
+    one = measure.decompose(around, places if which == "blocks" else None)
     values, vectors = np.linalg.eigh(one.matrix)
     positive = vectors @ np.diag(np.maximum(values, 0)) @ vectors.T
     shifted = positive + DAMPING * np.eye(15)
-    found = dense.figures(one.all_values, DAMPING)
+    found = measure.figures(one.all_values, DAMPING)
     sign, log_det = np.linalg.slogdet(shifted)
     assert sign == 1
     wanted = {
@@ -167,9 +167,9 @@ def test_measures_by_their_definitions(which):
 
 def test_differences_by_their_definitions():
     _, places, around = hand_made()
-    full = dense.decompose(around, [np.arange(15)])
-    one = dense.decompose(around, places)
-    found = dense.differences(one, full)
+    full = measure.decompose(around, [np.arange(15)])
+    one = measure.decompose(around, places)
+    found = measure.differences(one, full)
     apart = one.matrix - around
     norm = np.linalg.norm
     assert found["error"] == pytest.approx(norm(apart) / norm(around))
@@ -180,13 +180,13 @@ def test_differences_by_their_definitions():
     assert found["cosine"] == pytest.approx(inner / norm(one.matrix) / norm(around))
     angles = scipy.linalg.subspace_angles(one.top, full.top)
     assert found["overlap"] == pytest.approx(np.mean(np.cos(angles) ** 2))
-    assert dense.differences(full, full) == {
+    assert measure.differences(full, full) == {
         "error": 0.0, "spectral_error": 0.0, "cosine": 1.0, "overlap": 1.0,
     }  # fmt: skip
 
 
 def test_rows_compare_the_matrices_in_their_order(cell, full, spectra):
-    rows = dense.rows_of(spectra, 14, DAMPING)
+    rows = measure.rows_of(spectra, 14, DAMPING)
     (row,) = [
         r for r in rows if (r["matrix"], r["approximation"]) == ("fisher", "full")
     ]
@@ -204,9 +204,9 @@ def test_rows_compare_the_matrices_in_their_order(cell, full, spectra):
 
 
 def test_zero_matrix_has_no_cosine():
-    zero = dense.decompose(np.zeros((12, 12)), [np.arange(12)])
-    assert np.isnan(dense.figures(zero.all_values, DAMPING)["stable_rank"])
-    assert np.isnan(dense.differences(zero, zero)["cosine"])
+    zero = measure.decompose(np.zeros((12, 12)), [np.arange(12)])
+    assert np.isnan(measure.figures(zero.all_values, DAMPING)["stable_rank"])
+    assert np.isnan(measure.differences(zero, zero)["cosine"])
 
 
 def test_numbers_are_rounded():
@@ -241,8 +241,8 @@ def spread(matrix, count):
 @pytest.mark.slow
 def test_estimates_are_near_the_exact_figures(cell, spectra):
     """What is exact is equal; estimates are within four standard errors."""
-    exact = dense.rows_of(spectra, 14, DAMPING)
-    found = estimates.estimated_rows(*cell, DAMPING)
+    exact = measure.rows_of(spectra, 14, DAMPING)
+    found = measure.estimated_rows(*cell, DAMPING)
     for row, wanted in zip(found, exact, strict=True):
         name, approximation = row["matrix"], row["approximation"]
         told = str((name, approximation))
@@ -261,8 +261,8 @@ def test_estimates_are_near_the_exact_figures(cell, spectra):
         shares = np.maximum(values, 0) / (np.maximum(values, 0) + DAMPING)
         shares = vectors @ np.diag(shares) @ vectors.T
         errors = {
-            "trace": spread(matrix, estimates.SAMPLES),
-            "effective_dimension": spread(shares, estimates.VECTORS),
+            "trace": spread(matrix, measure.SAMPLES),
+            "effective_dimension": spread(shares, measure.VECTORS),
         }
         closed = approximation == "kronecker"
         for column, error in errors.items():

@@ -15,12 +15,12 @@ from rich.console import Console
 
 from experiments.errors import ExperimentError, MetricsError
 from experiments.studies.pages import PNG
-from experiments.survey import plots, prediction
-from experiments.survey.agreement import FIRST, LAST, squares
+from experiments.survey import gap
+from experiments.survey import report as pages
 from experiments.survey.config import MATRICES, SurveyQuery, SurveyReport
-from experiments.survey.prediction import Predictor, Records
+from experiments.survey.gap import Predictor, Records
 from experiments.survey.queries import open_survey, run_query, save_survey
-from experiments.survey.report import save_report
+from experiments.survey.report import FIRST, LAST, save_report, squares
 from tests.experiments.survey_records import (
     COSINES,
     SETTINGS,
@@ -34,14 +34,14 @@ from tests.experiments.survey_records import (
 @pytest.fixture(autouse=True, scope="module")
 def few_resamples():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prediction, "RESAMPLES", 200)
+        patch.setattr(gap, "RESAMPLES", 200)
         yield
 
 
 @pytest.fixture
 def undrawn(monkeypatch):
     """Plots are made and not drawn: layout is what takes long."""
-    monkeypatch.setattr(plots, "write", lambda figure, path: path.write_bytes(PNG))
+    monkeypatch.setattr(pages, "write", lambda figure, path: path.write_bytes(PNG))
 
 
 @pytest.fixture(scope="module")
@@ -113,12 +113,12 @@ def tau(x, y):
     return scipy.stats.kendalltau(x, y).statistic
 
 
-@pytest.mark.parametrize("measure", [*prediction.MEASURES, *prediction.OTHERS])
+@pytest.mark.parametrize("measure", [*gap.MEASURES, *gap.OTHERS])
 @pytest.mark.parametrize("early", [False, True], ids=["last", "early"])
 def test_tau_is_the_mean_over_cells(measure, early, runs, records):
     """Within cells, against scipy on the records themselves."""
     step = STEPS[1] if early else STEPS[-1]
-    matrices = [None] if measure in prediction.OTHERS else MATRICES
+    matrices = [None] if measure in gap.OTHERS else MATRICES
     for matrix in matrices:
         values = [
             tau(
@@ -128,7 +128,7 @@ def test_tau_is_the_mean_over_cells(measure, early, runs, records):
             for cell in by_cell(runs)
         ]
         wanted = Predictor(measure, matrix, early=early)
-        found = records.correlate(wanted, prediction.plain)
+        found = records.correlate(wanted, gap.plain)
         assert (found.cells, found.runs) == (6, 48)
         assert found.found.value == pytest.approx(np.mean(values), abs=1e-6)
 
@@ -138,12 +138,12 @@ def test_planted_measures(runs, records):
     flat = [(last_of(run, "hessian")["trace"], gap_of(run)) for run in runs]
     assert tau(*zip(*flat, strict=True)) < -0.5  # what the cells must not add
     for matrix in MATRICES:
-        for rule in (prediction.plain, prediction.one_at_a_time, prediction.given_loss):
+        for rule in (gap.plain, gap.one_at_a_time, gap.given_loss):
             trace = records.correlate(Predictor("trace", matrix), rule)
             assert trace.found == pytest.approx((1, 1, 1)) and trace.decided
-        norm = records.correlate(Predictor("frobenius", matrix), prediction.plain)
+        norm = records.correlate(Predictor("frobenius", matrix), gap.plain)
         assert norm.found == pytest.approx((-1, -1, -1)) and norm.decided
-        blind = records.correlate(Predictor("stable_rank", matrix), prediction.plain)
+        blind = records.correlate(Predictor("stable_rank", matrix), gap.plain)
         assert blind.found.low < 0 < blind.found.high and not blind.decided
 
 
@@ -158,7 +158,7 @@ def test_interval_is_a_bootstrap_over_cells(runs, records):
     wanted = scipy.stats.bootstrap(
         (values,), np.mean, method="percentile", n_resamples=5000, rng=0
     ).confidence_interval
-    found = records.correlate(Predictor("log_det", "fisher"), prediction.plain)
+    found = records.correlate(Predictor("log_det", "fisher"), gap.plain)
     assert found.found[1:] == pytest.approx((wanted.low, wanted.high), abs=0.06)
 
 
@@ -178,9 +178,9 @@ def test_other_coefficients(runs, records):
         xy, xz, yz = tau(x, y), tau(x, z), tau(y, z)
         given.append((xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2)))
     wanted = Predictor("log_det", "fisher")
-    found = records.correlate(wanted, prediction.one_at_a_time)
+    found = records.correlate(wanted, gap.one_at_a_time)
     assert found.found.value == pytest.approx(np.mean(single))
-    found = records.correlate(wanted, prediction.given_loss)
+    found = records.correlate(wanted, gap.given_loss)
     assert found.found.value == pytest.approx(np.mean(given))
 
 

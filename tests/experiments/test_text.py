@@ -6,12 +6,12 @@ import pytest
 
 from experiments import datasets
 from experiments.configs import NetConfig
-from experiments.datasets import prepared, textsources
-from experiments.datasets.text import make_text
+from experiments.datasets import prepared
+from experiments.datasets.text import make_text, python_reference
 from experiments.errors import ConfigError, DataError
 from experiments.main import main
 from experiments.models import make_task
-from experiments.models.transformer import Transformer
+from experiments.models.networks import Transformer
 from experiments.reports import read_runs
 from tests.experiments.sums import state_digests
 
@@ -124,7 +124,7 @@ def test_pydoc_comes_with_python():
     data = datasets.load_text("pydoc")
     assert data.x_train.size > 300_000
     assert data.source.startswith("packaged with Python 3.")
-    text, _ = textsources.python_reference()
+    text, _ = python_reference()
     assert "lambda" in text and len(data.vocabulary) == len(set(text))
 
 

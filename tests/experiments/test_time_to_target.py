@@ -10,13 +10,10 @@ import pytest
 
 from experiments.benchmarks.time_to_target import (
     __main__,
-    arithmetic,
+    config,
+    problem,
     report,
-    schedule,
-    sizes,
-    spaces,
     study,
-    training,
 )
 from experiments.errors import ConfigError, MetricsError
 
@@ -28,29 +25,29 @@ def run(*losses, compile_seconds=1.0):
         {"step": 10 * i, "seconds": 2.0 * i, "cpu_seconds": 1.5 * i, "loss": x}
         for i, x in enumerate(losses, 1)
     ]
-    best = training.best_loss(curve)
+    best = problem.best_loss(curve)
     return {"curve": curve, "best_loss": best, "compile_seconds": compile_seconds}
 
 
 def test_times_to_the_target():
-    found = arithmetic.times(run(4.0, None, 2.0, 1.0), 2.0)
+    found = report.times(run(4.0, None, 2.0, 1.0), 2.0)
     expected = {"steps": 30, "seconds": 6, "with_compiling": 7, "cpu_seconds": 4.5}
     assert found == expected
-    assert set(arithmetic.times(run(4.0, 3.0), 2.0).values()) == {math.inf}
+    assert set(report.times(run(4.0, 3.0), 2.0).values()) == {math.inf}
 
 
 def test_score_of_a_trial():
-    assert training.score(run(4.0, 2.0, 1.0), 2.0, 100) == 0.2
+    assert problem.score(run(4.0, 2.0, 1.0), 2.0, 100) == 0.2
     # 2.5 is 25 % above the target.
-    assert training.score(run(4.0, 2.5), 2.0, 100) == 1.25
-    assert training.score(run(400.0), 2.0, 100) == 11.0
-    assert training.score(run(None), 2.0, 100) == 11.0
+    assert problem.score(run(4.0, 2.5), 2.0, 100) == 1.25
+    assert problem.score(run(400.0), 2.0, 100) == 11.0
+    assert problem.score(run(None), 2.0, 100) == 11.0
 
 
 def test_quartiles_are_values_that_were_seen():
-    assert arithmetic.quartiles([5, 1, 4, 2, 3]) == (2, 3, 4)
-    assert arithmetic.quartiles([1, math.inf, 2, math.inf, 3]) == (2, 3, math.inf)
-    assert arithmetic.quartiles([7]) == (7, 7, 7)
+    assert report.quartiles([5, 1, 4, 2, 3]) == (2, 3, 4)
+    assert report.quartiles([1, math.inf, 2, math.inf, 3]) == (2, 3, math.inf)
+    assert report.quartiles([7]) == (7, 7, 7)
 
 
 MEDIANS = {
@@ -61,28 +58,28 @@ MEDIANS = {
 
 def test_geometric_mean_over_the_tasks_that_are_reached():
     ends = {"one": 4.5, "two": 2.5}
-    found = arithmetic.relative(MEDIANS, "adamw", ends)
+    found = report.relative(MEDIANS, "adamw", ends)
     assert found["adamw"]["geometric_mean"] == 1
     # √(1/4 · 2)
     assert found["ours"]["geometric_mean"] == pytest.approx(math.sqrt(0.5))
     assert found["sgd"] == {"geometric_mean": 2, "ratios": {"one": 2}, "bounds": []}
     # A baseline that does not come there is given the end of its run.
     late = {"one": {"adamw": math.inf, "ours": 1.0}}
-    found = arithmetic.relative(late, "adamw", {"one": 8.0})
+    found = report.relative(late, "adamw", {"one": 8.0})
     assert found["ours"]["ratios"] == {"one": 1 / 8}
     assert found["ours"]["bounds"] == ["one"]
     assert found["adamw"] == {"geometric_mean": None, "ratios": {}, "bounds": []}
-    without = arithmetic.relative({"one": {"ours": 1.0}}, "adamw", {})
+    without = report.relative({"one": {"ours": 1.0}}, "adamw", {})
     assert without["ours"]["geometric_mean"] is None
 
 
 def test_end_of_a_run():
-    found = arithmetic.ends(run(4.0, 3.0))
+    found = report.ends(run(4.0, 3.0))
     assert found["steps"] == 20 and found["with_compiling"] == 5
 
 
 def test_performance_profile():
-    found = arithmetic.profiles(MEDIANS)
+    found = report.profiles(MEDIANS)
     assert found["ours"] == [(1, 0.5), (2, 1)]
     assert found["adamw"] == [(1, 0.5), (4, 1)]
     assert found["sgd"] == [(8, 0.5)]
@@ -91,24 +88,24 @@ def test_performance_profile():
 def test_schedule():
     values = {"learning_rate": 2.0, "horizon": 100.0}
     numbers = [0, 4, 50, 100, 400]
-    found = [float(schedule.rate_at(values, n)) for n in numbers]
+    found = [float(problem.rate_at(values, n)) for n in numbers]
     # 2 · 1/5 of the warm-up; half-way (1/20 + 1) / 2; then 1/20 for good.
     assert found[0] == pytest.approx(0.4)
     assert found[2:] == pytest.approx([1.05, 0.1, 0.1])
     assert 1.98 < found[1] < 2
 
 
-@pytest.mark.parametrize("task", sizes.TASKS)
-@pytest.mark.parametrize("name", sizes.OPTIMISERS)
+@pytest.mark.parametrize("task", config.TASKS)
+@pytest.mark.parametrize("name", config.OPTIMISERS)
 def test_usual_values_can_be_drawn(task, name):
-    space = spaces.space_of(task, name)
+    space = config.space_of(task, name)
     values = space.usual | {"horizon": 0.5}
     assert set(values) == set(space.distributions())
     trial = optuna.trial.create_trial(
         params=values, distributions=space.distributions(), value=0.0
     )
     assert trial.params == values
-    assert spaces.to_step(values, 200)["horizon"] == 100
+    assert config.to_step(values, 200)["horizon"] == 100
 
 
 def options(tmp_path, *rest):
@@ -177,23 +174,23 @@ def test_finished_studies_are_reported_only(tmp_path, monkeypatch):
     def no_more(*args):
         raise AssertionError("nothing is left to run")
 
-    monkeypatch.setattr(training, "train", no_more)
+    monkeypatch.setattr(problem, "train", no_more)
     assert __main__.main(options(tmp_path, *only)) == 0
     assert lines(tmp_path) == before
     assert __main__.main(options(tmp_path, "--slack", "0.5", *only)) == 1
 
 
 def test_missing_packages_are_facts(tmp_path, monkeypatch):
-    from experiments.benchmarks.time_to_target import optimisers
+    from experiments.benchmarks.time_to_target import problem
 
-    real = optimisers.importlib.import_module
+    real = problem.importlib.import_module
 
     def absent(name, *rest):
         if name == "soap_jax":
             raise ImportError("No module named 'soap_jax'")
         return real(name, *rest)
 
-    monkeypatch.setattr(optimisers.importlib, "import_module", absent)
+    monkeypatch.setattr(problem.importlib, "import_module", absent)
     only = ["--tasks", "mlp", "--optimisers", "soap"]
     assert __main__.main(options(tmp_path, *only)) == 0
     result = json.loads((tmp_path / "time_to_target.json").read_text())
@@ -203,8 +200,8 @@ def test_missing_packages_are_facts(tmp_path, monkeypatch):
 
 
 def test_records_of_other_options(tmp_path):
-    tiny = sizes.Study(size="tiny", out=tmp_path)
-    size = sizes.TINY.tasks["mlp"]
+    tiny = config.Study(size="tiny", out=tmp_path)
+    size = config.TINY.tasks["mlp"]
     record = {"kind": "trial", "step": 4, "task": "mlp", "optimiser": "ours"}
     record |= {"number": 0, "size": "tiny", "slack": 0.02}
     for fingerprint, fine in ((size.fingerprint("ours"), True), ("other", False)):
@@ -217,22 +214,22 @@ def test_records_of_other_options(tmp_path):
             with pytest.raises(MetricsError, match="mlp, ours"):
                 study.Records(tiny)
     # Forgotten, the runs of that optimiser are none of our business.
-    redo = sizes.Study(size="tiny", out=tmp_path, redo=("ours",))
+    redo = config.Study(size="tiny", out=tmp_path, redo=("ours",))
     with contextlib.closing(study.Records(redo)) as records:
         assert records.found == {}
     with pytest.raises(ConfigError, match="targets are theirs"):
-        sizes.Study(redo=("adamw",))
+        config.Study(redo=("adamw",))
 
 
 def test_options_of_ours_do_not_touch_the_others():
-    size = sizes.SMALL.tasks["mlp"]
-    chosen = sizes.Curvature(options={"inverse": "eigh"})
+    size = config.SMALL.tasks["mlp"]
+    chosen = config.Curvature(options={"inverse": "eigh"})
     other = dataclasses.replace(size, curvature=chosen)
     changed = {
         name: size.fingerprint(name) != other.fingerprint(name)
-        for name in sizes.OPTIMISERS
+        for name in config.OPTIMISERS
     }
-    assert changed == {name: name == "ours" for name in sizes.OPTIMISERS}
+    assert changed == {name: name == "ours" for name in config.OPTIMISERS}
 
 
 def test_cores(monkeypatch):
@@ -242,14 +239,14 @@ def test_cores(monkeypatch):
 
 def test_report_without_seeds(tmp_path, console):
     with pytest.raises(MetricsError, match="no seeds"):
-        report.save_report(sizes.Study(size="tiny", out=tmp_path), console)
+        report.save_report(config.Study(size="tiny", out=tmp_path), console)
 
 
 def test_held_out_examples_are_not_trained_on(tmp_path):
-    from experiments.benchmarks.time_to_target import problems
+    from experiments.benchmarks.time_to_target import problem
 
-    size = sizes.TINY.tasks["mlp"]
-    data, held, labels = problems.load_split(size, None)
+    size = config.TINY.tasks["mlp"]
+    data, held, labels = problem.load_split(size, None)
     assert len(data.x_train) == size.train and len(held) == len(labels) == 32
     seen = {x.tobytes() for x in data.x_train}
     assert not any(x.tobytes() in seen for x in held)

@@ -16,9 +16,8 @@ from experiments.datasets import batches, load
 from experiments.errors import ConfigError
 from experiments.main import main, parse
 from experiments.tuning.optimisers import make_rule, rate_at
-from experiments.tuning.problem import make_problem
-from experiments.tuning.ranges import Choice, Linear, Log, usual_of
-from experiments.tuning.trials import Program, in_loop, stacked
+from experiments.tuning.spaces import Choice, Linear, Log, usual_of
+from experiments.tuning.trials import Program, in_loop, make_problem, stacked
 from tests.experiments.tuning import OPTIONS, records, tiny
 from tests.helpers import cases
 

@@ -20,10 +20,14 @@ from experiments.errors import RunFolderError
 from experiments.main import parse
 from experiments.runfolder import locked
 from experiments.tuning import worker
-from experiments.tuning.claims import Claims, workers_folder, working
-from experiments.tuning.problem import make_problem
-from experiments.tuning.store import StorageError, open_storage
-from experiments.tuning.trials import Program
+from experiments.tuning.store import (
+    Claims,
+    StorageError,
+    open_storage,
+    workers_folder,
+    working,
+)
+from experiments.tuning.trials import Program, make_problem
 from tests.experiments.tuning import OPTIONS, records, results, tiny
 from tests.helpers import cases
 

@@ -12,22 +12,15 @@ from collections.abc import Sequence
 
 import tyro
 
-from experiments.benchmarks.time_to_target.sizes import Study
+from experiments.benchmarks.time_to_target.config import Study
 from experiments.errors import ConfigError, ExperimentError
-from experiments.pipes import ended
+from experiments.progress import ended
 
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 
 
 def use_core(core: int) -> None:
-    """Keeps this process on one core, with one thread for an operation.
-
-    Args:
-        core: its number.
-
-    Raises:
-        ConfigError: if this process may not use that core.
-    """
+    """Keeps this process on one core, with one thread for an operation."""
     allowed = os.sched_getaffinity(0)
     if core not in allowed:
         raise ConfigError(f"core is {core}; this process may use {sorted(allowed)}.")
@@ -38,14 +31,6 @@ def use_core(core: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the study and makes its report.
-
-    Args:
-        argv: the command line; that of the process by default.
-
-    Returns:
-        The exit status.
-    """
     study = tyro.cli(Study, args=argv, prog="time_to_target")
     try:
         if study.core is not None and not study.report:

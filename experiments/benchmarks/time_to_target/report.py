@@ -9,10 +9,79 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from experiments import metrics
-from experiments.benchmarks.common import text_table, write_json
-from experiments.benchmarks.time_to_target import arithmetic
-from experiments.benchmarks.time_to_target.sizes import OPTIMISERS, Study
+from experiments.benchmarks.common import first_reach, text_table, write_json
+from experiments.benchmarks.time_to_target.config import Study
 from experiments.errors import MetricsError
+
+MEASURES = ("steps", "seconds", "with_compiling", "cpu_seconds")
+
+
+def times(run: Mapping[str, Any], target: float) -> dict[str, float]:
+    """What a run took to the target, by measure."""
+    point = first_reach(run["curve"], target)
+    if point is None:
+        return dict.fromkeys(MEASURES, math.inf)
+    whole = point["seconds"] + run["compile_seconds"]
+    values = point["step"], point["seconds"], whole, point["cpu_seconds"]
+    return dict(zip(MEASURES, values, strict=True))
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile, each one of the values."""
+    ordered = sorted(values)
+    low, middle, high = (
+        ordered[max(0, math.ceil(q * len(ordered)) - 1)] for q in (0.25, 0.5, 0.75)
+    )
+    return low, middle, high
+
+
+def ends(run: Mapping[str, Any]) -> dict[str, float]:
+    """What a run took until it ended, at the target or not, by measure."""
+    return times({**run, "curve": [{**run["curve"][-1], "loss": 0.0}]}, 0.0)
+
+
+def relative(
+    medians: Mapping[str, Mapping[str, float]],
+    baseline: str,
+    baseline_ends: Mapping[str, float],
+) -> dict[str, dict[str, Any]]:
+    """Geometric means of ratios to a baseline."""
+    names = dict.fromkeys(name for row in medians.values() for name in row)
+    against = {
+        task: min(row[baseline], baseline_ends[task])
+        for task, row in medians.items()
+        if baseline in row and task in baseline_ends
+    }
+    found = {}
+    for name in names:
+        ratios = {
+            task: medians[task][name] / time
+            for task, time in against.items()
+            if math.isfinite(medians[task].get(name, math.inf))
+        }
+        logs = [math.log(ratio) for ratio in ratios.values()]
+        mean = math.exp(sum(logs) / len(logs)) if logs else None
+        bounds = [task for task in ratios if math.isinf(medians[task][baseline])]
+        found[name] = {"geometric_mean": mean, "ratios": ratios, "bounds": bounds}
+    return found
+
+
+def profiles(
+    medians: Mapping[str, Mapping[str, float]],
+) -> dict[str, list[tuple[float, float]]]:
+    """Performance profiles: share of tasks within a factor of the best."""
+    names = dict.fromkeys(name for row in medians.values() for name in row)
+    found = {}
+    for name in names:
+        factors = sorted(
+            row[name] / min(row.values())
+            for row in medians.values()
+            if math.isfinite(row.get(name, math.inf))
+        )
+        count = len(medians)
+        found[name] = [(tau, (i + 1) / count) for i, tau in enumerate(factors)]
+    return found
+
 
 BASELINE = "adamw"
 TITLES = {
@@ -22,6 +91,8 @@ TITLES = {
     "soap": "SOAP",
     "kfac_jax": "kfac-jax",
     "ours": "kfac_jax_lite",
+    "kfac_jax_auto": "kfac-jax, automatic",
+    "ours_auto": "kfac_jax_lite, automatic",
 }
 COLOURS = {
     "sgd": "#999999",
@@ -30,6 +101,8 @@ COLOURS = {
     "soap": "#e69f00",
     "kfac_jax": "#009e73",
     "ours": "#d55e00",
+    "kfac_jax_auto": "#009e73",
+    "ours_auto": "#d55e00",
 }
 AXES = {
     "steps": "steps",
@@ -41,15 +114,7 @@ Record = dict[str, Any]
 
 
 def summarise(study: Study, records: Sequence[Record]) -> Record:
-    """Turns the records into the result.
-
-    Args:
-        study: the configuration.
-        records: all of them.
-
-    Returns:
-        Targets and optimisers by task, ratios and profiles by measure, as JSON values.
-    """
+    """Turns the records into the result."""
     tasks = {r["task"]: dict(r) for r in records if r["kind"] == "target"}
     result: Record = {"size": study.size, "slack": study.slack, "tasks": {}}
     for name, found in tasks.items():
@@ -60,7 +125,7 @@ def summarise(study: Study, records: Sequence[Record]) -> Record:
         result.setdefault("machine", seeds[0]["machine"])
         rows = {
             n: optimiser_row([r for r in seeds if r["optimiser"] == n], found["target"])
-            for n in OPTIMISERS
+            for n in TITLES
             if any(r["optimiser"] == n for r in seeds)
         }
         missing = {
@@ -73,45 +138,31 @@ def summarise(study: Study, records: Sequence[Record]) -> Record:
             **kept, "data": data, "size": size, "optimisers": rows, "missing": missing
         }  # fmt: skip
     result["relative"], result["profiles"] = {}, {}
-    for measure in arithmetic.MEASURES:
+    for measure in MEASURES:
         medians = medians_of(result, measure)
         ends = {
             task: found["optimisers"][BASELINE]["ends"][measure]
             for task, found in result["tasks"].items()
             if BASELINE in found["optimisers"]
         }
-        result["relative"][measure] = arithmetic.relative(medians, BASELINE, ends)
-        result["profiles"][measure] = arithmetic.profiles(medians)
+        result["relative"][measure] = relative(medians, BASELINE, ends)
+        result["profiles"][measure] = profiles(medians)
     return result
 
 
 def optimiser_row(runs: Sequence[Record], target: float) -> Record:
-    """A winner's seeds.
-
-    Args:
-        runs: one per seed.
-        target: the held-out loss to reach.
-
-    Returns:
-        Its values, how many seeds reached the target, quartiles by measure.
-    """
-    taken = [arithmetic.times(run, target) for run in runs]
+    taken = [times(run, target) for run in runs]
     rates = [1e3 * r["curve"][-1]["seconds"] / r["curve"][-1]["step"] for r in runs]
     busy = [r["cores_busy"] for r in runs]
     return {
         "values": runs[0]["values"],
         "seeds": len(runs),
         "reached": sum(math.isfinite(t["steps"]) for t in taken),
-        **{m: arithmetic.quartiles([t[m] for t in taken]) for m in arithmetic.MEASURES},
-        "ends": {
-            m: arithmetic.quartiles([arithmetic.ends(run)[m] for run in runs])[1]
-            for m in arithmetic.MEASURES
-        },
-        "compile_seconds": arithmetic.quartiles([r["compile_seconds"] for r in runs])[
-            1
-        ],
-        "ms_per_step": arithmetic.quartiles(rates)[1],
-        "cores_busy": arithmetic.quartiles(busy)[1],
+        **{m: quartiles([t[m] for t in taken]) for m in MEASURES},
+        "ends": {m: quartiles([ends(run)[m] for run in runs])[1] for m in MEASURES},
+        "compile_seconds": quartiles([r["compile_seconds"] for r in runs])[1],
+        "ms_per_step": quartiles(rates)[1],
+        "cores_busy": quartiles(busy)[1],
     }
 
 
@@ -139,7 +190,7 @@ def tables(result: Record) -> str:
                 f"{row['reached']}/{row['seeds']}",
                 interval(row["steps"], 0),
             ]
-            + [interval(row[m], 2) for m in arithmetic.MEASURES[1:]]
+            + [interval(row[m], 2) for m in MEASURES[1:]]
             + [row["compile_seconds"], row["ms_per_step"], row["cores_busy"]]
             for name, row in found["optimisers"].items()
         ]
@@ -154,7 +205,7 @@ def tables(result: Record) -> str:
     names = list(result["relative"]["steps"])
     rows = [
         [TITLES[name]]
-        + [result["relative"][m][name]["geometric_mean"] for m in arithmetic.MEASURES]
+        + [result["relative"][m][name]["geometric_mean"] for m in MEASURES]
         + [len(result["relative"]["steps"][name][k]) for k in ("ratios", "bounds")]
         for name in names
     ]
@@ -162,24 +213,13 @@ def tables(result: Record) -> str:
         "Geometric mean relative to AdamW, over the tasks that an optimiser reaches; "
         "where AdamW does not, its whole run counts and the ratio is an upper bound"
     )
-    header = ["optimiser", *arithmetic.MEASURES, "tasks", "bounds"]
+    header = ["optimiser", *MEASURES, "tasks", "bounds"]
     parts.append(text_table(header, rows))
     return "\n".join(parts)
 
 
 def save_report(study: Study, console: Console) -> Record:
-    """Writes ``time_to_target.json``, plots the profiles and curves, prints tables.
-
-    Args:
-        study: the configuration; its folder holds the records.
-        console: where to print.
-
-    Returns:
-        The result.
-
-    Raises:
-        MetricsError: if there is no task with finished seeds.
-    """
+    """Writes ``time_to_target.json``, plots the profiles and curves, prints tables."""
     records = metrics.read_records(study.lines)
     result = summarise(study, records)
     if not result["tasks"]:
@@ -194,7 +234,7 @@ def save_report(study: Study, console: Console) -> Record:
 def plot_profiles(study: Study, result: Record) -> None:
     """Draws a profile per measure to ``time_to_target_profiles.png``."""
     figure = Figure(figsize=(12, 4), layout="constrained", dpi=120)
-    measures = arithmetic.MEASURES[:3]
+    measures = MEASURES[:3]
     for axis, measure in zip(figure.subplots(1, 3, sharey=True), measures, strict=True):
         found = result["profiles"][measure]
         last = 1.5 * max((p[-1][0] for p in found.values() if p), default=1.0)

@@ -32,14 +32,14 @@ from rich.progress import Progress
 
 from experiments import metrics
 from experiments.benchmarks.common import machine
-from experiments.benchmarks.time_to_target import optimisers, problems, training
-from experiments.benchmarks.time_to_target.sizes import (
+from experiments.benchmarks.time_to_target import problem
+from experiments.benchmarks.time_to_target.config import (
     FIRST_ORDER,
     OptimiserName,
     Study,
     TaskName,
+    space_of,
 )
-from experiments.benchmarks.time_to_target.spaces import space_of
 from experiments.errors import MetricsError
 
 STARTUP_TRIALS = 3
@@ -51,14 +51,6 @@ class Records:
     """The file of the records: what is there, and what is added."""
 
     def __init__(self, study: Study):
-        """Reads what earlier calls have finished.
-
-        Args:
-            study: its folder and sizes.
-
-        Raises:
-            MetricsError: if the file holds runs of another configuration.
-        """
         self.study, rung = study, study.rung
         metrics.keep_until(study.lines, max(t.steps for t in rung.tasks.values()))
         forget(study.lines, study.redo)
@@ -77,15 +69,7 @@ class Records:
         self.machine = machine()
 
     def get(self, make: Callable[[], Record], **key: Any) -> Record:
-        """A record that is there, or a new one.
-
-        Args:
-            make: makes what a new one holds.
-            **key: kind, task, optimiser and number.
-
-        Returns:
-            The record; of a search's trial only where the values are the same.
-        """
+        """A record that is there, or a new one."""
         record = self.found.get(key_of(key))
         if record is None:
             same = facts(self.study, key["task"], key.get("optimiser"))
@@ -100,12 +84,10 @@ class Records:
         return record
 
     def close(self) -> None:
-        """Closes the file."""
         self.file.close()
 
 
 def key_of(record: Record) -> tuple[Any, ...]:
-    """What a record is found by."""
     return tuple(record.get(k) for k in ("kind", "task", "optimiser", "number"))
 
 
@@ -133,31 +115,21 @@ class TaskRun:
     """A task of the study, with the programs compiled so far."""
 
     def __init__(self, study: Study, name: TaskName, records: Records, tell: Callable):
-        """Remembers what is needed; data are loaded when a run wants them.
-
-        Args:
-            study: the study.
-            name: the task.
-            records: finished runs.
-            tell: is given a line of text after every run.
-        """
         self.study, self.records, self.tell = study, records, tell
         self.name: TaskName = name
         self.size = study.rung.tasks[name]
-        self.programs: dict[str, optimisers.Program] = {}
-        self.problem: problems.Problem | None = None
+        self.programs: dict[str, problem.Program] = {}
+        self.problem: problem.Problem | None = None
 
-    def loaded(self) -> problems.Problem:
-        """The problem, loaded once."""
+    def loaded(self) -> problem.Problem:
         if self.problem is None:
-            self.problem = problems.make_problem(self.size, self.study.data_dir)
+            self.problem = problem.make_problem(self.size, self.study.data_dir)
         return self.problem
 
-    def program(self, optimiser: OptimiserName) -> optimisers.Program:
-        """The compiled optimiser."""
+    def program(self, optimiser: OptimiserName) -> problem.Program:
         if optimiser not in self.programs:
             names = tuple(space_of(self.name, optimiser).distributions())
-            made = optimisers.make_program(optimiser, self.loaded(), names)
+            made = problem.make_program(optimiser, self.loaded(), names)
             self.programs[optimiser] = made
         return self.programs[optimiser]
 
@@ -169,23 +141,12 @@ class TaskRun:
         values: Record,
         target: float | None,
     ) -> Record:
-        """A run, new or from the records.
-
-        Args:
-            kind: ``trial`` or ``seed``.
-            optimiser: which.
-            number: of the trial; the seed.
-            values: hyper-parameters.
-            target: where the run ends, or None.
-
-        Returns:
-            The record.
-        """
+        """A run, new or from the records."""
 
         def make():
             seed = SEARCH_SEED if kind == "trial" else number
             program, start = self.program(optimiser), time.perf_counter()
-            result = training.train(self.loaded(), program, values, seed, target)
+            result = problem.train(self.loaded(), program, values, seed, target)
             self.tell(
                 f"{self.name}, {optimiser}, {kind} {number}: "
                 f"{result['curve'][-1]['step']} steps, best {result['best_loss']}, "
@@ -233,15 +194,7 @@ class TaskRun:
         return runs
 
     def fastest(self, optimiser: OptimiserName, target: float) -> Record:
-        """Searches for the fewest steps to the target.
-
-        Args:
-            optimiser: which.
-            target: the held-out loss to reach.
-
-        Returns:
-            The best trial.
-        """
+        """Searches for the fewest steps to the target."""
         search = optuna.create_study(direction="minimize")
         runs = self.lowest(optimiser) if optimiser in FIRST_ORDER else []
         space = space_of(self.name, optimiser)
@@ -249,7 +202,7 @@ class TaskRun:
             known = optuna.trial.create_trial(
                 params=run["values"],
                 distributions=space.distributions(),
-                value=training.score(run, target, self.size.steps),
+                value=problem.score(run, target, self.size.steps),
             )
             search.add_trial(known)
         if not runs:
@@ -257,24 +210,14 @@ class TaskRun:
         for number in range(len(runs), self.study.rung.trials):
             trial = ask(self.name, optimiser, search, number)
             runs.append(self.run("trial", optimiser, number, trial.params, target))
-            search.tell(trial, training.score(runs[-1], target, self.size.steps))
-        return min(runs, key=lambda r: training.score(r, target, self.size.steps))
+            search.tell(trial, problem.score(runs[-1], target, self.size.steps))
+        return min(runs, key=lambda r: problem.score(r, target, self.size.steps))
 
 
 def ask(
     task: TaskName, optimiser: OptimiserName, search: optuna.Study, number: int
 ) -> optuna.Trial:
-    """Draws a trial; what it draws depends on the trials before alone.
-
-    Args:
-        task: the task.
-        optimiser: the optimiser.
-        search: trials until now.
-        number: of the trial.
-
-    Returns:
-        The trial; the sampler starts anew for each, from its number.
-    """
+    """Draws a trial; what it draws depends on the trials before alone."""
     search.sampler = optuna.samplers.TPESampler(
         seed=1000 + number, n_startup_trials=STARTUP_TRIALS
     )
@@ -282,15 +225,6 @@ def ask(
 
 
 def run_study(study: Study, console: Console) -> Path:
-    """Runs what is missing.
-
-    Args:
-        study: the configuration.
-        console: where to report.
-
-    Returns:
-        The file of the records.
-    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     rung, shown = study.rung, console.is_terminal
     each = rung.trials + rung.seeds
@@ -307,8 +241,9 @@ def run_study(study: Study, console: Console) -> Path:
             console.print(f"[{done}/{total}] {text}", soft_wrap=True, markup=False)
 
         for name in study.tasks:
-            run_task(TaskRun(study, name, records, tell))
-            jax.clear_caches()
+            if name in rung.tasks:
+                run_task(TaskRun(study, name, records, tell))
+                jax.clear_caches()
     return study.lines
 
 
@@ -318,7 +253,7 @@ def run_task(task: TaskRun) -> None:
     for optimiser in task.study.optimisers:
         try:
             winners[optimiser] = task.fastest(optimiser, target)
-        except (ImportError, optimisers.MissingError) as error:
+        except (ImportError, problem.MissingError) as error:
             task.tell(f"{task.name}, {optimiser}: missing, {error}")
             key = {"kind": "missing", "task": task.name, "optimiser": optimiser}
             task.records.get(lambda why=str(error): {"reason": why}, **key)

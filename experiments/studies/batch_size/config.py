@@ -3,15 +3,18 @@
 import dataclasses
 import itertools
 from pathlib import Path
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
-from experiments.configs.checks import check_choice, check_integer, check_number
-from experiments.configs.fingerprint import digest, json_values
+from experiments.configs.checks import (
+    check,
+)
 from experiments.errors import ConfigError
-from experiments.tuning.ranges import Linear, Log
+from experiments.studies.study import RESULTS, Report, Study
 from experiments.tuning.spaces import (
     AdamWSpace,
     KFACSpace,
+    Linear,
+    Log,
     MuonSpace,
     SGDSpace,
     Space,
@@ -21,19 +24,7 @@ SizeName = Literal["tiny", "small", "paper"]
 OptimizerName = Literal["sgd", "adamw", "muon", "kfac"]
 DatasetName = Literal["digits", "mnist5k", "mnist", "fashion_mnist", "cifar10"]
 OPTIMIZERS = ("sgd", "adamw", "muon", "kfac")
-DATASETS = ("digits", "mnist5k", "mnist", "fashion_mnist", "cifar10")
 
-# Which cells are run, how often and where files lie decides nothing about a run.
-NOT_IN_FINGERPRINT = (
-    "size",
-    "only",
-    "optimizers",
-    "batch_sizes",
-    "trials",
-    "seeds",
-    "data_dir",
-    "out",
-)
 # The decay of the learning rate has the same range for all.
 LATER = {"lr_decay": Log(0.02, 1.0, 0.1), "decay_epoch": Linear(0.4, 0.95, 0.7)}
 MOMENTUM = Linear(0.7, 0.97, 0.9)
@@ -41,15 +32,10 @@ MOMENTUM = Linear(0.7, 0.97, 0.9)
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """What is searched: an optimiser at a batch size.
-
-    Attributes:
-        optimizer: one of `OPTIMIZERS`.
-        batch_size: examples per step.
-    """
+    """What is searched: an optimiser at a batch size."""
 
     optimizer: str
-    batch_size: int
+    batch_size: int  # examples per step
 
     @property
     def name(self) -> str:
@@ -58,8 +44,10 @@ class Cell:
 
 
 @dataclasses.dataclass(frozen=True)
-class BatchStudy:
+class BatchStudy(Study):
     """Test accuracy of tuned optimisers by batch size, all for the same epochs."""
+
+    LEFT_OUT: ClassVar[str] = "optimizers batch_sizes trials"
 
     size: SizeName = "small"
     """Rung of the ladder; decides the defaults of all other options."""
@@ -138,42 +126,26 @@ class BatchStudy:
     """Folder of the finished runs, a file for each cell, and of the report."""
 
     def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-            ConfigError: if a value is out of range, or values do not fit together.
-        """
-        check_choice("dataset", self.dataset, DATASETS)
-        for optimizer in self.optimizers:
-            check_choice("optimizers", optimizer, OPTIMIZERS)
-        for size in self.batch_sizes:
-            check_integer("batch-sizes", size, at_least=1)
-        for name in ("trials", "seeds", "pool", "train_examples", "epochs"):
-            check_integer(name.replace("_", "-"), getattr(self, name), at_least=1)
-        for name in ("validation_examples", "startup_trials", "refresh_examples"):
-            check_integer(name.replace("_", "-"), getattr(self, name), at_least=1)
-        check_integer("prune-from", self.prune_from, at_least=0)
-        if self.kl_clip is not None:
-            check_number("kl-clip", self.kl_clip, above=0)
+        check(
+            self,
+            counts="batch_sizes trials seeds pool train_examples epochs "
+            "validation_examples startup_trials refresh_examples",
+            integers="prune_from",
+            positive="kl_clip",
+        )
         if max(self.batch_sizes) > self.train_examples:
             raise ConfigError(
                 f"batch-sizes has {max(self.batch_sizes)}; wanted at most "
                 f"train-examples, {self.train_examples}."
             )
-        for name in self.only:
-            check_choice("only", name, [cell.name for cell in self.all_cells()])
+        self.check_only()
 
     def all_cells(self) -> list[Cell]:
         """All cells; the optimisers of a batch size before the next."""
         pairs = itertools.product(self.batch_sizes, self.optimizers)
         return [Cell(optimizer, size) for size, optimizer in pairs]
 
-    def cells(self) -> list[Cell]:
-        """The cells that are wanted."""
-        return [c for c in self.all_cells() if not self.only or c.name in self.only]
-
     def space(self, optimizer: str) -> Space:
-        """The ranges of an optimiser."""
         return getattr(self, optimizer)
 
     def steps_per_epoch(self, batch_size: int) -> int:
@@ -181,20 +153,11 @@ class BatchStudy:
         return self.train_examples // batch_size
 
     def steps(self, batch_size: int) -> int:
-        """Steps of a run."""
         return self.epochs * self.steps_per_epoch(batch_size)
 
     def refresh_every(self, batch_size: int) -> int:
         """Steps between refreshes of K-FAC's factors."""
         return max(1, self.refresh_examples // batch_size)
-
-    def shared(self) -> dict[str, Any]:
-        """What decides a run beside its cell, values and seed, as JSON values."""
-        return json_values(self, NOT_IN_FINGERPRINT)
-
-    def fingerprint(self) -> str:
-        """Short digest of `shared`."""
-        return digest(self.shared())
 
 
 TINY = BatchStudy(
@@ -227,10 +190,7 @@ SIZES: dict[str, BatchStudy] = {c.size: c for c in (TINY, SMALL, PAPER)}
 
 
 @dataclasses.dataclass(frozen=True)
-class BatchReport:
+class BatchReport(Report):
     """Makes the page and the plots of a batch-size study from its finished runs."""
 
-    folder: Path = Path("experiments/studies/results/batch_size")
-    """The study's results."""
-    out: Path | None = None
-    """Folder of page and plots; that of the results if not given."""
+    folder: Path = RESULTS / "batch_size"

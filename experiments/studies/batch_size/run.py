@@ -18,92 +18,127 @@ cells (``--only``) into the same folder. Seconds are those of the training steps
 
 References:
     Naganuma et al., 2018, "Hyper-parameter optimisation for large-scale parallel deep
-    learning with an approximate natural gradient method" (in Japanese); Bergstra et
-    al., 2011, "Algorithms for hyper-parameter optimization", NeurIPS.
+    learning with an approximate natural gradient method" (in Japanese).
 """
 
-import time
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optuna
-from optuna.trial import TrialState
 from rich.console import Console
 from rich.progress import Progress
 
+from experiments.configs import NetConfig
+from experiments.configs.tune import CurvatureConfig, TuneConfig
+from experiments.datasets import Dataset, make_augmentation
+from experiments.metrics import make_evaluate
+from experiments.models import Task, make_task
 from experiments.studies.batch_size.config import BatchStudy, Cell
-from experiments.studies.batch_size.problem import (
-    Measure,
-    Problem,
-    Program,
-    load,
-    make_program,
-    measures,
-    order_of,
-)
-from experiments.studies.cells import Cells, Record
+from experiments.studies.images import load_split
+from experiments.studies.records import Cells, Record
+from experiments.studies.search import ask
+from experiments.studies.training import Program, orders, train
+from experiments.tuning.optimisers import make_rule, rate_at
 from experiments.tuning.trials import as_floats
 
 CHANCE = 0.1  # accuracy of a network that has diverged: there are ten labels
+Measure = Callable[[Any], dict[str, float]]
 
 
-def train(
-    config: BatchStudy,
-    problem: Problem,
-    cell: Cell,
-    program: Program,
-    values: dict[str, float],
-    seed: int,
-    measure: Measure,
-    ends: Callable[[int, float], bool] = lambda epoch, accuracy: False,
-) -> Record:
-    """A run.
+class Problem(NamedTuple):
+    """What all cells share."""
 
-    Args:
-        config: the study.
-        problem: data and network.
-        cell: optimiser and batch size.
-        program: the same compiled.
-        values: hyper-parameters.
-        seed: of parameters, order of the images, augmentation and sampled labels.
-        measure: is asked after every epoch.
-        ends: epoch, from 1, and accuracy to whether the run ends there.
+    data: Dataset  # training and test images; the held-out ones are in neither
+    held: tuple[np.ndarray, np.ndarray]  # validation images and labels
+    images: tuple[jax.Array, jax.Array]  # training images and labels on the device
+    task: Task  # network and loss
+
+
+def load(config: BatchStudy) -> Problem:
+    """The images; `load_split` says which are held out. The network."""
+    data, validation = load_split(config, config.dataset)
+    task = make_task(config.model, NetConfig(hidden=config.hidden), data)
+    x, y = jnp.asarray(data.x_train), jnp.asarray(data.y_train)
+    return Problem(data, validation, (x, y), task)
+
+
+def make_program(config: BatchStudy, problem: Problem, cell: Cell) -> Program:
+    """Builds and compiles a cell's step.
+
+    A step is a call of its own: inside `jax.lax.scan`, jaxlib 0.10.2 computes the
+    convolutions on CPUs ten times more slowly.
+    """
+    size, every = cell.batch_size, config.refresh_every(cell.batch_size)
+    chosen: Any = cell.optimizer
+    tuned = TuneConfig(
+        optimizer=chosen,
+        dataset=config.dataset,
+        model=config.model,
+        curvature=CurvatureConfig(
+            config.fisher, every, "cholesky", every, config.kl_clip
+        ),
+    )
+    example = problem.data.x_train[:size], problem.data.y_train[:size]
+    rule = make_rule(tuned, problem.task, example)
+    changed = make_augmentation(config.augmentation, 0.0, problem.data)
+    remembered, steps = changed.init(example), config.steps(size)
+
+    def start(seed, values):
+        params, model_state = problem.task.init(jax.random.key(seed))
+        return params, model_state, rule.init(params, values)
+
+    def step(carry, values, images, labels, rows, number, key):
+        of_images, of_labels = jax.random.split(jax.random.fold_in(key, number))
+        batch = images[rows], labels[rows]
+        _, batch = changed.apply(remembered, batch, of_images)
+        rate = rate_at(values, number, steps)
+        return rule.step(carry, values, rate, batch, of_labels)
+
+    begin = jax.jit(start)
+    values = as_floats(dict.fromkeys(config.space(cell.optimizer).ranges(), 0.5))
+    carry = jax.eval_shape(begin, 0, values)
+    inputs = *problem.images, np.zeros(size, np.int32), np.int32(0), jax.random.key(0)
+    compiled = jax.jit(step, donate_argnums=0).lower(carry, values, *inputs).compile()
+    return Program(begin, compiled)
+
+
+def measures(problem: Problem) -> tuple[Measure, Measure]:
+    """What a trial and what a winner's run are measured by after every epoch.
 
     Returns:
-        Lists with an item per epoch: what was measured, the mean loss of the batches as
-        `batch_loss`, and the wall-clock and processor seconds of its steps. A loss that
-        is not finite ends the run.
+        Functions of the carry: the first to `accuracy` and `loss` on the validation
+        images; the second to the same on the test images, and `train_accuracy` and
+        `train_loss` on as many training images as are held out, not augmented.
     """
-    numbers = as_floats(values)
-    carry = jax.block_until_ready(program.start(seed, numbers))
-    key, number = jax.random.key(seed + 1), 0
-    curves: dict[str, list[float]] = {}
-    diverged = pruned = False
-    for epoch in range(1, config.epochs + 1):
-        losses = []
-        wall, processor = time.perf_counter(), time.process_time()
-        for rows in order_of(config, problem, cell.batch_size, seed, epoch - 1):
-            carry, loss = program.step(carry, numbers, rows, np.int32(number), key)
-            losses.append(loss)
-            number += 1
-        jax.block_until_ready(carry)
-        seen = {
-            "wall": time.perf_counter() - wall,
-            "processor": time.process_time() - processor,
-            "batch_loss": float(np.mean(jax.device_get(losses))),
-            **measure(carry),
-        }
-        for name, value in seen.items():
-            curves.setdefault(name, []).append(value)
-        diverged = not np.isfinite(seen["batch_loss"])
-        pruned = not diverged and ends(epoch, seen["accuracy"])
-        if diverged or pruned:
-            break
-    flags = {"diverged": diverged, "pruned": pruned}
-    return {"values": values, "seed": seed, "steps": number, **flags, **curves}
+    count, data = len(problem.held[0]), problem.data
+    held = make_evaluate(problem.task, *problem.held)
+    test = make_evaluate(problem.task, data.x_test, data.y_test)
+    part = make_evaluate(problem.task, data.x_train[:count], data.y_train[:count])
+
+    def winner(carry):
+        seen = {f"train_{k}": v for k, v in part(*carry[:2]).items()}
+        return test(*carry[:2]) | seen
+
+    return (lambda carry: held(*carry[:2])), winner
+
+
+def run_one(
+    config: BatchStudy, problem: Problem, cell: Cell, program: Program, *how: Any
+) -> Record:
+    """A run as a record; `how` are values, seed, measure and what ends it."""
+    values, seed, *rest = how
+    size, count = cell.batch_size, len(problem.data.x_train)
+    epochs = orders(count, size, config.epochs, seed)
+    run = train(program, values, seed, problem.images, epochs, *rest)
+    flags = {"diverged": run.diverged, "pruned": run.pruned}
+    own = {"optimizer": cell.optimizer, "batch_size": cell.batch_size}
+    known = {"step": run.steps, "values": values, "seed": seed}
+    return {**known, **own, **flags, **run.curves}
 
 
 def final(record: Record) -> float:
@@ -117,148 +152,61 @@ def winner_of(records: list[Record]) -> Record:
     return max(trials, key=final)
 
 
-def make_study(config: BatchStudy, space: dict, known: list[Record]) -> optuna.Study:
-    """The search after some trials, which alone decide what comes next.
-
-    Args:
-        config: the study.
-        space: Optuna's distributions by name.
-        known: the finished trials in order.
-
-    Returns:
-        Optuna's study.
-    """
-    first = config.startup_trials
-    study = optuna.create_study(
-        direction="maximize",
-        sampler=optuna.samplers.TPESampler(seed=len(known), n_startup_trials=first),
-        pruner=optuna.pruners.MedianPruner(first, max(0, config.prune_from - 1)),
-    )
-    for record in known:
-        # Of a diverged run, only the value: its accuracies are not its best.
-        seen = () if record["diverged"] else record["accuracy"]
-        study.add_trial(
-            optuna.trial.create_trial(
-                state=TrialState.PRUNED if record["pruned"] else TrialState.COMPLETE,
-                params={name: record["values"][name] for name in space},
-                distributions=space,
-                value=final(record),
-                intermediate_values=dict(enumerate(seen, start=1)),
-            )
-        )
-    return study
+def seeds_of(records: list[Record], number: int) -> dict[int, Record]:
+    """The runs of a trial's hyper-parameters on the test images, by seed."""
+    found = [r for r in records if r["kind"] == "seed" and r["number"] == number]
+    return {r["seed"]: r for r in sorted(found, key=lambda r: r["seed"])}
 
 
-def search(
+def next_trial(config: BatchStudy, cell: Cell, known: list[Record]) -> optuna.Trial:
+    """The trial after some others."""
+    space, first = config.space(cell.optimizer), config.startup_trials
+    pruner = optuna.pruners.MedianPruner(first, max(0, config.prune_from - 1))
+    drawn, usual = space.distributions(), space.usual()
+    return ask(drawn, known, final, usual, first, pruner=pruner, maximize=True)
+
+
+def run_cell(
     config: BatchStudy,
     cells: Cells,
     cell: Cell,
     problem: Problem,
-    get_program: Callable[[], Program],
-    measure: Measure,
+    by: tuple[Measure, Measure],
     tell: Callable[[Record], None],
 ) -> None:
-    """Runs the trials of a cell that are missing.
-
-    Args:
-        config: the study.
-        cells: the files.
-        cell: what is searched.
-        problem: data and network.
-        get_program: to the cell's program.
-        measure: on the validation images.
-        tell: is given a finished trial's record.
-    """
-    space = config.space(cell.optimizer)
-    drawn = space.distributions()
+    """Runs the trials of a cell that are missing, then the winner's seeds."""
+    get_program = functools.cache(lambda: make_program(config, problem, cell))
     known = [r for r in cells.read(cell.name) if r["kind"] == "trial"]
     for number in range(len(known), config.trials):
-        study = make_study(config, drawn, known)
-        if number == 0:
-            study.enqueue_trial(space.usual())
-        trial = study.ask(drawn)
+        trial = next_trial(config, cell, known)
 
         def ends(epoch: int, accuracy: float, trial: Any = trial) -> bool:
             trial.report(accuracy, epoch)
             allowed = config.prune_from and epoch < config.epochs
             return bool(allowed and trial.should_prune())
 
-        values = dict(trial.params)
-        run = train(config, problem, cell, get_program(), values, 0, measure, ends)
-        record = {"number": number, **identity(cell), **run}
-        known.append(cells.append(cell.name, "trial", record.pop("steps"), **record))
+        how = get_program(), dict(trial.params), 0, by[0], ends
+        run = run_one(config, problem, cell, *how)
+        known.append(cells.append(cell.name, "trial", number=number, **run))
         tell(known[-1])
-
-
-def run_seeds(
-    config: BatchStudy,
-    cells: Cells,
-    cell: Cell,
-    problem: Problem,
-    get_program: Callable[[], Program],
-    measure: Measure,
-    tell: Callable[[Record], None],
-) -> None:
-    """Trains a cell's winner from the seeds that are missing.
-
-    Args:
-        config: the study.
-        cells: the files.
-        cell: optimiser and batch size.
-        problem: data and network.
-        get_program: to the cell's program.
-        measure: on the test images.
-        tell: is given a finished run's record.
-    """
-    records = cells.read(cell.name)
-    best = winner_of(records)
-    done = seeds_of(records, best["number"])
+    best = winner_of(known)
+    done = seeds_of(cells.read(cell.name), best["number"])
     for seed in range(1, config.seeds + 1):
-        if seed in done:
-            continue
-        run = train(config, problem, cell, get_program(), best["values"], seed, measure)
-        record = {"number": best["number"], **identity(cell), **run}
-        tell(cells.append(cell.name, "seed", record.pop("steps"), **record))
-
-
-def identity(cell: Cell) -> dict[str, Any]:
-    """The fields of a cell in its records."""
-    return {"optimizer": cell.optimizer, "batch_size": cell.batch_size}
-
-
-def seeds_of(records: list[Record], number: int) -> dict[int, Record]:
-    """The runs of a trial's hyper-parameters on the test images, by seed.
-
-    Args:
-        records: of a cell.
-        number: of the trial.
-
-    Returns:
-        By seed, in order.
-    """
-    found = {
-        r["seed"]: r for r in records if r["kind"] == "seed" and r["number"] == number
-    }
-    return dict(sorted(found.items()))
+        if seed not in done:
+            how = get_program(), best["values"], seed, by[1]
+            run = run_one(config, problem, cell, *how)
+            tell(cells.append(cell.name, "seed", number=best["number"], **run))
 
 
 def run_batch_size(config: BatchStudy, console: Console) -> Path:
-    """Runs what is missing.
-
-    Args:
-        config: the study.
-        console: where to report.
-
-    Returns:
-        The folder of the results.
-    """
+    """Runs what is missing."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     problem, cells, wanted = load(config), Cells(config), config.cells()
     data, sizes = problem.data, (config.train_examples, len(problem.data.x_test))
     console.print(f"Data: {data.title}, {sizes[0]} to train, {sizes[1]} to test")
-    of_trials, of_seeds = measures(problem)
+    by, each = measures(problem), config.trials + config.seeds
     with Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("runs", total=len(wanted) * (config.trials + config.seeds))
+        task = bar.add_task("runs", total=len(wanted) * each)
 
         def tell(record: Record) -> None:
             bar.advance(task)
@@ -271,18 +219,9 @@ def run_batch_size(config: BatchStudy, console: Console) -> Path:
                 soft_wrap=True,
             )
 
-        for position, cell in enumerate(wanted):
+        for position, cell in enumerate(wanted, start=1):
             bar.update(task, description=cell.name)
             console.print(cell.name)
-            made: list[Program] = []
-
-            def get_program(cell: Cell = cell, made: list[Program] = made) -> Program:
-                if not made:  # a finished cell is not compiled
-                    made.append(make_program(config, problem, cell))
-                return made[0]
-
-            shared = cells, cell, problem, get_program
-            search(config, *shared, of_trials, tell)
-            run_seeds(config, *shared, of_seeds, tell)
-            bar.update(task, completed=(position + 1) * (config.trials + config.seeds))
+            run_cell(config, cells, cell, problem, by, tell)
+            bar.update(task, completed=position * each)
     return config.out

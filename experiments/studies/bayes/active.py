@@ -32,21 +32,18 @@ from experiments.studies.bayes.config import (
     ActiveLearning,
     BayesStudy,
 )
-from experiments.studies.bayes.measures import Record
 from experiments.studies.bayes.problem import (
     Network,
+    Record,
+    Settings,
+    Values,
     WithState,
     load,
     make_network,
+    make_program,
     on_device,
 )
-from experiments.studies.bayes.training import (
-    Program,
-    Settings,
-    Values,
-    make_program,
-    train,
-)
+from experiments.studies.training import Program, train
 from kfac_jax_lite import bayes
 from kfac_jax_lite.bayes import metrics
 
@@ -55,36 +52,18 @@ LEAST = 1e-12  # mutual information whose logarithm is taken
 
 
 class Pool(NamedTuple):
-    """What all rounds of a way to acquire share.
+    """What all rounds of a way to acquire share."""
 
-    Attributes:
-        images: of the pool, on the device.
-        labels: theirs; those of images that are not acquired are not looked at.
-        test: images and labels.
-        network: on them.
-        program: the method's.
-        values: its hyper-parameters.
-    """
-
-    images: jax.Array
-    labels: jax.Array
-    test: tuple[np.ndarray, np.ndarray]
-    network: Network
-    program: Program
-    values: Values
+    images: jax.Array  # of the pool, on the device
+    labels: jax.Array  # theirs; those of images that are not acquired are not looked at
+    test: tuple[np.ndarray, np.ndarray]  # images and labels
+    network: Network  # on them
+    program: Program  # the method's
+    values: Values  # its hyper-parameters
 
 
 def runs(config: BayesStudy, name: str, done: Any) -> Iterator[tuple[int, Record]]:
-    """Runs what is missing of a way to acquire.
-
-    Args:
-        config: the study.
-        name: of the way.
-        done: seeds that are there.
-
-    Yields:
-        Seed, and lists by round: labelled images, accuracy and loss on test images.
-    """
+    """Runs what is missing of a way to acquire."""
     missing = [s for s in range(1, config.active.seeds + 1) if s not in done]
     if not missing:
         return
@@ -133,7 +112,6 @@ def of_pool(config: BayesStudy) -> BayesStudy:
 
 
 def run_one(active: ActiveLearning, pool: Pool, name: str, seed: int) -> Record:
-    """All rounds of a seed."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(pool.images))
     labelled, others = order[: active.start], order[active.start :]
@@ -142,7 +120,7 @@ def run_one(active: ActiveLearning, pool: Pool, name: str, seed: int) -> Record:
         steps = rng.integers(len(labelled), size=(active.steps, active.batch_size))
         rows = [labelled[steps].astype(np.int32)]
         values = pool.values | {"num_data": len(labelled)}
-        run = train(pool.program, values, seed, pool.images, pool.labels, rows)
+        run = train(pool.program, values, seed, (pool.images, pool.labels), rows)
         params, model_state, state = run.carry
         posterior = None if name == ENTROPY else WithState(state)
         given = posterior, (params, model_state)
@@ -176,9 +154,6 @@ def chosen(
         count: how many there are.
         number: how many to take.
         rng: of the random order, and of draws in proportion.
-
-    Returns:
-        Places among them.
     """
     if name == RANDOM:
         return rng.permutation(count)[:number]

@@ -1,19 +1,20 @@
-"""The Bayesian study's configuration and its sizes; JAX is not needed."""
+"""The sizes of the Bayesian study: for tests, for two cores, for a cluster."""
 
 import dataclasses
 import itertools
 from pathlib import Path
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
-from experiments.configs.checks import check_choice, check_integer, check_number
-from experiments.configs.fingerprint import digest, json_values
+from experiments.configs.checks import (
+    check,
+    check_number,
+)
 from experiments.errors import ConfigError
+from experiments.studies.study import RESULTS, Report, Study
 
 SizeName = Literal["tiny", "small", "paper"]
 DatasetName = Literal["digits", "mnist5k", "mnist", "fashion_mnist", "cifar10"]
 NetworkName = Literal["mlp", "lenet5", "resnet"]
-DATASETS = ("digits", "mnist5k", "mnist", "fashion_mnist", "cifar10")
-NETWORKS = ("mlp", "lenet5", "resnet")
 
 ADAM, SGD, KFAC = POINTS = ("adam", "sgd", "kfac")
 NOISY, VOGN, IVON = POSTERIORS = ("noisy_kfac", "vogn", "ivon")
@@ -31,32 +32,14 @@ ACTIVE = ("active_bald", "active_random", "active_entropy")
 REGRESSION = ("regression_noisy_kfac", "regression_laplace")
 FURTHER = (*ACTIVE, *REGRESSION)
 
-# Which cells are run, and where files lie, decides nothing about a run.
-NOT_IN_FINGERPRINT = (
-    "size",
-    "only",
-    "datasets",
-    "networks",
-    "seeds",
-    "further",
-    "data_dir",
-    "out",
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A method on a network and a data set.
-
-    Attributes:
-        dataset: one of `DATASETS`.
-        network: one of `NETWORKS`.
-        method: one of `METHODS`.
-    """
+    """A method on a network and a data set."""
 
     dataset: str
     network: str
-    method: str
+    method: str  # one of `METHODS`
 
     @property
     def name(self) -> str:
@@ -178,8 +161,10 @@ class Regression:
 
 
 @dataclasses.dataclass(frozen=True)
-class BayesStudy:
+class BayesStudy(Study):
     """Calibration of point estimates and posteriors, each tuned for itself."""
+
+    LEFT_OUT: ClassVar[str] = "datasets networks further"
 
     size: SizeName = "small"
     """Rung of the ladder; decides the defaults of all other options."""
@@ -258,40 +243,15 @@ class BayesStudy:
     """Folder of the finished runs, a file for each cell, and of the report."""
 
     def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-            ConfigError: if a value is out of range, or values do not fit together.
-        """
-        for dataset in (*self.datasets, self.active.dataset):
-            check_choice("datasets", dataset, DATASETS)
-        for network in self.networks:
-            check_choice("networks", network, NETWORKS)
-        for name in (
-            "seeds", "pool", "width", "train_examples", "validation_examples",
-            "test_examples", "outside_examples", "batch_size", "epochs", "samples",
-            "search_samples", "bins", "refresh_every",
-        ):  # fmt: skip
-            check_integer(name.replace("_", "-"), getattr(self, name), at_least=1)
-        for name in ("damping", "vogn_damping", "kl_clip"):
-            check_number(name.replace("_", "-"), getattr(self, name), above=0)
-        for name in ("momentum", "ivon_decay"):
-            value = getattr(self, name)
-            check_number(name.replace("_", "-"), value, at_least=0, below=1)
-        for severity in self.severities:
-            check_number("severities", severity, above=0)
-        self.check_grids()
-        if self.batch_size > self.train_examples:
-            raise ConfigError(
-                f"batch-size is {self.batch_size}; wanted at most train-examples, "
-                f"{self.train_examples}."
-            )
-        known = [*(cell.name for cell in self.all_cells()), *FURTHER]
-        for name in self.only:
-            check_choice("only", name, known)
-
-    def check_grids(self) -> None:
-        """Grids must hold positive numbers, and Adam's the most trials."""
+        check(
+            self,
+            counts="seeds pool width train_examples validation_examples test_examples "
+            "outside_examples batch_size epochs samples search_samples bins "
+            "refresh_every",
+            positive="damping vogn_damping kl_clip severities",
+            decays="momentum ivon_decay",
+        )
+        check(self.active, "active.")
         for method in TRAINED:
             for values in self.trials(method):
                 for name, value in values.items():
@@ -302,15 +262,17 @@ class BayesStudy:
                     f"{method} has {trials} trials; wanted from 1 to {most}, those of "
                     "adam, which the others are compared with."
                 )
+        if self.batch_size > self.train_examples:
+            raise ConfigError(
+                f"batch-size is {self.batch_size}; wanted at most train-examples, "
+                f"{self.train_examples}."
+            )
+        self.check_only(*FURTHER)
 
     def all_cells(self) -> list[Cell]:
         """All cells; what is made of others' weights comes after them."""
         problems = itertools.product(self.datasets, self.networks)
         return [Cell(*problem, method) for problem in problems for method in METHODS]
-
-    def cells(self) -> list[Cell]:
-        """The cells that are wanted."""
-        return [c for c in self.all_cells() if not self.only or c.name in self.only]
 
     def further_cells(self) -> list[str]:
         """The further parts that are wanted."""
@@ -319,7 +281,6 @@ class BayesStudy:
         return list(FURTHER) if self.further else []
 
     def trials(self, method: str) -> list[dict[str, float]]:
-        """What is tried of a method."""
         return getattr(self, method).trials()
 
     @property
@@ -329,23 +290,65 @@ class BayesStudy:
 
     @property
     def steps(self) -> int:
-        """Steps of a run."""
         return self.epochs * self.steps_per_epoch
-
-    def shared(self) -> dict[str, Any]:
-        """What decides a run beside its cell, values and seed, as JSON values."""
-        return json_values(self, NOT_IN_FINGERPRINT)
-
-    def fingerprint(self) -> str:
-        """Short digest of `shared`."""
-        return digest(self.shared())
 
 
 @dataclasses.dataclass(frozen=True)
-class BayesReport:
+class BayesReport(Report):
     """Makes the page and the plots of a Bayesian study from its finished runs."""
 
-    folder: Path = Path("experiments/studies/results/bayes")
-    """The study's results."""
-    out: Path | None = None
-    """Folder of page and plots; that of the results if not given."""
+    folder: Path = RESULTS / "bayes"
+
+
+TINY = BayesStudy(
+    size="tiny",
+    datasets=("digits",),
+    networks=("mlp",),
+    seeds=2,
+    pool=1,
+    hidden=(8,),
+    train_examples=256,
+    validation_examples=64,
+    test_examples=100,
+    outside_examples=50,
+    severities=(0.2,),
+    batch_size=64,
+    epochs=2,
+    samples=4,
+    search_samples=2,
+    bins=5,
+    refresh_every=2,
+    adam=PointGrid((3e-3, 0.01), (0.01,)),
+    sgd=PointGrid((0.1,), (1e-3,)),
+    kfac=PointGrid((0.03,), (0.01,)),
+    noisy_kfac=PosteriorGrid((0.03,), (10.0,), (0.1, 1.0)),
+    vogn=PosteriorGrid((0.01,), (10.0,), (0.1,)),
+    ivon=IVONGrid((0.1,), (10.0,), (1.0,), (0.1,)),
+    active=ActiveLearning(
+        dataset="digits",
+        hidden=(8,),
+        pool_examples=80,
+        test_examples=50,
+        start=10,
+        acquired=5,
+        rounds=1,
+        steps=4,
+        batch_size=8,
+        samples=3,
+        seeds=2,
+    ),
+    regression=Regression(examples=12, hidden=(4,), steps=4, samples=5),
+)
+SMALL = BayesStudy()
+PAPER = BayesStudy(
+    size="paper",
+    pool=1,
+    blocks=(3, 3, 3),
+    width=16,
+    train_examples=45_000,
+    validation_examples=5_000,
+    test_examples=10_000,
+    outside_examples=10_000,
+    epochs=100,
+)
+SIZES: dict[str, BayesStudy] = {c.size: c for c in (TINY, SMALL, PAPER)}

@@ -19,7 +19,7 @@ from experiments.studies.bayes.config import (
     BayesStudy,
     Regression,
 )
-from experiments.studies.bayes.measures import Record
+from experiments.studies.bayes.problem import Record
 from kfac_jax_lite import bayes
 
 NOISY, LAPLACE = REGRESSION
@@ -29,7 +29,6 @@ GAP, END, FARTHEST, POINTS = 0.3, 1.0, 1.4, 141
 
 
 def truth(x: Any) -> Any:
-    """The function behind the data."""
     return 2 * x**3 - x / 2
 
 
@@ -110,11 +109,6 @@ def train(part: Regression, noisy: bool) -> tuple[Any, Any, Any]:
 
 def runs(config: BayesStudy, name: str, done: Any) -> Iterator[tuple[int, Record]]:
     """Runs a method of the example if it is missing.
-
-    Args:
-        config: the study.
-        name: of the method.
-        done: seeds that are there.
 
     Yields:
         The seed, 0, and lists over a grid of inputs: mean and standard deviation of the

@@ -21,16 +21,22 @@ References:
     and strange images); Lakshminarayanan et al., 2017, arXiv:1612.01474 (ensembles).
 """
 
+import functools
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments.studies.bayes import active, derived, regression, weights
+import kfac_jax_lite as kfac
+from experiments.errors import MetricsError
+from experiments.studies.bayes import active, regression
 from experiments.studies.bayes.config import (
     ACTIVE,
     DERIVED,
@@ -38,89 +44,128 @@ from experiments.studies.bayes.config import (
     BayesStudy,
     Cell,
 )
-from experiments.studies.bayes.measures import Record, measure
 from experiments.studies.bayes.problem import (
     Images,
     Network,
+    Predict,
+    Record,
+    Settings,
+    Values,
     WithState,
     load,
+    make_program,
+    measure,
     network_of,
     on_device,
 )
-from experiments.studies.bayes.training import (
-    Program,
-    Run,
-    Settings,
-    Values,
-    make_program,
-    orders,
-    train,
-)
-from experiments.studies.cells import Cells
+from experiments.studies.records import Cells
+from experiments.studies.training import Program, Run, orders, train
 from kfac_jax_lite import bayes
 from kfac_jax_lite.bayes import metrics
+
+
+def path_of(config: BayesStudy, cell: Cell, seed: int) -> Path:
+    """The file of a cell's weights from a seed."""
+    return config.out / "weights" / f"{cell.name}_{seed}.npz"
+
+
+def save(path: Path, tree: Any) -> None:
+    """Writes the leaves of a tree, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez_compressed(temporary, *leaves)
+    os.replace(temporary, path)
+
+
+def read(path: Path, like: Any) -> Any:
+    if not path.exists():
+        raise MetricsError(
+            f"{path} does not exist: the weights are those of another cell, which has "
+            "to be run first, into the same folder."
+        )
+    leaves, structure = jax.tree.flatten(like)
+    with np.load(path, allow_pickle=False) as file:
+        found = [file[f"arr_{i}"] for i in range(len(file.files))]
+    if [x.shape for x in found] != [tuple(x.shape) for x in leaves]:
+        raise MetricsError(f"{path} holds weights of another network.")
+    return jax.tree.unflatten(structure, [jax.numpy.asarray(x) for x in found])
+
+
+ENSEMBLE = "ensemble"
+BASES = frozenset(base for base, _ in DERIVED.values())
+# Images whose Jacobians are in memory together.
+CHUNK = 250
+BATCH = 1_000
+
+
+def ensemble(network: Network, members: list[Any]) -> Predict:
+    """The mean of the members' probabilities."""
+
+    def probabilities(images):
+        each = [
+            bayes.predict(network.logits, None, member, images, batch_size=BATCH)
+            for member in members
+        ]
+        return jnp.mean(jnp.stack(each), 0)
+
+    return probabilities
+
+
+def linearised(
+    config: BayesStudy, images: Images, network: Network, trained: Any, how: str
+) -> tuple[Predict, Record]:
+    """Laplace's predictions around some weights."""
+    params, model_state = trained
+    x, y = images.data.x_train, images.data.y_train
+    # Whole batches: one program, as an incomplete one would be another.
+    size = min(BATCH, len(x))
+    batches = [
+        (model_state, x[i : i + size], y[i : i + size])
+        for i in range(0, len(x) - size + 1, size)
+    ]
+    tagged = kfac.tag(network.loss, params, *batches[0])
+    posterior = bayes.laplace(tagged, params, batches, how, num_data=len(x))
+    posterior = posterior.tune_prior()
+
+    def logits(params, images):
+        return network.logits((params, model_state), images)
+
+    def probabilities(images):
+        parts = [images[i : i + CHUNK] for i in range(0, len(images), CHUNK)]
+        found = [bayes.predict_glm(logits, posterior, params, part) for part in parts]
+        return jnp.concatenate(found)
+
+    precision = np.asarray(posterior.prior_precision)
+    evidence = float(posterior.log_marginal_likelihood())
+    return probabilities, {"precision": float(precision[0]), "evidence": evidence}
+
 
 SEARCH_SEED = 0
 # Of the draws for predictions, beside the seed of a run.
 DRAW_KEY = 1_000
-BATCH = 1_000
 Tell = Callable[[str, Record], None]
 
 
 class Context(NamedTuple):
-    """What the runs of a data set and a network share.
-
-    Attributes:
-        config: the study.
-        cells: the files.
-        images: of the data set.
-        network: on them.
-        tell: is given the name of a cell and a finished run's record.
-    """
+    """What the runs of a data set and a network share."""
 
     config: BayesStudy
     cells: Cells
-    images: Images
-    network: Network
-    tell: Tell
+    images: Images  # of the data set
+    network: Network  # on them
+    tell: Tell  # is given the name of a cell and a finished run's record
 
 
 def settings_of(config: BayesStudy, method: str) -> Settings:
     """What the runs of a method have in common."""
-    return Settings(
-        method,
-        config.train_examples,
-        config.steps,
-        config.damping,
-        config.vogn_damping,
-        config.refresh_every,
-        config.kl_clip,
-        config.momentum,
-        config.ivon_decay,
-    )
-
-
-def run_one(context: Context, program: Program, values: Values, seed: int) -> Run:
-    """A run on the training images."""
-    config, data = context.config, context.images.data
-    images, labels = on_device((data.x_train, data.y_train))
-    epochs = orders(len(images), config.batch_size, config.epochs, seed)
-    return train(program, values, seed, images, labels, epochs)
+    names = Settings._fields[3:]
+    own = {name: getattr(config, name) for name in names}
+    return Settings(method, config.train_examples, config.steps, **own)
 
 
 def predictor(context: Context, method: str, run: Run, seed: int, samples: int):
-    """A method's own predictions, of its weights or of draws around them.
-
-    Args:
-        context: data set and network.
-        method: its name.
-        run: that it is of.
-        seed: of the draws.
-        samples: how many; 0 for the mean alone.
-
-    Returns:
-        From images to probabilities.
-    """
+    """A method's own predictions, of its weights or of draws around them."""
     params, model_state, state = run.carry
     posterior = None if method in POINTS else WithState(state)
     key = jax.random.key(DRAW_KEY + seed)
@@ -131,43 +176,6 @@ def predictor(context: Context, method: str, run: Run, seed: int, samples: int):
         return bayes.predict(logits, *given, batch_size=BATCH)
 
     return probabilities
-
-
-def search(
-    context: Context, cell: Cell, get_program: Callable[[], Program]
-) -> list[Record]:
-    """Runs the trials that are missing; all of them, in the grid's order.
-
-    Args:
-        context: data set and network.
-        cell: with the method.
-        get_program: to the method's program.
-
-    Returns:
-        The trials' records.
-    """
-    config, (held, labels) = context.config, context.images.held
-    done = [r for r in context.cells.read(cell.name) if r["kind"] == "trial"]
-    found = []
-    for values in config.trials(cell.method):
-        known = [r for r in done if r["values"] == values]
-        if not known:
-            run = run_one(context, get_program(), values, SEARCH_SEED)
-            own = predictor(context, cell.method, run, 0, config.search_samples)
-            p = own(held)
-            record = {
-                **identity(cell),
-                "values": values,
-                "seed": SEARCH_SEED,
-                "nll": float(metrics.nll(p, labels)),
-                "accuracy": float(metrics.accuracy(p, labels)),
-                "loss": run.loss,
-                "seconds": run.seconds,
-            }
-            known = [context.cells.append(cell.name, "trial", config.steps, **record)]
-            context.tell(cell.name, known[0])
-        found.append(known[0])
-    return found
 
 
 def of_trial(record: Record) -> float:
@@ -181,48 +189,69 @@ def winner_of(trials: list[Record]) -> Record:
     return min(trials, key=of_trial)
 
 
-def identity(cell: Cell) -> Record:
-    """The fields of a cell in its records."""
-    return {"dataset": cell.dataset, "network": cell.network, "method": cell.method}
-
-
-def seeds_of(records: list[Record], values: Values) -> dict[int, Record]:
-    """The runs of some hyper-parameters on the test images, by seed, in order."""
-    found = {
-        r["seed"]: r for r in records if r["kind"] == "seed" and r["values"] == values
-    }
-    return dict(sorted(found.items()))
-
-
 def run_trained(context: Context, cell: Cell) -> None:
     """Runs what is missing of a trained method: its trials, then the winner's seeds."""
-    config, cells, images = context.config, context.cells, context.images
-    made: list[Program] = []
+    config, images, method = context.config, context.images, cell.method
+    data, size = images.data, config.batch_size
+    whole = on_device((data.x_train, data.y_train))
 
+    @functools.cache  # a finished cell is not compiled
     def get_program() -> Program:
-        if not made:  # a finished cell is not compiled
-            settings = settings_of(config, cell.method)
-            size = config.batch_size
-            example = images.data.x_train[:size], images.data.y_train[:size]
-            made.append(make_program(settings, context.network.task, example))
-        return made[0]
+        example = data.x_train[:size], data.y_train[:size]
+        settings = settings_of(config, method)
+        return make_program(settings, context.network.task, example)
 
-    values = winner_of(search(context, cell, get_program))["values"]
-    done = seeds_of(cells.read(cell.name), values)
-    for seed in range(1, config.seeds + 1):
-        if seed in done:
-            continue
-        run = run_one(context, get_program(), values, seed)
-        own = predictor(context, cell.method, run, seed, config.samples)
-        record: Record = {**identity(cell), "values": values, "seed": seed}
-        record |= measure(config, images, own)
-        if cell.method not in POINTS:
-            plain = predictor(context, cell.method, run, seed, 0)
+    def trained(values: Values, seed: int) -> tuple[Run, Record]:
+        epochs = orders(len(whole[0]), size, config.epochs, seed)
+        run = train(get_program(), values, seed, whole, epochs)
+        # The first epoch may have compiled.
+        walls = run.curves["wall"][1:] or run.curves["wall"]
+        seconds = float(np.median(walls)) / len(epochs[0])
+        loss = run.curves["batch_loss"][-1]
+        return run, {"step": config.steps, "loss": loss, "seconds": seconds}
+
+    def trial(values: Values) -> Record:
+        run, facts = trained(values, SEARCH_SEED)
+        held, labels = images.held
+        p = predictor(context, method, run, SEARCH_SEED, config.search_samples)(held)
+        nll, accuracy = metrics.nll(p, labels), metrics.accuracy(p, labels)
+        return facts | {"nll": float(nll), "accuracy": float(accuracy)}
+
+    def winner(values: Values, seed: int) -> Record:
+        run, facts = trained(values, seed)
+        own = predictor(context, method, run, seed, config.samples)
+        record = facts | measure(config, images, own)
+        if method not in POINTS:
+            plain = predictor(context, method, run, seed, 0)
             record["mean_weights"] = measure(config, images, plain)["test"]
-        record |= {"loss": run.loss, "seconds": run.seconds}
-        if cell.method in derived.BASES:
-            weights.save(weights.path_of(config, cell, seed), run.carry[:2])
-        context.tell(cell.name, cells.append(cell.name, "seed", config.steps, **record))
+        if method in BASES:
+            save(path_of(config, cell, seed), run.carry[:2])
+        return record
+
+    trials = [
+        finish(context, cell, "trial", lambda v=v: trial(v), v, SEARCH_SEED)
+        for v in config.trials(method)
+    ]
+    values = winner_of(trials)["values"]
+    for seed in range(1, config.seeds + 1):
+        finish(context, cell, "seed", lambda s=seed: winner(values, s), values, seed)
+
+
+def finish(
+    context: Context,
+    cell: Cell,
+    kind: str,
+    make: Callable[[], Record],
+    values: Values,
+    seed: int,
+) -> Record:
+    """A run of a cell, new or from its file."""
+    key = {"dataset": cell.dataset, "network": cell.network, "method": cell.method}
+    key |= {"values": values, "seed": seed}
+    record, new = context.cells.get(cell.name, kind, make, **key)
+    if new:
+        context.tell(cell.name, record)
+    return record
 
 
 def run_cell(context: Context, cell: Cell) -> None:
@@ -231,15 +260,25 @@ def run_cell(context: Context, cell: Cell) -> None:
         run_trained(context, cell)
         return
     base, how = DERIVED[cell.method]
-    config, cells = context.config, context.cells
-    trials = [r for r in cells.read(cell.of(base).name) if r["kind"] == "trial"]
+    config, cells, base = context.config, context.cells, cell.of(base)
+    trials = [r for r in cells.read(base.name) if r["kind"] == "trial"]
     values = winner_of(trials)["values"] if trials else {}
-    done = seeds_of(cells.read(cell.name), values)
-    for seed, found in derived.runs(
-        config, context.images, context.network, cell.of(base), how, done
-    ):
-        record = {**identity(cell), "values": values, "seed": seed, **found}
-        context.tell(cell.name, cells.append(cell.name, "seed", 0, **record))
+    like = jax.eval_shape(context.network.task.init, jax.random.key(0))
+
+    def derived(seed: int) -> Record:
+        shared = config, context.images
+        if how == ENSEMBLE:
+            seeds = range(1, config.seeds + 1)
+            members = [read(path_of(config, base, s), like) for s in seeds]
+            found = measure(*shared, ensemble(context.network, members))
+        else:
+            trained = read(path_of(config, base, seed), like)
+            own, fitted = linearised(*shared, context.network, trained, how)
+            found = measure(*shared, own) | fitted
+        return {"step": 0, **found}
+
+    for seed in [0] if how == ENSEMBLE else range(1, config.seeds + 1):
+        finish(context, cell, "seed", lambda s=seed: derived(s), values, seed)
 
 
 def run_further(config: BayesStudy, cells: Cells, name: str, tell: Tell) -> None:
@@ -258,7 +297,7 @@ def total_runs(config: BayesStudy) -> int:
     for cell in config.cells():
         trained = cell.method not in DERIVED
         total += len(config.trials(cell.method)) if trained else 0
-        whole = not trained and DERIVED[cell.method][1] == derived.ENSEMBLE
+        whole = not trained and DERIVED[cell.method][1] == ENSEMBLE
         total += 1 if whole else config.seeds
     for name in config.further_cells():
         total += config.active.seeds if name in ACTIVE else 1
@@ -281,15 +320,6 @@ def text_of(record: Record) -> str:
 
 
 def run_bayes(config: BayesStudy, console: Console) -> Path:
-    """Runs what is missing.
-
-    Args:
-        config: the study.
-        console: where to report.
-
-    Returns:
-        The folder of the results.
-    """
     cells = Cells(config)
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("runs", total=total_runs(config))

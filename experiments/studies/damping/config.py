@@ -2,43 +2,26 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
-from experiments.configs.checks import check_choice, check_integer, check_number
-from experiments.configs.fingerprint import digest, json_values
+from experiments.configs.checks import (
+    check,
+)
 from experiments.errors import ConfigError
+from experiments.studies.study import RESULTS, Report, Study
 
 SizeName = Literal["tiny", "small", "paper"]
-DATASETS = ("digits", "mnist")
 SGD, ADAPTIVE, JUDGED, FIXED = "sgd", "adaptive", "levenberg_marquardt", "fixed"
 DEFAULT = "default"
 TaskName = Literal["autoencoder", "mlp", "lenet", "resnet"]
 
-# Which cells are run, how often and where files lie decides nothing about a trial.
-NOT_IN_FINGERPRINT = (
-    "size",
-    "only",
-    "dampings",
-    "trials",
-    "seeds",
-    "tasks",
-    "task_rates",
-    "data_dir",
-    "out",
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """What is searched: an optimiser with its damping.
+    """What is searched: an optimiser with its damping."""
 
-    Attributes:
-        method: ``sgd``, ``fixed``, ``adaptive`` or ``levenberg_marquardt``.
-        damping: of ``fixed``; None otherwise.
-    """
-
-    method: str
-    damping: float | None = None
+    method: str  # ``sgd``, ``fixed``, ``adaptive`` or ``levenberg_marquardt``
+    damping: float | None = None  # of ``fixed``; None otherwise
 
     @property
     def name(self) -> str:
@@ -47,8 +30,10 @@ class Cell:
 
 
 @dataclasses.dataclass(frozen=True)
-class DampingStudy:
+class DampingStudy(Study):
     """Training loss of K-FAC by damping, learning rates and momenta tuned for each."""
+
+    LEFT_OUT: ClassVar[str] = "dampings trials tasks task_rates"
 
     size: SizeName = "small"
     """Rung of the ladder; decides the defaults of all other options."""
@@ -91,39 +76,23 @@ class DampingStudy:
     """Folder of the finished trials, a file for each cell, and of the report."""
 
     def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-            ConfigError: if a value is out of range, or values do not fit together.
-        """
-        check_choice("dataset", self.dataset, DATASETS)
-        for name in ("trials", "seeds", "hidden", "width", "batch_size", "eval_every"):
-            check_integer(name.replace("_", "-"), getattr(self, name), at_least=1)
-        check_integer("inverse-interval", self.inverse_interval, at_least=1)
-        check_integer("eval-examples", self.eval_examples, at_least=1)
-        for damping in self.dampings:
-            check_number("dampings", damping, above=0)
-        for rate in self.task_rates:
-            check_number("task-rates", rate, above=0)
-        if self.kl_clip is not None:
-            check_number("kl-clip", self.kl_clip, above=0)
-        if self.steps % self.eval_every or self.steps < 1:
+        check(
+            self,
+            counts="trials seeds hidden width batch_size eval_every steps "
+            "inverse_interval eval_examples",
+            positive="dampings task_rates kl_clip",
+        )
+        if self.steps % self.eval_every:
             raise ConfigError(
                 f"steps is {self.steps}; wanted a multiple of eval-every, "
                 f"{self.eval_every}."
             )
-        known = [cell.name for cell in self.all_cells()]
-        for name in self.only:
-            check_choice("only", name, (*known, "sensitivity", "tasks"))
+        self.check_only("sensitivity", "tasks")
 
     def all_cells(self) -> list[Cell]:
         """All cells, the fixed dampings from small to large."""
         fixed = [Cell(FIXED, damping) for damping in sorted(self.dampings)]
         return [Cell(SGD), *fixed, Cell(ADAPTIVE), Cell(JUDGED)]
-
-    def cells(self) -> list[Cell]:
-        """The cells that are wanted."""
-        return [c for c in self.all_cells() if not self.only or c.name in self.only]
 
     @property
     def wants_sensitivity(self) -> bool:
@@ -134,14 +103,6 @@ class DampingStudy:
     def wants_tasks(self) -> bool:
         """Whether the runs on other tasks are wanted."""
         return bool(self.tasks) and (not self.only or "tasks" in self.only)
-
-    def shared(self) -> dict[str, Any]:
-        """What decides a trial beside its cell and values, as JSON values."""
-        return json_values(self, NOT_IN_FINGERPRINT)
-
-    def fingerprint(self) -> str:
-        """Short digest of `shared`."""
-        return digest(self.shared())
 
 
 TINY = DampingStudy(
@@ -165,10 +126,7 @@ SIZES: dict[str, DampingStudy] = {c.size: c for c in (TINY, SMALL, PAPER)}
 
 
 @dataclasses.dataclass(frozen=True)
-class DampingReport:
+class DampingReport(Report):
     """Makes the page and the plots of a damping study from its finished trials."""
 
-    folder: Path = Path("experiments/studies/results/damping")
-    """The study's results."""
-    out: Path | None = None
-    """Folder of page and plots; that of the results if not given."""
+    folder: Path = RESULTS / "damping"

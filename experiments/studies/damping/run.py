@@ -12,37 +12,175 @@ References:
     Bergstra et al., 2011, "Algorithms for hyper-parameter optimization", NeurIPS.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import optuna
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments.studies.cells import Cells, Record
+import kfac_jax_lite as kfac
+from experiments import datasets
+from experiments.stepping import step as one_step
 from experiments.studies.damping import tasks
 from experiments.studies.damping.config import (
     ADAPTIVE,
     FIXED,
+    JUDGED,
     SGD,
     Cell,
     DampingStudy,
 )
-from experiments.studies.damping.problem import (
-    Images,
-    Program,
-    batches,
-    damping_of,
-    load,
-    make_program,
-)
-from experiments.tuning.ranges import Linear, Log
+from experiments.studies.records import Cells, Record
+from experiments.studies.search import ask
+from experiments.tuning.spaces import Linear, Log
 from kfac_jax_lite.core.pytree import find_states
+
+FACTOR_DECAY = 0.95
+Values = dict[str, Any]
+
+
+class Images(NamedTuple):
+    """Training images ``[n, pixels]`` in [0, 1], labels ``[n]``, and their source."""
+
+    x: jax.Array
+    y: jax.Array
+    classes: int
+    title: str
+
+
+def load(config: DampingStudy) -> Images:
+    data = datasets.load(config.dataset, config.data_dir)
+    x = np.asarray(data.x_train, np.float32) / data.maximum
+    flat = jnp.asarray(x.reshape(len(x), -1))
+    return Images(flat, jnp.asarray(data.y_train), data.num_classes, data.title)
+
+
+def make_init(config: DampingStudy, images: Images) -> Callable[[jax.Array], list]:
+    """Makes initial parameters: all uniform in ``±1/√(fan-in)``, as PyTorch's."""
+    hidden = [config.width] * config.hidden
+    sizes = [images.x.shape[-1], *hidden, images.classes]
+
+    def init(key):
+        params = []
+        for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True):
+            key, of_w, of_b = jax.random.split(key, 3)
+            bound = n_in**-0.5
+            draw = {"minval": -bound, "maxval": bound}
+            w = jax.random.uniform(of_w, (n_in, n_out), **draw)
+            params.append({"w": w, "b": jax.random.uniform(of_b, (n_out,), **draw)})
+        return params
+
+    return init
+
+
+def loss(params: list, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Mean cross-entropy of the linear network."""
+    for layer in params:
+        x = x @ layer["w"] + layer["b"]
+    logits = kfac.categorical(x)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+
+class Program(NamedTuple):
+    """A method, compiled once; hyper-parameters are arguments."""
+
+    start: Callable[..., Any]  # ``(seed, values) -> carry``
+    # ``(carry, values, batches [k, B], keys [k]) -> carry``; the carry is donated.
+    advance: Callable[..., Any]
+    measure: Callable[[Any], jax.Array]  # ``carry -> training loss``
+    # ``carry -> gradient of the training loss``, a tree.
+    gradients: Callable[[Any], Any]
+
+
+def make_program(
+    config: DampingStudy, images: Images, method: str, kl_clip: float | None
+) -> Program:
+    init = make_init(config, images)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    part = images.x[: config.eval_examples], images.y[: config.eval_examples]
+    batch = images.x[: config.batch_size], images.y[: config.batch_size]
+    tagged = kfac.tag(loss, shapes, *batch, fisher=config.fisher)
+
+    def make_tx(values: Values) -> optax.GradientTransformationExtraArgs:
+        def rate(count):
+            # Linear from the first value to its share `end`.
+            return values["rate"] * (1 - (1 - values["end"]) * count / config.steps)
+
+        if method == SGD:
+            sgd = optax.sgd(rate, momentum=values["momentum"])
+            return optax.with_extra_args_support(sgd)
+        rules: dict[str, Any] = {ADAPTIVE: kfac.damping.adaptive}
+        rules[JUDGED] = kfac.damping.levenberg_marquardt
+        return kfac.kfac(
+            tagged.layers,
+            rate,
+            damping=values["damping"] if method == FIXED else rules[method](),
+            momentum=values["momentum"],
+            kl_clip=kl_clip,
+            factor_decay=FACTOR_DECAY,
+            inverse_interval=config.inverse_interval,
+        )
+
+    def step(carry, values, picked, key):
+        params, state = carry
+        batch, tx = (images.x[picked], images.y[picked]), make_tx(values)
+        if method != JUDGED:
+            chosen: Any = loss if method == SGD else tagged
+            options = {"key": key, "deferred": True}
+            return one_step(chosen, tx, params, state, batch, **options)[:2]
+        _, grads, statistics = tagged.value_and_grad(
+            params, *batch, opt_state=state, key=key, deferred=True
+        )
+        model = kfac.quadratic_model(tagged, params, *batch)
+        given = {"statistics": statistics, "model": model}
+        updates, state = tx.update(grads, state, params, **given)
+        return optax.apply_updates(params, updates), state
+
+    def advance(carry, values, picked, keys):
+        def turn(carry, drawn):
+            return step(carry, values, *drawn), None
+
+        return jax.lax.scan(turn, carry, (picked, keys))[0]
+
+    def start(seed, values):
+        params = init(jax.random.key(seed))
+        state: Any = make_tx(values).init(params)
+        if method == ADAPTIVE and "damping" in values:  # another first damping
+            state = state._replace(damping=jnp.float32(values["damping"]))
+        return params, state
+
+    return Program(
+        start,
+        jax.jit(advance, donate_argnums=0),
+        jax.jit(lambda carry: loss(carry[0], *part)),
+        jax.jit(lambda carry: jax.grad(loss)(carry[0], *part)),
+    )
+
+
+def damping_of(carry: Any) -> float | None:
+    """The damping in force; None for SGD."""
+    try:
+        return kfac.report(carry[1])[0]["damping"]
+    except ValueError:
+        return None
+
+
+def batches(config: DampingStudy, images: Images, seed: int) -> np.ndarray:
+    """Numbers of the images of every step, ``[steps, batch]``: epochs without rest."""
+    rng, per_epoch = np.random.default_rng(seed), len(images.x) // config.batch_size
+    used = per_epoch * config.batch_size
+    epochs = -(-config.steps // per_epoch)
+    orders = [rng.permutation(len(images.x))[:used] for _ in range(epochs)]
+    return np.concatenate(orders).reshape(-1, config.batch_size)[: config.steps]
+
 
 SPACE = {
     "rate": Log(1e-4, 3.0).distribution(),
@@ -107,44 +245,26 @@ def final(record: Record) -> float:
 
 def search(
     config: DampingStudy, cells: Cells, cell: Cell, images: Images, tell: Callable
-) -> Program:
-    """Runs the trials of a cell that are missing.
-
-    Args:
-        config: the study.
-        cells: the files.
-        cell: what is searched.
-        images: the data.
-        tell: is given a finished trial's record.
-
-    Returns:
-        The compiled method.
-    """
+) -> None:
+    """Runs the missing trials of a cell, and the best one with a look at it."""
     program = make_program(config, images, cell.method, config.kl_clip)
     found = [r for r in cells.read(cell.name) if r["kind"] == "trial"]
-    study = optuna.create_study(direction="minimize")
-    for record in found:
-        known = {k: record["values"][k] for k in SPACE}
-        study.add_trial(
-            optuna.trial.create_trial(
-                params=known, distributions=SPACE, value=final(record)
-            )
-        )
     for number in range(len(found), config.trials):
-        # What is drawn depends on the trials before alone: a search can go on.
-        study.sampler = optuna.samplers.TPESampler(
-            seed=number, n_startup_trials=STARTUP_TRIALS
-        )
-        if number == 0:
-            study.enqueue_trial(USUAL)
-        trial = study.ask(SPACE)
+        trial = ask(SPACE, found, final, USUAL, STARTUP_TRIALS)
         values = dict(trial.params)
-        if cell.method == FIXED:
-            values["damping"] = cell.damping
-        record = train(config, images, program, values, 0)
-        study.tell(trial, final(record))
-        tell(cells.append(cell.name, "trial", config.steps, number=number, **record))
-    return program
+        values |= {"damping": cell.damping} if cell.method == FIXED else {}
+        run = train(config, images, program, values, 0)
+        run |= {"number": number, "step": config.steps}
+        found.append(cells.append(cell.name, "trial", **run))
+        tell(found[-1])
+    best = min(found, key=final)
+    look = look_at(cell.method, program)
+
+    def make() -> Record:
+        run = train(config, images, program, best["values"], 0, look)
+        return run | {"number": best["number"], "step": config.steps}
+
+    cells.get(cell.name, "winner", make)
 
 
 def look_at(method: str, program: Program) -> Callable[[Any], Record]:
@@ -174,49 +294,26 @@ def eigenvalues(method: str, carry: Any) -> Record:
     return found
 
 
-def show_winner(
-    config: DampingStudy, cells: Cells, cell: Cell, images: Images, program: Program
-) -> None:
-    """Runs the best trial again, with histograms and eigenvalues."""
-    records = cells.read(cell.name)
-    if any(r["kind"] == "winner" for r in records):
-        return
-    best = min((r for r in records if r["kind"] == "trial"), key=final)
-    look = look_at(cell.method, program)
-    record = train(config, images, program, best["values"], 0, look)
-    cells.append(cell.name, "winner", config.steps, number=best["number"], **record)
-
-
 def sensitivity(
     config: DampingStudy, cells: Cells, images: Images, tell: Callable
 ) -> None:
     """Untuned settings, from every damping: fixed there, or adapted from there."""
-    done = {
-        (r["method"], r["values"]["damping"], r["seed"])
-        for r in cells.read("sensitivity")
-    }
     for method in (FIXED, ADAPTIVE):
         program = make_program(config, images, method, CLIP)
-        for damping in config.dampings:
-            for seed in range(config.seeds):
-                if (method, damping, seed) in done:
-                    continue
-                values = UNTUNED | {"damping": damping}
-                record = train(config, images, program, values, seed)
-                record = {"method": method, **record}
-                tell(cells.append("sensitivity", "run", config.steps, **record))
+        for damping, seed in itertools.product(config.dampings, range(config.seeds)):
+            key = {"method": method, "values": UNTUNED | {"damping": damping}}
+            key["seed"] = seed
+
+            def make(key: Record = key, program: Program = program) -> Record:
+                run = train(config, images, program, key["values"], key["seed"])
+                return {**run, "step": config.steps}
+
+            record, new = cells.get("sensitivity", "run", make, **key)
+            if new:
+                tell(record)
 
 
 def run_damping(config: DampingStudy, console: Console) -> Path:
-    """Runs what is missing.
-
-    Args:
-        config: the study.
-        console: where to report.
-
-    Returns:
-        The folder of the results.
-    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     images, cells = load(config), Cells(config)
     console.print(f"Data: {images.title}, {len(images.x)} images")
@@ -240,8 +337,7 @@ def run_damping(config: DampingStudy, console: Console) -> Path:
             bar.update(task, description=cell.name)
             console.print(cell.name)
             bar.advance(task, len(cells.read(cell.name)))
-            program = search(config, cells, cell, images, tell)
-            show_winner(config, cells, cell, images, program)
+            search(config, cells, cell, images, tell)
             jax.clear_caches()
         if config.wants_sensitivity:
             console.print("sensitivity")

@@ -7,22 +7,27 @@ these tasks are about, is run with further seeds. Runs of a seed share initial
 parameters, batches and sampled labels. Training losses are recorded, too.
 """
 
+import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
-import optax
 
 import kfac_jax_lite as kfac
 from experiments import metrics
-from experiments.benchmarks.time_to_target.optimisers import Program, compiled
-from experiments.benchmarks.time_to_target.problems import Problem, make_problem
-from experiments.benchmarks.time_to_target.sizes import SIZES
+from experiments.benchmarks.time_to_target.config import SIZES
+from experiments.benchmarks.time_to_target.problem import (
+    Problem,
+    Program,
+    compiled,
+    make_problem,
+)
 from experiments.datasets import batches
-from experiments.studies.cells import Cells, Record
+from experiments.stepping import step as one_step
 from experiments.studies.damping.config import ADAPTIVE, DEFAULT, DampingStudy
+from experiments.studies.records import Cells, Record
 
 CELL = "tasks"
 METHODS = (DEFAULT, ADAPTIVE)
@@ -34,15 +39,7 @@ LARGEST = 1e6
 
 
 def make_program(problem: Problem, method: str) -> Program:
-    """Compiles K-FAC for a task; the learning rate is an argument.
-
-    Args:
-        problem: the task.
-        method: one of `METHODS`.
-
-    Returns:
-        The program.
-    """
+    """Compiles K-FAC for a task; the learning rate is an argument."""
     tagged, steps = problem.tagged(), problem.size.steps
     rule = kfac.damping.adaptive()
     chosen: dict[str, Any] = {"damping": rule} if method == ADAPTIVE else {}
@@ -58,12 +55,12 @@ def make_program(problem: Problem, method: str) -> Program:
 
     def step(carry, values, number, batch, key):
         params, model_state, state = carry
-        (_, model_state), grads, statistics = tagged.value_and_grad(
-            params, model_state, *batch, opt_state=state, key=key, deferred=True
-        )
         tx = make_tx(values["rate"] * (1 - number / steps))
-        updates, state = tx.update(grads, state, params, statistics=statistics)
-        return optax.apply_updates(params, updates), model_state, state
+        options = {"key": key, "deferred": True}
+        params, state, (_, model_state) = one_step(
+            tagged, tx, params, state, (model_state, *batch), **options
+        )
+        return params, model_state, state
 
     return compiled(problem, lambda p: make_tx(1.0).init(p), step, ("rate",))
 
@@ -107,7 +104,7 @@ def train(problem: Problem, program: Program, rate: float, seed: int) -> Record:
             found[name].append(value)
         if not finite:
             break
-    return {"values": {"rate": rate}, "seed": seed, "steps": steps, **found}
+    return {"steps": steps, **found}
 
 
 def final(record: Record) -> float:
@@ -126,44 +123,32 @@ def best_rate(records: list[Record], task: str, method: str) -> float:
 def run_tasks(
     config: DampingStudy, cells: Cells, tell: Callable[[Record], None]
 ) -> None:
-    """Runs what is missing.
-
-    Args:
-        config: the study.
-        cells: the files.
-        tell: is given a finished run's record.
-    """
+    """Runs what is missing."""
     sizes = SIZES["tiny" if config.size == "tiny" else "small"].tasks
-    records = [r for r in cells.read(CELL) if r["kind"] == "run"]
-    for task in config.tasks:
-        size, problem = sizes[task], None
-        for method in METHODS:
-            program = None
-            for seed in range(config.seeds + 1):
-                rates = config.task_rates
-                if seed != SEARCH_SEED:
-                    rates = (best_rate(records, task, method),)
-                for rate in rates:
-                    name = {"task": task, "method": method}
-                    name["task_fingerprint"] = size.fingerprint("ours")
-                    if any(same(r, name, rate, seed) for r in records):
-                        continue
-                    if problem is None:
-                        problem = make_problem(size, config.data_dir)
-                    if program is None:
-                        program = make_program(problem, method)
-                    run = train(problem, program, rate, seed)
-                    kept = cells.append(CELL, "run", run["steps"][-1], **name, **run)
-                    records.append(kept)
-                    tell(kept)
+    for task, method in itertools.product(config.tasks, METHODS):
+        size = sizes[task]
+        name = {"task": task, "method": method}
+        name["task_fingerprint"] = size.fingerprint("ours")
+
+        @functools.cache
+        def made(size: Any = size, method: str = method) -> tuple[Problem, Program]:
+            problem = make_problem(size, config.data_dir)
+            return problem, make_program(problem, method)
+
+        def finish(rate: float, seed: int, name: Any = name, made: Any = made) -> None:
+            def make() -> Record:
+                problem, program = made()
+                run = train(problem, program, rate, seed)
+                return {**run, "step": run["steps"][-1]}
+
+            key = {**name, "values": {"rate": rate}, "seed": seed}
+            record, new = cells.get(CELL, "run", make, **key)
+            if new:
+                tell(record)
+
+        for rate in config.task_rates:
+            finish(rate, SEARCH_SEED)
+        best = best_rate(cells.read(CELL), task, method)
+        for seed in range(1, config.seeds + 1):
+            finish(best, seed)
         jax.clear_caches()
-
-
-def same(record: Record, name: dict[str, str], rate: float, seed: int) -> bool:
-    """Whether a record is that of a run."""
-    found = np.isclose(record["values"]["rate"], rate, rtol=1e-9)
-    return bool(
-        found
-        and record["seed"] == seed
-        and all(record[key] == value for key, value in name.items())
-    )

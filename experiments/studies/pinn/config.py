@@ -2,21 +2,20 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from experiments.configs.checks import check_choice, check_integer, check_number
-from experiments.configs.fingerprint import digest, json_values
+from experiments.configs.checks import (
+    check,
+)
+from experiments.studies.study import RESULTS, Report, Study
 
 SizeName = Literal["tiny", "small"]
 MethodName = Literal["adam", "lbfgs", "kfac", "dual"]
 ADAM, LBFGS, KFAC, DUAL = METHODS = ("adam", "lbfgs", "kfac", "dual")
 
-# Which cells are run and where files lie decides nothing about a run.
-NOT_IN_FINGERPRINT = ("size", "only", "seeds", "out")
-
 
 @dataclasses.dataclass(frozen=True)
-class PinnStudy:
+class PinnStudy(Study):
     """Poisson's equation on the unit square by a network, at equal processor time."""
 
     size: SizeName = "small"
@@ -57,23 +56,12 @@ class PinnStudy:
     """Folder of the finished runs, a file for each method, and of the page."""
 
     def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-            ConfigError: if a value is out of range.
-        """
-        for name in self.only:
-            check_choice("only", name, METHODS)
-        check_number("seconds", self.seconds, above=0)
-        check_number("boundary-weight", self.boundary_weight, above=0)
-        check_number("factor-decay", self.factor_decay, at_least=0, below=1)
-        for name in ("seeds", "hidden", "width", "interior", "boundary", "step_sizes"):
-            check_integer(name.replace("_", "-"), getattr(self, name), at_least=1)
-        for memory in self.memories:
-            check_integer("memories", memory, at_least=1)
-        for name in ("rates", "kfac_dampings", "dual_dampings"):
-            for value in getattr(self, name):
-                check_number(name.replace("_", "-"), value, above=0)
+        check(
+            self,
+            counts="seeds hidden width interior boundary step_sizes memories",
+            positive="seconds boundary_weight rates kfac_dampings dual_dampings",
+            decays="factor_decay",
+        )
 
     def settings(self, method: str) -> tuple[float, ...]:
         """The values that are tried of a method's one hyper-parameter."""
@@ -83,14 +71,6 @@ class PinnStudy:
             KFAC: self.kfac_dampings,
             DUAL: self.dual_dampings,
         }[method]
-
-    def shared(self) -> dict[str, Any]:
-        """What decides a run beside its method, setting and seed, as JSON values."""
-        return json_values(self, NOT_IN_FINGERPRINT)
-
-    def fingerprint(self) -> str:
-        """Short digest of `shared`."""
-        return digest(self.shared())
 
 
 TINY = PinnStudy(
@@ -110,10 +90,7 @@ SIZES: dict[str, PinnStudy] = {config.size: config for config in (TINY, SMALL)}
 
 
 @dataclasses.dataclass(frozen=True)
-class PinnReport:
+class PinnReport(Report):
     """Makes the page and the plot of the PINN study from its finished runs."""
 
-    folder: Path = Path("experiments/studies/results/pinn")
-    """The study's results."""
-    out: Path | None = None
-    """Folder of page and plot; that of the results if not given."""
+    folder: Path = RESULTS / "pinn"

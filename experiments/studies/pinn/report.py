@@ -45,7 +45,6 @@ def seconds_to(record: Record, goal: float) -> float:
 
 
 def table(runs: dict[str, list[Record]]) -> Table:
-    """A row for every method."""
     header = ("method", "best setting", "seeds", "error at the end, median", "range")
     header += ("steps, median", *(f"seconds to {goal:.0e}" for goal in GOALS))
     rows = []
@@ -69,7 +68,6 @@ def table(runs: dict[str, list[Record]]) -> Table:
 
 
 def trials(folder: Path) -> Table:
-    """The settings that were tried."""
     sql = """
         SELECT cell, value, errors[-1] AS error, steps[-1] AS steps FROM runs
         WHERE kind = 'trial' ORDER BY cell, value
@@ -110,12 +108,7 @@ def plot(runs: dict[str, list[Record]], path: Path) -> None:
 
 
 def save_report(config: PinnReport, console: Console) -> None:
-    """Prints the table and writes page and plot.
-
-    Args:
-        config: what to report.
-        console: where to print.
-    """
+    """Prints the table and writes page and plot."""
     out = config.out or config.folder
     out.mkdir(parents=True, exist_ok=True)
     runs = read_runs(config.folder)

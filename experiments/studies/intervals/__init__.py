@@ -1,0 +1,1 @@
+"""The interval study: factor traffic and accuracy of the refresh rules."""

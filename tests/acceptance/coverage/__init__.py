@@ -1,0 +1,1 @@
+"""How much of the usual networks gets a block: counts, costs and the page."""
