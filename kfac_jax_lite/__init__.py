@@ -29,9 +29,9 @@ from kfac_jax_lite.distributed.traffic import Collective, traffic
 from kfac_jax_lite.kronecker.inverses import low_rank
 from kfac_jax_lite.kronecker.state import Clock, KFACState
 from kfac_jax_lite.optimizer import damping, intervals
-from kfac_jax_lite.optimizer.kfac import KFACChainState, kfac
+from kfac_jax_lite.optimizer.kfac import kfac
 from kfac_jax_lite.optimizer.rescaling import rescale_weights
-from kfac_jax_lite.optimizer.steps import AdaptedState, GuidedState
+from kfac_jax_lite.optimizer.steps import AdaptedState, GuidedState, KFACChainState
 from kfac_jax_lite.optimizer.transform import scale_by_kfac
 from kfac_jax_lite.statistics.outputs import QuadraticModel, quadratic_model
 from kfac_jax_lite.statistics.subsample import Subsample

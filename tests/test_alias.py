@@ -5,7 +5,7 @@ import hypothesis.strategies as st
 import jax.numpy as jnp
 import numpy as np
 
-from kfac_jax_lite.optimizer.kfac import trust_region
+from kfac_jax_lite.optimizer.steps import trust_region
 
 
 @hypothesis.given(

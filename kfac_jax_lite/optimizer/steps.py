@@ -1,12 +1,18 @@
-"""Steps chosen by the quadratic model: learning rate, momentum and damping.
+"""What a step is made of, once the gradient is preconditioned.
 
-``d = −α u + μ d_prev`` with ``u`` the preconditioned gradient. ``α, μ`` minimise
-``M(d) = ∇Lᵀ d + ½ dᵀ (C + λ I) d``, a system of two unknowns, and ``λ`` follows the
-Levenberg-Marquardt rule. The model is asked at every step; a part of the batch
-may be enough for it.
+``bounded``: the trust region, then momentum, weight decay and learning rate by optax.
+
+``guided``: steps chosen by the quadratic model. ``d = −α u + μ d_prev`` with ``u`` the
+preconditioned gradient. ``α, μ`` minimise ``M(d) = ∇Lᵀ d + ½ dᵀ (C + λ I) d``, a system
+of two unknowns, and ``λ`` follows the Levenberg-Marquardt rule. The model is asked at
+every step; a part of the batch may be enough for it.
+
+``adapted``: the damping follows the slopes at both ends of a step, which may be taken
+back.
 
 References:
-    Martens & Grosse, 2015, arXiv:1503.05671, Secs. 6.4, 6.5, 7.
+    Martens & Grosse, 2015, arXiv:1503.05671, Secs. 6.4, 6.5, 7; Ba et al., 2017 (the
+    trust region).
 """
 
 import dataclasses
@@ -17,13 +23,130 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from kfac_jax_lite.core.control import apart
 from kfac_jax_lite.core.linalg import LARGEST
 from kfac_jax_lite.core.mesh import automatic
 from kfac_jax_lite.core.pytree import choose, find_states
-from kfac_jax_lite.core.types import Array
+from kfac_jax_lite.core.types import Array, accumulation_dtype
 from kfac_jax_lite.kronecker.state import KFACState
 from kfac_jax_lite.optimizer.damping import Adaptive, LevenbergMarquardt, value_at
 from kfac_jax_lite.optimizer.line_search import keep_from_searches
+
+
+class KFACChainState(NamedTuple):
+    """State of ``kfac``.
+
+    Attributes:
+        kfac: State of ``scale_by_kfac``.
+        tail: State of the optax transformations behind it.
+        trust: Factor ``ν`` of the trust region at the last step; 1 where it is slack.
+    """
+
+    kfac: KFACState
+    tail: Any
+    trust: Array
+
+
+def bounded(
+    precondition: optax.GradientTransformationExtraArgs,
+    tail: optax.GradientTransformationExtraArgs,
+    learning_rate: Any,
+    kl_clip: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Preconditioning, the trust region, and what optax does behind them."""
+
+    def init_fn(params: Any):
+        inner: Any = precondition.init(params)
+        return KFACChainState(inner, tail.init(params), jnp.ones((), jnp.float32))
+
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
+        grads = updates
+        inner: Any
+        updates, inner = precondition.update(grads, state.kfac, params, **extra_args)
+        accepted, count = inner.skipped == state.kfac.skipped, state.kfac.count
+        trust = jnp.ones((), jnp.float32)
+        if kl_clip is not None:
+            rate = value_at(learning_rate, count)
+            clip = value_at(kl_clip, count) if callable(kl_clip) else kl_clip
+            trust = automatic(region, accepted, updates, grads, rate, clip)
+            # In their own dtype: the momentum's must not change.
+            updates = jax.tree.map(lambda u: (trust * u).astype(u.dtype), updates)
+        updates, new_tail = tail.update(updates, state.tail, params, count=count)
+        kept = without_velocity(state.tail, extra_args.get("reject", False))
+        new_tail = choose(accepted, new_tail, kept)
+        updates = jax.tree.map(lambda u: jnp.where(accepted, u, 0), updates)
+        trust = jnp.where(accepted, trust, state.trust).astype(jnp.float32)
+        return updates, KFACChainState(inner, new_tail, trust)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def heavy_ball(momentum: Any) -> optax.GradientTransformation:
+    """``optax.trace``, whose decay may be a schedule.
+
+    ``optax.inject_hyperparams(optax.trace)`` would do, but for its state, another than
+    that of a number, and for a decay in the widest type of the parameters, which then
+    becomes the type of every velocity.
+    """
+    if not callable(momentum):
+        return optax.trace(momentum)
+
+    def update_fn(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        count: Any = None,
+        **extra_args: Any,
+    ):
+        del params, extra_args
+        decay = value_at(momentum, count)
+        velocity = jax.tree.map(
+            lambda u, v: u + decay.astype(v.dtype) * v, updates, state.trace
+        )
+        return velocity, optax.TraceState(velocity)
+
+    return optax.GradientTransformationExtraArgs(optax.trace(0.0).init, update_fn)
+
+
+def without_velocity(tail: Any, flag: Any) -> Any:
+    """The state of ``tail`` with a velocity of zero where ``flag``."""
+    if flag is False:
+        return tail
+
+    def is_velocity(x: Any):
+        return isinstance(x, optax.TraceState)
+
+    def forget(x: Any):
+        return jax.tree.map(lambda v: jnp.where(flag, 0, v), x) if is_velocity(x) else x
+
+    return jax.tree.map(forget, tail, is_leaf=is_velocity)
+
+
+def region(accepted: Array, updates: Any, grads: Any, rate: Any, clip: Any) -> Array:
+    """The trust region's factor, 1 for a batch that was rejected."""
+
+    def factor():
+        return trust_region(updates, grads, rate, clip)
+
+    return apart(accepted, factor, 1, updates)
+
+
+def trust_region(updates: Any, grads: Any, rate: Any, kl_clip: Any) -> Array:
+    """``ν = min(1, √(κ / (η² Σ uᵀ∇L)))``.
+
+    Args:
+        grads: ``∇L``.
+    """
+
+    def product(u: Any, g: Any):
+        dtype = accumulation_dtype(u.dtype)
+        return jnp.sum(u.astype(dtype) * g.astype(dtype))
+
+    products = jax.tree.map(product, updates, grads)
+    size = jnp.square(rate) * sum(jax.tree.leaves(products))
+    bounded = jnp.sqrt(kl_clip / jnp.where(size > 0, size, 1))
+    return jnp.where(size > 0, jnp.minimum(1.0, bounded), 1.0)
 
 
 class GuidedState(NamedTuple):
