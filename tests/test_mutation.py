@@ -109,10 +109,14 @@ def test_budget(budget, kept):
 
 
 def test_own_tests_come_first():
-    order = ["tests/test_inverse.py", "tests/test_zoo.py", "tests/test_hlo.py"]
+    order = [
+        "tests/kronecker/test_inverses.py",
+        "tests/tagging/test_zoo.py",
+        "tests/optimizer/test_hlo.py",
+    ]
     order.append("tests/experiments/test_train.py")
     ranks = [
-        covering.rank(path, "kfac_jax_lite/kronecker/inverse.py") for path in order
+        covering.rank(path, "kfac_jax_lite/kronecker/inverses.py") for path in order
     ]
     assert ranks == sorted(ranks) and ranks[0] < ranks[1] and ranks[2] < ranks[3]
 

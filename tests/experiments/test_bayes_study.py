@@ -77,14 +77,15 @@ def test_program_is_the_optimiser_with_its_prior(method, images, network):
     numbers = as_floats(values)
     params, model_state, state = program.start(3, numbers)
     tagged = problem.tag_for(settings, network.task, (x, y))
-    n, rate, prior, tau = 256, 0.05, 20.0, 0.3
-    shared = (n, rate, prior, tau)
+    shared, prior = (256, 0.05), {"prior_precision": 20.0, "temperature": 0.3}
     if method == configs.NOISY:
-        tx = bayes.noisy_kfac(tagged.layers, *shared, damping=0.03, kl_clip=1e-2)
+        tx = bayes.noisy_kfac(
+            tagged.layers, *shared, **prior, damping=0.03, kl_clip=1e-2
+        )
     elif method == configs.VOGN:
-        tx = bayes.vogn(tagged.layers, *shared, damping=1e-3)
+        tx = bayes.vogn(tagged.layers, *shared, **prior, damping=1e-3)
     else:
-        tx = bayes.ivon(*shared, initial=0.2, decay=0.999)
+        tx = bayes.ivon(*shared, **prior, initial=0.2, decay=0.999)
     own = tx.init(params)
     np.testing.assert_allclose(state.variance, own.variance)
     np.testing.assert_allclose(state.damping, own.damping)

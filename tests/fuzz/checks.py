@@ -224,7 +224,9 @@ class Comparison:
 
     def layer(self, layer, seen):
         """One layer."""
-        if "function of its entries" in layer.note:  # see tests.test_reparametrised
+        if (
+            "function of its entries" in layer.note
+        ):  # see tests.tagging.test_reparametrised
             SEEN["a function of a weight"] += 1
             return
         claim = Claim(self.program, layer)

@@ -27,10 +27,10 @@ NEEDED = (
 )
 SMOKE = (
     "tests/test_public_api.py",
-    "tests/test_transform.py",
+    "tests/optimizer/test_transform.py",
     "tests/fuzz",
-    "tests/test_checkpoint.py",
-    "tests/test_parallel.py",
+    "tests/optimizer/test_checkpoint.py",
+    "tests/distributed/test_parallel.py",
     "tests/experiments/test_readme.py::test_quickstart",
 )
 COUNTS = ("passed", "failed", "errors", "skipped")

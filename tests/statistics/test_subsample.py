@@ -11,9 +11,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import kfac_jax_lite as kfac
 from tests import models
 from tests.helpers import cases, close
-from tests.test_conv_factor import conv_loss, loop_patches
-from tests.test_masks import MASK, masked_loss
-from tests.test_tied import tagged_loss
+from tests.statistics.test_conv_factor import conv_loss, loop_patches
+from tests.statistics.test_masks import MASK, masked_loss
+from tests.tagging.test_tied import tagged_loss
 
 HALF = kfac.Subsample(examples=2, positions=2)
 # Two offsets of examples and two along each of three axes at most.

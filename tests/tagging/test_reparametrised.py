@@ -14,7 +14,7 @@ from jax import lax
 import kfac_jax_lite as kfac
 from kfac_jax_lite.statistics.dense import rank_one
 from tests.helpers import close
-from tests.test_rare_programs import blocks, outer
+from tests.tagging.test_rare_programs import blocks, outer
 
 N, D, H = 6, 4, 3
 MASK = np.tril(np.ones((D, H)))

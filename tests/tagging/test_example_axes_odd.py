@@ -1,7 +1,7 @@
 """Programs that mislead about where the examples are: right, or it is said.
 
 Each of the networks is compared with the gradients of one example at a time (see
-``tests.test_example_axes``). Those under ``FOUND`` must not fall back.
+``tests.tagging.test_example_axes``). Those under ``FOUND`` must not fall back.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from jax import lax
 
 import kfac_jax_lite as kfac
 from tests.helpers import close
-from tests.test_example_axes import D, N, T, first, problem, scaled
+from tests.tagging.test_example_axes import D, N, T, first, problem, scaled
 
 
 def halves(p, x):

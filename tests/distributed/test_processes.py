@@ -82,7 +82,10 @@ def test_processes_share_the_work_of_one(count):
         "JAX_ENABLE_X64": "1",
         "JAX_PLATFORMS": "cpu",
     }
-    code = "import sys, tests.test_processes as t; t.main(*map(int, sys.argv[1:]))"
+    code = (
+        "import sys, tests.distributed.test_processes as t;"
+        "t.main(*map(int, sys.argv[1:]))"
+    )
     children = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(number), str(count), str(port)],

@@ -9,7 +9,7 @@ import pytest
 import kfac_jax_lite as kfac
 from kfac_jax_lite.statistics.fisher_passes import canonical
 from tests.helpers import close
-from tests.test_hlo import computations
+from tests.optimizer.test_hlo import computations
 
 ORDERS = [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW"), ("HWCN", "IHWO", "CWNH")]
 LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")

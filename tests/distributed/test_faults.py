@@ -53,7 +53,7 @@ FAST = [("owners", ("statistics",))]
 def test_nan_on_one_device(kind, places):
     # Programs with owners are compiled anew: see `compiled_anew` in conftest.py.
     kept = {} if kind == "owners" else kept_programs()
-    code = "import sys; from tests.test_faults import scenario\n"
+    code = "import sys; from tests.distributed.test_faults import scenario\n"
     code += "for place in sys.argv[2:]: scenario(sys.argv[1], place)"
     done = subprocess.run(
         [sys.executable, "-c", code, kind, *places],

@@ -22,7 +22,7 @@ from tests.patients import (
     run,
 )
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
+README = pathlib.Path(__file__).parents[2] / "README.md"
 
 
 def test_the_healthy_twin_has_no_findings():

@@ -19,9 +19,9 @@ from kfac_jax_lite.distributed.layout import (
 )
 from kfac_jax_lite.kronecker.inverses import FactorInverses
 from tests import models
+from tests.distributed.test_collectives import update_text
 from tests.helpers import close
 from tests.parallel import OWNER, run, same
-from tests.test_collectives import update_text
 
 # Four layers of one shape: two for each of two devices.
 EQUAL = models.mlp("equal", (5, 5, 5, 5, 5))

@@ -13,10 +13,10 @@ import pytest
 import kfac_jax_lite as kfac
 from tests import models
 from tests.helpers import batches_of, cases, close, kfac_state, train_step
+from tests.optimizer.test_hlo import BATCH, WIDE, called, computations
 from tests.parallel import DEVICES, REDUCTIONS, run
-from tests.test_hlo import BATCH, WIDE, called, computations
-from tests.test_masks import MASK, masked_loss
-from tests.test_tied import autoencoder, tagged_loss
+from tests.statistics.test_masks import MASK, masked_loss
+from tests.tagging.test_tied import autoencoder, tagged_loss
 
 STEPS = 5
 FISHERS = ("empirical", "mc", "exact")

@@ -21,7 +21,7 @@ from kfac_jax_lite.optimizer import transform
 from kfac_jax_lite.statistics import deferred as thin
 from tests import zoo
 from tests.helpers import cases, close, kfac_state
-from tests.test_masks import MASK, masked_loss
+from tests.statistics.test_masks import MASK, masked_loss
 
 EXAMPLES = 4
 

@@ -10,7 +10,7 @@ import pytest
 
 from kfac_jax_lite.diagnostics import logs
 from kfac_jax_lite.diagnostics.report import report
-from tests.test_telemetry import trained
+from tests.diagnostics.test_report import trained
 
 
 def cells(record):

@@ -28,7 +28,7 @@ from tests.patients import (
     sum_loss,
 )
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_parameters_and_losses_that_are_not_finite():

@@ -13,7 +13,7 @@ import pytest
 import kfac_jax_lite as kfac
 from tests import models, oracles
 from tests.helpers import cases, close
-from tests.test_statistics import conv_models, dense_models
+from tests.statistics.test_statistics import conv_models, dense_models
 
 # Their examples meet in a norm over the batch, or a row is several examples'.
 NAMES = [m.name for m in models.MODELS]
