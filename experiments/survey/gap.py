@@ -1,12 +1,13 @@
 """The page's sections on the generalisation gap: which measure goes with it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import duckdb
 import numpy as np
+from matplotlib.figure import Figure
 
 from experiments.studies.pages import NOTHING, Plot, Section, Table
 from experiments.studies.records import ask
@@ -16,7 +17,6 @@ from experiments.survey.config import (
     MATRICES,
     MATRIX_TITLES,
 )
-from experiments.survey.report import plural, save_taus
 from kfac_jax_lite.curvature.correlations import (
     Interval,
     granulated,
@@ -24,6 +24,9 @@ from kfac_jax_lite.curvature.correlations import (
     kendall,
     partial,
 )
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+MARKS = ("o", "s", "^", "D")
 
 # What is asked of a matrix, and what does not depend on one.
 MEASURES = {
@@ -389,3 +392,51 @@ def early(records: Records) -> Section:
         f"{taus[BASELINE._replace(early=True)].text}."
     )
     return Section(title, (said, Table(header, tuple(rows), caption)))
+
+
+def save_taus(found: Mapping[str, Mapping[str | None, Interval]], path: Path) -> None:
+    """Tau and its interval: a line for every measure, a colour for every matrix."""
+    figure = Figure(figsize=(8, 1.2 + 0.5 * len(found)), layout="constrained")
+    axes = figure.subplots()
+    keys: tuple[str | None, ...] = (*MATRICES, None)
+    colours: dict[str | None, str] = dict(zip(keys, (*COLOURS, "black"), strict=True))
+    marks: dict[str | None, str] = dict(zip(keys, (*MARKS, "x"), strict=True))
+    named = set()
+    for line, by_matrix in enumerate(found.values()):
+        shift = 0.17 * (np.arange(len(by_matrix)) - (len(by_matrix) - 1) / 2)
+        for y, matrix in zip(line + shift, by_matrix, strict=True):
+            mean, low, high = by_matrix[matrix]
+            # Without an interval the ends are NaN.
+            ends = np.nan_to_num([[mean - low], [high - mean]])
+            title = "no matrix" if matrix is None else MATRIX_TITLES[matrix]
+            axes.errorbar(
+                [mean],
+                [y],
+                xerr=np.maximum(ends, 0),
+                fmt=marks[matrix],
+                ms=5,
+                capsize=2,
+                color=colours[matrix],
+                label=None if title in named else title,
+            )
+            named.add(title)
+    axes.axvline(0, color="0.4", lw=1)
+    axes.set_yticks(range(len(found)), list(found))
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.set_xlim(-1.05, 1.05)
+    axes.set_xlabel("Kendall's tau with the generalisation gap, inside cells")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+    write(figure, path)
+
+
+def plural(count: int, word: str) -> str:
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
+def write(figure: Figure, path: Path) -> None:
+    """Writes a figure as a small file."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=DPI)
+    with Image.open(content) as image:
+        image.convert("RGB").quantize(SHADES).save(path, optimize=True)

@@ -5,7 +5,6 @@
 Everything is made from the records of the finished runs; nothing is measured.
 """
 
-import io
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,6 @@ from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.pyplot import get_cmap
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
-from PIL import Image
 from rich.console import Console
 
 from experiments.errors import MetricsError
@@ -45,25 +43,14 @@ from experiments.survey.config import (
     TOP,
     SurveyReport,
 )
-from experiments.survey.gap import Records
+from experiments.survey.gap import COLOURS, MARKS, Records, plural, write
 from experiments.survey.queries import PARQUET, open_survey, save_survey, source_of
-from kfac_jax_lite.curvature.correlations import Interval
 
 Row = dict[str, Any]
 # Told apart by colour-blind readers.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
-MARKS = ("o", "s", "^", "D")
 SHORT = ("H", "F", "MC", "C")
 # A quarter of the file, and nobody sees it.
 DPI, SHADES = 90, 128
-
-
-def write(figure: Figure, path: Path) -> None:
-    """Writes a figure as a small file."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=DPI)
-    with Image.open(content) as image:
-        image.convert("RGB").quantize(SHADES).save(path, optimize=True)
 
 
 def save_trajectories(rows: Sequence[Row], path: Path) -> None:
@@ -182,42 +169,6 @@ def draw_band(axes: Any, rows: Sequence[Row], field: str, number: int) -> None:
     axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
 
 
-def save_taus(found: Mapping[str, Mapping[str | None, Interval]], path: Path) -> None:
-    """Tau and its interval: a line for every measure, a colour for every matrix."""
-    figure = Figure(figsize=(8, 1.2 + 0.5 * len(found)), layout="constrained")
-    axes = figure.subplots()
-    keys: tuple[str | None, ...] = (*MATRICES, None)
-    colours: dict[str | None, str] = dict(zip(keys, (*COLOURS, "black"), strict=True))
-    marks: dict[str | None, str] = dict(zip(keys, (*MARKS, "x"), strict=True))
-    named = set()
-    for line, by_matrix in enumerate(found.values()):
-        shift = 0.17 * (np.arange(len(by_matrix)) - (len(by_matrix) - 1) / 2)
-        for y, matrix in zip(line + shift, by_matrix, strict=True):
-            mean, low, high = by_matrix[matrix]
-            # Without an interval the ends are NaN.
-            ends = np.nan_to_num([[mean - low], [high - mean]])
-            title = "no matrix" if matrix is None else MATRIX_TITLES[matrix]
-            axes.errorbar(
-                [mean],
-                [y],
-                xerr=np.maximum(ends, 0),
-                fmt=marks[matrix],
-                ms=5,
-                capsize=2,
-                color=colours[matrix],
-                label=None if title in named else title,
-            )
-            named.add(title)
-    axes.axvline(0, color="0.4", lw=1)
-    axes.set_yticks(range(len(found)), list(found))
-    axes.set_ylim(len(found) - 0.5, -0.5)
-    axes.set_xlim(-1.05, 1.05)
-    axes.set_xlabel("Kendall's tau with the generalisation gap, inside cells")
-    axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
-    write(figure, path)
-
-
 Base = duckdb.DuckDBPyConnection
 TOTALS = """
     SELECT count(*) AS runs, sum(rows) AS rows, sum(seconds) / 3600 AS hours,
@@ -292,10 +243,6 @@ def number(value: float | None, digits: int = 3) -> str:
 def fixed(value: float | None, places: int = 2) -> str:
     """A number with so many decimals; a dash for none."""
     return NOTHING if value is None else f"{value:.{places}f}"
-
-
-def plural(count: int, word: str) -> str:
-    return f"{count:,} {word}{'' if count == 1 else 's'}"
 
 
 def what_was_run(base: Base) -> Section:
