@@ -1,5 +1,6 @@
 """The page's sections on the generalisation gap: which measure goes with it."""
 
+import io
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 import duckdb
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 
 from experiments.studies.pages import NOTHING, Plot, Section, Table
 from experiments.studies.records import ask
@@ -25,8 +27,11 @@ from kfac_jax_lite.curvature.correlations import (
     partial,
 )
 
+# Told apart by colour-blind readers.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 MARKS = ("o", "s", "^", "D")
+# A quarter of the file, and nobody sees it.
+DPI, SHADES = 90, 128
 
 # What is asked of a matrix, and what does not depend on one.
 MEASURES = {

@@ -47,10 +47,7 @@ from experiments.survey.gap import COLOURS, MARKS, Records, plural, write
 from experiments.survey.queries import PARQUET, open_survey, save_survey, source_of
 
 Row = dict[str, Any]
-# Told apart by colour-blind readers.
 SHORT = ("H", "F", "MC", "C")
-# A quarter of the file, and nobody sees it.
-DPI, SHADES = 90, 128
 
 
 def save_trajectories(rows: Sequence[Row], path: Path) -> None:
