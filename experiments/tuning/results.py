@@ -7,6 +7,7 @@ any worker.
 import json
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,9 @@ def save_report(
     for name, draw in draws.items():
         paths.append(config.folder() / f"{name}.png")
         # Optuna calls its plots experimental, and changes matplotlib's style for them.
-        with experimental(), plt.rc_context():
+        with experimental(), plt.rc_context(), warnings.catch_warnings():
+            # A single finite trial has no extent along an axis.
+            warnings.filterwarnings("ignore", "Attempting to set identical")
             axes = np.ravel(np.asarray(draw(study)))
             axes[0].set_yscale("log")
             try:
