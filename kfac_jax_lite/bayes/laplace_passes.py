@@ -110,7 +110,7 @@ def layer_block(stream: Stream, index: np.ndarray, numbers: tuple[int, ...]) -> 
     """The block of ``M`` at some parameters, ``[k, k]``; see ``block_moment``."""
 
     def one(number: int, args: tuple[Any, ...]):
-        moment = functools.partial(block_moment, *stream.record(number, args))
+        moment = functools.partial(block_moment, *stream.batch_of(number, args))
         return moment(jnp.asarray(index), numbers)
 
     block = stream.mean(one, "last layer")

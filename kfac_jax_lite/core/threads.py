@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import scipy
+from jax.core import Tracer
 
 # How many threads a host device gets.
 PER_DEVICE = 2
@@ -39,7 +40,8 @@ def pool_size() -> int:
 def provide_threads() -> None:
     """Sets ``NPROC`` if more host devices are asked for than there are threads."""
     asked = [int(n) for n in FLAG.findall(os.environ.get("XLA_FLAGS", ""))][-1:]
-    count = max(0, jax.config.jax_num_cpu_devices, *asked)
+    wanted: int = getattr(jax.config, "jax_num_cpu_devices", 0)
+    count = max(0, wanted, *asked)
     if "NPROC" not in os.environ and count > usable_cores():
         os.environ["NPROC"] = str(PER_DEVICE * count)
 
@@ -48,7 +50,7 @@ def warn_of_few_threads(arrays: list[Any]) -> None:
     """Warns once if the arrays live on a CPU with more devices than threads."""
     concrete = (
         x for x in arrays
-        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+        if isinstance(x, jax.Array) and not isinstance(x, Tracer)
     )  # fmt: skip
     first = next(concrete, None)
     if first is None or {d.platform for d in first.devices()} != {"cpu"}:

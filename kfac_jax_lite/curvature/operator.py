@@ -92,8 +92,10 @@ class Streamed:
         def product(units: Any):
             return self.mm(units, None)
 
-        record = self.stream.params, np.arange(size), self.stream.at_once
-        rows = [image for _, image in unit_images(product, *record)]
+        images = unit_images(
+            product, self.stream.params, np.arange(size), self.stream.at_once
+        )
+        rows = [image for _, image in images]
         return jnp.concatenate(rows)[:size]
 
 
@@ -238,8 +240,9 @@ class Operator:
             The diagonal; with ``key``, an ``Estimate`` of two such trees.
         """
         if key is not None and isinstance(self.form, Streamed):
-            record = self.mv, self.structure, key, num_samples
-            return spectra.diagonal(*record, mm=self.mm)
+            return spectra.diagonal(
+                self.mv, self.structure, key, num_samples, mm=self.mm
+            )
         _, unravel = unraveller(self.structure)
         exact = unravel(self.form.diagonal())
         if key is None:
@@ -258,8 +261,9 @@ class Operator:
             The trace; with ``key``, an ``Estimate``.
         """
         if key is not None and isinstance(self.form, Streamed):
-            record = self.mv, self.structure, key, num_samples
-            return spectra.trace(*record, mm=self.mm, **options)
+            return spectra.trace(
+                self.mv, self.structure, key, num_samples, mm=self.mm, **options
+            )
         return exact_or_estimate(jnp.sum(self.form.diagonal()), key)
 
     def eigsh(
@@ -287,8 +291,9 @@ class Operator:
             raise ValueError(f"eigsh wants 1 <= k <= {self.shape[0]}, got {k!r}.")
         if isinstance(self.form, Streamed):
             self.want_key(key, "eigsh")
-            record = self.mv, self.structure, k, key
-            return spectra.eigsh(*record, which=which, mm=self.mm, **options)
+            return spectra.eigsh(
+                self.mv, self.structure, k, key, which=which, mm=self.mm, **options
+            )
         parts = self.form.parts
         values, flat = blocks.eigenpairs(parts, self.form.size, k, which)
         image = jax.vmap(lambda x: blocks.apply(parts, x))(flat)
@@ -334,8 +339,9 @@ class Operator:
             ValueError: ``M + λ I`` is not positive definite.
         """
         if key is not None and isinstance(self.form, Streamed):
-            record = self.mv, self.structure, key, damping, num_samples, num_steps
-            return spectra.logdet(*record, **options)
+            return spectra.logdet(
+                self.mv, self.structure, key, damping, num_samples, num_steps, **options
+            )
         values = self.eigenvalues() + damping
         if not values[-1] > 0:
             raise ValueError(

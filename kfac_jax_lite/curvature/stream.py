@@ -90,7 +90,7 @@ class Stream:
         """The key of one batch: the same for every product."""
         return self.keys[number]
 
-    def record(self, number: int, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def batch_of(self, number: int, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """What every program on a batch is given first."""
         return self.tagged, self.law, self.params, args, self.batch_key(number)
 
@@ -114,7 +114,7 @@ class Stream:
         """``M v``, but for ``ḡ ḡᵀ v``."""
 
         def one(number: int, args: tuple[Any, ...]):
-            return products.product(*self.record(number, args), v)
+            return products.product(*self.batch_of(number, args), v)
 
         return self.mean(one, "product")
 
@@ -122,7 +122,7 @@ class Stream:
         """``M v_i`` along a leading axis, but for ``ḡ ḡᵀ v_i``."""
 
         def one(number: int, args: tuple[Any, ...]):
-            return products.products(*self.record(number, args), vs, chunk=chunk)
+            return products.products(*self.batch_of(number, args), vs, chunk=chunk)
 
         return self.mean(one, "products")
 
@@ -130,8 +130,8 @@ class Stream:
         """The same with the diagonal blocks only."""
 
         def one(number: int, args: tuple[Any, ...]):
-            record = self.record(number, args)
-            return products.block_product(*record, v, owners, jnp.arange(blocks))
+            own = self.batch_of(number, args)
+            return products.block_product(*own, v, owners, jnp.arange(blocks))
 
         return self.mean(one, "block products")
 
@@ -153,9 +153,9 @@ class Stream:
             return [self.columns(index, chunk) for index in indices]
 
         def one(number: int, args: tuple[Any, ...]):
-            record = self.record(number, args)
+            own = self.batch_of(number, args)
             arrays = [jnp.asarray(i) for i in indices]
-            return products.row_moments(*record, arrays, chunk=chunk)
+            return products.row_moments(*own, arrays, chunk=chunk)
 
         found, centre = self.mean(one, "rows"), self.centre()
         if centre is None:

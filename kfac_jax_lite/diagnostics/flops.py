@@ -83,8 +83,9 @@ def layer_rows(tagged: TaggedLoss, params: Any, *args: Any) -> dict[str, Rows]:
         ragged = any(isinstance(s.geometry, RaggedGeometry) for s in sites)
         share = math.prod(layer.blocks) if ragged else 1  # a row meets one block
         numbers = (forward, recipe.rows_out, statistics)
-        each = (-(-number // share) for number in numbers)
-        rows[layer.name] = Rows(*each, saved, layer.name in thin)
+        own, reverse, refreshed = (-(-number // share) for number in numbers)
+        thin_one = layer.name in thin
+        rows[layer.name] = Rows(own, reverse, refreshed, saved, thin_one)
     return rows
 
 

@@ -278,11 +278,12 @@ def wire_counts(
         "elements": [], "bytes": [], "inversion_bytes": [], "step_bytes": []
     }  # fmt: skip
     events = {REFRESH: "bytes", INVERSION: "inversion_bytes", STEP: "step_bytes"}
-    chosen = (options.method, options.inverse_interval, mapped)
     for layer in layers:
         size = jnp.dtype(dtypes[layer.name]).itemsize
-        record = (*chosen, size, memory(options))
-        found = traffic((layer,), reduction, devices, *record)
+        found = traffic(
+            (layer,), reduction, devices, options.method, options.inverse_interval,
+            mapped, size, memory(options),
+        )  # fmt: skip
         found = [c for c in found if c.layer]
         for event, name in events.items():
             counts[name].append(sum(c.payload for c in found if c.event == event))

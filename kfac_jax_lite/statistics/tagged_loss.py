@@ -290,8 +290,8 @@ class TaggedLoss:
             value, grads = jax.value_and_grad(self.loss_fn, has_aux=self.has_aux)(
                 params, *args
             )
-            record = params, args, opt_state, key
-            return value, grads, self._apart(*record, deferred=deferred)
+            found = self._apart(params, args, opt_state, key, deferred)
+            return value, grads, found
         sampled = self.fisher != "empirical"
         found = self.trace(params, args, sampled)
         self._check_layers(found)
@@ -333,10 +333,13 @@ class TaggedLoss:
             back = lambda marks: pullback((jnp.zeros_like(loss), marks))[:2]  # noqa: E731
             if not gated and terms is None:
                 plain = back(silent)[1]  # input factors inside the caller's gate, too
-            record = (found.marks, marked, back, plain, n, finisher)
-            pull = functools.partial(sampled_pull, *record)
-            record = (self.fisher, outputs, pull, plain, key, diagonals, finisher)
-            return pack_statistics(found, *resampled(*record, gated=gated), n)
+            pull = functools.partial(
+                sampled_pull, found.marks, marked, back, plain, n, finisher
+            )
+            sampled_too = resampled(
+                self.fisher, outputs, pull, plain, key, diagonals, finisher, gated=gated
+            )
+            return pack_statistics(found, *sampled_too, n)
 
         grads = jax.tree.unflatten(jax.tree.structure(params), flat_grads)
         value = jax.tree.unflatten(found.out_tree, out)
@@ -362,8 +365,7 @@ class TaggedLoss:
         own = self.of_curvature()
 
         def compute():
-            record = {"opt_state": opt_state, "key": key}
-            return own.value_and_grad(params, *args, **record)[2]
+            return own.value_and_grad(params, *args, opt_state=opt_state, key=key)[2]
 
         if deferred:
             return Deferred(lambda gated: compute())

@@ -83,8 +83,8 @@ def doctor(
             own = [records[name] for name in sorted(state.factors)]
             last = counters.judged(opt_state, state)
             found += of_state(own, counters.lags(state), history, last)
-            record = (state, records, rule_of(own[0], last))
-            factors += symptoms.factors_of(tagged.layers, *record)
+            rule = rule_of(own[0], last)
+            factors += symptoms.factors_of(tagged.layers, state, records, rule)
     for one in factors:
         adapted = one.rule is not None and one.rule.name == "adaptive"
         shown = [f for f in symptoms.damping(one) if not (adapted and is_large(f))]

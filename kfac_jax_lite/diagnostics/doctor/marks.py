@@ -153,8 +153,10 @@ def record(
     weights = 1.0 if given is None else given
     fisher = {name: whole(x, weights) for name, x in products.items()}
     bent = None if bend is None else whole(bend, terms)
-    record = (value, counts, terms, whole(slope, terms), bent, fisher, given)
-    return Seen(likelihood, number, alone, *record)
+    return Seen(
+        likelihood, number, alone, value, counts, terms, whole(slope, terms), bent,
+        fisher, given,
+    )  # fmt: skip
 
 
 def marks(outputs: Sequence[Seen]) -> Iterator[Finding]:
