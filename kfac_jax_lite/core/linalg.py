@@ -72,7 +72,7 @@ def spd_inverse(matrix: Array, block: int = BLOCK) -> Array:
     # A, the block's rows become V = A⁻¹ [I, B] and the others lose Bᵀ V, zeros in the
     # place of their Bᵀ. It is read off the rows (of what was eliminated before, with
     # another sign): what rounding makes unsymmetric would grow.
-    def turn(k: Array, m: Array) -> Array:
+    def turn(k: Any, m: Array) -> Array:
         at = k * b
         rows = lax.dynamic_slice_in_dim(m, at, b, -2)
         own = lax.dynamic_slice_in_dim(rows, at, b, -1)
@@ -88,9 +88,14 @@ def spd_inverse(matrix: Array, block: int = BLOCK) -> Array:
     return lax.fori_loop(0, count, turn, matrix)[..., :d, :d]
 
 
+def places(x: Array, axis: int) -> Array:
+    """The number of every entry along an axis, in the shape of the array."""
+    return lax.broadcasted_iota(jnp.int32, x.shape, x.ndim + axis)
+
+
 def mirrored(rows: Array, done: Any) -> Array:
     """Rows ``[*blocks, b, d]`` with another sign in the first ``done`` columns."""
-    return jnp.where(jnp.arange(rows.shape[-1]) < done, -rows, rows)
+    return jnp.where(places(rows, -1) < done, -rows, rows)
 
 
 def filled_up(matrix: Array, size: int) -> Array:
@@ -99,7 +104,8 @@ def filled_up(matrix: Array, size: int) -> Array:
     if d == size:
         return matrix
     padded = jnp.pad(matrix, [(0, 0)] * (matrix.ndim - 2) + [(0, size - d)] * 2)
-    return padded + jnp.diag((jnp.arange(size) >= d).astype(matrix.dtype))
+    row, column = places(padded, -2), places(padded, -1)
+    return jnp.where((row == column) & (row >= d), 1, padded)
 
 
 def block_inverse(matrix: Array) -> Array:
@@ -116,18 +122,17 @@ def block_inverse(matrix: Array) -> Array:
 
 def eliminated(matrix: Array) -> Array:
     """``M⁻¹`` by Gauss-Jordan elimination, a row at a time; see ``spd_inverse``."""
-    index = jnp.arange(matrix.shape[-1])
 
-    def turn(k: Array, m: Array) -> Array:
-        own = index == k
+    def turn(k: Any, m: Array) -> Array:
         row = lax.dynamic_slice_in_dim(m, k, 1, -2)
         left = jnp.swapaxes(mirrored(row, k), -1, -2)
         pivot = lax.dynamic_slice_in_dim(row, k, 1, -1)
         pivot = jnp.where((pivot > 0) & (pivot < jnp.inf), pivot, jnp.nan)
-        v = jnp.where(own, 1, row) / pivot
-        return jnp.where(own[:, None], v, jnp.where(own, 0, m) - left * v)
+        v = jnp.where(places(row, -1) == k, 1, row) / pivot
+        rest = jnp.where(places(m, -1) == k, 0, m) - left * v
+        return jnp.where(places(m, -2) == k, v, rest)
 
-    return lax.fori_loop(0, index.size, turn, matrix)
+    return lax.fori_loop(0, matrix.shape[-1], turn, matrix)
 
 
 def inverse_half(matrix: Array) -> Array:

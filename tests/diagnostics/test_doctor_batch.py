@@ -300,7 +300,7 @@ def test_a_second_call_finds_everything_compiled():
 
 def every_kind():
     """The names of all findings that the library can make, from its source."""
-    for path in (ROOT / "kfac_jax_lite").glob("*.py"):
+    for path in (ROOT / "kfac_jax_lite").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if not (isinstance(node, ast.Call) and len(node.args) > 1):
                 continue
