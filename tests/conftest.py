@@ -1,5 +1,6 @@
 """Set-up shared by all tests: eight host devices, float64, one hypothesis profile."""
 
+import gc
 import importlib.metadata
 import os
 
@@ -59,6 +60,14 @@ def precision(request):
     single = {"experiments", "soak", "coverage", "checkouts"} & {*request.path.parts}
     with jax.enable_x64(not single):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+    """Compiled programs live as long as their module: a worker stays small."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
