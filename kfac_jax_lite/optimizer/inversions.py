@@ -205,20 +205,26 @@ def finished(stack: Stack, new: FactorInverses) -> Inverted:
 
 
 def alike_in_size(places: Sequence[Place]) -> list[list[Place]]:
-    """Matrices by the size that they are filled up to, that of a group's first."""
+    """Matrices by dtype and by the size that they are filled up to, a group's first."""
     groups: list[list[Place]] = []
-    for place in sorted(places, key=lambda p: -p.factor.shape[-1]):
-        largest = groups[-1][0].factor.shape[-1] if groups else 0
-        if BLOCK >= largest > 0 or 0 < largest <= place.factor.shape[-1] * FILLED_UP:
+    for place in sorted(places, key=lambda p: (str(p.factor.dtype), -size_of(p))):
+        first = groups[-1][0] if groups else place
+        grows_little = size_of(first) <= max(BLOCK, size_of(place) * FILLED_UP)
+        if groups and grows_little and first.factor.dtype == place.factor.dtype:
             groups[-1].append(place)
         else:
             groups.append([place])
     return groups
 
 
+def size_of(place: Place) -> int:
+    """Rows of a factor."""
+    return place.factor.shape[-1]
+
+
 def inverted_together(group: list[Place]) -> dict[tuple[int, int], Array]:
     """Inverses of factors of several sizes by one program, by stack and side."""
-    size = group[0].factor.shape[-1]
+    size = size_of(group[0])
     flat = [p.factor.reshape(-1, *p.factor.shape[-2:]) for p in group]
     stacked = jnp.concatenate([filled_up(x, size) for x in flat])
     counts = [len(x) for x in flat]
