@@ -300,7 +300,7 @@ def test_everything_public_has_a_docstring():
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_every_argument_is_documented(name):
     """Sections of docstrings are asked for of public names, and of these only."""
-    text = inspect.getdoc(lookup(name))
+    text = inspect.getdoc(lookup(name)) or ""
     for argument, parameter in inspect.signature(lookup(name)).parameters.items():
         if argument != "self" and parameter.kind is not parameter.VAR_KEYWORD:
             assert re.search(rf"^ +\**{argument}: ", text, re.M), argument

@@ -45,7 +45,6 @@ APPROXIMATIONS = ("full", "block_diagonal", "kronecker", "diagonal")
 TOP = 10
 
 RESULTS = Path("experiments/survey/results")
-INTEGERS = ("seeds", "steps", "width", "depth", "rows", "sharpness_steps", "workers")
 
 
 @dataclasses.dataclass(frozen=True)

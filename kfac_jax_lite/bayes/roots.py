@@ -58,9 +58,7 @@ def root_times(
         return unit_root_times(factors.blocks, e, damping)
     zero = jnp.zeros((), e.dtype)
     if isinstance(inverse, Eigenbases):
-        s = factors.s
-        if s is None:
-            s = inverse.d_a[..., :, None] * inverse.d_g[..., None, :]
+        s = inverse.products if factors.s is None else factors.s
         factors = factors._replace(s=jnp.sqrt(s + jnp.asarray(damping, s.dtype)))
     return precondition(layer, e, factors, inverse, zero)
 

@@ -186,7 +186,7 @@ def part_of_block(layer: LayerTag, block: Array) -> Array:
     if layer.kronecker:
         size = layer.sizes[0]
         return block[..., -1:, :] if layer.roles == ("bias",) else block[..., :size, :]
-    if layer.kind == "scale_shift" and block.shape[-1] > len(layer.roles):
+    if layer.unitwise and block.shape[-1] > len(layer.roles):
         i = ("scale", "shift").index(layer.roles[0])
         return block[..., i : i + 1]
     return block

@@ -138,8 +138,9 @@ def eliminated(matrix: Array) -> Array:
 def inverse_half(matrix: Array) -> Array:
     """``L⁻¹`` of ``M = L Lᵀ``; NaN where ``M`` is not positive definite."""
     half = jnp.linalg.cholesky(matrix, symmetrize_input=False)
-    eye = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
-    return lax.linalg.triangular_solve(half, eye, left_side=True, lower=True)
+    return lax.linalg.triangular_solve(
+        half, identity(matrix), left_side=True, lower=True
+    )
 
 
 def spd_inverse_flops(size: int, block: int = BLOCK) -> int:

@@ -40,7 +40,7 @@ from kfac_jax_lite.curvature.blocks import (
 from kfac_jax_lite.curvature.layout import Layout, units
 from kfac_jax_lite.curvature.stream import Stream
 from kfac_jax_lite.kronecker import factors as forms
-from kfac_jax_lite.kronecker.inverses import Eigenbases
+from kfac_jax_lite.kronecker.inverses import Eigenbases, eigenbases
 from kfac_jax_lite.kronecker.state import curvature
 from kfac_jax_lite.optimizer.transform import scale_by_kfac
 
@@ -52,11 +52,7 @@ def kronecker_parts(stream: Stream, layout: Layout, moments: bool) -> list[Part]
     """The blocks of ``kronecker``, or of ``ekfac`` with second moments."""
     dense = nearest_parts if stream.law.fisher is None else estimated_parts
     parts = dense(stream, layout, moments)
-    alone = [
-        units(layer, index)
-        for layer, index in layout.layers
-        if layer.kind == "diagonal"
-    ]
+    alone = [units(layer, index) for layer, index in layout.layers if layer.fallback]
     alone += [rest.reshape(-1, 1) for rest in layout.rest]
     found = stream.moments(alone)
     return parts + [
@@ -73,10 +69,7 @@ def estimated_parts(stream: Stream, layout: Layout, moments: bool) -> list[Part]
     if moments:
         state: Any = scale_by_kfac(tagged.layers, inverse="ekfac").init(stream.params)
         bases = {
-            layer.name: Eigenbases(
-                *forms.forms_of(layer)[0].eigh(found[layer.name].a),
-                *forms.forms_of(layer)[1].eigh(found[layer.name].g),
-            )
+            layer.name: eigenbases(layer, found[layer.name])
             for layer in tagged.layers
             if layer.kronecker
         }
@@ -87,7 +80,7 @@ def estimated_parts(stream: Stream, layout: Layout, moments: bool) -> list[Part]
         if layer.kronecker:
             basis = bases.get(layer.name)
             parts.append(factored(layer, index, found[layer.name], basis))
-        elif layer.kind == "scale_shift":
+        elif layer.unitwise:
             blocks = found[layer.name].blocks
             shape = (-1, *blocks.shape[-2:])
             parts.append(DensePart(jnp.asarray(index), blocks.reshape(shape)))
@@ -114,14 +107,15 @@ def factored(
 ) -> Part:
     """One layer's block from its statistics."""
     (size_a, size_g), place = layer.sizes, jnp.asarray(index)
+    form_a, form_g = forms.forms_of(layer)
     if basis is None:
-        a = plain(found.a, forms.forms_of(layer)[0], layer.a_shape, size_a)
-        g = plain(found.g, forms.forms_of(layer)[1], layer.g_shape, size_g)
+        a = plain(found.a, form_a, layer.a_shape, size_a)
+        g = plain(found.g, form_g, layer.g_shape, size_g)
         return KroneckerPart(place, a, g)
     n = len(index)
     s = found.s.reshape(n, *found.s.shape[-2:])
-    q_a = rotation(basis.q_a, forms.forms_of(layer)[0], layer.a_shape, n, s.shape[1])
-    q_g = rotation(basis.q_g, forms.forms_of(layer)[1], layer.g_shape, n, s.shape[2])
+    q_a = rotation(basis.q_a, form_a, layer.a_shape, n, s.shape[1])
+    q_g = rotation(basis.q_g, form_g, layer.g_shape, n, s.shape[2])
     if s.shape[1:] == (size_a, size_g):
         return EigenPart(place, q_a, q_g, s)
     # A last block that is filled up: the basis turns entries that there are not.
@@ -162,7 +156,7 @@ def nearest_parts(stream: Stream, layout: Layout, moments: bool) -> list[Part]:
     """Blocks from the nearest products of the layers' dense blocks."""
     parts = []
     for layer, index in layout.layers:
-        if layer.kind == "scale_shift":
+        if layer.unitwise:
             (block,) = stream.moments([index])
             parts.append(DensePart(jnp.asarray(index), block))
         elif layer.kronecker:

@@ -82,7 +82,7 @@ def positions(layer: LayerTag, shapes: list[Shape], starts: np.ndarray) -> np.nd
     block = np.asarray(gather(layer, leaves))
     if layer.kronecker:
         return block.reshape(-1, *block.shape[-2:])
-    if layer.kind == "scale_shift":
+    if layer.unitwise:
         return block.reshape(-1, block.shape[-1])
     return block.reshape(-1)
 
@@ -93,11 +93,11 @@ def units(layer: LayerTag, index: np.ndarray) -> np.ndarray:
     Incoming weights and bias of every output unit of a dense layer or convolution; the
     rows of an embedding; scale and shift of every channel; else single entries.
     """
-    if layer.kind == "embedding":
+    if layer.one_hot:
         return index.reshape(-1, index.shape[-1])
     if layer.kronecker:
         return np.swapaxes(index, -1, -2).reshape(-1, index.shape[-2])
-    if layer.kind == "scale_shift":
+    if layer.unitwise:
         return index
     return index.reshape(-1, 1)
 

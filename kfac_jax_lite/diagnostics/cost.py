@@ -328,7 +328,7 @@ def layer_cost(
 
 def with_full_norm(layer: LayerTag) -> LayerTag:
     """The layer with one block for all its scales and shifts."""
-    if layer.kind != "scale_shift" or layer.a_shape[-1] != 2:
+    if not layer.unitwise or layer.a_shape[-1] != 2:
         return layer
     *stack, units, k, _ = layer.a_shape
     return dataclasses.replace(layer, a_shape=(*stack, 1, units * k, units * k))

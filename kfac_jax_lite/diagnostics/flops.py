@@ -66,7 +66,7 @@ def layer_rows(tagged: TaggedLoss, params: Any, *args: Any) -> dict[str, Rows]:
     rows, thin = {}, thin_layers(found)
     for layer in found.layers:
         sites = found.sites.get(layer.name, [])
-        if layer.kind == "diagonal":
+        if layer.fallback:
             rows[layer.name] = Rows(n, 0, n)
             continue
         masked = MASK in found.marks
@@ -74,7 +74,7 @@ def layer_rows(tagged: TaggedLoss, params: Any, *args: Any) -> dict[str, Rows]:
         forward = count_rows([s for s in sites if not s.reverse], False)
         if recipe.by_example:
             statistics = n
-        elif layer.kind == "scale_shift":
+        elif layer.unitwise:
             statistics = sum(example_gradients(site) for site in sites)
         else:
             shares = [lattice.share for s in sites if (lattice := recipe.lattice(s))]
@@ -122,7 +122,7 @@ def gradient_flops(layer: LayerTag, rows: Rows) -> int:
     if not layer.kronecker:
         return 0
     weight = math.prod((*layer.stack, *layer.blocks, *layer.views[0].core[-2:]))
-    products = rows.reverse + (0 if layer.kind == "embedding" else rows.forward)
+    products = rows.reverse + (0 if layer.one_hot else rows.forward)
     return 6 * products * weight
 
 
@@ -143,18 +143,17 @@ def statistics_flops(layer: LayerTag, rows: Rows, moments: bool = False) -> int:
         Martens & Grosse, 2015, arXiv:1503.05671, Sec. 8 (the same terms).
     """
     r = rows.statistics
-    if layer.kind == "diagonal":
+    if layer.fallback:
         return 0
-    if layer.kind == "scale_shift":
+    if layer.unitwise:
         return 2 * r * math.prod(layer.a_shape)
-    a = entries(layer.a_shape, forms.forms_of(layer)[0])
-    g = entries(layer.g_shape, forms.forms_of(layer)[1])
+    a, g = (entries(*pair) for pair in factors_of(layer))
     of_a, of_g = (functools.partial(outer_flops, *pair) for pair in factors_of(layer))
-    total = (0 if layer.kind == "embedding" else of_a(r)) + of_g(r)
+    total = (0 if layer.one_hot else of_a(r)) + of_g(r)
     total += of_a(rows.reverse) + of_g(rows.reverse) - rows.saved
     if moments:
         total += 2 * (r + rows.reverse) * (a + g)
-        product = 0 if layer.kind == "embedding" else r
+        product = 0 if layer.one_hot else r
         total += 2 * (product + rows.reverse) * moments_size(layer)
     return total
 
@@ -241,8 +240,8 @@ def low_rank_flops(layer: LayerTag, method: Method) -> int:
 def apply_flops(layer: LayerTag) -> int:
     """``2 a² g + 2 a g²``: both factors times a block of the gradient."""
     width_a, width_g = forms.widths(layer)
-    a = entries(layer.a_shape, forms.forms_of(layer)[0]) * width_g
-    return 2 * (a + entries(layer.g_shape, forms.forms_of(layer)[1]) * width_a)
+    a, g = (entries(*pair) for pair in factors_of(layer))
+    return 2 * (a * width_g + g * width_a)
 
 
 def moments_size(layer: LayerTag) -> int:
@@ -252,7 +251,7 @@ def moments_size(layer: LayerTag) -> int:
 
 def full_norm(layer: LayerTag) -> bool:
     """Whether it is a scale_shift layer with one full block, as in some papers."""
-    return layer.kind == "scale_shift" and layer.a_shape[-1] > 2
+    return layer.unitwise and layer.a_shape[-1] > 2
 
 
 def factors_of(layer: LayerTag) -> tuple[tuple[Shape, forms.Form], ...]:

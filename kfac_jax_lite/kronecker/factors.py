@@ -261,6 +261,12 @@ def forms_of(layer: LayerTag) -> tuple[Form, Form]:
     return FORMS[layer.a_form], FORMS[layer.g_form]
 
 
+def mean_diagonals(layer: LayerTag, a: Array, g: Array) -> tuple[Array, Array]:
+    """``tr A / dim A`` and ``tr G / dim G`` of a Kronecker layer, ``[*blocks]``."""
+    (form_a, form_g), (size_a, size_g) = forms_of(layer), layer.sizes
+    return form_a.mean_diagonal(a, size_a), form_g.mean_diagonal(g, size_g)
+
+
 def widths(layer: LayerTag) -> tuple[int, int]:
     """The widths of a Kronecker layer's two factors."""
     a, g = forms_of(layer)

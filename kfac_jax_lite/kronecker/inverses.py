@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from kfac_jax_lite.core.parameter_views import Shape
 from kfac_jax_lite.core.types import Array, KroneckerStatistics, LayerTag
 from kfac_jax_lite.kronecker import low_rank as eigenpairs
-from kfac_jax_lite.kronecker.factors import Basis, Form, forms_of
+from kfac_jax_lite.kronecker.factors import Basis, Form, forms_of, mean_diagonals
 from kfac_jax_lite.kronecker.low_rank import LowRankInverses
 
 # The default rank, a share of a factor's size, and the least rank of any share.
@@ -59,11 +59,16 @@ class Eigenbases(NamedTuple):
         """Entries of the vectors on which the input's basis acts."""
         return self.d_a.shape[-1]
 
+    @property
+    def products(self) -> Array:
+        """``d_a d_gᵀ``: the eigenvalues of ``A ⊗ G``."""
+        return self.d_a[..., :, None] * self.d_g[..., None, :]
+
     def solve(self, layer: LayerTag, v: Array, moments: Any, damping: Array) -> Array:
         """``Q_A ((Q_Aᵀ V Q_G) / (s + λ)) Q_Gᵀ``; without moments ``s = d_a d_gᵀ``."""
         form_a, form_g = forms_of(layer)
-        q_a, d_a, q_g, d_g = self
-        s = d_a[..., :, None] * d_g[..., None, :] if moments is None else moments
+        q_a, _, q_g, _ = self
+        s = self.products if moments is None else moments
         turned = form_g.times(form_a.columns(q_a, v), q_g)
         turned = turned / (s + damping.astype(v.dtype))
         back_a, back_g = form_a.transposed(q_a), form_g.transposed(q_g)
@@ -202,8 +207,7 @@ class Eigh(Method):
         first: Array,
     ) -> tuple[Eigenbases, Any]:
         del cached, damping, first
-        a, g = forms_of(layer)
-        return Eigenbases(*a.eigh(statistics.a), *g.eigh(statistics.g)), statistics
+        return eigenbases(layer, statistics), statistics
 
 
 class Ekfac(Eigh):
@@ -230,12 +234,12 @@ class Ekfac(Eigh):
         damping: Array,
         first: Array,
     ) -> tuple[Eigenbases, Any]:
-        bases, _ = super().refresh(layer, statistics, cached, damping, first)
+        del damping
+        bases = eigenbases(layer, statistics)
         form_a, form_g = forms_of(layer)
-        product = bases.d_a[..., :, None] * bases.d_g[..., None, :]
         turned = form_a.columns(turn(cached.q_a, bases.q_a), statistics.s)
         turned = form_g.times(turned, turn(cached.q_g, bases.q_g))
-        return bases, statistics._replace(s=jnp.where(first, product, turned))
+        return bases, statistics._replace(s=jnp.where(first, bases.products, turned))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,6 +299,12 @@ class LowRank(Method):
         return LowRankInverses(*a, *side(form_g, statistics.g, cached.u_g)), statistics
 
 
+def eigenbases(layer: LayerTag, statistics: Any) -> Eigenbases:
+    """The eigenbases of a Kronecker layer's factors."""
+    a, g = forms_of(layer)
+    return Eigenbases(*a.eigh(statistics.a), *g.eigh(statistics.g))
+
+
 def kept_pairs(rank: int | float, size: int) -> int:
     """A factor's rank, of that number or share of its size."""
     if isinstance(rank, float):
@@ -329,11 +339,8 @@ def damped_factors(
     layer: LayerTag, statistics: KroneckerStatistics, damping: Array
 ) -> tuple[Array, Array]:
     """``A + π√λ I`` and ``G + √λ/π I``."""
-    (a, g, _), (size_a, size_g), (form_a, form_g) = (
-        statistics, layer.sizes, forms_of(layer)
-    )  # fmt: skip
-    mean_a, mean_g = form_a.mean_diagonal(a, size_a), form_g.mean_diagonal(g, size_g)
-    for_a, for_g = split_damping(mean_a, mean_g, damping)
+    (a, g, _), (form_a, form_g) = statistics, forms_of(layer)
+    for_a, for_g = split_damping(*mean_diagonals(layer, a, g), damping)
     return form_a.damped(a, for_a), form_g.damped(g, for_g)
 
 

@@ -17,7 +17,7 @@ from kfac_jax_lite.core.types import (
     Statistics,
     TiedStatistics,
 )
-from kfac_jax_lite.kronecker.factors import forms_of
+from kfac_jax_lite.kronecker.factors import mean_diagonals
 from kfac_jax_lite.kronecker.masking import part_of_statistics
 
 
@@ -141,10 +141,8 @@ def merged(layer: LayerTag, statistics: TiedStatistics) -> KroneckerStatistics:
         Martens & Grosse, 2015, arXiv:1503.05671, Sec. 6.3 (there ``B ⊗ H = λ I ⊗ I``).
     """
     a, g, h, b, s = statistics
-    size_a, size_g = layer.sizes
-    form_a, form_g = forms_of(layer)
-    of_a, of_b = (form_a.mean_diagonal(x, size_a) for x in (a, b))
-    of_g, of_h = (form_g.mean_diagonal(x, size_g) for x in (g, h))
+    of_a, of_g = mean_diagonals(layer, a, g)
+    of_b, of_h = mean_diagonals(layer, b, h)
     proper = (of_a * of_h > 0) & (of_b * of_g > 0)
     pi = jnp.sqrt(jnp.where(proper, of_a * of_h, 1) / jnp.where(proper, of_b * of_g, 1))
     return KroneckerStatistics(

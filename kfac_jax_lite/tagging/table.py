@@ -24,7 +24,7 @@ def table(layers: Sequence[LayerTag]) -> str:
     lines = [line(row, widths) for row in rows]
     lines.insert(1, "  ".join("─" * w for w in widths))
     total = sum(t.elements for t in layers)
-    covered = sum(t.elements for t in layers if t.kind != "diagonal")
+    covered = sum(t.elements for t in layers if not t.fallback)
     lines.append(lines[1])
     elements = sum(t.factor_elements for t in layers)
     share = 100 * covered / total if total else 0.0
@@ -33,7 +33,7 @@ def table(layers: Sequence[LayerTag]) -> str:
         f"embedding or unit-wise blocks; {elements:,} factor elements"
     )
     notes = [f"  {t.name} ({', '.join(t.params)}): {t.note}" for t in layers if t.note]
-    if any(t.kind == "diagonal" for t in layers):
+    if any(t.fallback for t in layers):
         lines.append("Diagonal layers fell back to the squared gradient.")
     if notes:
         lines += ["Notes:", *notes]

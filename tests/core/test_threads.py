@@ -151,7 +151,7 @@ def test_threads_of_the_blas_are_the_users_if_a_variable_says_so():
     """The limit is set where a factorisation is traced, and nowhere else."""
     program = """
 import ctypes, glob, os, jax, scipy
-from kfac_jax_lite import linalg
+from kfac_jax_lite.core import linalg
 folder = os.path.join(os.path.dirname(scipy.__file__), "..", "scipy.libs")
 paths = glob.glob(folder + "/*openblas*")
 count = lambda: [ctypes.CDLL(p).scipy_openblas_get_num_threads() for p in paths]

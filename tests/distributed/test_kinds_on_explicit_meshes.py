@@ -49,7 +49,7 @@ def loss_of(explicit, masked):
         z = jnp.einsum("btc,vc->btv", h, p["table"], out_sharding=spec)
         one_hot = labels[..., None] == jnp.arange(VOCABULARY)
         terms = optax.softmax_cross_entropy(kfac.categorical(z, mask), one_hot * 1.0)
-        return (terms * mask).sum() / mask.sum() if masked else terms.mean()
+        return terms.mean() if mask is None else (terms * mask).sum() / mask.sum()
 
     return loss
 

@@ -499,12 +499,13 @@ def active_section(records: list[Record], out: Path) -> list[Section]:
     areas = {
         n: np.array([np.mean(r["accuracy"]) for r in rs]) for n, rs in found.items()
     }
-    base: Any = areas.get("active_random")
+    base = areas.get("active_random")
     rows = []
     for name, runs in found.items():
         last = np.array([run["accuracy"][-1] for run in runs])
-        apart = base is None or name == "active_random"
-        seen = None if apart else compare(areas[name], base)
+        seen = None
+        if base is not None and name != "active_random":
+            seen = compare(areas[name], base)
         rows.append(
             (
                 ACTIVE_TITLES[name],

@@ -125,8 +125,7 @@ def sampled_share(
 
 def traces(layer: LayerTag, whole: Any) -> tuple[np.ndarray, np.ndarray]:
     """Mean diagonals of both factors of a Kronecker layer, ``[*blocks]``."""
-    a = forms.forms_of(layer)[0].mean_diagonal(whole.a, layer.sizes[0])
-    g = forms.forms_of(layer)[1].mean_diagonal(whole.g, layer.sizes[1])
+    a, g = forms.mean_diagonals(layer, whole.a, whole.g)
     return np.asarray(a, np.float64), np.asarray(g, np.float64)
 
 
@@ -191,9 +190,10 @@ def too_few_rows(
 ) -> Iterator[Finding]:
     """A factor that the rows seen cannot fill."""
     layer, rows = one.layer, seen.rows[one.layer.name]
-    sides = [("A", forms.forms_of(layer)[0], layer.a_shape)]
+    form_a, form_g = forms.forms_of(layer)
+    sides = [("A", form_a, layer.a_shape)]
     if tagged.fisher != "exact":  # which has a row for every output
-        sides.append(("G", forms.forms_of(layer)[1], layer.g_shape))
+        sides.append(("G", form_g, layer.g_shape))
     # An average that is still filling up is taken for what it is going to be.
     early = record["steps"] < START
     memory = one.memory if early else record["memory"] or 1.0

@@ -111,8 +111,7 @@ def factors_of(
         index = names.index(layer.name)
         held = clock.inverse_damping[index]
         shift = float(held if split else damping)
-        a = eigenvalues(averaged.a, forms.forms_of(layer)[0], layer.sizes[0])
-        g = eigenvalues(averaged.g, forms.forms_of(layer)[1], layer.sizes[1])
+        a, g = map(eigenvalues, averaged[:2], forms.forms_of(layer), layer.sizes)
         damped = damped_extremes(a, g, shift, split) if shift > 0 else None
         eps = float(np.finfo(averaged.a.dtype).eps)
         rest = max(1 - float(clock.weight[index]), eps)
@@ -201,7 +200,8 @@ def degenerate(factors: Factors) -> Iterator[Finding]:
             "with constant inputs or in evaluation mode.",
             {"effective_rank": float(ranks.min()), "size": layer.sizes[0]},
         )
-    of_g = diagonal(numbers.g, forms.forms_of(layer)[1], layer.sizes[1])
+    form_a, form_g = forms.forms_of(layer)
+    of_g = diagonal(numbers.g, form_g, layer.sizes[1])
     if not np.all(of_g.max(-1) > 0):
         yield Finding(
             WARNING,
@@ -217,9 +217,9 @@ def degenerate(factors: Factors) -> Iterator[Finding]:
     if factors.refreshes < SEEN:
         return
     yield from dead(layer, "dead_units", of_g, "units have never had a gradient")
-    if forms.forms_of(layer)[0].matrix:
+    if form_a.matrix:
         size = layer.sizes[0] - layer.bias
-        of_a = diagonal(numbers.a, forms.forms_of(layer)[0], layer.sizes[0])[..., :size]
+        of_a = diagonal(numbers.a, form_a, layer.sizes[0])[..., :size]
         yield from dead(layer, "dead_inputs", of_a, "inputs have always been zero")
 
 
@@ -275,7 +275,7 @@ def unbatched(layers: Sequence[LayerTag]) -> Iterator[Finding]:
 
 def fallback(layers: Sequence[LayerTag]) -> Iterator[Finding]:
     """Parameters under a diagonal, for want of a rule."""
-    fallen = [layer for layer in layers if layer.kind == "diagonal"]
+    fallen = [layer for layer in layers if layer.fallback]
     elements = sum(layer.elements for layer in fallen)
     share = elements / max(1, sum(layer.elements for layer in layers))
     if share > FALLBACK:
