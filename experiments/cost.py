@@ -16,15 +16,15 @@ from experiments.benchmarks.common import machine, write_json
 from experiments.configs.cost import CostConfig
 from experiments.errors import ConfigError, MetricsError
 from experiments.metrics import read_records
-from kfac_jax_lite.core.types import LayerTag
-from kfac_jax_lite.diagnostics.cost import CostModel
-from kfac_jax_lite.diagnostics.simulate import (
+from experiments.simulate import (
     DEVICES,
     Machine,
     StepTime,
     scale,
     step_time,
 )
+from kfac_jax_lite.core.types import LayerTag
+from kfac_jax_lite.diagnostics.cost import CostModel
 from tests.acceptance.architectures import ARCHITECTURES, SMALL
 
 MODELS = ARCHITECTURES | SMALL

@@ -16,12 +16,11 @@ from kfac_jax_lite.core.types import (
     ScaleShiftStatistics,
     TiedStatistics,
 )
-from kfac_jax_lite.diagnostics import logs, simulate
+from kfac_jax_lite.diagnostics import logs
 from kfac_jax_lite.diagnostics.accuracy import choose_ranks, inverse_error
-from kfac_jax_lite.diagnostics.cost import CostModel, cost_model
+from kfac_jax_lite.diagnostics.cost import CostModel, Rows, cost_model, layer_rows
 from kfac_jax_lite.diagnostics.doctor.doctor import doctor
 from kfac_jax_lite.diagnostics.doctor.findings import Finding, Findings
-from kfac_jax_lite.diagnostics.flops import Rows, layer_rows
 from kfac_jax_lite.diagnostics.report import report
 from kfac_jax_lite.distributed.layout import relayout, state_axes, state_specs
 from kfac_jax_lite.distributed.reduction import Reduction
@@ -84,7 +83,6 @@ __all__ = [
     "report",
     "rescale_weights",
     "scale_by_kfac",
-    "simulate",
     "state_axes",
     "state_specs",
     "tag",

@@ -287,5 +287,5 @@ plt.show()
 # %% [markdown]
 # The bars add up what happens at different times: a refresh only where a layer is due,
 # an inversion every `inverse_interval` steps, the last part at every step. Which mode
-# is best depends on how often each happens; `kfac.cost_model` and `kfac.simulate`
-# reckon with a trace of refreshes.
+# is best depends on how often each happens; `kfac.cost_model` reckons with a trace of
+# refreshes.

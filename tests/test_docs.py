@@ -29,7 +29,6 @@ LISTED = {
     "damping": ["adaptive", "levenberg_marquardt"],
     "logs": ["CSV", "TensorBoard", "Table"],
     "intervals": ["every", "adaptive", "staleness", "Interval"],
-    "simulate": ["Machine", "StepTime", "collective_time", "step_time", "scale"],
     "curvature.measures": None,
     "curvature.correlations": None,
     "bayes.metrics": None,

@@ -100,7 +100,6 @@ SIGNATURES = {
         "batch_norm": "unit",
         "mapped": True,
     },
-    "simulate.step_time": {"cost": EMPTY, "machine": EMPTY, "trace": 1.0},
     "damping.adaptive": {
         "initial": 1.0,
         "gain": 0.5,
@@ -255,7 +254,7 @@ SIGNATURES = {
     },
 }
 NAMES = {name for name in SIGNATURES if "." not in name}
-NAMES |= {"Reduction", "bayes", "curvature", "intervals", "damping", "ntk", "simulate"}
+NAMES |= {"Reduction", "bayes", "curvature", "intervals", "damping", "ntk"}
 
 
 def lookup(name):

@@ -12,8 +12,7 @@ from kfac_jax_lite.bayes import noisy, roots
 from kfac_jax_lite.bayes.vogn import block_squares, part_of_block
 from kfac_jax_lite.core.types import DiagonalStatistics
 from kfac_jax_lite.diagnostics import accuracy
-from kfac_jax_lite.diagnostics.cost import limit_of
-from kfac_jax_lite.diagnostics.flops import statistics_flops
+from kfac_jax_lite.diagnostics.cost import limit_of, statistics_flops
 from kfac_jax_lite.distributed.traffic import Collective
 from kfac_jax_lite.kronecker import factors as forms
 from kfac_jax_lite.optimizer.steps import Guide

@@ -1,11 +1,11 @@
-"""How much of the factors low-rank inverses keep, and what they leave out.
+"""The averaged factors on the host, in float64: spectra, ranks, errors of inverses.
 
-On the host, in float64, layer by layer; for tables and for choosing ranks, not for a
-training step.
+For tables and diagnosis, not for a training step.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,10 +54,16 @@ def choose_ranks(
     if not 0 < retained_trace <= 1:
         raise ValueError(f"retained_trace must be in (0, 1], got {retained_trace!r}.")
     chosen = {}
-    for layer, statistics, _ in kronecker_layers(layers, the_state(opt_state)):
-        sides = zip(statistics[:2], forms.forms_of(layer), strict=True)
-        a, g = (enough(eigen(x, form)[1], form, retained_trace) for x, form in sides)
-        chosen[layer.name] = (a, g)
+    for one in kronecker_layers(layers, the_state(opt_state)):
+        spectra = [
+            values.reshape(-1, factor.shape[-1])
+            for (_, values), factor in zip(one.bases, one.statistics, strict=False)
+        ]
+        a, g = (
+            enough(values, form, retained_trace)
+            for values, form in zip(spectra, one.forms, strict=True)
+        )
+        chosen[one.layer.name] = (a, g)
     return chosen
 
 
@@ -65,7 +71,7 @@ def enough(values: np.ndarray, form: forms.Form, share: float) -> int:
     """How many of the largest eigenvalues ``[.., d]`` make up that share of the sum."""
     if not form.matrix:
         return 1
-    values = np.sort(values.reshape(-1, values.shape[-1]), -1)[:, ::-1]
+    values = np.sort(values, -1)[..., ::-1]
     wanted = share * (1 - 1e-12) * values.sum(-1, keepdims=True)
     reached = np.cumsum(values, -1) >= wanted
     return int(reached.argmax(-1).max()) + 1
@@ -96,21 +102,30 @@ def inverse_error(layers: Sequence[LayerTag], opt_state: Any) -> list[dict[str, 
     """
     state, records = the_state(opt_state), []
     damping = float(jax.device_get(state.damping))
-    for layer, statistics, inverse in kronecker_layers(layers, state):
-        exact = Exact(layer, statistics, isinstance(inverse, FactorInverses), damping)
+    for one in kronecker_layers(layers, state):
+        (_, a), (_, g) = one.bases
+        curvature = a[..., :, None] * g[..., None, :]
+        shifted_a, shifted_g, shift = one.shifted(a, g, damping)
+        damped = shifted_a[..., :, None] * shifted_g[..., None, :] + shift
         rng, errors = np.random.default_rng(0), []
         for white in (False, True):
             squares = np.zeros(2)
             for _ in range(PROBES):
-                v = exact.gradient(rng.normal(size=exact.shape), white)
-                wanted = exact.solve(v)
-                seen = applied(layer, v, statistics, inverse, damping)
+                v = rng.normal(size=(*a.shape[:-1], *one.layer.sizes))
+                v = v if white else one.scaled(v, np.sqrt(curvature))
+                wanted = one.scaled(v, 1 / damped)
+                seen = one.preconditioned(v, damping)
                 squares += np.sum((seen - wanted) ** 2), np.sum(wanted**2)
             errors.append(float(np.sqrt(squares[0] / squares[1])))
+        low_rank = isinstance(one.inverse, LowRankInverses)
         records.append(
             {
-                "name": layer.name,
-                **kept(layer, inverse),
+                "name": one.layer.name,
+                "rank_a": (one.inverse.e_a if low_rank else one.statistics.a).shape[-1],
+                "rank_g": (one.inverse.e_g if low_rank else one.statistics.g).shape[-1],
+                "retained_trace_a": 1.0,
+                "retained_trace_g": 1.0,
+                **retained_traces(one.inverse),
                 "error": errors[0],
                 "error_white": errors[1],
             }
@@ -118,113 +133,176 @@ def inverse_error(layers: Sequence[LayerTag], opt_state: Any) -> list[dict[str, 
     return records
 
 
-class Exact:
-    """The damped inverse of a layer's factors, in float64, by eigendecomposition."""
+def retained_traces(inverse: Any) -> dict[str, float]:
+    """Shares of the traces that low-rank inverses keep; copies small arrays only."""
+    if not isinstance(inverse, LowRankInverses):
+        return {}
+    found = {}
+    for side in ("a", "g"):
+        u, e, tau = (getattr(inverse, f"{k}_{side}") for k in ("u", "e", "tau"))
+        size = e.shape[-1] if isinstance(u, tuple) else u.shape[-2]
+        e, tau = jax.device_get((e, tau))
+        found[f"retained_trace_{side}"] = retained_trace(e, tau, size)
+    return found
 
-    forms: tuple[Any, Any]
-    sizes: tuple[int, int]
-    q_a: np.ndarray | None
-    q_g: np.ndarray | None
-    d_a: np.ndarray
-    d_g: np.ndarray
-    shape: tuple[int, ...]
-    scales: np.ndarray
 
-    def __init__(self, layer: LayerTag, statistics: Any, damped: bool, damping: float):
-        """Decomposes both factors.
+class Damped(NamedTuple):
+    """Eigenvalues of a damped block, what its inverse divides by; ``[*blocks]``.
 
-        Args:
-            damping: ``λ``.
+    Attributes:
+        low: The smallest.
+        mean: The mean.
+        high: The largest.
+        condition: The larger condition number of what is inverted: of the two damped
+            factors, or of the block.
+    """
+
+    low: Any
+    mean: Any
+    high: Any
+    condition: Any
+
+
+class Factors:
+    """A Kronecker layer's averaged factors and cached inverse, whole, on one device.
+
+    Attributes:
+        layer: The layer, without what a mask hides.
+        statistics: Its averaged factors.
+        inverse: Its cached inverse.
+        forms: How ``A`` and ``G`` are kept.
+        split: Whether the damping is split over both factors (explicit inverses).
+        damping: ``λ`` in force; 0 before the first inversion.
+        refreshes: How many refreshes have gone into the average.
+        eps: Relative rounding error of the state's arithmetic.
+        memory: How many refreshes the average is worth once it has filled up,
+            ``(1 + d) / (1 − d)`` (see ``kfac_jax_lite.diagnostics.report.memory``).
+    """
+
+    def __init__(self, layer: LayerTag, state: Any):
+        """Copies and unpacks a layer's part of a state."""
+        record = state.factors[layer.name], state.inverses[layer.name]
+        # On one device, whatever the state was placed on.
+        statistics, inverse = jax.tree.map(jnp.asarray, jax.device_get(record))
+        layer = kept_layer(layer, inverse)
+        statistics = unpacked(layer, statistics)
+        plan = plan_of(layer, statistics, inverse)
+        if plan is not None:
+            statistics = whole_statistics(layer, statistics)
+            if plan.sliced(layer.name):
+                inverse = undivided(layer, inverse)
+        self.layer, self.statistics, self.inverse = layer, statistics, inverse
+        self.forms = forms.forms_of(layer)
+        self.split = isinstance(inverse, FactorInverses)
+        clock, damping = jax.device_get((state.clock, state.damping))
+        index = sorted(state.factors).index(layer.name)
+        self.damping = float(clock.inverse_damping[index] if self.split else damping)
+        self.refreshes = int(clock.refreshes[index])
+        self.eps = float(np.finfo(statistics.a.dtype).eps)
+        rest = max(1 - float(clock.weight[index]), self.eps)
+        decay = min(rest ** (1 / max(self.refreshes, 1)), 1 - self.eps)
+        self.memory = (1 + decay) / (1 - decay)
+
+    @functools.cached_property
+    def bases(self) -> tuple[tuple[np.ndarray | None, np.ndarray], ...]:
+        """``eigen`` of both factors."""
+        return tuple(map(eigen, self.statistics[:2], self.forms))
+
+    @functools.cached_property
+    def values(self) -> tuple[np.ndarray, ...]:
+        """``eigenvalues`` of both factors."""
+        return tuple(
+            map(eigenvalues, self.statistics[:2], self.forms, self.layer.sizes)
+        )
+
+    @property
+    def diagonals(self) -> tuple[np.ndarray, ...]:
+        """The diagonals of both factors, ``[*blocks, size]``."""
+        sides = zip(self.statistics[:2], self.forms, self.layer.sizes, strict=True)
+        return tuple(diagonal(np.asarray(x, float), f)[..., :n] for x, f, n in sides)
+
+    @functools.cached_property
+    def damped(self) -> Damped | None:
+        """The spectrum of the damped block; None without damping."""
+        if self.damping <= 0:
+            return None
+        a, g, shift = self.shifted(*self.values, self.damping)
+        low, high = (a[..., i] * g[..., i] + shift for i in (0, -1))
+        condition = high / low
+        if self.split:
+            condition = np.maximum(*(x[..., -1] / x[..., 0] for x in (a, g)))
+        return Damped(low, a.mean(-1) * g.mean(-1) + shift, high, condition)
+
+    def shifted(
+        self, a: np.ndarray, g: np.ndarray, damping: float
+    ) -> tuple[np.ndarray, np.ndarray, float]:
+        """``(α, γ, s)`` of which the damped block has the eigenvalues ``α_i γ_j + s``.
+
+        ``s = λ``, or 0 where ``α + π√λ`` and ``γ + √λ/π`` hold the damping (see
+        ``kfac_jax_lite.damping.split``).
         """
-        self.forms, self.sizes = forms.forms_of(layer), layer.sizes
-        self.q_a, d_a = eigen(statistics.a, self.forms[0])
-        self.q_g, d_g = eigen(statistics.g, self.forms[1])
-        self.d_a, self.d_g = map(flat, (d_a, d_g), self.forms)
-        self.shape = (*self.d_a.shape[:-1], *layer.sizes)
-        d_a, d_g = self.d_a[..., :, None], self.d_g[..., None, :]
-        self.scales = d_a * d_g + damping
-        if damped:
-            mean_a = self.d_a.sum(-1)[..., None, None] / layer.sizes[0]
-            mean_g = self.d_g.sum(-1)[..., None, None] / layer.sizes[1]
-            proper = (mean_a > 0) & (mean_g > 0)
-            pi = np.where(proper, mean_a, 1) / np.where(proper, mean_g, 1)
-            root = np.sqrt(damping)
-            self.scales = (d_a + np.sqrt(pi) * root) * (d_g + root / np.sqrt(pi))
-
-    def gradient(self, normal: np.ndarray, white: bool) -> np.ndarray:
-        """``A^½ Z G^½``, or ``Z`` itself."""
-        if white:
-            return normal
-        scales = np.sqrt(self.d_a)[..., :, None] * np.sqrt(self.d_g)[..., None, :]
-        return self.scaled(normal, scales)
-
-    def solve(self, v: np.ndarray) -> np.ndarray:
-        """The exact preconditioned gradient."""
-        return self.scaled(v, 1 / self.scales)
+        if not self.split:
+            return a, g, damping
+        sides = zip((a, g), self.layer.sizes, strict=True)
+        mean_a, mean_g = (x.sum(-1, keepdims=True) / size for x, size in sides)
+        proper = (mean_a > 0) & (mean_g > 0)
+        pi = np.sqrt(np.where(proper, mean_a, 1) / np.where(proper, mean_g, 1))
+        return a + pi * np.sqrt(damping), g + np.sqrt(damping) / pi, 0.0
 
     def scaled(self, v: np.ndarray, scales: np.ndarray) -> np.ndarray:
         """Multiplies in the eigenbases."""
         sizes = zip(scales.shape[-2:], v.shape[-2:], strict=True)
         missing = [(0, wide - size) for wide, size in sizes]
         v = np.pad(v, [(0, 0)] * (v.ndim - 2) + missing)
-        v = rows(rows(v, self.q_g, self.forms[1]).mT, self.q_a, self.forms[0]).mT
-        v, back_a, back_g = v * scales, back(self.q_a), back(self.q_g)
-        v = rows(rows(v, back_g, self.forms[1]).mT, back_a, self.forms[0]).mT
-        return v[..., : self.sizes[0], : self.sizes[1]]
+        (q_a, _), (q_g, _) = self.bases
+        v = rows(rows(v, q_g).mT, q_a).mT * scales
+        v = rows(rows(v, q_g, True).mT, q_a, True).mT
+        return v[..., : self.layer.sizes[0], : self.layer.sizes[1]]
+
+    def preconditioned(self, v: np.ndarray, damping: float) -> np.ndarray:
+        """What the optimiser makes of a gradient, in the precision of the state."""
+        dtype = jax.tree.leaves(self.inverse)[0].dtype
+        v, value = jnp.asarray(v, dtype), jnp.asarray(damping, dtype)
+        u = precondition(self.layer, v, self.statistics, self.inverse, value)
+        return np.asarray(u, np.float64)
 
 
 def eigen(factor: Any, form: forms.Form) -> tuple[np.ndarray | None, np.ndarray]:
-    """``(Q, d)`` in float64, ``d`` not below 0; None for the identity."""
+    """``(Q, d)`` in float64 with ``Q [*blocks, k, s, s]``, ``d [*blocks, k s]`` ≥ 0.
+
+    ``Q`` is None for the identity.
+    """
     factor = np.asarray(factor, np.float64)
     if not form.matrix:
         return None, np.maximum(factor, 0)
     d, q = np.linalg.eigh(factor)
-    return q, np.maximum(d, 0)
+    blocks, size = factor.shape[: factor.ndim - form.axes], factor.shape[-1]
+    return q.reshape(*blocks, -1, size, size), np.maximum(d, 0).reshape(*blocks, -1)
 
 
-def flat(d: np.ndarray, form: forms.Form) -> np.ndarray:
-    """Eigenvalues of all blocks of a factor in one row."""
-    return d.reshape(*d.shape[:-2], -1) if form is forms.BLOCKS else d
+def eigenvalues(factor: Any, form: forms.Form, size: int) -> np.ndarray:
+    """Ascending, not below 0, ``[*blocks, size]`` in float64.
+
+    Blocks are filled up with rows of zeros; their eigenvalues are left out.
+    """
+    values = np.sort(eigen(factor, form)[1], -1)
+    return values[..., values.shape[-1] - size :]
 
 
-def back(q: np.ndarray | None) -> np.ndarray | None:
-    """``Qᵀ``."""
-    return None if q is None else q.mT
+def diagonal(factor: np.ndarray, form: forms.Form) -> np.ndarray:
+    """A factor's diagonal, ``[*blocks, width]``."""
+    if not form.matrix:
+        return factor
+    blocks = factor.shape[: factor.ndim - form.axes]
+    return np.diagonal(factor, axis1=-2, axis2=-1).reshape(*blocks, -1)
 
 
-def rows(x: np.ndarray, q: np.ndarray | None, form: forms.Form) -> np.ndarray:
-    """``x Q`` for rows, block by block."""
+def rows(x: np.ndarray, q: np.ndarray | None, back: bool = False) -> np.ndarray:
+    """``x Q`` for rows, or ``x Qᵀ``, block by block."""
     if q is None:
         return x
-    if form.whole:
-        return x @ q
-    parts = x.reshape(*x.shape[:-1], *q.shape[-3:-1])
-    return np.einsum("...rki,...kij->...rkj", parts, q).reshape(x.shape)
-
-
-def applied(
-    layer: LayerTag, v: np.ndarray, statistics: Any, inverse: Any, damping: float
-) -> np.ndarray:
-    """What the optimiser makes of a gradient, in the precision of the state."""
-    dtype = jax.tree.leaves(inverse)[0].dtype
-    u = precondition(
-        layer, jnp.asarray(v, dtype), statistics, inverse, jnp.asarray(damping, dtype)
-    )
-    return np.asarray(u, np.float64)
-
-
-def kept(layer: LayerTag, inverse: Any) -> dict[str, Any]:
-    """Ranks of a layer's cached inverse, and shares of the trace."""
-    record: dict[str, Any] = {}
-    for side, shape in (("a", layer.a_shape), ("g", layer.g_shape)):
-        record[f"rank_{side}"] = shape[-1]
-        record[f"retained_trace_{side}"] = 1.0
-        if isinstance(inverse, LowRankInverses):
-            e = np.asarray(getattr(inverse, f"e_{side}"))
-            record[f"rank_{side}"] = e.shape[-1]
-            tau = getattr(inverse, f"tau_{side}")
-            record[f"retained_trace_{side}"] = retained_trace(e, tau, shape[-1])
-    return record
+    split = x.reshape(*x.shape[:-1], *q.shape[-3:-1]).swapaxes(-3, -2)
+    return (split @ (q.mT if back else q)).swapaxes(-3, -2).reshape(x.shape)
 
 
 def the_state(opt_state: Any) -> Any:
@@ -240,30 +318,8 @@ def the_state(opt_state: Any) -> Any:
     return states[0]
 
 
-def kronecker_layers(
-    layers: Sequence[LayerTag], state: Any
-) -> Iterator[tuple[LayerTag, Any, Any]]:
-    """Layers with their factors and cached inverses, whole and on one device.
-
-    Weights of zero width have no entries and are left out.
-
-    Yields:
-        ``(layer, statistics, inverse)``.
-    """
+def kronecker_layers(layers: Sequence[LayerTag], state: Any) -> Iterator[Factors]:
+    """Kronecker layers of a state; weights of zero width have no entries."""
     for layer in layers:
-        if not layer.kronecker or layer.name not in state.factors:
-            continue
-        if 0 in layer.sizes:
-            continue
-        record = state.factors[layer.name], state.inverses[layer.name]
-        # On one device, whatever the state was placed on.
-        host = jax.device_get(record)
-        statistics, inverse = jax.tree.map(jnp.asarray, host)
-        layer = kept_layer(layer, inverse)
-        statistics = unpacked(layer, statistics)
-        plan = plan_of(layer, statistics, inverse)
-        if plan is not None:
-            statistics = whole_statistics(layer, statistics)
-            if plan.sliced(layer.name):
-                inverse = undivided(layer, inverse)
-        yield layer, statistics, inverse
+        if layer.kronecker and layer.name in state.factors and 0 not in layer.sizes:
+            yield Factors(layer, state)

@@ -4,12 +4,12 @@ Every log has the verbs ``write(step, opt_state)`` and ``close()`` and is a cont
 manager. ``rich`` and ``tensorboardX`` are imported by the log that needs them.
 """
 
+import contextlib
 import csv
 import importlib
 import numbers
 import os
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any, TextIO
 
 from kfac_jax_lite.core.types import LayerTag
@@ -41,11 +41,11 @@ def optional(name: str, log: str) -> Any:
         ) from error
 
 
-class Log:
+class Log(contextlib.AbstractContextManager):
     """What all logs share: they report, and they can be closed."""
 
     def __init__(self, layers: Sequence[LayerTag] | None = None, spectra: bool = False):
-        """What is reported."""
+        """Takes what ``kfac.report`` is given."""
         check_spectra(layers, spectra)
         self.layers: Sequence[LayerTag] | None = layers
         self.spectra: bool = spectra
@@ -60,36 +60,28 @@ class Log:
         self.put(int(step), report(opt_state, self.layers, self.spectra))
 
     def put(self, step: int, records: list[dict[str, Any]]) -> None:
-        """Writes records that are at hand already.
-
-        Args:
-            step: The number to write them under.
-            records: What ``kfac.report`` returned.
-
-        Raises:
-            NotImplementedError: The log does not say where.
-        """
+        """Writes what ``kfac.report`` returned."""
         raise NotImplementedError
 
     def close(self) -> None:
         """Nothing is written after this."""
 
-    def __enter__(self) -> Any:
-        """The log itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         """Closes it."""
         self.close()
 
 
 class CSV(Log):
-    """A CSV file: one line per step and layer; None is an empty cell."""
+    """A CSV file: one line per step and layer; None is an empty cell.
+
+    Args:
+        path: The file; one that is there is continued.
+        layers: ``tagged.layers``, for ``kfac.report``.
+        spectra: The same.
+
+    Raises:
+        ValueError: By ``write``: the file has other columns.
+    """
 
     def __init__(
         self,
@@ -97,7 +89,6 @@ class CSV(Log):
         layers: Sequence[LayerTag] | None = None,
         spectra: bool = False,
     ):
-        """Opens the file; one that is there is continued."""
         super().__init__(layers, spectra)
         self.path = path
         self.columns: list[str] = []
@@ -107,15 +98,6 @@ class CSV(Log):
         self.file: TextIO = open(path, "a", newline="", encoding="utf-8")
 
     def put(self, step: int, records: list[dict[str, Any]]) -> None:
-        """Writes a line per record, at once to the file.
-
-        Args:
-            step: The number to write them under.
-            records: What ``kfac.report`` returned.
-
-        Raises:
-            ValueError: The file has other columns.
-        """
         columns = ["step", *dict.fromkeys(key for r in records for key in r)]
         if not self.columns:
             self.columns = columns
@@ -131,12 +113,19 @@ class CSV(Log):
         self.file.flush()
 
     def close(self) -> None:
-        """Closes the file."""
         self.file.close()
 
 
 class TensorBoard(Log):
-    """Scalars ``<layer>/<key>`` for TensorBoard."""
+    """Scalars ``<layer>/<key>`` for TensorBoard, of everything that is a number.
+
+    Args:
+        writer: A folder, for which ``tensorboardX.SummaryWriter`` is made (and closed
+            by ``close``); or anything with ``add_scalar(tag, value, step)``, which
+            stays open.
+        layers: ``tagged.layers``, for ``kfac.report``.
+        spectra: The same.
+    """
 
     def __init__(
         self,
@@ -144,13 +133,6 @@ class TensorBoard(Log):
         layers: Sequence[LayerTag] | None = None,
         spectra: bool = False,
     ):
-        """Takes a writer, or makes one.
-
-        Args:
-            writer: A folder, for which ``tensorboardX.SummaryWriter`` is made (and
-                closed by ``close``); or anything with
-                ``add_scalar(tag, value, step)``, which stays open.
-        """
         super().__init__(layers, spectra)
         self.owned: bool = isinstance(writer, (str, os.PathLike))
         if self.owned:
@@ -159,25 +141,18 @@ class TensorBoard(Log):
         self.writer = writer
 
     def put(self, step: int, records: list[dict[str, Any]]) -> None:
-        """Adds a scalar for everything that is a number.
-
-        Args:
-            step: The global step.
-            records: What ``kfac.report`` returned.
-        """
         for record in records:
             for key, value in record.items():
                 if isinstance(value, numbers.Real):
                     self.writer.add_scalar(f"{record['name']}/{key}", value, step)
 
     def close(self) -> None:
-        """Closes the writer that was made here."""
         if self.owned:
             self.writer.close()
 
 
 class Table(Log):
-    """A table in the terminal that follows the run."""
+    """A table in the terminal that follows the run; ``close`` leaves the last one."""
 
     def __init__(
         self,
@@ -185,19 +160,12 @@ class Table(Log):
         spectra: bool = False,
         console: Any = None,
     ):
-        """Starts the live display."""
         super().__init__(layers, spectra)
         live = optional("rich.live", "Table")
         self.live: Any = live.Live(console=console, auto_refresh=False)
         self.live.start()
 
     def put(self, step: int, records: list[dict[str, Any]]) -> None:
-        """Shows the records in place of the last ones.
-
-        Args:
-            step: Shown in the title.
-            records: What ``kfac.report`` returned.
-        """
         first = records[0] if records else {}
         whole = [f"{k} {text(first[k])}" for k in WHOLE if first.get(k) is not None]
         module = optional("rich.table", "Table")
@@ -210,7 +178,6 @@ class Table(Log):
         self.live.update(table, refresh=True)
 
     def close(self) -> None:
-        """Leaves the last table on the screen."""
         self.live.stop()
 
 

@@ -1,7 +1,7 @@
 """``report``: what the optimiser did, layer by layer, as plain host-side records."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,10 +9,13 @@ import numpy as np
 from kfac_jax_lite.core.linalg import is_known
 from kfac_jax_lite.core.pytree import find_states
 from kfac_jax_lite.core.types import LayerTag
-from kfac_jax_lite.diagnostics.accuracy import eigen, flat, kronecker_layers
+from kfac_jax_lite.diagnostics.accuracy import (
+    diagonal,
+    kronecker_layers,
+    retained_traces,
+)
 from kfac_jax_lite.kronecker import factors as forms
 from kfac_jax_lite.kronecker.inverses import FactorInverses
-from kfac_jax_lite.kronecker.low_rank import LowRankInverses, retained_trace
 from kfac_jax_lite.kronecker.state import Clock, from_words
 
 # A weight this many roundings from 1 no longer tells the decay it is made of.
@@ -52,8 +55,7 @@ def report(
         ``effective_rank``; the smallest of a stack; None without Kronecker factors).
         With ``spectra``: ``smallest_a``, ``largest_a``, ``smallest_g``, ``largest_g``,
         the extreme eigenvalues of the averaged factors, and ``condition``, the
-        condition number of the damped block (see ``damped_extremes``), the largest of a
-        stack.
+        condition number of the damped block, the largest of a stack.
 
     Raises:
         ValueError: There is no ``KFACState`` in ``opt_state``; ``spectra`` without
@@ -72,17 +74,14 @@ def report(
         for record in counters(state):
             inverse = state.inverses[record["name"]]
             held = isinstance(inverse, FactorInverses) and record["inverse_damping"]
-            record |= {**around, "inverse_damping": held or None, **traces(inverse)}
-            records.append(record | found.get(record["name"], {}))
+            record |= around | {"inverse_damping": held or None}
+            record |= retained_traces(inverse) | found.get(record["name"], {})
+            records.append(record)
     return records
 
 
 def check_spectra(layers: Sequence[LayerTag] | None, spectra: bool) -> None:
-    """Spectra need the layers' forms.
-
-    Raises:
-        ValueError: There are none.
-    """
+    """Spectra need the layers' forms."""
     if spectra and layers is None:
         raise ValueError("spectra=True wants layers=tagged.layers.")
 
@@ -172,29 +171,19 @@ def factor_records(
     ends = ("smallest_a", "largest_a", "smallest_g", "largest_g", "condition")
     nothing: dict[str, Any] = dict.fromkeys(ranks + ends if spectra else ranks)
     found = {layer.name: dict(nothing) for layer in layers}
-    clock, damping = jax.device_get((state.clock, state.damping))
-    names = sorted(state.factors)
-    for layer, statistics, inverse in kronecker_layers(layers, state):
-        sides = list(zip(statistics[:2], forms.forms_of(layer), strict=True))
-        record = found[layer.name]
-        ones = (effective_rank(np.asarray(x, np.float64), form) for x, form in sides)
-        record |= dict(zip(ranks, ones, strict=True))
-        if not spectra:
-            continue
-        triples = zip(sides, layer.sizes, strict=True)
-        a, g = (eigenvalues(x, form, size) for (x, form), size in triples)
-        split = isinstance(inverse, FactorInverses)
-        held = clock.inverse_damping[names.index(layer.name)]
-        shift = float(held if split else damping)
-        values = (a.min(), a.max(), g.min(), g.max())
-        record |= dict(zip(ends, map(float, values), strict=False))
-        if shift > 0:
-            block = damped_extremes(a, g, shift, split)
-            record["condition"] = float(np.max(block.high / block.low))
+    for one in kronecker_layers(layers, state):
+        numbers = map(effective_rank, one.statistics[:2], one.forms)
+        record = found[one.layer.name] | dict(zip(ranks, numbers, strict=True))
+        if spectra:
+            values = (float(f(x)) for x in one.values for f in (np.min, np.max))
+            record |= dict(zip(ends, values, strict=False))
+        if spectra and one.damped is not None:
+            record["condition"] = float(np.max(one.damped.high / one.damped.low))
+        found[one.layer.name] = record
     return found
 
 
-def effective_rank(factor: np.ndarray, form: forms.Form) -> float:
+def effective_rank(factor: Any, form: forms.Form) -> float:
     """``(tr M)² / ‖M‖_F²``: how many equal eigenvalues would have these moments.
 
     Between 1 and the rank; no eigenvalues are needed.
@@ -202,76 +191,8 @@ def effective_rank(factor: np.ndarray, form: forms.Form) -> float:
     References:
         Bartlett, Long, Lugosi & Tsigler, 2020, arXiv:1906.11300, Def. 3 (``R_0``).
     """
-    if not form.matrix:
-        trace, square = factor.sum(-1), np.square(factor).sum(-1)
-    else:
-        trace = np.trace(factor, axis1=-2, axis2=-1)
-        square = np.square(factor).sum((-2, -1))
-        if form is forms.BLOCKS:
-            trace, square = trace.sum(-1), square.sum(-1)
+    factor = np.asarray(factor, np.float64)
+    trace = diagonal(factor, form).sum(-1)
+    square = np.square(factor).sum(tuple(range(-form.axes, 0)))
     some = square > 0
     return float(np.min(np.where(some, trace**2 / np.where(some, square, 1), 0.0)))
-
-
-def eigenvalues(factor: Any, form: forms.Form, size: int) -> np.ndarray:
-    """Ascending, not below 0, ``[*blocks, size]`` in float64.
-
-    Blocks are filled up with rows of zeros; their eigenvalues are left out.
-    """
-    values = np.sort(flat(eigen(factor, form)[1], form), -1)
-    return values[..., values.shape[-1] - size :]
-
-
-class Damped(NamedTuple):
-    """Eigenvalues of a damped block, what its inverse divides by; ``[*blocks]``.
-
-    Attributes:
-        low: The smallest.
-        mean: The mean.
-        high: The largest.
-        condition: The larger condition number of what is inverted: of the two damped
-            factors, or of the block.
-    """
-
-    low: Any
-    mean: Any
-    high: Any
-    condition: Any
-
-
-def damped_extremes(
-    a: np.ndarray, g: np.ndarray, damping: float, split: bool
-) -> Damped:
-    """The spectrum of a damped block, from those of its factors.
-
-    ``α_i γ_j + λ``, or ``(α_i + π√λ)(γ_j + √λ/π)`` where the damping is split over both
-    factors (see ``kfac_jax_lite.damping.split``).
-
-    Args:
-        a: Eigenvalues of the input factor, ``[*blocks, in(+1)]``, ascending.
-        g: Of the output factor, ``[*blocks, out]``.
-        damping: ``λ``.
-    """
-    of_a, of_g = (np.stack([x[..., 0], x.mean(-1), x[..., -1]]) for x in (a, g))
-    if not split:
-        low, mean, high = of_a * of_g + damping
-        return Damped(low, mean, high, high / low)
-    proper = (of_a[1] > 0) & (of_g[1] > 0)
-    pi = np.sqrt(np.where(proper, of_a[1], 1) / np.where(proper, of_g[1], 1))
-    of_a, of_g = of_a + pi * np.sqrt(damping), of_g + np.sqrt(damping) / pi
-    condition = np.maximum(of_a[2] / of_a[0], of_g[2] / of_g[0])
-    low, mean, high = of_a * of_g
-    return Damped(low, mean, high, condition)
-
-
-def traces(inverse: Any) -> dict[str, float]:
-    """Shares of the trace that low-rank inverses keep; small arrays travel only."""
-    if not isinstance(inverse, LowRankInverses):
-        return {}
-    found = {}
-    for side in ("a", "g"):
-        u, e, tau = (getattr(inverse, f"{k}_{side}") for k in ("u", "e", "tau"))
-        size = e.shape[-1] if isinstance(u, tuple) else u.shape[-2]
-        e, tau = jax.device_get((e, tau))
-        found[f"retained_trace_{side}"] = retained_trace(e, tau, size)
-    return found

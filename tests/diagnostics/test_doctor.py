@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite.diagnostics.doctor.counters import trust_region
 from kfac_jax_lite.diagnostics.doctor.doctor import doctor
+from kfac_jax_lite.diagnostics.doctor.state import trust_region
 from kfac_jax_lite.diagnostics.report import report
 from tests.patients import (
     clocked,

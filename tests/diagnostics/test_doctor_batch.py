@@ -1,6 +1,5 @@
 """``doctor`` with parameters and a batch: what only these show, and the whole of it."""
 
-import ast
 import pathlib
 import re
 
@@ -12,9 +11,9 @@ import optax
 import pytest
 
 import kfac_jax_lite as kfac
+from kfac_jax_lite.diagnostics.doctor.batch import COMPILED
 from kfac_jax_lite.diagnostics.doctor.doctor import doctor
-from kfac_jax_lite.diagnostics.doctor.examination import COMPILED
-from kfac_jax_lite.diagnostics.doctor.findings import Finding, Findings
+from kfac_jax_lite.diagnostics.doctor.findings import TEXTS, Finding, Findings
 from kfac_jax_lite.distributed.layout import relayout
 from tests.patients import (
     clocked,
@@ -29,6 +28,7 @@ from tests.patients import (
 )
 
 ROOT = pathlib.Path(__file__).parents[2]
+DOCTOR = ROOT / "kfac_jax_lite" / "diagnostics" / "doctor"
 
 
 def test_parameters_and_losses_that_are_not_finite():
@@ -298,22 +298,20 @@ def test_a_second_call_finds_everything_compiled():
     assert COMPILED._cache_size() == size
 
 
-def every_kind():
-    """The names of all findings that the library can make, from its source."""
-    for path in (ROOT / "kfac_jax_lite").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if not (isinstance(node, ast.Call) and len(node.args) > 1):
-                continue
-            name, kind = ast.unparse(node.func), node.args[1]
-            if name in ("Finding", "dead") and isinstance(kind, ast.Constant):
-                yield kind.value
+def test_every_text_is_said():
+    """The source names every text, and no others."""
+    source = "".join(path.read_text() for path in DOCTOR.glob("*.py"))
+    texts = re.findall(r'"([a-z_]+(?:/[a-z]+)?)"', source)
+    assert {text for text in TEXTS if texts.count(text) < 2} == set()
+    assert {text for text in texts if "/" in text} <= set(TEXTS)
 
 
 def test_every_finding_is_documented():
     """In ``doctor`` and on the page of troubles, which has no others."""
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     part = page.split("## What the doctor finds")[1].split("\n## ")[0]
-    listed, known = re.findall(r"^\| `(\w+)` \|", part, re.M), set(every_kind())
+    listed = re.findall(r"^\| `(\w+)` \|", part, re.M)
+    known = {text.split("/")[0] for text in TEXTS}
     assert len(known) > 25
     assert sorted(listed) == sorted(known)
     assert all(f"``{kind}``" in str(doctor.__doc__) for kind in known)

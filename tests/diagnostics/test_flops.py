@@ -12,7 +12,7 @@ import pytest
 
 import kfac_jax_lite as kfac
 from kfac_jax_lite.core.linalg import spd_inverse, spd_inverse_flops
-from kfac_jax_lite.diagnostics.flops import statistics_flops
+from kfac_jax_lite.diagnostics.cost import statistics_flops
 from tests import models, zoo
 from tests.helpers import cases
 from tests.programs import mlp, products, shapes

@@ -9,7 +9,8 @@ import optax
 import pytest
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite.diagnostics.report import effective_rank, eigenvalues, report
+from kfac_jax_lite.diagnostics.accuracy import eigenvalues
+from kfac_jax_lite.diagnostics.report import effective_rank, report
 from kfac_jax_lite.distributed.layout import relayout
 from kfac_jax_lite.kronecker import factors as forms
 from tests import models

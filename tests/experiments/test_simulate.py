@@ -5,10 +5,11 @@ import math
 
 import hypothesis
 import hypothesis.strategies as st
+import jax
 import pytest
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite.diagnostics.simulate import (
+from experiments.simulate import (
     Machine,
     StepTime,
     collective_time,
@@ -26,9 +27,10 @@ POSITIVE = st.floats(1e-3, 1e3)
 @functools.cache
 def cost_of(mode, devices):
     """The model of a small network with every layer owned."""
-    tagged = first_pass("mlp")[0]
     model = BY_NAME["mlp"]
-    rows = kfac.layer_rows(tagged, model.params(), *model.batch(4))
+    with jax.enable_x64(True):
+        tagged = first_pass("mlp")[0]
+        rows = kfac.layer_rows(tagged, model.params(), *model.batch(4))
     reduction = kfac.Reduction(mode, devices=devices, bucket=0, share="gradients")
     return kfac.cost_model(tagged.layers, reduction, devices, rows=rows)
 

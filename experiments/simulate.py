@@ -93,18 +93,7 @@ class StepTime(NamedTuple):
 
 
 def collective_time(collective: Collective, machine: Machine) -> float:
-    """Seconds of one collective; 0 on a single device.
-
-    Args:
-        collective: What is sent.
-        machine: Who sends it.
-
-    Returns:
-        Seconds, by the formulas of this module.
-
-    Raises:
-        ValueError: Its kind is unknown.
-    """
+    """Seconds of one collective, by the formulas above; 0 on a single device."""
     devices, size = collective.devices, collective.payload
     if devices < 2:
         return 0.0
@@ -126,16 +115,7 @@ def collective_time(collective: Collective, machine: Machine) -> float:
 
 
 def step_time(cost: CostModel, machine: Machine, trace: Trace = 1.0) -> StepTime:
-    """Seconds of one step on a machine.
-
-    Args:
-        cost: The costs, with rows.
-        machine: The machine.
-        trace: See ``CostModel.rates``.
-
-    Returns:
-        Its parts.
-    """
+    """Seconds of one step on a machine, from costs with rows."""
     flops, rates = cost.flops_per_step(trace), cost.rates(trace)
     gradient = Collective("", "step", "all_reduce", cost.parameters, 4, cost.devices)
     times = [collective_time(c, machine) * happens(c, rates) for c in cost.collectives]
@@ -155,16 +135,9 @@ def scale(
     devices: Iterable[int] = DEVICES,
     trace: Trace = 1.0,
 ) -> dict[int, StepTime]:
-    """Step times for several numbers of devices.
+    """Step times by number of devices, for ``make: devices -> CostModel``.
 
-    Args:
-        make: ``devices -> CostModel``. With the rows of one device's batch that do not
-            change, the global batch grows with the devices (weak scaling).
-        machine: The machine.
-        devices: Numbers of devices.
-        trace: See ``CostModel.rates``.
-
-    Returns:
-        Number of devices to step time.
+    With the rows of one device's batch that do not change, the global batch grows with
+    the devices (weak scaling).
     """
     return {d: step_time(make(d), machine, trace) for d in devices}
