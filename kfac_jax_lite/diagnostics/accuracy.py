@@ -53,17 +53,13 @@ def choose_ranks(
     """
     if not 0 < retained_trace <= 1:
         raise ValueError(f"retained_trace must be in (0, 1], got {retained_trace!r}.")
-    chosen = {}
+    chosen: dict[str, Any] = {}
     for one in kronecker_layers(layers, the_state(opt_state)):
-        spectra = [
-            values.reshape(-1, factor.shape[-1])
-            for (_, values), factor in zip(one.bases, one.statistics, strict=False)
-        ]
-        a, g = (
-            enough(values, form, retained_trace)
-            for values, form in zip(spectra, one.forms, strict=True)
+        sides = zip(one.bases, one.statistics, one.forms, strict=False)
+        chosen[one.layer.name] = tuple(
+            enough(values.reshape(-1, factor.shape[-1]), form, retained_trace)
+            for (_, values), factor, form in sides
         )
-        chosen[one.layer.name] = (a, g)
     return chosen
 
 
@@ -117,19 +113,14 @@ def inverse_error(layers: Sequence[LayerTag], opt_state: Any) -> list[dict[str, 
                 seen = one.preconditioned(v, damping)
                 squares += np.sum((seen - wanted) ** 2), np.sum(wanted**2)
             errors.append(float(np.sqrt(squares[0] / squares[1])))
-        low_rank = isinstance(one.inverse, LowRankInverses)
-        records.append(
-            {
-                "name": one.layer.name,
-                "rank_a": (one.inverse.e_a if low_rank else one.statistics.a).shape[-1],
-                "rank_g": (one.inverse.e_g if low_rank else one.statistics.g).shape[-1],
-                "retained_trace_a": 1.0,
-                "retained_trace_g": 1.0,
-                **retained_traces(one.inverse),
-                "error": errors[0],
-                "error_white": errors[1],
-            }
-        )
+        record: dict[str, Any] = {"name": one.layer.name}
+        for side in ("a", "g"):
+            factor = getattr(one.statistics, side)
+            kept = getattr(one.inverse, f"e_{side}", factor)
+            record[f"rank_{side}"] = kept.shape[-1]
+            record[f"retained_trace_{side}"] = 1.0
+        record |= retained_traces(one.inverse)
+        records.append(record | {"error": errors[0], "error_white": errors[1]})
     return records
 
 
@@ -147,42 +138,19 @@ def retained_traces(inverse: Any) -> dict[str, float]:
 
 
 class Damped(NamedTuple):
-    """Eigenvalues of a damped block, what its inverse divides by; ``[*blocks]``.
-
-    Attributes:
-        low: The smallest.
-        mean: The mean.
-        high: The largest.
-        condition: The larger condition number of what is inverted: of the two damped
-            factors, or of the block.
-    """
+    """Eigenvalues of a damped block, what its inverse divides by; ``[*blocks]``."""
 
     low: Any
     mean: Any
     high: Any
-    condition: Any
+    condition: Any  # of what is inverted: the worse damped factor, or the block
 
 
 class Factors:
-    """A Kronecker layer's averaged factors and cached inverse, whole, on one device.
-
-    Attributes:
-        layer: The layer, without what a mask hides.
-        statistics: Its averaged factors.
-        inverse: Its cached inverse.
-        forms: How ``A`` and ``G`` are kept.
-        split: Whether the damping is split over both factors (explicit inverses).
-        damping: ``λ`` in force; 0 before the first inversion.
-        refreshes: How many refreshes have gone into the average.
-        eps: Relative rounding error of the state's arithmetic.
-        memory: How many refreshes the average is worth once it has filled up,
-            ``(1 + d) / (1 − d)`` (see ``kfac_jax_lite.diagnostics.report.memory``).
-    """
+    """A Kronecker layer's averaged factors and cached inverse, whole, on one device."""
 
     def __init__(self, layer: LayerTag, state: Any):
-        """Copies and unpacks a layer's part of a state."""
         record = state.factors[layer.name], state.inverses[layer.name]
-        # On one device, whatever the state was placed on.
         statistics, inverse = jax.tree.map(jnp.asarray, jax.device_get(record))
         layer = kept_layer(layer, inverse)
         statistics = unpacked(layer, statistics)
@@ -193,14 +161,16 @@ class Factors:
                 inverse = undivided(layer, inverse)
         self.layer, self.statistics, self.inverse = layer, statistics, inverse
         self.forms = forms.forms_of(layer)
-        self.split = isinstance(inverse, FactorInverses)
+        self.split = isinstance(inverse, FactorInverses)  # damping, over both factors
         clock, damping = jax.device_get((state.clock, state.damping))
         index = sorted(state.factors).index(layer.name)
+        # In force; 0 before the first inversion.
         self.damping = float(clock.inverse_damping[index] if self.split else damping)
         self.refreshes = int(clock.refreshes[index])
         self.eps = float(np.finfo(statistics.a.dtype).eps)
         rest = max(1 - float(clock.weight[index]), self.eps)
         decay = min(rest ** (1 / max(self.refreshes, 1)), 1 - self.eps)
+        # Refreshes that the average is worth once it has filled up, see report.memory.
         self.memory = (1 + decay) / (1 - decay)
 
     @functools.cached_property
@@ -211,9 +181,8 @@ class Factors:
     @functools.cached_property
     def values(self) -> tuple[np.ndarray, ...]:
         """``eigenvalues`` of both factors."""
-        return tuple(
-            map(eigenvalues, self.statistics[:2], self.forms, self.layer.sizes)
-        )
+        a_g, sizes = self.statistics[:2], self.layer.sizes
+        return tuple(map(eigenvalues, a_g, self.forms, sizes))
 
     @property
     def diagonals(self) -> tuple[np.ndarray, ...]:
@@ -262,8 +231,8 @@ class Factors:
     def preconditioned(self, v: np.ndarray, damping: float) -> np.ndarray:
         """What the optimiser makes of a gradient, in the precision of the state."""
         dtype = jax.tree.leaves(self.inverse)[0].dtype
-        v, value = jnp.asarray(v, dtype), jnp.asarray(damping, dtype)
-        u = precondition(self.layer, v, self.statistics, self.inverse, value)
+        own, value = jnp.asarray(v, dtype), jnp.asarray(damping, dtype)
+        u = precondition(self.layer, own, self.statistics, self.inverse, value)
         return np.asarray(u, np.float64)
 
 

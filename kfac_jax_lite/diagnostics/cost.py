@@ -119,27 +119,16 @@ class Flops(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LayerCost:
-    """What one layer costs: operations, bytes, entries on the wire.
+    """Operations of what is done with one layer, its memory and what it sends."""
 
-    Attributes:
-        layer: The layer, with the curvature block that the model assumes.
-        statistics: Operations of a refresh; None without rows.
-        gradient: Operations of a forward and backward pass; None without rows.
-        inversion: Operations of one inversion.
-        precondition: Operations of preconditioning, on each device.
-        owner: Device that inverts it; None: every device does.
-        memory: Bytes on each device.
-        elements: Entries that one refresh sends.
-    """
-
-    layer: LayerTag
-    statistics: int | None
-    gradient: int | None
+    layer: LayerTag  # with the curvature block that the model assumes
+    statistics: int | None  # of a refresh; None without rows
+    gradient: int | None  # of a forward and backward pass; None without rows
     inversion: int
-    precondition: float
-    owner: int | None
+    precondition: float  # on each device
+    owner: int | None  # the device that inverts it; None: every device does
     memory: Memory
-    elements: int
+    elements: int  # entries that one refresh sends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +271,7 @@ class CostModel:
 
     def __str__(self) -> str:
         """A line per layer, and the totals when every layer is refreshed."""
-        rows = [tuple(HEAD.split())]
+        rows: list[Sequence[str]] = [HEAD.split()]
         for r in self.layers:
             sizes = r.statistics, r.inversion, r.precondition, r.memory.total
             cells = r.layer.name, r.layer.kind, f"{r.elements:,}"
@@ -347,7 +336,7 @@ def cost_model(
     if missing:
         raise ValueError(f"rows has no entry for layer {missing[0]!r}.")
     if batch_norm == "full":
-        layers = map(with_full_norm, layers)
+        layers = [with_full_norm(layer) for layer in layers]
     layers = tuple(layers)
     if reduction.mode != "all":
         reduction = dataclasses.replace(reduction, devices=devices)

@@ -41,7 +41,7 @@ def optional(name: str, log: str) -> Any:
         ) from error
 
 
-class Log(contextlib.AbstractContextManager):
+class Log(contextlib.AbstractContextManager[Any]):
     """What all logs share: they report, and they can be closed."""
 
     def __init__(self, layers: Sequence[LayerTag] | None = None, spectra: bool = False):

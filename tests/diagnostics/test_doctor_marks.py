@@ -7,8 +7,12 @@ import optax
 import pytest
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite.diagnostics.doctor import batch
-from kfac_jax_lite.diagnostics.doctor.doctor import doctor
+from kfac_jax_lite.diagnostics.doctor.doctor import (
+    doctor,
+    labels,
+    marks,
+    seen_outputs,
+)
 from tests.patients import kinds
 
 ROWS, CLASSES = 12, 5
@@ -65,8 +69,8 @@ def found(mark, rows, reduce=jnp.mean):
         return reduce(rows(mark(x @ w)))
 
     tagged = kfac.tag(loss, W, X)
-    seen = batch.seen_outputs(tagged, tagged.trace(W, (X,), False), W, (X,))
-    return list(batch.marks(seen))
+    seen = seen_outputs(tagged, tagged.trace(W, (X,), False), W, (X,))
+    return list(marks(seen))
 
 
 RIGHT = {
@@ -185,7 +189,7 @@ def test_several_marks():
     for right in (True, False):
         tagged = kfac.tag(lambda w, x, right=right: loss(w, x, right), W, X)
         traced = tagged.trace(W, (X,), False)
-        said = list(batch.marks(batch.seen_outputs(tagged, traced, W, (X,))))
+        said = list(marks(seen_outputs(tagged, traced, W, (X,))))
         assert [f.numbers["output"] for f in said] == ([] if right else [1])
 
 
@@ -218,8 +222,8 @@ def trained(batch):
 def labelled(loss, y):
     """What is found in labels, if the loss is NaN."""
     tagged = kfac.tag(loss, W, X, Y)
-    seen = batch.seen_outputs(tagged, tagged.trace(W, (X, y), False), W, (X, y))
-    return list(batch.labels(seen, (X, y), float("nan")))
+    seen = seen_outputs(tagged, tagged.trace(W, (X, y), False), W, (X, y))
+    return list(labels(seen, (X, y), float("nan")))
 
 
 def test_labels_out_of_range():

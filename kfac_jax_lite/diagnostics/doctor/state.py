@@ -14,7 +14,7 @@ from kfac_jax_lite.core.linalg import is_known
 from kfac_jax_lite.core.pytree import find_states
 from kfac_jax_lite.core.types import LayerTag
 from kfac_jax_lite.diagnostics.accuracy import Damped, Factors
-from kfac_jax_lite.diagnostics.doctor.findings import ERROR, NOTICE, WARNING, Finding
+from kfac_jax_lite.diagnostics.doctor.findings import Finding, error, notice, warning
 from kfac_jax_lite.optimizer.damping import GOOD, POOR, adaptive, levenberg_marquardt
 
 # Below it, the learning rate plays no part: ten times as much would change nothing.
@@ -79,7 +79,7 @@ def of_counters(
     yield from skipped_batches(whole)
     if not whole["steps"]:
         if not whole["skipped"]:
-            yield Finding.of(NOTICE, "no_steps", steps=0)
+            yield notice("no_steps", steps=0)
         return
     yield from trust_region(whole, history)
     yield from adaptive_damping(records, history)
@@ -91,7 +91,7 @@ def of_counters(
             age = record["since_refresh"]
             steps = record["steps"] if age is None else age
             numbers = {"steps": steps, "refreshes": record["refreshes"]}
-            yield Finding.of(WARNING, "no_gradient/waits", record["name"], **numbers)
+            yield warning("no_gradient/waits", record["name"], **numbers)
         else:
             yield from refreshes(record, lags.get(record["name"]))
         yield from inversions(record)
@@ -105,19 +105,14 @@ def skipped_batches(record: Record) -> Iterator[Finding]:
     share = skipped / max(1, batches)
     numbers = {"skipped": skipped, "steps": steps}
     if skipped and not steps:
-        yield Finding.of(ERROR, "every_batch_skipped", **numbers)
+        yield error("every_batch_skipped", **numbers)
     elif share > SKIPPED:
-        severity, words = (
-            ERROR if share > MANY_SKIPPED else WARNING,
-            {"batches": batches},
-        )
-        yield Finding.of(
-            severity, "skipped_batches", None, words, **numbers, share=share
-        )
+        say, words = error if share > MANY_SKIPPED else warning, {"batches": batches}
+        yield say("skipped_batches", None, words, **numbers, share=share)
     if back / max(1, back + steps) > RETREATS:
         words = {"all": back + steps}
         numbers = {"retreats": back, "steps": steps, "damping": record["damping"]}
-        yield Finding.of(WARNING, "steps_taken_back", None, words, **numbers)
+        yield warning("steps_taken_back", None, words, **numbers)
 
 
 def trust_region(record: Record, history: History) -> Iterator[Finding]:
@@ -129,16 +124,16 @@ def trust_region(record: Record, history: History) -> Iterator[Finding]:
     middle, often = statistics.median(seen), len(seen) >= OBSERVATIONS
     count = {"observations": len(seen)}
     if often and max(seen) < 1:
-        kind, ends = "learning_rate_without_effect", (min(seen), max(seen))
-        yield Finding.of(NOTICE, kind, least=ends[0], largest=ends[1], **count)
+        ends = {"least": min(seen), "largest": max(seen)}
+        yield notice("learning_rate_without_effect", **ends, **count)
     if middle > SHORTENED or (not often and record["steps"] < START):
         return
     over = f"in the median of {len(seen)} steps" if often else "at the last step"
     text = "trust_region_saturated"
     if record["retreats"] is not None:
         text = "trust_region_saturated/adaptive"
-    severity = WARNING if often else NOTICE
-    yield Finding.of(severity, text, None, {"over": over}, trust=middle, **count)
+    say = warning if often else notice
+    yield say(text, None, {"over": over}, trust=middle, **count)
 
 
 def inversions(record: Record) -> Iterator[Finding]:
@@ -148,17 +143,15 @@ def inversions(record: Record) -> Iterator[Finding]:
         none = "" if good else " There has been no good one."
         words = {"all": failures + good, "none": none}
         numbers = {"failures": failures, "inversions": good}
-        severity = WARNING if good else ERROR
-        yield Finding.of(
-            severity, "failed_inversions", record["name"], words, **numbers
-        )
+        say = warning if good else error
+        yield say("failed_inversions", record["name"], words, **numbers)
     if not record["since_inversion"] or not record["memory"]:
         return
     steps = record["since_inversion"] - record["since_refresh"]
     between = steps * record["refreshes"] / max(1, record["steps"])
     if between > max(FEW_REFRESHES, record["memory"] / 2):
         numbers = {"refreshes_between": between, "memory": record["memory"]}
-        yield Finding.of(NOTICE, "old_inverse", record["name"], **numbers)
+        yield notice("old_inverse", record["name"], **numbers)
 
 
 def is_idle(record: Record, records: Sequence[Record]) -> bool:
@@ -179,15 +172,15 @@ def refreshes(record: Record, lag: float | None) -> Iterator[Finding]:
     """Layers without statistics, statistics that have changed, refreshes forgotten."""
     name, interval, age = record["name"], record["interval"], record["since_refresh"]
     if age is None:
-        yield Finding.of(ERROR, "never_refreshed", name, steps=record["steps"])
+        yield error("never_refreshed", name, steps=record["steps"])
         return
     change = record["diff"] or 0.0
     far = change > STALE_CHANGE and (lag is None or lag > change)
     if far and interval >= LONG_INTERVAL:
         numbers = {"change": change, "interval": interval, "age": age, "lag": lag}
-        yield Finding.of(WARNING, "stale_factors", name, **numbers)
+        yield warning("stale_factors", name, **numbers)
     if record["next_due"] and age > overdue(record):
-        yield Finding.of(ERROR, "refresh_forgotten", name, age=age, interval=interval)
+        yield error("refresh_forgotten", name, age=age, interval=interval)
 
 
 def lags_of(state: Any) -> dict[str, float]:
@@ -233,9 +226,8 @@ def intervals(records: Sequence[Record], history: History) -> Iterator[Finding]:
             and max(one["interval"] for one in past) == interval
         ):
             words = {"most": max(changes), "longer": max(lengthened)}
-            numbers = {"interval": interval, "refreshes": count}
-            kind = "interval_at_longest"
-            yield Finding.of(NOTICE, kind, record["name"], words, **numbers)
+            name, numbers = record["name"], {"interval": interval, "refreshes": count}
+            yield notice("interval_at_longest", name, words, **numbers)
 
 
 def earlier(record: Record, history: History) -> list[Record]:
@@ -245,9 +237,8 @@ def earlier(record: Record, history: History) -> list[Record]:
 
 def track(record: Record, history: History, by: str) -> list[Record]:
     """A layer's records from the first step (or refresh) on, the latest of each."""
-    latest = {r[by]: r for r in earlier(record, history) if r[by]} | {
-        record[by]: record
-    }
+    latest = {r[by]: r for r in earlier(record, history) if r[by]}
+    latest[record[by]] = record
     return [latest[n] for n in sorted(latest) if n <= record[by]]
 
 
@@ -271,7 +262,7 @@ def adaptive_damping(records: Sequence[Record], history: History) -> Iterator[Fi
     agreement = statistics.median(same)
     text = "damping_at_bound/short" if agreement > 0 else "damping_at_bound/beyond"
     numbers = {"damping": value, "agreement": agreement, "observations": len(same)}
-    yield Finding.of(WARNING, text, **numbers)
+    yield warning(text, **numbers)
 
 
 def guided_by(opt_state: Any, state: Any) -> Any:
@@ -297,7 +288,7 @@ def guided_damping(record: Record, history: History, guided: Any) -> Iterator[Fi
     bound = np.float32(rule.minimum if good else rule.maximum)
     if value == bound or stayed(record, history):
         text = "damping_at_bound/good" if good else "damping_at_bound/poor"
-        yield Finding.of(NOTICE if good else WARNING, text, damping=value, ratio=ratio)
+        yield (notice if good else warning)(text, damping=value, ratio=ratio)
 
 
 def stayed(record: Record, history: History) -> bool:
@@ -339,23 +330,21 @@ def damping(factors: Factors, rule: Rule | None) -> Iterator[Finding]:
     condition = float(np.max(block.condition))
     adapt = "kfac.damping.adaptive()."
     if condition * factors.eps > ROUNDED:
-        advice = f"A damping that is orders of magnitude larger, or {adapt}"
-        words = {"larger": larger(rule, block) or advice}
+        advice = "A damping that is orders of magnitude larger, or "
+        words = {"larger": larger(rule, block) or advice + adapt}
         numbers = {"damping": value, "condition": condition, "eps": factors.eps}
-        yield Finding.of(ERROR, "damping_below_rounding", name, words, **numbers)
+        yield error("damping_below_rounding", name, words, **numbers)
     amplified = float(np.max(block.mean / block.low))
     if amplified > MOST_AMPLIFIED:
-        advice = (
-            f"A larger damping, about the mean eigenvalue times 1e-3 to 1, or {adapt}"
-        )
-        words = {"larger": larger(rule, block) or advice}
+        advice = "A larger damping, about the mean eigenvalue times 1e-3 to 1, or "
+        words = {"larger": larger(rule, block) or advice + adapt}
         numbers = {"damping": value, "amplification": amplified}
-        yield Finding.of(WARNING, "damping_too_small", name, words, **numbers)
+        yield warning("damping_too_small", name, words, **numbers)
     # An adaptive rule chooses a large damping itself.
     if is_flat(factors) and (rule is None or rule.name != "adaptive"):
         ratio = float(np.max(block.high)) / value
         numbers = {"damping": value, "largest": largest(factors), "ratio": ratio}
-        yield Finding.of(WARNING, "damping_too_large", name, **numbers)
+        yield warning("damping_too_large", name, **numbers)
 
 
 def largest(factors: Factors) -> float:
@@ -395,11 +384,11 @@ def degenerate(factors: Factors) -> Iterator[Finding]:
     ranks = np.square(values.sum(-1)) / np.maximum(squares, np.finfo(np.float64).tiny)
     if layer.sizes[0] > 1 and ranks.min() < CONSTANT_RANK:
         numbers = {"effective_rank": float(ranks.min()), "size": layer.sizes[0]}
-        yield Finding.of(WARNING, "constant_inputs", layer.name, **numbers)
+        yield warning("constant_inputs", layer.name, **numbers)
     of_a, of_g = factors.diagonals
     if not np.all(of_g.max(-1) > 0):
         numbers = {"largest_g": float(of_g.max())}
-        yield Finding.of(WARNING, "no_gradient", layer.name, **numbers)
+        yield warning("no_gradient", layer.name, **numbers)
         return
     if factors.refreshes < SEEN:
         return
@@ -411,7 +400,7 @@ def degenerate(factors: Factors) -> Iterator[Finding]:
             share = float(np.mean(entries <= ZERO * entries.max(-1, keepdims=True)))
             if share > DEAD:
                 numbers = {"share": share, "size": entries.shape[-1]}
-                yield Finding.of(WARNING, kind, layer.name, **numbers)
+                yield warning(kind, layer.name, **numbers)
 
 
 def unbatched(layers: Sequence[LayerTag]) -> Iterator[Finding]:
@@ -420,9 +409,7 @@ def unbatched(layers: Sequence[LayerTag]) -> Iterator[Finding]:
         notes = [note for note in UNBATCHED if note in layer.note]
         if notes:
             words = {"found": notes[0], "meaning": UNBATCHED[notes[0]]}
-            yield Finding.of(
-                NOTICE, "unbatched_use", layer.name, words, note=layer.note
-            )
+            yield notice("unbatched_use", layer.name, words, note=layer.note)
 
 
 def fallback(layers: Sequence[LayerTag]) -> Iterator[Finding]:
@@ -434,5 +421,5 @@ def fallback(layers: Sequence[LayerTag]) -> Iterator[Finding]:
         first = max(fallen, key=lambda layer: layer.elements)
         words = {"first": f"{', '.join(first.params)} ({first.note or 'no rule'})"}
         numbers = {"share": share, "elements": elements, "layers": len(fallen)}
-        severity = WARNING if share > MOSTLY_FALLBACK else NOTICE
-        yield Finding.of(severity, "diagonal_fallback", None, words, **numbers)
+        say = warning if share > MOSTLY_FALLBACK else notice
+        yield say("diagonal_fallback", None, words, **numbers)
