@@ -199,7 +199,8 @@ class Factors:
         low, high = (a[..., i] * g[..., i] + shift for i in (0, -1))
         condition = high / low
         if self.split:
-            condition = np.maximum(*(x[..., -1] / x[..., 0] for x in (a, g)))
+            of_a, of_g = (x[..., -1] / x[..., 0] for x in (a, g))
+            condition = np.maximum(of_a, of_g)
         return Damped(low, a.mean(-1) * g.mean(-1) + shift, high, condition)
 
     def shifted(
