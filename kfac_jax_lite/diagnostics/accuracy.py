@@ -179,10 +179,10 @@ class Factors:
         return tuple(map(eigen, self.statistics[:2], self.forms))
 
     @functools.cached_property
-    def values(self) -> tuple[np.ndarray, ...]:
+    def values(self) -> tuple[np.ndarray, np.ndarray]:
         """``eigenvalues`` of both factors."""
-        a_g, sizes = self.statistics[:2], self.layer.sizes
-        return tuple(map(eigenvalues, a_g, self.forms, sizes))
+        a, g = map(eigenvalues, self.statistics[:2], self.forms, self.layer.sizes)
+        return a, g
 
     @property
     def diagonals(self) -> tuple[np.ndarray, ...]:
