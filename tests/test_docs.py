@@ -32,7 +32,6 @@ LISTED = {
     "simulate": ["Machine", "StepTime", "collective_time", "step_time", "scale"],
     "curvature.measures": None,
     "curvature.correlations": None,
-    "bayes.metrics": None,
 }
 
 
