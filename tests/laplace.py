@@ -81,11 +81,12 @@ def root(found, params):
     """``R``: where every unit of noise takes the parameters, ``[P, D]``."""
 
     def offset(noise):
-        moved = found.leaves.moved(params, found.root_product(noise))
+        moved = found.moved(params, noise)
         flat = [jax.flatten_util.ravel_pytree(tree)[0] for tree in (moved, params)]
         return flat[0] - flat[1]
 
-    return np.asarray(jax.jit(jax.vmap(offset))(jnp.eye(found.leaves.size))).T
+    size = sum(leaf.size for leaf in found.uncertain(params))
+    return np.asarray(jax.jit(jax.vmap(offset))(jnp.eye(size))).T
 
 
 def run_mlp(params, x):

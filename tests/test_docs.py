@@ -31,7 +31,6 @@ LISTED = {
     "intervals": ["every", "adaptive", "staleness", "Interval"],
     "curvature.measures": None,
     "curvature.correlations": None,
-    "bayes.metrics": None,
 }
 
 

@@ -203,26 +203,6 @@ SIGNATURES = {
         "variance": 1.0,
         "batch_size": None,
     },
-    **{
-        f"bayes.metrics.{name}": {"probabilities": EMPTY, "labels": EMPTY}
-        for name in ("accuracy", "nll", "brier")
-    },
-    **{
-        f"bayes.metrics.{name}": {
-            "probabilities": EMPTY,
-            "labels": EMPTY,
-            "num_bins": 15,
-            "adaptive": False,
-        }
-        for name in ("reliability", "calibration_error")
-    },
-    **{
-        f"bayes.metrics.{name}": {"inside": EMPTY, "outside": EMPTY}
-        for name in ("auroc", "fpr95")
-    },
-    "bayes.metrics.confidence": {"probabilities": EMPTY},
-    "bayes.metrics.entropy": {"probabilities": EMPTY},
-    "bayes.metrics.mutual_information": {"samples": EMPTY},
     "curvature.hessian": {**MATRIX, "key": None, "num_samples": 32},
     "curvature.ggn": MATRIX,
     "curvature.fisher": MATRIX,

@@ -11,7 +11,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite.bayes.laplace_passes import last_layer_name
+from kfac_jax_lite.bayes.laplace import last_layer_name
 from kfac_jax_lite.curvature import blocks
 from kfac_jax_lite.optimizer.options import Options
 from tests import laplace

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite.bayes import noisy, roots
-from kfac_jax_lite.bayes.vogn import block_squares, part_of_block
+from kfac_jax_lite.bayes import noisy
+from kfac_jax_lite.bayes.diagonal import block_squares, part_of_block
 from kfac_jax_lite.core.types import DiagonalStatistics
 from kfac_jax_lite.diagnostics import accuracy
 from kfac_jax_lite.diagnostics.cost import limit_of, statistics_flops
@@ -25,10 +25,10 @@ NHC = {"dimension_numbers": ("NHC", "HIO", "NHC")}
 
 
 def test_roots_of_diagonals_and_of_single_units(rng):
-    found = roots.inverse_root(jnp.array([4.0, 0.25, -1.0]), forms.DIAGONAL)
+    found = noisy.inverse_root(jnp.array([4.0, 0.25, -1.0]), forms.DIAGONAL)
     np.testing.assert_allclose(found, [0.5, 2.0, np.nan])
     e = jnp.asarray(rng.normal(size=(2, 1)))
-    one = roots.unit_root_times(jnp.array([[[3.0]], [[8.0]]]), e, 1.0)
+    one = noisy.unit_root_times(jnp.array([[[3.0]], [[8.0]]]), e, 1.0)
     np.testing.assert_allclose(one, e / np.array([[2.0], [3.0]]))
 
 

@@ -24,7 +24,7 @@ from kfac_jax_lite.curvature.laws import Law, samples
 from kfac_jax_lite.curvature.layout import make_layout
 from kfac_jax_lite.curvature.operator import Kept
 from kfac_jax_lite.curvature.stream import Stream, ravel
-from kfac_jax_lite.ntk.jacobian import make_batch
+from kfac_jax_lite.ntk.jacobian import Batch
 from kfac_jax_lite.statistics.outputs import marked_loss
 
 Places = Sequence[np.ndarray]
@@ -355,7 +355,7 @@ def sums(tagged: kfac.TaggedLoss, params: Any, args: tuple, key: jax.Array) -> d
         ``N`` times the exact, the sampled and the empirical Fisher matrix ``[P, P]``
         and the gradient ``[P]``.
     """
-    batch = make_batch(tagged, params, args, True, CHUNK)
+    batch = Batch(tagged, params, args, True, CHUNK)
     model = marked_loss(tagged, params, args)
     jacobian = batch.jacobian()
     by_example = jacobian.reshape(*batch.only_shape(), -1)

@@ -8,16 +8,24 @@ weights = kfac.bayes.sample(state, params, key)
 probabilities = kfac.bayes.predict(apply_fn, state, params, inputs, key)
 """
 
-from kfac_jax_lite.bayes import metrics
-from kfac_jax_lite.bayes.gradients import value_and_grad
-from kfac_jax_lite.bayes.ivon import IVONState, ReparameterisedStatistics, ivon
-from kfac_jax_lite.bayes.laplace import laplace
-from kfac_jax_lite.bayes.laplace_posterior import LaplacePosterior
-from kfac_jax_lite.bayes.laplace_predictive import linearised_outputs, predict_glm
+from kfac_jax_lite.bayes.diagonal import (
+    IVONState,
+    ReparameterisedStatistics,
+    VOGNState,
+    ivon,
+    squares,
+    vogn,
+)
+from kfac_jax_lite.bayes.laplace import LaplacePosterior, laplace
 from kfac_jax_lite.bayes.noisy import NoisyKFACState, noisy_kfac
-from kfac_jax_lite.bayes.posterior import sample
-from kfac_jax_lite.bayes.predictive import Normal, predict, predict_each
-from kfac_jax_lite.bayes.vogn import VOGNState, squares, vogn
+from kfac_jax_lite.bayes.posterior import sample, value_and_grad
+from kfac_jax_lite.bayes.predictive import (
+    Normal,
+    linearised_outputs,
+    predict,
+    predict_each,
+    predict_glm,
+)
 
 __all__ = [
     "IVONState",
@@ -29,7 +37,6 @@ __all__ = [
     "ivon",
     "laplace",
     "linearised_outputs",
-    "metrics",
     "noisy_kfac",
     "predict",
     "predict_each",

@@ -14,38 +14,23 @@ References:
     arXiv:1906.02506, Sec. 3 (tempering, the augmentation factor).
 """
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
-from kfac_jax_lite.core.linalg import norms_finite
-from kfac_jax_lite.core.pytree import choose
-from kfac_jax_lite.core.types import Array, accumulation_dtype
-from kfac_jax_lite.kronecker.masking import is_masked
+from kfac_jax_lite.core.types import (
+    Array,
+    Deferred,
+    DiagonalStatistics,
+    computed,
+)
+from kfac_jax_lite.statistics.tagged_loss import TaggedLoss
 
 Number = int | float | Array
-
-
-class Posterior(Protocol):
-    """What weights can be drawn from: an optimiser's state, or a ``Laplace``."""
-
-    def draw(self, params: Any, key: Any) -> Any:
-        """Weights, shaped like the mean ``params``."""
-        ...
-
-
-class Scale(NamedTuple):
-    """The numbers of a posterior, from ``scale_of``.
-
-    Attributes:
-        variance: ``τ/N``.
-        damping: ``δ = τ p / N``.
-    """
-
-    variance: Any
-    damping: Any
 
 
 def scale_of(
@@ -53,23 +38,19 @@ def scale_of(
     prior_precision: Number,
     temperature: Number,
     augmentation: Number,
-) -> Scale:
-    """``τ/N`` and ``δ``."""
-    values = {
-        "num_data": num_data,
-        "prior_precision": prior_precision,
-        "temperature": temperature,
-        "augmentation": augmentation,
-    }
-    for name, value in values.items():
+) -> tuple[Any, Any]:
+    """``τ/N`` and ``δ = τ p / N``, of positive numbers."""
+    names = ("num_data", "prior_precision", "temperature", "augmentation")
+    numbers = (num_data, prior_precision, temperature, augmentation)
+    for name, value in zip(names, numbers, strict=True):
         if isinstance(value, (int, float)) and not value > 0:
             raise ValueError(f"{name} must be positive, got {value!r}.")
     variance = temperature / (augmentation * num_data)
-    return Scale(variance, variance * prior_precision)
+    return variance, variance * prior_precision
 
 
 def is_posterior(x: Any) -> bool:
-    """Whether weights can be drawn from it."""
+    """Whether weights can be drawn from it: an optimiser's state, or of ``laplace``."""
     return callable(getattr(x, "draw", None))
 
 
@@ -112,57 +93,104 @@ def sample(state: Any, params: Any, key: Any, num_samples: int | None = None) ->
     return jax.vmap(lambda k: posterior.draw(params, k))(keys)
 
 
-def averages_like(params: Any, value: Number = 0.0) -> Any:
-    """What averages over steps start from: shaped like the parameters, but float32.
+def value_and_grad(
+    tagged: TaggedLoss | Callable[..., Any],
+    params: Any,
+    *args: Any,
+    opt_state: Any,
+    key: Any,
+    num_samples: int = 1,
+    has_aux: bool = False,
+    axis_name: Any = None,
+    deferred: bool = False,
+) -> tuple[Any, Any, Any]:
+    """Averages over weights drawn from the posterior around ``params``.
 
-    Of a bfloat16 model, too: there ``h + (1 − β)(ĥ − h)`` is ``h`` for any slow ``β``.
+    ``(1/S) Σ_s`` of ``L(w_s)``, ``∇L(w_s)`` and the statistics there, ``w_s`` from
+    ``kfac.bayes.sample``: an estimate of ``E_q[L]`` and of its gradient in the mean.
+    Call it inside ``jax.jit``.
+
+    Args:
+        tagged: The tagged loss; for ``ivon`` any loss ``(params, *args) -> mean loss``.
+        params: The mean ``μ``.
+        *args: Further arguments of the loss.
+        opt_state: State of an optimiser of ``kfac.bayes``; K-FAC's layers that are not
+            due return zeros and cost nothing.
+        key: PRNG key of the weights and of sampled labels.
+        num_samples: ``S``.
+        has_aux: Whether a loss that is not tagged returns ``(loss, aux)``.
+        axis_name: Mapped axes along which every device draws weights of its own; None:
+            all devices that share the key draw the same.
+        deferred: Leave K-FAC's statistics to ``update``, see
+            ``TaggedLoss.value_and_grad``.
+
+    Returns:
+        ``(value, grads, statistics)``, to be used like those of
+        ``TaggedLoss.value_and_grad``: gradients are to be averaged over devices,
+        ``update`` averages the statistics. With ``has_aux``, ``value`` is
+        ``(loss, aux)`` with the aux of the last draw.
+
+    Raises:
+        ValueError: ``num_samples`` is not positive; no posterior in the state.
+        TypeError: A loss that is not tagged where statistics of layers are wanted.
     """
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+    posterior = find(opt_state)
+    if axis_name is not None:
+        key = jax.random.fold_in(key, lax.axis_index(axis_name))
+    has_aux = tagged.has_aux if isinstance(tagged, TaggedLoss) else has_aux
 
-    def start(x: Any):
-        return jnp.full_like(x, value, dtype=accumulation_dtype(x.dtype))
+    def one(key: Any):
+        of_weights, of_labels = jax.random.split(key)
+        weights = posterior.draw(params, of_weights)
+        if hasattr(posterior, "observed"):
+            loss = tagged.loss_fn if isinstance(tagged, TaggedLoss) else tagged
+            value, grads = jax.value_and_grad(loss, has_aux=has_aux)(weights, *args)
+            return value, grads, posterior.observed(params, weights, grads)
+        if not isinstance(tagged, TaggedLoss):
+            raise TypeError(
+                f"{type(posterior).__name__} wants statistics of layers: pass what "
+                "kfac.tag returns."
+            )
+        options = {"opt_state": opt_state, "key": of_labels, "deferred": deferred}
+        return tagged.value_and_grad(weights, *args, **options)
 
-    return jax.tree.map(start, params)
+    # Not a scan: jaxlib 0.10.2 runs convolutions in loops ten times slower on CPUs.
+    found = [one(k) for k in jax.random.split(key, num_samples)]
+    if num_samples == 1:
+        return found[0]
+    values, grads, statistics = zip(*found, strict=True)
+    losses = [v[0] for v in values] if has_aux else list(values)
+    loss = tree_mean(losses)
+    value = (loss, values[-1][1]) if has_aux else loss
+    return value, tree_mean(grads), mean_statistics(statistics)
 
 
-def accepted_step(
-    rate: Any, steps: Any, params: Any, state: Any, new: Any, seen: Any
-) -> tuple[Any, Any]:
-    """A step and the state after it; zeros and the old state where it was refused."""
-    steps, rates = rate.update(steps, state.rate, params)
-    accepted, zeros = norms_finite(seen), optax.tree.zeros_like(steps)
-    new = new._replace(rate=rates)
-    return choose(accepted, steps, zeros), choose(accepted, new, state)
+def tree_mean(trees: Sequence[Any]) -> Any:
+    """The mean of trees."""
+    return jax.tree.map(lambda *xs: sum(xs[1:], xs[0]) / len(xs), *trees)
+
+
+def mean_statistics(found: Sequence[Any]) -> Any:
+    """The mean of draws' statistics; of deferred ones, deferred."""
+    if any(isinstance(one, Deferred) for one in found):
+        return Deferred(
+            lambda gated: mean_statistics([computed(one, gated) for one in found])
+        )
+
+    def mean(*values: Any):
+        if not isinstance(values[0], DiagonalStatistics):
+            return tree_mean(values)
+        # Their examples add up: the mean is that of the gradients.
+        count = jnp.sum(jnp.stack([v.num_examples for v in values]))
+        return DiagonalStatistics(tree_mean([v.gradient for v in values]), count)
+
+    return jax.tree.map(
+        mean, *found, is_leaf=lambda x: isinstance(x, DiagonalStatistics)
+    )
 
 
 def noise_like(params: Any, key: Any) -> Any:
     """Independent standard normal numbers shaped like the parameters."""
     return optax.tree.random_like(key, params, jax.random.normal)
-
-
-def visible(tree: Any, like: Any) -> Any:
-    """A tree without what ``optax.masked`` hides of another."""
-    return jax.tree.map(
-        lambda y, x: y if is_masked(y) else x, like, tree, is_leaf=is_masked
-    )
-
-
-def plus(params: Any, noise: Any, scale: Array) -> Any:
-    """``μ + s e`` in the dtypes of ``μ``."""
-
-    def add(mean: Any, e: Any):
-        return mean + (scale.astype(e.dtype) * e).astype(mean.dtype)
-
-    return jax.tree.map(add, params, noise)
-
-
-def diagonal_draw(params: Any, key: Any, variances: Any) -> Any:
-    """Independent normal weights around ``μ``."""
-    noise = noise_like(params, key)
-    variances = jax.tree.map(
-        lambda v, mu: jax.tree.map(jnp.zeros_like, mu) if is_masked(v) else v,
-        variances,
-        params,
-        is_leaf=is_masked,
-    )
-    noise = jax.tree.map(lambda e, v: e * jnp.sqrt(v).astype(e.dtype), noise, variances)
-    return plus(params, noise, jnp.ones(()))

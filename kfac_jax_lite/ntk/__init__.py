@@ -19,6 +19,6 @@ References:
 """
 
 from kfac_jax_lite.ntk.dual import DualState, dual_natural_gradient
-from kfac_jax_lite.ntk.gram import eigenvalues, kernel
+from kfac_jax_lite.ntk.jacobian import eigenvalues, kernel
 
 __all__ = ["DualState", "dual_natural_gradient", "eigenvalues", "kernel"]

@@ -3,21 +3,15 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from kfac_jax_lite.core.linalg import all_finite
 from kfac_jax_lite.core.mesh import REPLICATED, automatic, explicit_mesh, specs_of
 from kfac_jax_lite.core.pytree import choose
 from kfac_jax_lite.core.types import Array, accumulation_dtype
-from kfac_jax_lite.ntk.jacobian import (
-    Batch,
-    checked,
-    flat,
-    join,
-    make_batch,
-)
+from kfac_jax_lite.ntk.jacobian import Batch, checked, flat, join
 from kfac_jax_lite.optimizer import damping as damping_lib
 from kfac_jax_lite.statistics.tagged_loss import TaggedLoss
 
@@ -54,22 +48,20 @@ def dual_natural_gradient(
 
     The residuals ``r`` lie in the range of ``S``, also where ``Λ`` is singular
     (categorical: ``w = r / √p``). Nothing is divided by ``λ``, and ``Kᵀ`` takes back
-    what rounding adds to the solution in directions of small eigenvalues. Woodbury's
-    formula, ``(g − Kᵀ (K Kᵀ + λI)⁻¹ K g) / λ``, takes the difference of nearly equal
-    numbers instead: an error of ``ε |g| / λ``, a thousand times and more what the other
-    has where ``g`` lies in directions of large eigenvalues. Whatever ``g`` is, its part
-    along ``∇L`` is taken the first way and the remainder (weight decay, a regulariser
-    in the loss, gradients of other batches) by Woodbury: the result is ``(F + λI)⁻¹ g``
-    for every ``g``. A remainder below the rounding of ``Kᵀ w`` is dropped, else it
-    would come back divided by ``λ``.
+    what rounding adds to the solution in directions of small eigenvalues; Woodbury's
+    formula, ``(g − Kᵀ (K Kᵀ + λI)⁻¹ K g) / λ``, has an error of ``ε |g| / λ``, a
+    thousand times and more where ``g`` lies in directions of large eigenvalues.
+    Whatever ``g`` is, its part along ``∇L`` is taken the first way and the remainder
+    (weight decay, a regulariser in the loss, gradients of other batches) by Woodbury:
+    the result is ``(F + λI)⁻¹ g`` for every ``g``. A remainder below the rounding of
+    ``Kᵀ w`` is dropped, else it would come back divided by ``λ``.
 
     ``solver="cholesky"`` makes ``K Kᵀ``: cheapest, ``K`` is streamed, errors up to
     about ``ε λ_max / λ``, largest in directions whose eigenvalue is near ``λ``.
     ``solver="qr"`` factorises ``[Kᵀ; √λ I] = Q R`` and takes ``u = Q₁ R⁻ᵀ w / √n``:
     ``K`` is held in memory (``D`` gradients), several times the arithmetic, errors up
-    to about ``ε √(λ_max / λ)``. In float64 and with ``λ = 1e-10`` the first is good to
-    some digits up to ``λ_max`` of 1e4, the second far beyond. Where ``λ`` is below
-    ``ε λ_max`` a Cholesky factorisation may fail, which makes the update zero.
+    to about ``ε √(λ_max / λ)``. Where ``λ`` is below ``ε λ_max`` a Cholesky
+    factorisation may fail, which makes the update zero.
 
     Cost: the kernel, two or three passes over the batch, and ``D³/3`` operations.
 
@@ -105,15 +97,8 @@ def dual_natural_gradient(
         del params
         return DualState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
 
-    def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
-        *,
-        batch: Any = None,
-        **extra_args: Any,
-    ):
-        del extra_args
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any):
+        batch = extra_args.get("batch")
         if params is None or not isinstance(batch, tuple):
             raise ValueError(
                 "dual_natural_gradient: update needs params and batch=(x, y, …), the "
@@ -123,8 +108,7 @@ def dual_natural_gradient(
         shift = damping_lib.value_at(damping, state.count)
 
         def compute(grads: Any, params: Any, batch: tuple[Any, ...], shift: Array):
-            rows = make_batch(tagged, params, batch, independent, chunk)
-            return solve(rows, grads, shift)
+            return solve(Batch(tagged, params, batch, independent, chunk), grads, shift)
 
         specs = REPLICATED if explicit_mesh(updates) is None else specs_of(updates)
         arguments = updates, params, batch, shift
@@ -144,10 +128,9 @@ def by_cholesky(batch: Batch, grads: Any, shift: Array) -> Any:
     factor = jax.scipy.linalg.cho_factor(gram + shift * jnp.eye(len(gram)))
     x = share * w - batch.whiten(batch.push(rest)) / shift
     pulled = batch.pull(batch.colour(jax.scipy.linalg.cho_solve(factor, x)))
-    n = batch.terms
 
     def combine(p: Any, r: Any, g: Any):
-        return (p.astype(r.dtype) / n + r / shift).astype(g.dtype)
+        return (p.astype(r.dtype) / batch.terms + r / shift).astype(g.dtype)
 
     return jax.tree.map(combine, pulled, rest, grads)
 
@@ -162,13 +145,8 @@ def by_qr(batch: Batch, grads: Any, shift: Array) -> Any:
     q = q[: k.shape[1]]
     solved = jax.scipy.linalg.solve_triangular(r, w / jnp.sqrt(n), trans="T")
     u = q @ (share * solved) + (v - q @ (q.T @ v)) / shift
-    leaves, tree = jax.tree.flatten(grads)
-    parts = jnp.split(u, np.cumsum([leaf.size for leaf in leaves])[:-1])
-    shaped = [
-        part.reshape(leaf.shape).astype(leaf.dtype)
-        for part, leaf in zip(parts, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(tree, shaped)
+    shaped = jax.flatten_util.ravel_pytree(rest)[1](u.astype(v.dtype))
+    return jax.tree.map(lambda x, g: x.astype(g.dtype), shaped, grads)
 
 
 SOLVERS = {"cholesky": by_cholesky, "qr": by_qr}
@@ -191,18 +169,13 @@ def weights(batch: Batch) -> Array:
 
 
 def split(batch: Batch, grads: Any, w: Array, scale: Array) -> tuple[Array, Any]:
-    """``g = a Kᵀ w / √n + rest``.
-
-    Args:
-        w: ``w [D']``.
-    """
+    """``g = a Kᵀ w / √n + rest``, ``w [D']``."""
     pulled = batch.pull(batch.colour(w))
     raised = jax.tree.map(lambda g: g.astype(accumulation_dtype(g.dtype)), grads)
     own = jax.tree.map(lambda p, g: p.astype(g.dtype) / batch.terms, pulled, raised)
-    first, vector = flat(own), flat(raised)
+    first = flat(own)
     square = jnp.vdot(first, first)
-    projected = jnp.vdot(vector, first) / jnp.where(square > 0, square, 1)
-    share = jnp.where(square > 0, projected, 0)
+    share = jnp.vdot(flat(raised), first) / jnp.where(square > 0, square, 1)
     rest = jax.tree.map(lambda g, o: g - share * o, raised, own)
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(grads))
     noise = (ROUNDINGS * eps) ** 2 * scale * jnp.vdot(w, w) / batch.terms

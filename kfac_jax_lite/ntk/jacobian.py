@@ -1,8 +1,6 @@
-"""The Jacobian of a batch's marked outputs: products with it, its rows, ``J Jᵀ``."""
+"""The Jacobian of a batch's marked outputs, its tangent kernel and their spectrum."""
 
-import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,17 +8,102 @@ import jax.numpy as jnp
 import numpy as np
 
 from kfac_jax_lite.core.likelihoods import (
-    Output,
     masked_rows,
     row_shape,
     square_root_column,
     weighted_rows,
 )
+from kfac_jax_lite.core.mesh import automatic
 from kfac_jax_lite.core.types import Array, accumulation_dtype
 from kfac_jax_lite.statistics.outputs import MarkedLoss, marked_loss
 from kfac_jax_lite.statistics.tagged_loss import TaggedLoss
 
 CHUNK = 256
+
+
+def kernel(
+    tagged: TaggedLoss,
+    params: Any,
+    batch: tuple[Any, ...],
+    other: tuple[Any, ...] | None = None,
+    *,
+    trace: bool = False,
+    independent: bool = False,
+    chunk: int | None = None,
+) -> Array:
+    """The empirical neural tangent kernel ``J(x) J(x')ᵀ`` of the marked output.
+
+    ``kernel[i, c, j, e] = ∂z_ic/∂θ · ∂z'_je/∂θ``, without the likelihood's ``Λ``. A
+    normal output is marked as mean over standard deviation, and so enters here. Rows
+    that a mask leaves out are zero. The Jacobian is never held as a whole.
+
+    Args:
+        tagged: The tagged loss; one output must be marked.
+        params: Parameters.
+        batch: The loss's arguments after ``params``; its output has ``n`` rows.
+        other: A second batch, of ``m`` rows; None: the same one.
+        trace: Whether to sum over ``c = e``.
+        independent: Whether every row of the output depends only on the example, along
+            the leading axis of all arguments, that it belongs to (no batch norm).
+        chunk: Rows of ``J`` (examples if ``independent``) in memory at a time; 256 if
+            None.
+
+    Returns:
+        ``[n, C, m, C]``, or ``[n, m]`` with ``trace``; float32 or float64. Rows are all
+        axes of the output but the last, flattened.
+
+    Raises:
+        ValueError: No output is marked, or more than one; the widths of both batches
+            differ; ``independent`` and the arguments do not share a leading axis.
+    """
+    options = independent, checked(chunk)
+
+    def compute(params: Any, batch: tuple[Any, ...], other: Any):
+        first = Batch(tagged, params, batch, *options)
+        second = first if other is None else Batch(tagged, params, other, *options)
+        (n, c), (m, e) = first.only_shape(), second.only_shape()
+        if c != e:
+            raise ValueError(
+                f"kernel: the output of batch is {(n, c)} and that of other {(m, e)}; "
+                "wanted as many columns."
+            )
+        gram = first.counted()[:, None] * products(first, second) * second.counted()
+        return gram.reshape(n, c, m, c)
+
+    gram = automatic(compute, params, batch, other)
+    return jnp.einsum("icjc->ij", gram) if trace else gram
+
+
+def eigenvalues(
+    tagged: TaggedLoss,
+    params: Any,
+    batch: tuple[Any, ...],
+    *,
+    independent: bool = False,
+    chunk: int | None = None,
+) -> Array:
+    """Eigenvalues of ``Sᵀ J Jᵀ S / n``: those of the Fisher matrix that are not zero.
+
+    Where ``D > P`` the last ``D − P`` are zero, up to rounding, and where ``D < P`` the
+    Fisher matrix has ``P − D`` zeros more.
+
+    Args:
+        tagged: The tagged loss.
+        params: Parameters.
+        batch: The loss's arguments after ``params``.
+        independent: As in ``kernel``.
+        chunk: As in ``kernel``.
+
+    Returns:
+        ``[D]``, descending, ``D`` the size of the square root's columns: ``n·C``.
+    """
+    options = independent, checked(chunk)
+
+    def compute(params: Any, batch: tuple[Any, ...]) -> Array:
+        dual = Batch(tagged, params, batch, *options).dual()
+        return jnp.linalg.eigvalsh(dual)[::-1]
+
+    return automatic(compute, params, batch)
 
 
 def checked(chunk: Any) -> int:
@@ -32,36 +115,65 @@ def checked(chunk: Any) -> int:
     return chunk
 
 
-@dataclasses.dataclass(frozen=True)
 class Batch:
     """A batch at given parameters: its outputs and what ``J`` does.
 
-    Numbers of all outputs are one vector of ``D``, output after output, row after row.
-
-    Attributes:
-        outputs: The marked outputs.
-        residuals: ``r = n ∂L/∂z`` of each.
-        terms: ``n``.
-        push: ``J v [D]`` of a parameter-shaped ``v``.
-        pull: ``Jᵀ y``, parameter-shaped, of ``y [D]``.
-        examples: The arguments if examples are independent, else None.
-        rows_of: The rows of one example ``[d, P]``.
-        chunk: How many rows, or examples, to treat together.
+    Numbers of all outputs are one vector of ``size`` ``D``, output after output, row
+    after row; ``terms`` is ``n``, ``examples`` the arguments if they are independent.
     """
 
-    outputs: list[Output]
-    residuals: Callable[[], list[Array]]
-    terms: Array
-    push: Callable[[Any], Array]
-    pull: Callable[[Array], Any]
-    examples: tuple[Any, ...] | None
-    rows_of: Callable[[tuple[Any, ...]], Array]
-    chunk: int
+    def __init__(
+        self,
+        tagged: TaggedLoss,
+        params: Any,
+        args: tuple[Any, ...],
+        independent: bool,
+        chunk: int,
+    ) -> None:
+        """Runs the network; products with ``J`` are made where they are used."""
+        self.tagged, self.params, self.chunk = tagged, params, chunk
+        self.model = marked_loss(tagged, params, args)
 
-    @property
-    def size(self) -> int:
-        """``D``."""
-        return sum(output.value.size for output in self.outputs)
+        def values(params: Any):
+            return self.model.values(params)[1]
+
+        self.marks, self.back = jax.vjp(values, params)
+        self.forward = jax.linearize(values, params)[1]
+        self.outputs = self.model.outputs(self.marks)
+        self.size = sum(output.value.size for output in self.outputs)
+        dtype = accumulation_dtype(self.marks[-1].dtype)
+        self.terms = jnp.asarray(self.model.num_terms(self.marks), dtype)
+        self.examples = args if independent else None
+        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(self.examples)]
+        seen = [output.value.shape for output in self.outputs]
+        leading = {shape[:1] for shape in shapes + seen}
+        if independent and (len(leading) != 1 or () in leading):
+            raise ValueError(
+                "independent=True wants arguments and marked outputs that share their "
+                f"leading axis; got arguments {shapes} and outputs {seen}."
+            )
+
+    def push(self, v: Any) -> Array:
+        """``J v [D]`` of a parameter-shaped ``v``."""
+        typed = jax.tree.map(lambda x, p: x.astype(p.dtype), v, self.params)
+        return join(self.model.output_values(self.forward(typed)))
+
+    def pull(self, y: Array) -> Any:
+        """``Jᵀ y``, parameter-shaped, of ``y [D]``."""
+        return self.back(cotangents(self.model, self.marks, y))[0]
+
+    def rows_of(self, example: Any) -> Array:
+        """The rows of one example ``[d, P]``."""
+        one = jax.tree.map(lambda x: x[None], example)
+        model = marked_loss(self.tagged, self.params, one)
+        marks, back = jax.vjp(lambda p: model.values(p)[1], self.params)
+        width = sum(output.value.size for output in model.outputs(marks))
+        pulled = jax.vmap(lambda y: flat(back(cotangents(model, marks, y))[0]))
+        return pulled(jnp.eye(width))
+
+    def residuals(self) -> list[Array]:
+        """``r = n ∂L/∂z`` of every output."""
+        return self.model.residuals(self.params)
 
     def only_shape(self) -> tuple[int, int]:
         """Rows and columns of the only output."""
@@ -108,90 +220,24 @@ class Batch:
             found.append(jnp.moveaxis(root, 0, -1).astype(accumulation_dtype(z.dtype)))
         return found
 
+    def colour(self, y: Array) -> Array:
+        """``S y`` along the first axis, ``[D', …] -> [D, …]``."""
+        return self.by_rows(y, self.roots())
+
     def whiten(self, x: Array) -> Array:
         """``Sᵀ x`` along the first axis, ``[D, …] -> [D', …]``."""
-        parts, start = [], 0
-        for root in self.roots():
-            n, c, _ = root.shape
-            part = x[start : start + n * c].reshape(n, c, -1)
-            part = jnp.einsum("nck,ncx->nkx", root, part)
-            parts.append(part.reshape(-1, *x.shape[1:]))
-            start += n * c
-        return jnp.concatenate(parts)
+        return self.by_rows(x, [jnp.swapaxes(root, 1, 2) for root in self.roots()])
 
-    def colour(self, y: Array) -> Array:
-        """``S y``, ``[D'] -> [D]``."""
-        parts, start = [], 0
-        for root in self.roots():
-            n, _, k = root.shape
-            part = y[start : start + n * k].reshape(n, k)
-            parts.append(jnp.einsum("nck,nk->nc", root, part).ravel())
-            start += n * k
-        return jnp.concatenate(parts)
+    def by_rows(self, x: Array, matrices: list[Array]) -> Array:
+        """Products of each row's matrix, ``[rows, i, j]`` of every output."""
+        cuts = np.cumsum([m.shape[0] * m.shape[2] for m in matrices])[:-1]
+        pairs = zip(matrices, jnp.split(x, cuts), strict=True)
+        parts = [m @ part.reshape(len(m), m.shape[2], -1) for m, part in pairs]
+        return jnp.concatenate([part.reshape(-1, *x.shape[1:]) for part in parts])
 
     def dual(self) -> Array:
         """``K Kᵀ = Sᵀ J Jᵀ S / n [D', D']``."""
         return self.whiten(self.whiten(products(self, self)).T) / self.terms
-
-
-def make_batch(
-    tagged: TaggedLoss,
-    params: Any,
-    args: tuple[Any, ...],
-    independent: bool,
-    chunk: int,
-) -> Batch:
-    """The outputs on a batch, and ``J``; passes are made where they are used."""
-    model = marked_loss(tagged, params, args)
-
-    def values(params: Any):
-        return model.values(params)[1]
-
-    marks, back = jax.vjp(values, params)
-    forward = jax.linearize(values, params)[1]
-    outputs = model.outputs(marks)
-
-    def push(v: Any):
-        typed = jax.tree.map(lambda x, p: x.astype(p.dtype), v, params)
-        return join(model.output_values(forward(typed)))
-
-    def pull(y: Array) -> Any:
-        return back(cotangents(model, marks, y))[0]
-
-    def rows_of(example: Any) -> Array:
-        one = jax.tree.map(lambda x: x[None], example)
-        alone = marked_loss(tagged, params, one)
-        own, back = jax.vjp(lambda p: alone.values(p)[1], params)
-        width = sum(output.value.size for output in alone.outputs(own))
-        pulled = jax.vmap(lambda y: flat(back(cotangents(alone, own, y))[0]))
-        return pulled(jnp.eye(width))
-
-    terms = jnp.asarray(model.num_terms(marks), accumulation_dtype(marks[-1].dtype))
-    found = Batch(
-        outputs,
-        lambda: model.residuals(params),
-        terms,
-        push,
-        pull,
-        args if independent else None,
-        rows_of,
-        chunk,
-    )
-    if independent:
-        check_examples(found, args)
-    return found
-
-
-def check_examples(batch: Batch, args: tuple[Any, ...]) -> None:
-    """All arguments and outputs must have their examples along the leading axis."""
-    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(args)]
-    counts = {shape[0] if shape else None for shape in shapes}
-    seen = [output.value.shape for output in batch.outputs]
-    if len(counts) != 1 or any(s[:1] != tuple(counts) for s in seen):
-        raise ValueError(
-            "independent=True wants arguments and marked outputs that share their "
-            f"leading axis; got arguments {shapes} and outputs {seen}."
-        )
 
 
 def cotangents(

@@ -11,9 +11,9 @@ import scipy.special
 import scipy.stats
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite.bayes import laplace_predictive
+from kfac_jax_lite.bayes import predictive
 from kfac_jax_lite.bayes.laplace import laplace
-from kfac_jax_lite.bayes.laplace_predictive import (
+from kfac_jax_lite.bayes.predictive import (
     laplace_bridge,
     linearised_outputs,
     predict_glm,
@@ -187,7 +187,7 @@ def test_sampled_link():
     second = np.einsum("a,b,nabc->nc", weights, weights, p**2)
     key = jax.random.key(8)
     record = jnp.asarray(mean), jnp.asarray(s), key, count
-    seen = laplace_predictive.sampled_mean(jax.nn.softmax, *record)
+    seen = predictive.sampled_mean(jax.nn.softmax, *record)
     error = np.sqrt((second - exact**2) / count)
     assert np.abs((np.asarray(seen) - exact) / error).max() < 4
 
@@ -211,13 +211,13 @@ def test_bridge_inverts_the_dirichlet():
 def test_mean_nll():
     mean, variance, y = np.array([[0.0, 1.0]]), np.array([[1.0, 4.0]]), np.ones((1, 2))
     wanted = -scipy.stats.norm(mean, variance**0.5).logpdf(y).sum()
-    normal = laplace_predictive.Normal(jnp.asarray(mean), jnp.asarray(variance))
+    normal = predictive.Normal(jnp.asarray(mean), jnp.asarray(variance))
     np.testing.assert_allclose(
-        laplace_predictive.mean_nll("normal", normal, jnp.asarray(y)), wanted
+        predictive.mean_nll("normal", normal, jnp.asarray(y)), wanted
     )
     p, labels = jnp.array([[0.25, 0.5], [0.1, 0.9]]), jnp.array([[1, 0], [0, 0]])
     wanted = -(np.log(0.25 * 0.5) + np.log(0.9 * 0.1)) / 2
-    seen = laplace_predictive.mean_nll("bernoulli", p, labels)
+    seen = predictive.mean_nll("bernoulli", p, labels)
     np.testing.assert_allclose(seen, wanted)
 
 

@@ -12,7 +12,15 @@ from rich.console import Console
 
 from experiments.errors import ConfigError, MetricsError
 from experiments.main import main
-from experiments.studies.bayes import active, config, problem, regression, report, run
+from experiments.studies.bayes import (
+    active,
+    calibration,
+    config,
+    problem,
+    regression,
+    report,
+    run,
+)
 from experiments.studies.bayes import config as configs
 from experiments.studies.training import orders
 from experiments.tuning.trials import as_floats
@@ -202,7 +210,7 @@ def test_informative_images_are_labelled_more_often():
     p = np.full((2, 2, 2), 0.5)
     p[0, 0], p[1, 0] = [1, 0], [0, 1]
     p[0, 1], p[1, 1] = [0.95, 0.05], [0.15, 0.85]
-    scores = np.asarray(bayes.metrics.mutual_information(p))
+    scores = calibration.mutual_information(p)
     rng = np.random.default_rng(0)
     first = [active.chosen("active_bald", p, 2, 1, rng)[0] for _ in range(400)]
     wanted = scores[0] / scores.sum()

@@ -21,10 +21,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.configs import NetConfig
+from experiments.studies.bayes import calibration
 from experiments.studies.bayes.config import (
     ACTIVE,
     ADAM,
@@ -45,7 +45,6 @@ from experiments.studies.bayes.problem import (
 )
 from experiments.studies.training import Program, train
 from kfac_jax_lite import bayes
-from kfac_jax_lite.bayes import metrics
 
 BALD, RANDOM, ENTROPY = ACTIVE
 LEAST = 1e-12  # mutual information whose logarithm is taken
@@ -128,8 +127,8 @@ def run_one(active: ActiveLearning, pool: Pool, name: str, seed: int) -> Record:
         x, y = pool.test
         p = bayes.predict(pool.network.logits, *given, x, key, active.samples)
         curve["labelled"].append(len(labelled))
-        curve["accuracy"].append(float(metrics.accuracy(p, y)))
-        curve["nll"].append(float(metrics.nll(p, y)))
+        curve["accuracy"].append(calibration.accuracy(p, y))
+        curve["nll"].append(calibration.nll(p, y))
         each = None
         if name != RANDOM:
             unlabelled = pool.images[others]
@@ -158,8 +157,8 @@ def chosen(
     if name == RANDOM:
         return rng.permutation(count)[:number]
     if name == BALD:
-        values = np.asarray(metrics.mutual_information(each), np.float64)
+        values = calibration.mutual_information(each)
         values = np.log(np.maximum(values, LEAST)) + rng.gumbel(size=count)
     else:
-        values = metrics.entropy(jnp.mean(each, 0))
-    return np.argsort(-np.asarray(values), kind="stable")[:number]
+        values = calibration.entropy(np.mean(each, 0))
+    return np.argsort(-values, kind="stable")[:number]

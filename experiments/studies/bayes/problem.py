@@ -23,6 +23,7 @@ from experiments.models.task import (
     linen_module,
     make_preprocess,
 )
+from experiments.studies.bayes import calibration
 from experiments.studies.bayes.config import (
     ADAM,
     IVON,
@@ -36,7 +37,6 @@ from experiments.studies.bayes.config import (
 from experiments.studies.images import Pair, load_split, shrunk
 from experiments.studies.training import Program
 from kfac_jax_lite import bayes
-from kfac_jax_lite.bayes import metrics
 
 NOISE_SEED = 1
 NOISE = "noise"
@@ -167,34 +167,33 @@ def scores(config: BayesStudy, probabilities: Any, labels: Any) -> Record:
         labels: ``[n]``.
     """
     given, bins = (probabilities, labels), config.bins
-    found = {
-        "accuracy": metrics.accuracy(*given),
-        "nll": metrics.nll(*given),
-        "brier": metrics.brier(*given),
-        "ece": metrics.calibration_error(*given, bins),
-        "adaptive_ece": metrics.calibration_error(*given, bins, adaptive=True),
+    return {
+        "accuracy": calibration.accuracy(*given),
+        "nll": calibration.nll(*given),
+        "brier": calibration.brier(*given),
+        "ece": calibration.calibration_error(*given, bins),
+        "adaptive_ece": calibration.calibration_error(*given, bins, adaptive=True),
     }
-    return {name: float(value) for name, value in found.items()}
 
 
 def diagram(config: BayesStudy, probabilities: Any, labels: Any) -> Record:
     """A reliability diagram as lists."""
-    bins = metrics.reliability(probabilities, labels, config.bins)
+    bins = calibration.reliability(probabilities, labels, config.bins)
     return {
-        "confidence": np.asarray(bins.confidence).tolist(),
-        "accuracy": np.asarray(bins.accuracy).tolist(),
-        "count": np.asarray(bins.count).tolist(),
+        "confidence": bins.confidence.tolist(),
+        "accuracy": bins.accuracy.tolist(),
+        "count": bins.size.tolist(),
     }
 
 
 def separation(inside: Any, outside: Any) -> Record:
     """How well the largest probability and the entropy tell strange images apart."""
-    confident = metrics.confidence(inside), metrics.confidence(outside)
-    certain = -metrics.entropy(inside), -metrics.entropy(outside)
+    confident = calibration.confidence(inside), calibration.confidence(outside)
+    certain = -calibration.entropy(inside), -calibration.entropy(outside)
     return {
-        "auroc": float(metrics.auroc(*confident)),
-        "fpr95": float(metrics.fpr95(*confident)),
-        "auroc_entropy": float(metrics.auroc(*certain)),
+        "auroc": calibration.auroc(*confident),
+        "fpr95": calibration.fpr95(*confident),
+        "auroc_entropy": calibration.auroc(*certain),
     }
 
 

@@ -36,7 +36,7 @@ from rich.progress import Progress
 
 import kfac_jax_lite as kfac
 from experiments.errors import MetricsError
-from experiments.studies.bayes import active, regression
+from experiments.studies.bayes import active, calibration, regression
 from experiments.studies.bayes.config import (
     ACTIVE,
     DERIVED,
@@ -61,7 +61,6 @@ from experiments.studies.bayes.problem import (
 from experiments.studies.records import Cells
 from experiments.studies.training import Program, Run, orders, train
 from kfac_jax_lite import bayes
-from kfac_jax_lite.bayes import metrics
 
 
 def path_of(config: BayesStudy, cell: Cell, seed: int) -> Path:
@@ -214,8 +213,8 @@ def run_trained(context: Context, cell: Cell) -> None:
         run, facts = trained(values, SEARCH_SEED)
         held, labels = images.held
         p = predictor(context, method, run, SEARCH_SEED, config.search_samples)(held)
-        nll, accuracy = metrics.nll(p, labels), metrics.accuracy(p, labels)
-        return facts | {"nll": float(nll), "accuracy": float(accuracy)}
+        nll, accuracy = calibration.nll(p, labels), calibration.accuracy(p, labels)
+        return facts | {"nll": nll, "accuracy": accuracy}
 
     def winner(values: Values, seed: int) -> Record:
         run, facts = trained(values, seed)
