@@ -16,6 +16,7 @@ from experiments.benchmarks.common import machine, write_json
 from experiments.configs.cost import CostConfig
 from experiments.errors import ConfigError, MetricsError
 from experiments.metrics import read_records
+from experiments.models.architectures import ARCHITECTURES, SMALL
 from experiments.simulate import (
     DEVICES,
     Machine,
@@ -25,7 +26,6 @@ from experiments.simulate import (
 )
 from kfac_jax_lite.core.types import LayerTag
 from kfac_jax_lite.diagnostics.cost import CostModel
-from tests.acceptance.architectures import ARCHITECTURES, SMALL
 
 MODELS = ARCHITECTURES | SMALL
 MODES = ("all", "owner")

@@ -80,19 +80,9 @@ class AdamConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class AdamWConfig:
+class AdamWConfig(AdamConfig):
     """Adam with decoupled weight decay."""
 
-    learning_rate: float = 1e-3
-    """Step size at the start of the schedule."""
-    schedule: ScheduleConfig = ScheduleConfig()
-    """Schedule of the learning rate."""
-    b1: float = 0.9
-    """Decay of the first moment."""
-    b2: float = 0.999
-    """Decay of the second moment."""
-    eps: float = 1e-8
-    """Added to the root of the second moment."""
     weight_decay: float = 1e-2
     """Decoupled weight decay, multiplied by the learning rate."""
 

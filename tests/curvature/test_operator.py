@@ -350,7 +350,7 @@ def test_shapes_and_likelihoods(sizes, likelihood, outputs, law):
 @pytest.mark.parametrize("law", ["ggn", "fisher"])
 def test_full_size_products_trace(law):
     """ResNet-50 on images of 224 × 224: nothing is as large as a Jacobian."""
-    from tests.acceptance.architectures import ARCHITECTURES
+    from experiments.models.architectures import ARCHITECTURES
 
     shapes = ARCHITECTURES["resnet50"].make()
     tagged = kfac.tag(shapes.loss, shapes.params, *shapes.args, has_aux=shapes.has_aux)

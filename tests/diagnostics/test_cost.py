@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 import kfac_jax_lite as kfac
+from experiments.models.architectures import ARCHITECTURES
 from kfac_jax_lite.kronecker.state import from_words
-from tests.acceptance.architectures import ARCHITECTURES
 from tests.helpers import INVERSES, cases, train
 from tests.programs import mlp
 

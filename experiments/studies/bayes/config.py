@@ -87,15 +87,9 @@ class PosteriorGrid(Grid):
 
 
 @dataclasses.dataclass(frozen=True)
-class IVONGrid(Grid):
+class IVONGrid(PosteriorGrid):
     """Hyper-parameters of IVON."""
 
-    learning_rate: tuple[float, ...]
-    """Learning rate of the first step; it falls to 0 as a cosine."""
-    prior_precision: tuple[float, ...]
-    """Precision of the normal prior of the weights."""
-    temperature: tuple[float, ...]
-    """Weight of the divergence from the prior; 1 is Bayes' rule."""
     initial: tuple[float, ...]
     """Curvature before the first step."""
 

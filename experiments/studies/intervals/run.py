@@ -36,13 +36,12 @@ import kfac_jax_lite as kfac
 from experiments import datasets, metrics
 from experiments.datasets import Dataset
 from experiments.errors import ConfigError
-from experiments.models import Task
+from experiments.models import Task, architectures
 from experiments.models.networks import ResNet
 from experiments.models.task import classifier, linen_functions
 from experiments.studies.images import load_data
 from experiments.studies.intervals.config import Cell, IntervalStudy
 from experiments.studies.records import Cells
-from tests.acceptance import architectures
 
 AXIS = "batch"
 BLOCKS_OF_RESNET50 = (3, 4, 6, 3)

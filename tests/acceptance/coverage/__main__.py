@@ -25,8 +25,8 @@ from rich.table import Table
 
 import kfac_jax_lite as kfac
 from experiments.benchmarks.common import OUT, machine, quartiles
+from experiments.models.architectures import ARCHITECTURES, Problem
 from experiments.progress import ended, open_console
-from tests.acceptance.architectures import ARCHITECTURES, Problem
 from tests.acceptance.coverage.counts import coverage, percent, save, show_fallbacks
 
 PROGRAM = "python -m tests.acceptance.coverage"

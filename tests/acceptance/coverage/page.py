@@ -33,7 +33,7 @@ python -m tests.acceptance.coverage.page
 ARCHITECTURES = """\
 ## Architectures
 
-Full size, definitions in `tests/acceptance/architectures.py`. "Trace" is
+Full size, definitions in `experiments/models/architectures.py`. "Trace" is
 `jax.make_jaxpr` of the loss from empty caches, "tag" what `kfac.tag` takes beyond it;
 medians of {runs} runs. "Compile" is lowering and compiling
 `tagged.value_and_grad` with all layers due, as a ratio to `jax.value_and_grad`, with

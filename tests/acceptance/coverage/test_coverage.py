@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 import kfac_jax_lite as kfac
-from tests.acceptance.architectures import (
+from experiments.models.architectures import (
     ARCHITECTURES,
     GPT,
     Architecture,
