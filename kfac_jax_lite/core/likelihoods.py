@@ -232,11 +232,7 @@ def weighted_rows(output: Output, rows: Array, power: float = 1.0) -> Array:
 
 
 def sampled_cotangent(likelihood: str, output: Array, key: Array) -> Array:
-    """Gradient of ``−log p(y | z)`` for labels ``y`` drawn from the model.
-
-    Args:
-        output: ``z [..., outputs]``.
-    """
+    """Gradient of ``−log p(y | z)``, ``z [..., outputs]``, for labels ``y`` drawn."""
     z = output.astype(jnp.promote_types(output.dtype, jnp.float32))
 
     def noise(distribution: Callable[..., Array]):
@@ -290,11 +286,7 @@ def square_root_column(
 
 
 def fisher_product(likelihood: str, output: Array, tangent: Array) -> Array:
-    """``Λ(z) t`` row by row.
-
-    Args:
-        output: ``z [..., outputs]``.
-    """
+    """``Λ(z) t`` row by row, of ``z [..., outputs]``."""
     z = output.astype(jnp.promote_types(output.dtype, jnp.float32))
     t = tangent.astype(z.dtype)
     if likelihood == "categorical":

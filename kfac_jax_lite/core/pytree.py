@@ -63,11 +63,8 @@ def choose(condition: Any, new: Any, old: Any) -> Any:
 
 def varying_axes(tree: Any) -> frozenset[Hashable]:
     """Mapped axes along which any leaf differs (``shard_map`` with ``check_vma``)."""
-    return frozenset().union(*map(_varying, jax.tree.leaves(tree)))
-
-
-def _varying(x: Any) -> frozenset[Hashable]:
-    return varying_of_type(jax.typeof(x))
+    leaves = jax.tree.leaves(tree)
+    return frozenset().union(*(varying_of_type(jax.typeof(x)) for x in leaves))
 
 
 def varying_of_type(kind: Any) -> frozenset[Hashable]:
@@ -80,7 +77,7 @@ def vary(tree: Any, axes: frozenset[Hashable]) -> Any:
     """The same values, of a type that varies along these mapped axes as well."""
 
     def cast(x: Any) -> Any:
-        missing = axes - _varying(x)
+        missing = axes - varying_axes(x)
         return lax.pcast(x, tuple(missing), to="varying") if missing else x
 
     return jax.tree.map(cast, tree) if axes else tree

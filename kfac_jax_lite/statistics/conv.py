@@ -136,12 +136,7 @@ def shifted_flops(geometry: ConvGeometry, axis: int) -> int:
 def sampled(
     geometry: ConvGeometry, x: Array, lattice: Lattice, phase: Array
 ) -> tuple[ConvGeometry, Array]:
-    """The convolution whose patches are those taken of another one's.
-
-    Args:
-        x: The input ``[batch, *space, channel]``.
-        lattice: Rows that are taken, of axes ``(examples, frames, *space)``.
-    """
+    """The convolution of the patches taken, of axes ``(examples, frames, *space)``."""
     kept, phase = lattice.kept, vary(phase, varying_axes(x))
     offsets = lattice.offsets(phase)
     frames = lattice.sizes[1] * math.prod(x.shape[1:])
@@ -203,14 +198,7 @@ def conv_input_factor(
 
 
 def shifted_moment(geometry: ConvGeometry, x: Array, axis: int) -> Array:
-    """``Σ_r x_r x_rᵀ`` over all patches, by products shifted along one axis.
-
-    Args:
-        x: The input ``[batch, *space, channel]``.
-
-    Returns:
-        The matrix ``[in, in]``.
-    """
+    """``Σ_r x_r x_rᵀ [in, in]`` over all patches, shifted along one axis."""
     k, rows = geometry.kernel[axis], geometry.rows[1 + axis]
     dtype = accumulation_dtype(x.dtype)
     m = geometry.n_in // k

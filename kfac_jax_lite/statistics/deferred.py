@@ -19,10 +19,10 @@ from kfac_jax_lite.core.types import Array, GradientRows, LayerTag
 from kfac_jax_lite.kronecker.factors import forms_of
 from kfac_jax_lite.statistics import dense
 from kfac_jax_lite.statistics.estimators import Recipe
-from kfac_jax_lite.statistics.uses import site_statistics, tap_site
+from kfac_jax_lite.statistics.uses import among_copies, estimators
 from kfac_jax_lite.tagging.interpreter import in_line
 from kfac_jax_lite.tagging.sites import DenseGeometry, Site
-from kfac_jax_lite.tagging.taps import Slot, watch
+from kfac_jax_lite.tagging.taps import Slot, estimated, tap, watch
 from kfac_jax_lite.tagging.trace import Trace
 
 
@@ -32,7 +32,7 @@ class Watched:
 
     Attributes:
         recipes: Recipe of every tapped layer.
-        phases: How often each layer was refreshed.
+        phases: How often each layer was refreshed; missing: never.
         slots: Slot of every tapped layer.
         sites: Watched layer to its sites and the shapes of their outputs.
         thin: Layer whose gradient is wanted as rows, to site and shape of its output.
@@ -72,6 +72,18 @@ class Watched:
                 probes[name] = slot.probes
         return vary(probes, axes)
 
+    def chosen(self, site: Site, inputs: list[Any], slot: Slot) -> tuple[Any, ...]:
+        """Estimators that feed a probe, by name; their operands; those probes."""
+        recipe = self.recipes[site.slot]
+        pairs = tuple(
+            (name, among_copies(estimate, site.copies))
+            for name, estimate in estimators(recipe, site).items()
+            if name in slot.probes
+        )
+        phase = self.phases.get(recipe.layer.name, jnp.zeros((), jnp.int32))
+        probes = {name: slot.probes[name] for name, _ in pairs}
+        return pairs, (inputs, slot.basis, phase), probes
+
     def on_site(
         self, site: Site, output: Array, inputs: list[Any], slot: Slot
     ) -> Array:
@@ -81,7 +93,10 @@ class Watched:
             self.thin_inputs[name] = inputs
             output = watch(output, slot.output)
         if name not in self.sites:
-            return tap_site(self.recipes, self.phases, site, output, inputs, slot)
+            if not slot.probes:
+                return output
+            pairs, operands, probes = self.chosen(site, inputs, slot)
+            return tap(pairs, output, operands, slot.due, probes)
         order = [id(other) for other, _ in self.sites[name]]
         number = order.index(id(site))
         self.inputs.setdefault(name, {})[number] = inputs
@@ -112,12 +127,10 @@ class Watched:
         for name, pairs in self.sites.items():
             slot = self.slots[name]
             slot = slot._replace(probes=vary(slot.probes, axes))
-            parts = [
-                site_statistics(
-                    self.recipes, self.phases, site, raw[name][k], inputs[name][k], slot
-                )
-                for k, (site, _) in enumerate(pairs)
-            ]
+            parts = []
+            for k, (site, _) in enumerate(pairs):
+                own, operands, probes = self.chosen(site, inputs[name][k], slot)
+                parts.append(estimated(own, operands, raw[name][k], slot.due, probes))
             found[name] = {
                 key: functools.reduce(jnp.add, [p[key] for p in parts if key in p])
                 for key in dict.fromkeys(key for part in parts for key in part)

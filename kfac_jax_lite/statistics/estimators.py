@@ -120,7 +120,13 @@ def make_recipe(
         groups = {s.examples for s in sites}
         by_example, examples = several and len(groups) == 1, max(groups)
     elif squares:
-        check_rows(layer, sites, num_examples)
+        for site in sites:
+            if site.positions is None:
+                raise ValueError(
+                    f"layer {layer.name}: squares of single examples' gradients need "
+                    f"rows that belong to the {num_examples} terms of the loss, got "
+                    f"rows {site.geometry.rows}."
+                )
         return Recipe(
             layer,
             num_examples,
@@ -156,17 +162,6 @@ def make_recipe(
         parts=parts,
         marks=marks,
     )
-
-
-def check_rows(layer: LayerTag, sites: list[Site], num_examples: int) -> None:
-    """Every row must be one example's."""
-    for site in sites:
-        if site.positions is None:
-            raise ValueError(
-                f"layer {layer.name}: squares of single examples' gradients need rows "
-                f"that belong to the {num_examples} terms of the loss, got rows "
-                f"{site.geometry.rows}."
-            )
 
 
 def count_rows(sites: list[Site], reduce: bool) -> int:

@@ -231,12 +231,7 @@ def exact_statistics(
     for number, output in enumerate(outputs):
         columns, _ = square_root_column(output.likelihood, output.value)
 
-        def add(
-            total: dict[str, Any],
-            j: jax.Array,
-            number: int = number,
-            output: Output = output,
-        ):
+        def add(total: Any, j: Array, number: int = number, output: Output = output):
             zeros = [zeros_like(other.value) for other in outputs]
             root = typed_like(output, hessian_column, j)
             zeros[number] = weighted_rows(output, root, 0.5)

@@ -17,15 +17,7 @@ from kfac_jax_lite.statistics.conv import by_chunks
 
 
 def example_gradients(x: Array, c: Array, examples: int) -> Array:
-    """``Σ_p x_np c_npᵀ`` for every example.
-
-    Args:
-        x: Rows of inputs ``[*blocks, R, in]``, those of an example side by side.
-        c: Rows of cotangents ``[*blocks, R, out]``.
-
-    Returns:
-        ``[*blocks, N, in, out]``.
-    """
+    """``Σ_p x_np c_npᵀ [*blocks, N, in, out]``; rows of an example are side by side."""
     return products(split(x, examples), split(c, examples))
 
 
@@ -41,11 +33,7 @@ def split(rows: Array, examples: int) -> Array:
 
 
 def square_sums(x: Array, c: Array, examples: int) -> Array:
-    """``Σ_n (Σ_p x_np c_npᵀ)²``; arguments as for ``example_gradients``.
-
-    Returns:
-        ``[*blocks, in, out]``.
-    """
+    """``Σ_n (Σ_p x_np c_npᵀ)² [*blocks, in, out]``, see ``example_gradients``."""
     dtype = accumulation_dtype(c.dtype)
     if x.shape[-2] == examples:
         x, c = (jnp.square(v.astype(dtype)) for v in (x, c))
@@ -67,15 +55,7 @@ def token_square_sums(
 
     A token that occurs several times in an example has the sum of its rows' cotangents
     for a gradient: with ``y_p = Σ_q [i_q = i_p] w_q c_q`` its square is the sum of
-    ``w_p c_p y_p`` over the rows ``p`` where it occurs.
-
-    Args:
-        token: ``i [*blocks, R]``.
-        weight: ``w [*blocks, R]``.
-        c: Cotangents ``[*blocks, R, out]``.
-
-    Returns:
-        The tokens and their rows' shares ``[*blocks, R, out]``, to be added up.
+    ``w_p c_p y_p [*blocks, R, out]`` over the rows ``p`` where it occurs.
     """
     value = weight.astype(accumulation_dtype(c.dtype))[..., None] * c
     if value.shape[-2] == examples:

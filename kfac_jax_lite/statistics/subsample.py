@@ -77,11 +77,7 @@ class Lattice(NamedTuple):
         return digits
 
     def select(self, x: Array, phase: Array) -> Array:
-        """The rows taken, ``[*blocks, prod(kept), d]``.
-
-        Args:
-            x: Rows ``[*blocks, R, d]``.
-        """
+        """The rows taken of ``[*blocks, R, d]``, ``[*blocks, prod(kept), d]``."""
         lead, d = x.shape[:-2], x.shape[-1]
         x = x.reshape(*lead, *self.sizes, d)
         phase = vary(phase, varying_axes(x))
@@ -98,11 +94,7 @@ class Lattice(NamedTuple):
 
 
 def lattice_of(
-    subsample: Subsample,
-    name: str,
-    site: Site,
-    num_examples: int,
-    reduce: bool,
+    subsample: Subsample, name: str, site: Site, num_examples: int, reduce: bool
 ) -> Lattice | None:
     """The rows taken at one site; None: all."""
     if subsample == Subsample():

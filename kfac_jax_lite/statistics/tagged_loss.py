@@ -369,7 +369,7 @@ class TaggedLoss:
 
         if deferred:
             return Deferred(lambda gated: compute())
-        due, _ = read_state(opt_state, self.layers)
+        due, _, _ = read_state(opt_state, self.layers)
         shapes = jax.eval_shape(compute)  # raises what there is to raise
         if due is None or not due:
             return compute()
@@ -402,20 +402,17 @@ class TaggedLoss:
     ) -> Watched:
         """What every layer is tapped with, and which ones are only watched."""
         opt_state = None if self.statistics == "squares" else opt_state
-        due, bases = read_state(opt_state, found.layers)
+        due, bases, phases = read_state(opt_state, found.layers)
         recipes = self._recipes(found)
         slots = make_slots(recipes, params, due, bases)
         sites, thin = {}, {}
         if deferred and explicit_mesh((params, args)) is None:
             sites = watchable(found, slots) if self.fisher == "empirical" else {}
             thin = {} if varying_axes((params, args)) else thin_layers(found)
-        return Watched(recipes, read_phases(opt_state, recipes), slots, sites, thin)
+        return Watched(recipes, phases, slots, sites, thin)
 
     def _recipes(self, found: Trace) -> dict[str, Recipe]:
-        squares, layers = (
-            self.statistics == "squares",
-            {t.name: t for t in found.layers},
-        )
+        layers = {t.name: t for t in found.layers}
         return {
             slot: make_recipe(
                 layers[sites[0].layer or ""],
@@ -424,7 +421,7 @@ class TaggedLoss:
                 self.weight_sharing == "reduce",
                 found.masked(sites[0]),
                 self.subsample,
-                squares,
+                self.statistics == "squares",
             )
             for slot, sites in found.slots.items()
         }
@@ -487,13 +484,13 @@ def pack_statistics(
 
 def read_state(
     opt_state: Any, layers: tuple[LayerTag, ...]
-) -> tuple[dict[str, Array] | None, dict[str, tuple[Any, ...]]]:
-    """Due flags and EKFAC bases by layer name; (None, {}) without a state.
+) -> tuple[dict[str, Array] | None, dict[str, tuple[Any, ...]], dict[str, Array]]:
+    """Due flags, EKFAC bases and numbers of refreshes, by layer name.
 
     Where several states name a layer it is due if one of them wants it.
     """
     if opt_state is None:
-        return None, {}
+        return None, {}, {}
     states = find_states(opt_state)
     if not states:
         raise ValueError(
@@ -503,6 +500,7 @@ def read_state(
     known = {layer.name for layer in layers}
     due: dict[str, Array] = {}
     bases: dict[str, tuple[Any, ...]] = {}
+    phases: dict[str, Array] = {}
     for state in states:
         for i, name in enumerate(sorted(state.factors)):
             if name not in known:
@@ -513,12 +511,13 @@ def read_state(
             # Wrappers that choose between states by a sum make numbers of flags.
             flag = state.clock.due[i].astype(bool)
             due[name] = due[name] | flag if name in due else flag
+            phases[name] = state.clock.refreshes[i].astype(jnp.int32)
             inverse = state.inverses[name]
             if getattr(state.factors[name], "s", None) is not None:
                 if name in bases:
                     raise ValueError(f"two EKFAC states share the layer {name}.")
                 bases[name] = (inverse.q_a, inverse.q_g)
-    return due, bases
+    return due, bases, phases
 
 
 def make_slots(
@@ -540,15 +539,3 @@ def make_slots(
         flag = None if due is None else due[name]
         slots[slot] = Slot(flag, probes, bases.get(name, ()))
     return slots
-
-
-def read_phases(opt_state: Any, recipes: dict[str, Recipe]) -> dict[str, Array]:
-    """How often each layer was refreshed; 0 without a state."""
-    phases = {slot: jnp.zeros((), jnp.int32) for slot in recipes}
-    for state in [] if opt_state is None else find_states(opt_state):
-        numbers = {name: i for i, name in enumerate(sorted(state.factors))}
-        for slot, recipe in recipes.items():
-            if recipe.layer.name in numbers:
-                number = numbers[recipe.layer.name]
-                phases[slot] = state.clock.refreshes[number].astype(jnp.int32)
-    return phases

@@ -1,20 +1,22 @@
 """Which estimators a site is tapped with: one for every probe that the site feeds."""
 
 import dataclasses
+import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 
-from kfac_jax_lite.core.types import Array
+from kfac_jax_lite.core.types import Array, accumulation_dtype
 from kfac_jax_lite.kronecker.factors import forms_of, turned, widths
 from kfac_jax_lite.statistics import (
     conv,
     dense,
     embedding,
     ragged,
-    scale_shift,
     squares,
 )
 from kfac_jax_lite.statistics.estimators import Recipe, site_rows, unit_blocks
@@ -25,58 +27,9 @@ from kfac_jax_lite.tagging.sites import (
     RaggedGeometry,
     ScaleShiftGeometry,
     Site,
+    moved,
 )
-from kfac_jax_lite.tagging.taps import Estimator, Slot, estimated, tap
-
-
-def tap_site(
-    recipes: dict[str, Recipe],
-    phases: dict[str, Array],
-    site: Site,
-    output: Array,
-    inputs: list[Any],
-    slot: Slot,
-) -> Array:
-    """Taps one site with the estimators of its layer's kind."""
-    if not slot.probes:
-        return output
-    pairs, operands, probes = chosen(recipes, phases, site, inputs, slot)
-    return tap(pairs, output, operands, slot.due, probes)
-
-
-def site_statistics(
-    recipes: dict[str, Recipe],
-    phases: dict[str, Array],
-    site: Site,
-    cotangent: Array,
-    inputs: list[Any],
-    slot: Slot,
-) -> dict[str, Array]:
-    """What a tap's backward pass would return, from the inputs and the cotangent."""
-    pairs, operands, probes = chosen(recipes, phases, site, inputs, slot)
-    return estimated(pairs, operands, cotangent, slot.due, probes)
-
-
-def chosen(
-    recipes: dict[str, Recipe],
-    phases: dict[str, Array],
-    site: Site,
-    inputs: list[Any],
-    slot: Slot,
-) -> tuple[Any, ...]:
-    """A site's estimators that feed a probe of its layer.
-
-    Returns:
-        ``(pairs, operands, probes)``: names and functions, what goes into them, and
-        those probes.
-    """
-    name = site.slot
-    found = estimators(recipes[name], site)
-    pairs = tuple(
-        (k, among_copies(f, site.copies)) for k, f in found.items() if k in slot.probes
-    )
-    operands = (inputs, slot.basis, phases[name])
-    return pairs, operands, {k: slot.probes[k] for k, _ in pairs}
+from kfac_jax_lite.tagging.taps import Estimator
 
 
 def among_copies(estimate: Estimator, copies: int) -> Estimator:
@@ -96,7 +49,7 @@ def estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
     if isinstance(geometry, ScaleShiftGeometry):
 
         def s_sum(inputs: Any, c: Array):
-            return scale_shift.example_gradients(site, inputs[0], c, layer.roles)
+            return unit_gradients(site, inputs[0], c, layer.roles)
 
         def blocks(inputs: Any, c: Array):
             return unit_blocks(s_sum(inputs, c), recipe.num_examples)
@@ -145,6 +98,34 @@ def estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
         return eigenbasis_moment(recipe, site, inputs, c) * share
 
     return {a: input_factor, g: output_factor, rows: live_rows, "s": moment}
+
+
+def unit_gradients(
+    site: Site, factors: list[Array], cotangent: Array, roles: tuple[str, ...]
+) -> Array:
+    """Gradients of ``y = γ x̂ + β`` by unit, ``[examples, units, k]``.
+
+    ``s_n = (Σ_t c_tu x̂_tu, Σ_t c_tu)``, summed over the example's positions ``t``.
+
+    References:
+        Osawa et al., 2020, arXiv:2002.06015, Sec. 4.2 (unit-wise natural gradient).
+    """
+    geometry: Any = site.geometry
+    dtype = accumulation_dtype(cotangent.dtype)
+    c = cotangent.astype(dtype)
+    parts_of_x = [
+        moved(steps, f).astype(dtype)
+        for steps, f in zip(geometry.factor_ops, factors, strict=True)
+    ]
+    x_hat = functools.reduce(operator.mul, parts_of_x, jnp.ones((), dtype))
+
+    def per_example(value: Array):
+        value = lax.transpose(value.real, geometry.order)
+        shape = (site.examples, site.positions or 1, geometry.units)
+        return value.reshape(shape).sum(1)
+
+    parts = {"scale": lambda: per_example(c * x_hat), "shift": lambda: per_example(c)}
+    return jnp.stack([parts[role]() for role in roles], -1)
 
 
 def example_estimators(recipe: Recipe, site: Site) -> dict[str, Estimator]:
@@ -326,9 +307,6 @@ def real_rows(site: Site, rows: Array, cotangents: bool = False) -> Array:
     A real weight's gradient is ``Re(x c) = Re x Re c − Im x Im c``: the product of the
     real parts, and that of the imaginary parts with the sign of ``c``'s turned. Of a
     real input the cotangent's real part is all that matters.
-
-    Args:
-        rows: ``[*blocks, R, d]``.
     """
     if not jnp.iscomplexobj(rows):
         return rows
