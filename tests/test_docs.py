@@ -31,7 +31,6 @@ LISTED = {
     "intervals": ["every", "adaptive", "staleness", "Interval"],
     "simulate": ["Machine", "StepTime", "collective_time", "step_time", "scale"],
     "curvature.measures": None,
-    "curvature.correlations": None,
     "bayes.metrics": None,
 }
 
