@@ -30,7 +30,6 @@ LISTED = {
     "logs": ["CSV", "TensorBoard", "Table"],
     "intervals": ["every", "adaptive", "staleness", "Interval"],
     "curvature.measures": None,
-    "curvature.correlations": None,
 }
 
 

@@ -209,17 +209,6 @@ SIGNATURES = {
     "curvature.mc_fisher": {**MATRIX, "key": None, "num_samples": 1},
     "curvature.empirical_fisher": MATRIX,
     "curvature.gradient_covariance": MATRIX,
-    "curvature.correlations.kendall": {"x": EMPTY, "y": EMPTY},
-    "curvature.correlations.granulated": {"x": EMPTY, "y": EMPTY, "settings": EMPTY},
-    "curvature.correlations.partial": {"x": EMPTY, "y": EMPTY, "z": EMPTY},
-    "curvature.correlations.interval": {
-        "statistic": EMPTY,
-        "arrays": EMPTY,
-        "groups": None,
-        "confidence": 0.95,
-        "num_resamples": 1000,
-        "seed": 0,
-    },
     "intervals.every": {"n": EMPTY},
     "intervals.adaptive": {
         "threshold": EMPTY,

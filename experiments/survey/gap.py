@@ -19,7 +19,7 @@ from experiments.survey.config import (
     MATRICES,
     MATRIX_TITLES,
 )
-from kfac_jax_lite.curvature.correlations import (
+from experiments.survey.correlations import (
     Interval,
     granulated,
     interval,

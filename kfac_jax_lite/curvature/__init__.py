@@ -3,10 +3,9 @@
 op = kfac.curvature.ggn(tagged, params, batches, approximation="full")
 op.mv(v), op.diagonal(), op.trace(key), op.eigsh(k, key), op.to_dense()
 kfac.curvature.measures.effective_dimension(op, damping, key)
-kfac.curvature.correlations.kendall(measure, gap)
 """
 
-from kfac_jax_lite.curvature import correlations, measures, spectra
+from kfac_jax_lite.curvature import measures, spectra
 from kfac_jax_lite.curvature.matrices import (
     empirical_fisher,
     fisher,
@@ -19,7 +18,6 @@ from kfac_jax_lite.curvature.operator import Operator
 
 __all__ = [
     "Operator",
-    "correlations",
     "empirical_fisher",
     "fisher",
     "ggn",

@@ -21,10 +21,8 @@ import numpy as np
 import optax
 
 from kfac_jax_lite.core.types import Array
-from kfac_jax_lite.curvature.density import quadrature
-from kfac_jax_lite.curvature.eigsh import eigsh
 from kfac_jax_lite.curvature.flat import Estimate, flatten, mean_and_error, signs
-from kfac_jax_lite.curvature.traces import frobenius
+from kfac_jax_lite.curvature.spectra import eigsh, frobenius, quadrature
 
 SAMPLES, STEPS = 16, 60
 

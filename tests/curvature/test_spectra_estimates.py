@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from kfac_jax_lite.curvature import spectra, traces
+from kfac_jax_lite.curvature import spectra
 from kfac_jax_lite.curvature.flat import flatten
 from tests.helpers import cases
 from tests.spectra import matrix_of, spectra_lists
@@ -94,7 +94,7 @@ def xtraces(values, k, repetitions, rng):
         vectors *= len(values) ** 0.5 / np.linalg.norm(vectors, axis=0)
         q, r = np.linalg.qr(values[:, None] * vectors)
         inner, inside = (q.T * values) @ q, q.T @ vectors
-        found.append(traces.leave_one_out(inner, r, inside, matrix))
+        found.append(spectra.leave_one_out(inner, r, inside, matrix))
     return np.array(found).T
 
 
@@ -204,7 +204,7 @@ def test_errors_of_xtrace_leave_vectors_out(seed):
     ])  # fmt: skip
     noise = np.std(2 * products.mean(1), ddof=1) / k**0.5
     q, r = np.linalg.qr(matrix.dense @ vectors)
-    found = traces.leave_one_out(
+    found = spectra.leave_one_out(
         q.T @ matrix.dense @ q, r, q.T @ vectors, flatten(matrix.mv, matrix.like)
     )
     np.testing.assert_allclose(found.value, terms.mean(), rtol=1e-10)

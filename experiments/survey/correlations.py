@@ -1,8 +1,9 @@
 """Rank correlations: does a measure of a trained network go with its generalisation?
 
-Over ``n`` trained networks, ``x [n]`` is a measure (see ``measures``) and ``y [n]`` the
-gap between test and training loss. All figures depend on the order of the values
-alone, so that a measure's units do not matter. All are symmetric in ``x`` and ``y``.
+Over ``n`` trained networks, ``x [n]`` is a measure (see ``kfac.curvature.measures``)
+and ``y [n]`` the gap between test and training loss. All figures depend on the order
+of the values alone, so that a measure's units do not matter. All are symmetric in ``x``
+and ``y``.
 
 A high plain correlation may come from one hyper-parameter that moves both, such as the
 width: ``granulated`` compares only runs that differ in one hyper-parameter, ``partial``

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from kfac_jax_lite.curvature import correlations
-from kfac_jax_lite.curvature.correlations import granulated, interval, kendall, partial
+from experiments.survey import correlations
+from experiments.survey.correlations import granulated, interval, kendall, partial
 
 
 def sign(number):
