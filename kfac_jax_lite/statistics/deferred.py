@@ -20,9 +20,8 @@ from kfac_jax_lite.kronecker.factors import forms_of
 from kfac_jax_lite.statistics import dense
 from kfac_jax_lite.statistics.estimators import Recipe
 from kfac_jax_lite.statistics.uses import among_copies, estimators
-from kfac_jax_lite.tagging.interpreter import in_line
+from kfac_jax_lite.tagging.interpreter import Slot, estimated, in_line, tap, watch
 from kfac_jax_lite.tagging.sites import DenseGeometry, Site
-from kfac_jax_lite.tagging.taps import Slot, estimated, tap, watch
 from kfac_jax_lite.tagging.trace import Trace
 
 

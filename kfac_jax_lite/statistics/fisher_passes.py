@@ -34,9 +34,8 @@ from kfac_jax_lite.statistics.estimators import (
     blended,
     finish,
 )
-from kfac_jax_lite.tagging.interpreter import bind
+from kfac_jax_lite.tagging.interpreter import Slot, bind
 from kfac_jax_lite.tagging.sites import CALLS, CHECKPOINTS, inside
-from kfac_jax_lite.tagging.taps import Slot
 
 ALL_FIELDS = frozenset({"a", "g", "a_out", "g_out", "s", "blocks", "squares"})
 

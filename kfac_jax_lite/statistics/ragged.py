@@ -23,8 +23,8 @@ from kfac_jax_lite.core.types import Array, accumulation_dtype
 from kfac_jax_lite.kronecker.factors import BLOCKS, FULL, Form, forms_of, widened
 from kfac_jax_lite.statistics import dense
 from kfac_jax_lite.statistics.estimators import Recipe
+from kfac_jax_lite.tagging.interpreter import Estimator
 from kfac_jax_lite.tagging.sites import RaggedGeometry, Site
-from kfac_jax_lite.tagging.taps import Estimator
 
 BY_GROUP = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
 

@@ -35,9 +35,8 @@ from kfac_jax_lite.statistics.fisher_passes import (
 )
 from kfac_jax_lite.statistics.subsample import Subsample
 from kfac_jax_lite.statistics.weights import with_weights
-from kfac_jax_lite.tagging.interpreter import Interpreter
+from kfac_jax_lite.tagging.interpreter import Interpreter, Slot
 from kfac_jax_lite.tagging.table import fingerprint, table
-from kfac_jax_lite.tagging.taps import Slot
 from kfac_jax_lite.tagging.trace import Trace, TraceOptions, trace
 
 FISHERS = ("empirical", "mc", "exact")

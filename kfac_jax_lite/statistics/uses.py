@@ -21,6 +21,7 @@ from kfac_jax_lite.statistics import (
 )
 from kfac_jax_lite.statistics.estimators import Recipe, site_rows, unit_blocks
 from kfac_jax_lite.statistics.subsample import Lattice
+from kfac_jax_lite.tagging.interpreter import Estimator
 from kfac_jax_lite.tagging.sites import (
     ConvGeometry,
     EmbeddingGeometry,
@@ -29,7 +30,6 @@ from kfac_jax_lite.tagging.sites import (
     Site,
     moved,
 )
-from kfac_jax_lite.tagging.taps import Estimator
 
 
 def among_copies(estimate: Estimator, copies: int) -> Estimator:

@@ -21,7 +21,7 @@ from kfac_jax_lite.tagging.analysis import (
     leaves_of,
     rule,
 )
-from kfac_jax_lite.tagging.follow import ELEMENTWISE
+from kfac_jax_lite.tagging.example_axes import ELEMENTWISE
 from kfac_jax_lite.tagging.liveness import Live, Liveness
 from kfac_jax_lite.tagging.rules_elementwise import function
 from kfac_jax_lite.tagging.rules_structure import keep

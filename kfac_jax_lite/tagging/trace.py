@@ -18,10 +18,9 @@ from kfac_jax_lite.tagging import rules_lookups as _lookups
 from kfac_jax_lite.tagging import rules_products as _matchers
 from kfac_jax_lite.tagging import rules_structure as _structure
 from kfac_jax_lite.tagging.analysis import Walk, analyse
-from kfac_jax_lite.tagging.examples import place_examples, terms_of
-from kfac_jax_lite.tagging.resolve import resolve
+from kfac_jax_lite.tagging.example_axes import place_examples, terms_of
+from kfac_jax_lite.tagging.resolve import Facts, plain, resolve
 from kfac_jax_lite.tagging.sites import Plan, Site
-from kfac_jax_lite.tagging.tags import Facts, plain
 from kfac_jax_lite.tagging.unbatched import plan_spreads, spread_sites
 
 __all__ = ["Trace", "trace"]

@@ -28,15 +28,17 @@ from jax.extend.core import Literal
 
 from kfac_jax_lite.core.types import Array, JaxprEqn, Var
 from kfac_jax_lite.tagging.analysis import Scope, Walk, leaves_of, shape_of
-from kfac_jax_lite.tagging.examples import (
+from kfac_jax_lite.tagging.example_axes import (
+    ELEMENTWISE,
     Examples,
+    Followed,
+    Index,
     Place,
     place_of,
     positions,
     row_axes,
+    settled,
 )
-from kfac_jax_lite.tagging.follow import ELEMENTWISE, Followed
-from kfac_jax_lite.tagging.indices import Index, settled
 from kfac_jax_lite.tagging.sites import CALLS, DenseGeometry, Plan, Site, Step, inside
 
 ALIKE = frozenset(ELEMENTWISE.split())

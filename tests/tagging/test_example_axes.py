@@ -15,8 +15,13 @@ import pytest
 from jax import lax
 
 import kfac_jax_lite as kfac
-from kfac_jax_lite.tagging.examples import positions_per_example
-from kfac_jax_lite.tagging.indices import Index, reshaped, settled, unify
+from kfac_jax_lite.tagging.example_axes import (
+    Index,
+    positions_per_example,
+    reshaped,
+    settled,
+    unify,
+)
 from tests.helpers import cases, close
 
 N = T = 4

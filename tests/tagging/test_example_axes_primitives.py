@@ -10,8 +10,7 @@ import pytest
 from jax import lax
 
 from kfac_jax_lite.tagging import trace  # noqa: F401 (registers the rules)
-from kfac_jax_lite.tagging.follow import follow
-from kfac_jax_lite.tagging.indices import fresh_axes, settled
+from kfac_jax_lite.tagging.example_axes import follow, fresh_axes, settled
 from kfac_jax_lite.tagging.sites import Plan
 from tests.helpers import cases
 
