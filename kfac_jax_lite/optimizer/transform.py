@@ -351,7 +351,9 @@ def placed_step(
     if typed_mesh is None:
         return manual(grads, state, statistics, numbers)
     gathered, averaged, known = resharded((grads, statistics, numbers), typed_mesh)
-    updates, state = manual(gathered, state, averaged, known)
+    # Under jit also in eager code: shard_map, called outside of one, cannot change the
+    # type of a sharded axis among manual ones.
+    updates, state = jax.jit(manual)(gathered, state, averaged, known)
     return resharded(updates, typed_mesh, specs_of(grads)), state
 
 
