@@ -251,12 +251,12 @@ def sources(text: str) -> collections.Counter[str]:
                 yield f"{path.rsplit(PACKAGE, 1)[1]}:{function.rsplit('.', 1)[-1]}"
             number = field(frame, "parent_frame_id")
 
-    found: collections.Counter[str] = collections.Counter()
+    counts: collections.Counter[str] = collections.Counter()
     for line in text.splitlines():
         if " fusion(" in line:
             own = re.search(r"stack_frame_id=(\d+)", line)
-            found[next(frames(int(own[1])) if own else iter(()), "the network")] += 1
-    return found
+            counts[next(frames(int(own[1])) if own else iter(()), "the network")] += 1
+    return counts
 
 
 def summarise(samples: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
